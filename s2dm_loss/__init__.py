@@ -1,0 +1,33 @@
+"""S²-DM, the skip-step training loss of diffusion models, as a library.
+
+>>> from s2dm_loss import NoiseSchedule, SkipStepLoss
+>>> criterion = SkipStepLoss(NoiseSchedule.linear(1000), skip_set=9)
+"""
+
+from s2dm_loss._version import __version__
+from s2dm_loss.coefficients import Coefficients, CompletedSquare, coefficients
+from s2dm_loss.functional import LossTerms, skip_step_loss
+from s2dm_loss.loss import SkipStepLoss
+from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
+from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule
+from s2dm_loss.shrink import ShrunkModel, epsilon_scaling, gain
+from s2dm_loss.skip_set import SkipSet
+
+__all__ = [
+    "Coefficients",
+    "CompletedSquare",
+    "ContinuousSchedule",
+    "LossTerms",
+    "NoiseSchedule",
+    "Schedule",
+    "ShrunkModel",
+    "SkipSet",
+    "SkipStepLoss",
+    "__version__",
+    "coefficients",
+    "epsilon_from_output",
+    "epsilon_scaling",
+    "gain",
+    "output_from_epsilon",
+    "skip_step_loss",
+]

@@ -1,0 +1,135 @@
+"""Argument checks shared by the public functions.
+
+Each error names the argument, what came, and what was expected. The checks of tensors read no
+values, so they cost no host sync.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """Say what a value is, with shape, dtype and device for a tensor."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(
+    name: str, value: object, low: float, high: float, *, open_ends: bool = False
+) -> float:
+    """Return `value` as a float in [low, high], or in (low, high) with `open_ends`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {describe(value)}")
+    value = float(value)
+    inside = low < value < high if open_ends else low <= value <= high
+    if not inside or math.isnan(value):
+        left, right = ("(", ")") if open_ends else ("[", "]")
+        raise ValueError(f"{name} must lie in {left}{low}, {high}{right}, got {value!r}")
+    return value
+
+
+def check_count(name: str, value: object, low: int = 1) -> int:
+    """Return `value` as an int of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return int(value)
+
+
+def check_batch(name: str, value: object) -> Tensor:
+    """Return a floating-point tensor with a batch axis."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+    if value.ndim == 0:
+        raise ValueError(f"{name} must have a batch axis, got {describe(value)}")
+    return value
+
+
+def check_like(name: str, value: object, like_name: str, like: Tensor) -> Tensor:
+    """Return a floating-point tensor of the shape and on the device of `like`."""
+    value = check_batch(name, value)
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} must have the shape of {like_name}, {tuple(like.shape)}, got {describe(value)}"
+            + _learned_variance_hint(value, like)
+        )
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of {like_name}, {like.device}, got {describe(value)}"
+        )
+    return value
+
+
+def check_per_sample(name: str, value: object, like_name: str, like: Tensor) -> Tensor:
+    """Return a tensor of shape [B] on the device of `like`, a tensor of shape [B, ...].
+
+    Shape [B] and no other: a [B, 1] or scalar tensor would broadcast against a data axis.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+    if value.shape != like.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape ({like.shape[0]},), one value for each sample of {like_name} "
+            f"of shape {tuple(like.shape)}, got {describe(value)}"
+        )
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of {like_name}, {like.device}, got {describe(value)}"
+        )
+    return value
+
+
+def _learned_variance_hint(value: Tensor, like: Tensor) -> str:
+    doubled = (
+        value.ndim == like.ndim >= 2
+        and value.shape[1] == 2 * like.shape[1]
+        and value.shape[2:] == like.shape[2:]
+    )
+    if not doubled:
+        return ""
+    return (
+        ": twice the channels look like a learned variance beside the noise. Pass the first half, "
+        "`value.chunk(2, dim=1)[0]`, and train the variance with its own term"
+    )
+
+
+def as_float64(name: str, values: Any) -> Tensor:
+    """Return a sequence, array or tensor as a detached 1-d float64 tensor on the CPU."""
+    try:
+        tensor = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a sequence of numbers, got {describe(values)}") from error
+    if tensor.ndim != 1 or tensor.numel() == 0:
+        raise ValueError(f"{name} must be 1-d and not empty, got shape {tuple(tensor.shape)}")
+    if tensor.isnan().any():
+        raise ValueError(f"{name} must not hold NaN, got one at index {_first(tensor.isnan())}")
+    return tensor
+
+
+def check_all(name: str, values: Tensor, good: Tensor, expected: str) -> None:
+    """Raise ValueError naming the first of `values` that is not `good`."""
+    if not good.all():
+        index = _first(~good)
+        raise ValueError(f"{name} must {expected}, got {values[index].item()!r} at index {index}")
+
+
+def _first(mask: Tensor) -> int:
+    return int(mask.nonzero()[0])

@@ -1,0 +1,158 @@
+"""The whole mathematics of S²-DM: the functions of t that the loss is made of.
+
+Notation, with ᾱ of the schedule, k a skip and τ the share of the plain loss:
+
+    α_skip(t) = ᾱ_t / ᾱ_{t-k}                      the transition t-k → t in one jump
+    c²(t)     = (1 - α_skip) / α_skip = ᾱ_{t-k} / ᾱ_t - 1
+    L(t)      = τ mse(ε̂, ε) + (1-τ) mse(c ε̂, ζ)    where a skip is valid (t >= k), else mse(ε̂, ε)
+
+(arXiv 2401.01520, Eq. 13 and the released code.) Both terms are quadratics in ε̂. Completing the
+square leaves one,
+
+    L(t) = A mse(ε̂, target) + a constant that ε̂ does not touch,    A = τ + (1-τ) c²,
+
+and each estimator, that is each reading of ζ, is a target and a constant:
+
+    estimator   ζ                   target      constant (mean over the elements)
+    "fresh"     new Gaussian noise  s ε + g ζ   (τ - A s²) ε² + (1-τ - A g²) ζ² - 2 A s g ε ζ
+    "expected"  its expectation     s ε         (τ - A s²) ε² + (1-τ)
+    "shared"    the same noise ε    (s + g) ε   (1 - A (s+g)²) ε²
+
+with s = τ / A and g = (1-τ) c / A. Where no skip is valid, τ = 1 and c = 0 say the plain loss.
+Several skips at once are the mean of their losses: c and c² become means over the valid skips.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from s2dm_loss._checks import check_choice, check_number
+from s2dm_loss.schedule import Schedule, wide_dtype
+from s2dm_loss.skip_set import SkipSet
+
+Estimator = Literal["expected", "fresh", "shared"]
+ESTIMATORS: tuple[Estimator, ...] = ("expected", "fresh", "shared")
+
+DEFAULT_TAU = 0.99
+DEFAULT_MAX_C2 = 100.0
+
+
+class CompletedSquare(NamedTuple):
+    """One quadratic in ε̂; every field has the shape of t.
+
+    L = weight · mse(ε̂, gain · ε + skip_gain · ζ)
+        + noise_constant · mean ε² + skip_constant · mean ζ² + cross_constant · mean εζ + constant
+    """
+
+    weight: Tensor
+    gain: Tensor
+    skip_gain: Tensor
+    noise_constant: Tensor
+    skip_constant: Tensor
+    cross_constant: Tensor
+    constant: Tensor
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The loss at each t: every tensor is float64 and has the shape of t.
+
+    Attributes:
+        tau: τ where a skip is valid, 1 elsewhere.
+        c: Mean of c over the valid skips, 0 where there is none.
+        c2: Mean of c² over the valid skips, 0 where there is none.
+        estimator: The reading of ζ.
+    """
+
+    tau: Tensor
+    c: Tensor
+    c2: Tensor
+    estimator: Estimator
+
+    @property
+    def weight(self) -> Tensor:
+        """A = τ + (1-τ) c², the weight of the one remaining squared error."""
+        return self.tau + (1 - self.tau) * self.c2
+
+    @property
+    def gain(self) -> Tensor:
+        """s, what the regression target multiplies ε by: the trained ε̂ is s(t) E[ε | x_t]."""
+        return self.complete_square().gain
+
+    def complete_square(self, *, normalize: bool = False) -> CompletedSquare:
+        """Return the one quadratic; with `normalize`, mse(ε̂, target) without A and constant."""
+        a = self.weight
+        # A is 0 only at τ = 0 where consecutive ᾱ are equal: nothing to learn there, any s will do.
+        safe = torch.where(a > 0, a, 1.0)
+        s = self.tau / safe
+        g = (1 - self.tau) * self.c / safe
+        zero, one = torch.zeros_like(a), torch.ones_like(a)
+        if self.estimator == "expected":
+            square = CompletedSquare(a, s, zero, self.tau - a * s**2, zero, zero, 1 - self.tau)
+        elif self.estimator == "shared":
+            square = CompletedSquare(a, s + g, zero, 1 - a * (s + g) ** 2, zero, zero, zero)
+        else:
+            square = CompletedSquare(
+                a, s, g, self.tau - a * s**2, 1 - self.tau - a * g**2, -2 * a * s * g, zero
+            )
+        if normalize:
+            return CompletedSquare(one, square.gain, square.skip_gain, zero, zero, zero, zero)
+        return square
+
+
+def coefficients(
+    schedule: Schedule,
+    skip_set: SkipSet | int | float | Iterable[int] | Iterable[float],
+    *,
+    t: Tensor | None = None,
+    tau: float = DEFAULT_TAU,
+    estimator: Estimator = "expected",
+    max_c2: float = DEFAULT_MAX_C2,
+) -> Coefficients:
+    """Return c, c², A and s as functions of t.
+
+    Args:
+        schedule: The noise schedule.
+        skip_set: The skips, as for `SkipStepLoss`.
+        t: Times of any shape; every timestep of a discrete schedule if not given.
+        tau: τ in [0, 1], the share of the plain loss.
+        estimator: "expected", "fresh" or "shared".
+        max_c2: Upper bound on c², at least 0. The default of 100 changes nothing on the linear and
+            scaled-linear schedules for any k <= 100 (there c² stays below 7). On schedules whose ᾱ
+            comes near 0 (cosine, zero terminal SNR, flow matching) it bounds the last few
+            timesteps, where c² would reach 1e5 or infinity: at τ = 0.99 no timestep then weighs
+            more than 1.99 and no gain is below 0.497. `math.inf` takes the bound away.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as said, or the skips do not fit the schedule.
+    """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a NoiseSchedule or another Schedule, got {schedule!r}")
+    tau = check_number("tau", tau, 0.0, 1.0)
+    max_c2 = check_number("max_c2", max_c2, 0.0, math.inf)
+    check_choice("estimator", estimator, ESTIMATORS)
+    if t is None:
+        t = schedule.timesteps
+        if t is None:
+            raise ValueError("t must be given for a continuous schedule, got None")
+    schedule.check_timesteps(t)
+    if t.is_floating_point():
+        t = t.to(wide_dtype(t.device))
+    earlier, valid = SkipSet.wrap(skip_set).earlier(t, schedule)
+
+    log_ratio = schedule.log_alphas_cumprod_at(earlier) - schedule.log_alphas_cumprod_at(t)
+    # The clamp stands before the `where`: a masked infinity would survive as NaN in 0 * inf below.
+    c2 = torch.where(valid, log_ratio.expm1().clamp(min=0.0, max=max_c2), 0.0)
+    valid_skips = valid.sum(0)
+    return Coefficients(
+        tau=torch.where(valid_skips > 0, tau, torch.ones_like(c2[0])),
+        c=c2.sqrt().sum(0) / valid_skips.clamp(min=1),
+        c2=c2.sum(0) / valid_skips.clamp(min=1),
+        estimator=estimator,
+    )

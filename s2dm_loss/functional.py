@@ -1,0 +1,175 @@
+"""The loss on plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from s2dm_loss._checks import check_batch, check_choice, check_like, check_per_sample
+from s2dm_loss.coefficients import (
+    DEFAULT_MAX_C2,
+    DEFAULT_TAU,
+    Coefficients,
+    CompletedSquare,
+    Estimator,
+    coefficients,
+)
+from s2dm_loss.schedule import Schedule
+from s2dm_loss.skip_set import SkipSet
+
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
+
+
+class LossTerms(NamedTuple):
+    """The two terms of the loss as the paper writes them, each of shape [B].
+
+    loss = tau · simple + (1 - tau) · skip, with tau = 1 and skip = 0 where no skip is valid.
+    """
+
+    simple: Tensor
+    skip: Tensor
+    tau: Tensor
+
+
+def skip_step_loss(
+    eps_hat: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    *,
+    schedule: Schedule,
+    skip_set: SkipSet | int | float | Iterable[int] | Iterable[float] = 9,
+    tau: float = DEFAULT_TAU,
+    estimator: Estimator = "expected",
+    reduction: Reduction = "mean",
+    skip_noise: Tensor | None = None,
+    weights: Tensor | None = None,
+    normalize: bool = False,
+    max_c2: float = DEFAULT_MAX_C2,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the S²-DM loss of a noise prediction (arXiv 2401.01520, Eq. 13).
+
+    `SkipStepLoss` is the same with its tables made once; prefer it in a training loop.
+
+    Args:
+        eps_hat: Predicted noise ε̂, floating point, of shape [B, ...].
+        noise: The noise ε in x_t, of the same shape.
+        t: Times of shape [B].
+        schedule: The noise schedule.
+        skip_set: The skips, as for `SkipStepLoss`.
+        tau: τ in [0, 1].
+        estimator: "expected", "fresh" or "shared".
+        reduction: "mean" or "sum" over the batch, or "none" for shape [B]. The data axes are
+            always averaged.
+        skip_noise: ζ of the estimator "fresh", of the shape of `noise`; drawn if not given.
+        weights: Per-sample weights of shape [B], multiplied in before the reduction.
+        normalize: Drop the weight A(t) and the constant: mse(ε̂, target).
+        max_c2: Upper bound on c²; see `coefficients`.
+        generator: Random stream of the drawn ζ.
+
+    Returns:
+        A scalar, or shape [B] with reduction "none"; float32, or float64 for float64 input.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as said; the message names it.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_prediction(eps_hat, noise, t, skip_noise, weights, estimator)
+    at_t = coefficients(
+        schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2
+    ).complete_square(normalize=normalize)
+    if estimator == "fresh" and skip_noise is None:
+        skip_noise = draw_like(noise, generator)
+    per_sample = completed_square_loss(eps_hat, noise, at_t, skip_noise)
+    return reduce_batch(per_sample, reduction, weights)
+
+
+def completed_square_loss(
+    eps_hat: Tensor, noise: Tensor, square: CompletedSquare, skip_noise: Tensor | None = None
+) -> Tensor:
+    """Return the per-sample loss, of shape [B], of one quadratic whose fields have shape [B]."""
+    dtype = loss_dtype(eps_hat, noise)
+    eps_hat, noise = eps_hat.to(dtype), noise.to(dtype)
+    square = CompletedSquare(*(field.to(dtype) for field in square))
+    target = along(square.gain, noise) * noise
+    constant = square.constant + square.noise_constant * _mean(noise.square())
+    if skip_noise is not None:
+        skip_noise = skip_noise.to(dtype)
+        target = target + along(square.skip_gain, noise) * skip_noise
+        constant = constant + square.skip_constant * _mean(skip_noise.square())
+        constant = constant + square.cross_constant * _mean(noise * skip_noise)
+    return square.weight * _mean((eps_hat - target).square()) + constant
+
+
+def loss_terms(
+    eps_hat: Tensor, noise: Tensor, at_t: Coefficients, skip_noise: Tensor | None = None
+) -> LossTerms:
+    """Return the two terms, for logging; the fields of `at_t` have shape [B]."""
+    dtype = loss_dtype(eps_hat, noise)
+    eps_hat, noise = eps_hat.to(dtype), noise.to(dtype)
+    tau, c, c2 = (field.to(dtype) for field in (at_t.tau, at_t.c, at_t.c2))
+    skip = c2 * _mean(eps_hat.square())
+    if at_t.estimator == "expected":
+        skip = skip + 1
+    else:
+        zeta = noise if skip_noise is None else skip_noise.to(dtype)
+        skip = skip - 2 * c * _mean(eps_hat * zeta) + _mean(zeta.square())
+    skip = torch.where(tau < 1, skip, 0.0)
+    return LossTerms(simple=_mean((eps_hat - noise).square()), skip=skip, tau=tau)
+
+
+def reduce_batch(per_sample: Tensor, reduction: Reduction, weights: Tensor | None) -> Tensor:
+    """Weigh and reduce a loss of shape [B]."""
+    if weights is not None:
+        per_sample = per_sample * weights.to(per_sample.dtype)
+    if reduction == "none":
+        return per_sample
+    return per_sample.mean() if reduction == "mean" else per_sample.sum()
+
+
+def check_prediction(
+    eps_hat: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    skip_noise: Tensor | None,
+    weights: Tensor | None,
+    estimator: Estimator,
+) -> None:
+    """Raise unless the tensors of one loss call fit together."""
+    check_batch("noise", noise)
+    check_like("eps_hat", eps_hat, "noise", noise)
+    check_per_sample("t", t, "noise", noise)
+    if weights is not None:
+        check_per_sample("weights", weights, "noise", noise)
+    if skip_noise is not None:
+        if estimator != "fresh":
+            raise ValueError(
+                f"skip_noise belongs to the estimator 'fresh', got it with {estimator!r}"
+            )
+        check_like("skip_noise", skip_noise, "noise", noise)
+
+
+def draw_like(noise: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw Gaussian noise of the shape, dtype and device of `noise`."""
+    return torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=generator)
+
+
+def loss_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is, else float32: half types are lifted."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean over every axis but the batch."""
+    return reduce(values, "b ... -> b", "mean")
+
+
+def along(per_sample: Tensor, data: Tensor) -> Tensor:
+    """Give a [B] tensor the rank of `data`, so that it can only meet the batch axis."""
+    return rearrange(per_sample, "b -> b" + " 1" * (data.ndim - 1))

@@ -1,0 +1,173 @@
+"""The gain without training: what the loss teaches a network, given to one already trained.
+
+A network trained with the loss converges to s(t) E[ε | x_t], one trained with the plain loss to
+E[ε | x_t]. So s(t) times the plain network's ε̂ is where the loss would have led it. Dividing ε̂ by a
+constant λ is known as Epsilon Scaling (Ning et al., arXiv 2308.15321); here λ(t) = 1 / s(t).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from s2dm_loss._checks import check_batch, check_choice, describe
+from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator, coefficients
+from s2dm_loss.functional import along
+from s2dm_loss.prediction import (
+    PREDICTION_TYPES,
+    PredictionType,
+    epsilon_from_output,
+    output_from_epsilon,
+    read_output,
+)
+from s2dm_loss.schedule import Schedule
+from s2dm_loss.skip_set import SkipSet
+
+
+def gain(
+    schedule: Schedule,
+    skip_set: SkipSet | int | float | Iterable[int] | Iterable[float],
+    *,
+    t: Tensor | None = None,
+    tau: float = DEFAULT_TAU,
+    estimator: Estimator = "expected",
+    max_c2: float = DEFAULT_MAX_C2,
+) -> Tensor:
+    """Return s(t), float64: the factor on E[ε | x_t] that the loss trains a network to.
+
+    Args:
+        schedule: The noise schedule.
+        skip_set: The skips, as for `SkipStepLoss`.
+        t: Times of any shape; every timestep of a discrete schedule if not given.
+        tau: τ in [0, 1].
+        estimator: "expected" and "fresh" have the same gain, "shared" another.
+        max_c2: Upper bound on c²; see `coefficients`.
+
+    >>> from s2dm_loss import NoiseSchedule
+    >>> s = gain(NoiseSchedule.linear(1000), skip_set=49)
+    >>> float(s[0]), round(float(1 / s.min()), 4)
+    (1.0, 1.0165)
+    """
+    return coefficients(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2).gain
+
+
+def epsilon_scaling(
+    schedule: Schedule,
+    skip_set: SkipSet | int | float | Iterable[int] | Iterable[float],
+    *,
+    t: Tensor | None = None,
+    tau: float = DEFAULT_TAU,
+    estimator: Estimator = "expected",
+    max_c2: float = DEFAULT_MAX_C2,
+) -> Tensor:
+    """Return λ(t) = 1 / s(t), float64, in the terms of Epsilon Scaling; arguments as for `gain`."""
+    return gain(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2).reciprocal()
+
+
+class ShrunkModel(nn.Module):
+    """A trained model whose noise prediction is s(t) ε̂ in place of ε̂, with no training.
+
+    It is called as the model is, `shrunk(x_t, t, ...)`, and returns what the model returns, so it
+    takes the model's place in any sampling loop. A learned variance beside the prediction (2C
+    channels) is left as it is.
+
+    >>> from s2dm_loss import NoiseSchedule, ShrunkModel
+    >>> class Model(nn.Module):
+    ...     def forward(self, x_t, t):
+    ...         return torch.ones_like(x_t)
+    >>> shrunk = ShrunkModel(Model(), NoiseSchedule.linear(1000), skip_set=99)
+    >>> shrunk(torch.zeros(2, 1), torch.tensor([0, 999])).flatten()
+    tensor([1.0000, 0.9449])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        skip_set: SkipSet | int | float | Iterable[int] | Iterable[float],
+        *,
+        tau: float = DEFAULT_TAU,
+        estimator: Estimator = "expected",
+        prediction_type: PredictionType = "epsilon",
+        max_c2: float = DEFAULT_MAX_C2,
+    ) -> None:
+        """Wrap `model`; the other arguments are those of `SkipStepLoss`.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said.
+        """
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {describe(model)}")
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        self.model = model
+        self.schedule = schedule
+        self.skip_set = SkipSet.wrap(skip_set)
+        self.tau = tau
+        self.estimator: Estimator = estimator
+        self.prediction_type: PredictionType = prediction_type
+        self.max_c2 = max_c2
+        self._gain_at(torch.zeros(1, dtype=torch.long if schedule.timesteps is not None else None))
+
+    @override
+    def forward(self, x_t: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
+        """Call the model and scale its prediction.
+
+        Args:
+            x_t: The model's input, of shape [B, ...].
+            t: Times of shape [B], or one for all. On a discrete schedule a fractional timestep
+                (Euler's) takes the gain of the nearest one.
+            args: Further arguments of the model.
+            kwargs: Further arguments of the model.
+
+        Returns:
+            What the model returns, with its prediction scaled.
+        """
+        return self.shrink(self.model(x_t, t, *args, **kwargs), x_t, t)
+
+    def shrink(self, output: Any, x_t: Tensor, t: Tensor | float) -> Any:
+        """Scale the prediction in an output that `model(x_t, t)` has given."""
+        check_batch("x_t", x_t)
+        prediction = read_output(output)
+        t = self._batch_of_times(t, x_t)
+        with_variance = prediction.ndim > 1 and prediction.shape[1] == 2 * x_t.shape[1]
+        mean, *variance = prediction.chunk(2, dim=1) if with_variance else (prediction,)
+
+        eps_hat = epsilon_from_output(mean, x_t, t, self.schedule, self.prediction_type)
+        scale = self._gain_at(t).to(torch.promote_types(eps_hat.dtype, torch.float32))
+        eps_hat = along(scale, eps_hat) * eps_hat
+        mean = output_from_epsilon(eps_hat, x_t, t, self.schedule, self.prediction_type)
+        mean = mean.to(prediction.dtype)
+        return _replace(output, torch.cat([mean, *variance], dim=1) if variance else mean)
+
+    def _gain_at(self, t: Tensor) -> Tensor:
+        return gain(
+            self.schedule,
+            self.skip_set,
+            t=t,
+            tau=self.tau,
+            estimator=self.estimator,
+            max_c2=self.max_c2,
+        )
+
+    def _batch_of_times(self, t: Tensor | float, x_t: Tensor) -> Tensor:
+        t = torch.as_tensor(t, device=x_t.device)
+        if self.schedule.timesteps is not None and t.is_floating_point():
+            t = t.round().long()
+        return t.expand(x_t.shape[0]) if t.numel() == 1 else t
+
+
+def _replace(output: Any, prediction: Tensor) -> Any:
+    """Return `output` with its prediction replaced, of the type it came in."""
+    if isinstance(output, Tensor):
+        return prediction
+    if isinstance(output, (tuple, list)):
+        return type(output)([prediction, *output[1:]])
+    output = copy.copy(output)
+    output.sample = prediction
+    return output

@@ -1,0 +1,214 @@
+"""Skip sets: which earlier time each timestep t is paired with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from s2dm_loss._checks import as_float64, check_all, check_count, describe
+from s2dm_loss.schedule import Schedule
+
+
+class SkipSet:
+    """The skips of the loss: t is paired with t - k for every offset k.
+
+    >>> from s2dm_loss import SkipSet
+    >>> SkipSet(9)                                  # the released code's default
+    SkipSet(9)
+    >>> SkipSet([1, 9, 49])                         # several: the loss is their mean
+    SkipSet([1, 9, 49])
+    >>> SkipSet(0.01)                               # continuous time: a skip in units of time
+    SkipSet(0.01)
+    >>> SkipSet.for_sampling_steps(50)              # the stride of a sampler with 50 steps
+    SkipSet.for_sampling_steps(50)
+    >>> SkipSet.from_timesteps([0, 250, 500, 750])  # a sampler's own timesteps
+    SkipSet.from_timesteps([0, 250, 500, 750])
+
+    A pair is valid where its earlier time exists (t >= k). Where none is, the loss is the
+    plain one.
+    """
+
+    offsets: tuple[float, ...]
+
+    def __init__(self, offsets: int | float | Iterable[int] | Iterable[float]) -> None:
+        """Pair t with t - k for each k.
+
+        Args:
+            offsets: One skip or several distinct ones: positive ints, in timesteps, for a discrete
+                schedule, or floats in (0, 1), in units of time, for a continuous one.
+
+        Raises:
+            TypeError: if an offset is neither int nor float, or ints and floats are mixed.
+            ValueError: if there is none, or one is not positive or comes twice.
+        """
+        if isinstance(offsets, (str, bytes)) or not isinstance(offsets, (Real, Iterable)):
+            raise TypeError(
+                f"skip_set must be an int, a float, several of them or a SkipSet, got "
+                f"{describe(offsets)}"
+            )
+        given = tuple(offsets) if isinstance(offsets, Iterable) else (offsets,)
+        if not given:
+            raise ValueError("skip_set must hold at least one skip, got none")
+        values = tuple(_offset(value) for value in given)
+        if len({type(value) for value in values}) > 1:
+            raise TypeError(
+                f"skips must be all ints (timesteps) or all floats (units of time), got {values!r}"
+            )
+        if len(set(values)) < len(values):
+            raise ValueError(f"skips must be distinct, got {values!r}")
+        self.offsets = tuple(sorted(values))
+
+    @staticmethod
+    def for_sampling_steps(num_inference_steps: int) -> SkipSet:
+        """Pair t with t - T // S, the jump of DDIM and PNDM with S sampling steps.
+
+        In continuous time the skip is 1 / S.
+        """
+        return _SamplingStride(num_inference_steps)
+
+    @staticmethod
+    def from_timesteps(timesteps: Any) -> SkipSet:
+        """Pair each t with the latest sampled timestep before it.
+
+        Args:
+            timesteps: What a sampler visits, e.g. a diffusers `scheduler.timesteps` after
+                `set_timesteps`: in any order, with repeats (PNDM) and offsets as they are. On a
+                discrete schedule fractional values (Euler's) are rounded to the trained ones.
+        """
+        return _SampledTimesteps(torch.unique(as_float64("timesteps", timesteps)))
+
+    @staticmethod
+    def from_skipped(timesteps: Any, num_train_timesteps: int) -> SkipSet:
+        """Say the same by the timesteps that the sampler leaves out of 0 … T-1."""
+        skipped = as_float64("timesteps", timesteps).round().long()
+        count = check_count("num_train_timesteps", num_train_timesteps)
+        check_all("timesteps", skipped, (skipped >= 0) & (skipped < count), f"lie in [0, {count})")
+        visited = torch.ones(count, dtype=torch.bool)
+        visited[skipped] = False
+        if not visited.any():
+            raise ValueError("timesteps must leave at least one timestep to the sampler, got all")
+        return _SampledTimesteps(visited.nonzero().flatten().double())
+
+    @staticmethod
+    def wrap(skip_set: SkipSet | int | float | Iterable[int] | Iterable[float]) -> SkipSet:
+        """Return a SkipSet as it is, and anything else as `SkipSet(skip_set)`."""
+        return skip_set if isinstance(skip_set, SkipSet) else SkipSet(skip_set)
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise TypeError or ValueError unless these skips fit `schedule`."""
+        steps = schedule.timesteps
+        for offset in self.offsets:
+            if steps is None and not isinstance(offset, float):
+                raise TypeError(
+                    f"a continuous schedule takes skips as floats in units of time, got {offset!r}"
+                )
+            if steps is not None and not isinstance(offset, int):
+                raise TypeError(f"a discrete schedule takes int skips, got {offset!r}")
+            limit = 1 if steps is None else steps.numel()
+            if offset >= limit:
+                raise ValueError(
+                    f"a skip must be below {limit}, the length of the schedule, got {offset!r}"
+                )
+
+    def earlier(self, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """Return the earlier times that t is paired with, and which of the pairs are valid.
+
+        Args:
+            t: Times of the schedule, of any shape.
+            schedule: The schedule.
+
+        Returns:
+            Two tensors of shape [J, *t.shape], J being the number of skips: the earlier times, t
+            itself where the pair is not valid, and a bool mask.
+        """
+        self.check(schedule)
+        earlier = torch.stack([t - offset for offset in self.offsets])
+        valid = earlier >= 0
+        return torch.where(valid, earlier, t), valid
+
+    @override
+    def __repr__(self) -> str:
+        offsets = self.offsets
+        return f"SkipSet({offsets[0] if len(offsets) == 1 else list(offsets)!r})"
+
+
+def _offset(value: object) -> float:
+    """Return a skip as a Python int or float; NumPy's numbers count as both."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"a skip must be an int or a float, got {describe(value)}")
+    number = int(value) if isinstance(value, Integral) else float(value)
+    if not number > 0:
+        raise ValueError(f"a skip must be positive, got {value!r}")
+    return number
+
+
+class _SamplingStride(SkipSet):
+    """t - T // S, resolved when the schedule is known."""
+
+    offsets = ()
+
+    def __init__(self, num_inference_steps: int) -> None:
+        self.num_inference_steps = check_count("num_inference_steps", num_inference_steps, low=2)
+
+    @override
+    def check(self, schedule: Schedule) -> None:
+        self._resolve(schedule).check(schedule)
+
+    @override
+    def earlier(self, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        return self._resolve(schedule).earlier(t, schedule)
+
+    def _resolve(self, schedule: Schedule) -> SkipSet:
+        steps = schedule.timesteps
+        if steps is None:
+            return SkipSet(1 / self.num_inference_steps)
+        if self.num_inference_steps > steps.numel():
+            raise ValueError(
+                f"num_inference_steps must be at most the schedule's {steps.numel()} timesteps, "
+                f"got {self.num_inference_steps}"
+            )
+        return SkipSet(steps.numel() // self.num_inference_steps)
+
+    @override
+    def __repr__(self) -> str:
+        return f"SkipSet.for_sampling_steps({self.num_inference_steps})"
+
+
+class _SampledTimesteps(SkipSet):
+    """The latest sampled timestep before t."""
+
+    offsets = ()
+
+    def __init__(self, timesteps: Tensor) -> None:
+        self.sampled = timesteps
+
+    @override
+    def check(self, schedule: Schedule) -> None:
+        steps = schedule.timesteps
+        limit = 1.0 if steps is None else steps.numel() - 1
+        good = (self.sampled >= 0) & (self.sampled <= limit)
+        check_all("timesteps", self.sampled, good, f"lie in [0, {limit}]")
+
+    @override
+    def earlier(self, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        self.check(schedule)
+        sampled = (
+            self.sampled if t.is_floating_point() else torch.unique(self.sampled.round().long())
+        )
+        sampled = sampled.to(t.device, t.dtype)
+        index = torch.searchsorted(sampled, t.contiguous()) - 1
+        earlier = sampled[index.clamp(min=0)]
+        valid = index >= 0
+        return torch.where(valid, earlier, t)[None], valid[None]
+
+    @override
+    def __repr__(self) -> str:
+        values = [f"{value:g}" for value in self.sampled.tolist()]
+        if len(values) > 6:
+            values = [*values[:3], "...", *values[-2:]]
+        return f"SkipSet.from_timesteps([{', '.join(values)}])"
