@@ -41,14 +41,17 @@ class Schedule(Protocol):
 
     def log_alphas_cumprod_at(self, t: Tensor) -> Tensor:
         """Return log ᾱ(t) in float64, of the shape of `t`, with ᾱ = alpha² / (alpha² + sigma²)."""
+        ...
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two coefficients of the path in float64, of the shape of `t`."""
+        ...
 
     def draw_timesteps(
         self, batch_size: int, *, device: torch.device, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return uniformly drawn training times of shape [batch_size]."""
+        ...
 
 
 class NoiseSchedule:
