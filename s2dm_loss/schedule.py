@@ -156,9 +156,7 @@ class NoiseSchedule:
         table = as_float64("log_snr", log_snr)
         falls = F.pad(table.diff() < 0, (1, 0), value=True)
         check_all("log_snr", table, falls, "decrease strictly with t")
-        # ᾱ = sigmoid(log_snr); softplus is exact at both ends, where the sigmoid rounds.
-        log_alphas_cumprod = -F.softplus(-table, threshold=math.inf)
-        return cls(log_alphas_cumprod, name=f"NoiseSchedule.from_log_snr([{len(table)}])")
+        return cls(F.logsigmoid(table), name=f"NoiseSchedule.from_log_snr([{len(table)}])")
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Return the schedule shifted and scaled in √ᾱ so that ᾱ is 0 at its end.
@@ -304,7 +302,7 @@ class ContinuousSchedule:
         self.check_timesteps(t)
         t = t.to(wide_dtype(t.device))
         log_alpha, log_sigma = self._log_alpha_sigma(t)
-        log_alphas_cumprod = -F.softplus(2 * (log_sigma - log_alpha), threshold=math.inf)
+        log_alphas_cumprod = F.logsigmoid(2 * (log_alpha - log_sigma))
         return torch.where((t >= 0) & (t <= 1), log_alphas_cumprod, math.nan)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
