@@ -114,7 +114,7 @@ def _learned_variance_hint(value: Tensor, like: Tensor) -> str:
 def as_float64(name: str, values: Any) -> Tensor:
     """Return a sequence, array or tensor as a detached 1-d float64 tensor on the CPU."""
     try:
-        tensor = torch.as_tensor(values).detach().to("cpu", torch.float64)
+        tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a sequence of numbers, got {describe(values)}") from error
     if tensor.ndim != 1 or tensor.numel() == 0:

@@ -1,0 +1,51 @@
+"""Hypothesis strategies: random schedules, skips and tensors."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import torch
+
+from s2dm_loss import NoiseSchedule
+
+open_unit = st.floats(min_value=1e-9, max_value=1 - 1e-6)
+
+
+@st.composite
+def betas(draw: st.DrawFn, min_size: int = 1, max_size: int = 2000) -> list[float]:
+    """Any β in (0, 1): short lists of anything, and long ones at a random scale."""
+    if draw(st.booleans()):
+        return draw(st.lists(open_unit, min_size=min_size, max_size=min(max_size, 20)))
+    size = draw(st.integers(min_size, max_size))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    log_scale = draw(st.floats(-6.0, -1.0))
+    uniform = torch.rand(size, generator=generator, dtype=torch.float64)
+    return (10 ** (log_scale + (uniform - 0.5))).clamp(max=0.999).tolist()
+
+
+@st.composite
+def schedules(draw: st.DrawFn, min_size: int = 2, max_size: int = 2000) -> NoiseSchedule:
+    return NoiseSchedule.from_betas(draw(betas(min_size, max_size)))
+
+
+@st.composite
+def schedules_with_skip(draw: st.DrawFn) -> tuple[NoiseSchedule, int]:
+    schedule = draw(schedules())
+    return schedule, draw(st.integers(1, schedule.num_train_timesteps - 1))
+
+
+shapes = st.sampled_from(
+    [(7,), (3, 5), (4, 4), (3, 3, 3), (2, 3, 4, 4), (4, 4, 4, 4), (2, 4, 2, 3, 3), (1, 1)]
+)
+taus = st.floats(0.01, 1.0)
+seeds = st.integers(0, 2**31)
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Gaussian noise from a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def timesteps(size: int, count: int, seed: int) -> torch.Tensor:
+    """`count` random timesteps in [0, size)."""
+    return torch.randint(size, (count,), generator=torch.Generator().manual_seed(seed))
