@@ -1,0 +1,110 @@
+"""Which earlier time each t is paired with, against plain loops over the definition."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
+
+SCHEDULE = NoiseSchedule.linear(100)
+
+
+def pairs(skip_set, schedule=SCHEDULE):
+    """{t: sorted valid earlier timesteps}."""
+    earlier, valid = skip_set.earlier(schedule.timesteps, schedule)
+    return {
+        t: sorted(earlier[valid[:, t], t].tolist()) for t in range(schedule.num_train_timesteps)
+    }
+
+
+def latest_before(timesteps, t):
+    before = [s for s in timesteps if s < t]
+    return [max(before)] if before else []
+
+
+@given(st.sets(st.integers(1, 99), min_size=1, max_size=4))
+def test_offsets(offsets):
+    skip_set = SkipSet(offsets)
+    expected = {t: sorted(t - k for k in offsets if t >= k) for t in range(100)}
+    assert pairs(skip_set) == expected
+
+
+@given(st.integers(2, 100))
+def test_for_sampling_steps_is_the_stride(steps):
+    assert pairs(SkipSet.for_sampling_steps(steps)) == pairs(SkipSet(100 // steps))
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=30))
+def test_from_timesteps_pairs_with_the_latest_sampled_before(timesteps):
+    # Lists in any order and with repeats, as PNDM's are.
+    expected = {t: latest_before(timesteps, t) for t in range(100)}
+    assert pairs(SkipSet.from_timesteps(timesteps)) == expected
+    skipped = sorted(set(range(100)) - set(timesteps))
+    if skipped:
+        assert pairs(SkipSet.from_skipped(skipped, 100)) == expected
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [5, 7, 20])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIMScheduler",
+        "PNDMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+    ],
+)
+def test_from_timesteps_of_diffusers_schedulers(name, steps, spacing):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = getattr(diffusers, name)(num_train_timesteps=100, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    visited = {int(round(float(t))) for t in scheduler.timesteps}
+    expected = {t: latest_before(visited, t) for t in range(100)}
+    assert pairs(SkipSet.from_timesteps(scheduler.timesteps)) == expected
+
+
+def test_continuous_offsets():
+    schedule = ContinuousSchedule.vp()
+    t = torch.tensor([0.0, 0.05, 0.1, 0.7], dtype=torch.float64)
+    earlier, valid = SkipSet([0.05, 0.2]).earlier(t, schedule)
+    assert valid.tolist() == [[False, True, True, True], [False, False, False, True]]
+    np.testing.assert_allclose(earlier[0].numpy(), [0.0, 0.0, 0.05, 0.65])
+    np.testing.assert_allclose(earlier[1].numpy(), [0.0, 0.05, 0.1, 0.5])
+    earlier, _ = SkipSet.for_sampling_steps(20).earlier(t, schedule)
+    np.testing.assert_allclose(earlier[0].numpy(), [0.0, 0.0, 0.05, 0.65])
+
+
+def test_continuous_timesteps():
+    schedule = ContinuousSchedule.flow()
+    t = torch.tensor([0.1, 0.25, 0.3, 1.0])
+    earlier, valid = SkipSet.from_timesteps([1.0, 0.25, 0.2]).earlier(t, schedule)
+    assert valid.tolist() == [[False, True, True, True]]
+    np.testing.assert_allclose(earlier[0, 1:].numpy(), [0.2, 0.25, 0.25])
+
+
+def test_numbers_of_numpy_count():
+    assert repr(SkipSet(np.int64(9))) == "SkipSet(9)"
+    assert repr(SkipSet(np.array([9, 1]))) == "SkipSet([1, 9])"
+    assert repr(SkipSet(np.float64(0.5))) == "SkipSet(0.5)"
+
+
+@pytest.mark.parametrize(
+    ("skip_set", "text"),
+    [
+        (SkipSet(9), "SkipSet(9)"),
+        (SkipSet([49, 1, 9]), "SkipSet([1, 9, 49])"),
+        (SkipSet(0.01), "SkipSet(0.01)"),
+        (SkipSet.for_sampling_steps(50), "SkipSet.for_sampling_steps(50)"),
+        (SkipSet.from_timesteps([30, 10, 20]), "SkipSet.from_timesteps([10, 20, 30])"),
+        (
+            SkipSet.from_timesteps(range(0, 100, 10)),
+            "SkipSet.from_timesteps([0, 10, 20, ..., 80, 90])",
+        ),
+    ],
+)
+def test_repr(skip_set, text):
+    assert repr(skip_set) == text
