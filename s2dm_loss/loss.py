@@ -203,18 +203,24 @@ class SkipStepLoss(nn.Module):
         per_sample = completed_square_loss(eps_hat, noise, square, skip_noise)
         return reduce_batch(per_sample, self.reduction, weights)
 
-    @torch.no_grad()
     def terms(
         self, eps_hat: Tensor, noise: Tensor, t: Tensor, *, skip_noise: Tensor | None = None
     ) -> LossTerms:
-        """Return the paper's two terms for logging, each of shape [B] and without gradient.
+        """Return the paper's two terms, each of shape [B].
 
-        With the estimator "fresh" the noise ζ has to be given: the terms are those of one draw.
+        They serve logging, and trainers whose plain loss is not mse(ε̂, ε): the gradient flows, so
+        that such a trainer can add τ times its own loss and (1-τ) times the skip term. With the
+        estimator "fresh" the noise ζ has to be given: the terms are those of one draw.
         """
         check_prediction(eps_hat, noise, t, skip_noise, None, self.estimator)
         if self.estimator == "fresh" and skip_noise is None:
             raise ValueError("skip_noise must be given with the estimator 'fresh', got None")
-        return loss_terms(eps_hat, noise, self._coefficients_at(t), skip_noise)
+        if self._tables:
+            tau, c, c2 = self._rows("terms_table", t, loss_dtype(eps_hat, noise)).unbind(-1)
+            at_t = Coefficients(tau, c, c2, self.estimator)
+        else:
+            at_t = self._coefficients_at(t)
+        return loss_terms(eps_hat, noise, at_t, skip_noise)
 
     def _add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         dtype = loss_dtype(x0, noise)
