@@ -1,0 +1,664 @@
+"""diffusers: the loss in its training scripts, and the gain on its pipelines.
+
+    skip_loss = SkipLoss.from_scheduler(noise_scheduler, skip_set=9)        # once
+    loss = skip_loss(model_pred, target, noisy_latents, timesteps)          # in place of F.mse_loss
+
+A script's loss is mse(output, target), whichever of ε, v and x_0 the output is. On its noise
+prediction that is the plain loss times a weight w(t) of the script's choosing,
+
+    mse(output, target) = w mse(ε̂, ε),    ε̂ = ratio · output + lift · x_t,    w = 1 / ratio²,
+
+and S²-DM keeps that weight: L = w (τ mse(ε̂, ε) + (1-τ) mse(c ε̂, ζ)). Written on the output (the
+square of `coefficients`, divided by ratio), and with ζ for the estimator "fresh" alone,
+
+    L = A mse(output, s target + (s-1) (lift / ratio) x_t + (g / ratio) ζ) + a constant
+
+    prediction_type   ratio       lift      lift / ratio
+    "epsilon"         1           0         0
+    "v_prediction"    √ᾱ          √(1-ᾱ)    √(1-ᾱ) / √ᾱ
+    "sample"          -√ᾱ/√(1-ᾱ)  1/√(1-ᾱ)  -1 / √ᾱ
+    "flow"            1-σ         1         1 / (1-σ)
+
+so at τ = 1, where A = s = 1 and g = 0, it is the script's own loss. ε is what target and x_t say it
+is, which stays true where a script has changed either (noise offset, input perturbation, DREAM).
+The constant, which no gradient sees, is kept for "epsilon" and left out elsewhere: times w it would
+be infinite at ᾱ = 0. There an output cannot express a gain on ε̂ either (x_t is all noise, ε̂ = x_t),
+so besides c² <= max_c2 there holds c² <= max_c2 · ratio², which takes the loss smoothly to the
+script's own as ᾱ goes to 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from einops import reduce
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+from s2dm_loss._checks import (
+    as_float64,
+    check_batch,
+    check_choice,
+    check_like,
+    check_per_sample,
+    describe,
+)
+from s2dm_loss.coefficients import (
+    DEFAULT_MAX_C2,
+    DEFAULT_TAU,
+    Coefficients,
+    Estimator,
+    coefficients,
+)
+from s2dm_loss.functional import Reduction, along, draw_like, loss_dtype, reduce_batch
+from s2dm_loss.loss import SkipStepLoss
+from s2dm_loss.prediction import read_output
+from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule, read_table
+from s2dm_loss.skip_set import SkipSet
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+Skips: TypeAlias = SkipSet | int | float | Iterable[int] | Iterable[float]
+
+# The largest difference of log ᾱ between diffusers' float32 tables and the same schedule in
+# float64; measured over its schedulers and schedules it stays below 4e-5.
+_FLOAT32_ROUNDING = 1e-4
+
+
+class SkipLoss(nn.Module):
+    """The S²-DM loss (arXiv 2401.01520) in the place of a diffusers script's `F.mse_loss`.
+
+    >>> from diffusers import DDPMScheduler
+    >>> from s2dm_loss.adapters.diffusers import SkipLoss
+    >>> noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
+    >>> skip_loss = SkipLoss.from_scheduler(noise_scheduler, skip_set=9)
+    >>> skip_loss
+    SkipLoss(NoiseSchedule.linear(1000), SkipSet(9), tau=0.99, estimator='expected')
+
+    It draws nothing (except ζ of the estimator "fresh"), calls no model, has no parameters and
+    leaves no keys in a `state_dict`.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        skip_set: Skips = 9,
+        *,
+        scheduler: Any = None,
+        prediction_type: PredictionType | None = None,
+        tau: float = DEFAULT_TAU,
+        estimator: Estimator = "expected",
+        reduction: Reduction = "mean",
+        normalize: bool = False,
+        max_c2: float = DEFAULT_MAX_C2,
+    ) -> None:
+        """Make the loss; `from_scheduler` does so from what a script has at hand.
+
+        Args:
+            schedule: The noise schedule.
+            skip_set: The skips, as for `SkipStepLoss`.
+            scheduler: The diffusers scheduler whose config says the prediction type.
+            prediction_type: What the model predicts: needed where the config does not say it.
+            tau: τ in [0, 1]; 1 is the script's own loss.
+            estimator: "expected", "fresh" or "shared".
+            reduction: "mean" or "sum" over the batch, or "none" for shape [B].
+            normalize: Drop the weight A(t), as for `SkipStepLoss`.
+            max_c2: Upper bound on c², and on c² w on the scale of the output.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said; the message names it.
+        """
+        super().__init__()
+        if prediction_type is not None:
+            check_choice("prediction_type", prediction_type, _PREDICTION_TYPES)
+        elif scheduler is None or schedule.timesteps is None:
+            raise ValueError("prediction_type must be given where no config says it, got None")
+        self.scheduler = scheduler
+        self.prediction_type: PredictionType | None = prediction_type
+        self.criterion = SkipStepLoss(
+            schedule,
+            skip_set,
+            tau=tau,
+            estimator=estimator,
+            reduction=reduction,
+            normalize=normalize,
+            max_c2=max_c2,
+        )
+        self._squares = _OutputSquares(
+            schedule,
+            self.criterion.skip_set,
+            tau=tau,
+            estimator=estimator,
+            max_c2=max_c2,
+            normalize=normalize,
+        )
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: Any,
+        skip_set: Skips = 9,
+        *,
+        prediction_type: PredictionType | None = None,
+        tau: float = DEFAULT_TAU,
+        estimator: Estimator = "expected",
+        reduction: Reduction = "mean",
+        normalize: bool = False,
+        max_c2: float = DEFAULT_MAX_C2,
+    ) -> Self:
+        """Make the loss for the noise scheduler that the script trains with.
+
+        Args:
+            scheduler: A diffusers scheduler with `alphas_cumprod` (DDPM, DDIM, PNDM, ...), or a
+                FlowMatch scheduler. The table is copied: a later `add_noise`, which moves the
+                scheduler's own between devices, does not touch it.
+            skip_set: The skips: timesteps, as for `SkipStepLoss`; for a FlowMatch scheduler floats
+                in units of σ.
+            prediction_type: Left out, `scheduler.config.prediction_type` is read at each call, as
+                scripts set it inside their loop. Two cases have to be said by name: "sample", and
+                for a FlowMatch scheduler "flow" (target = noise - x_0, as Flux) or "sample"
+                (target = x_0, as SD3 with `--precondition_outputs`).
+            tau: τ in [0, 1], the share of the plain loss; 1 is the script's own loss.
+            estimator: "expected", "fresh" or "shared".
+            reduction: "mean" or "sum" over the batch, or "none" for shape [B]. The data axes are
+                always averaged.
+            normalize: Drop the weight A(t), as for `SkipStepLoss`.
+            max_c2: Upper bound on c²; see the top of this module.
+
+        Raises:
+            TypeError: if `scheduler` is no diffusers scheduler.
+            ValueError: if the loss has no meaning for it; the message gives the reason.
+        """
+        schedule = schedule_of(scheduler)
+        if isinstance(schedule, ContinuousSchedule) and prediction_type not in ("flow", "sample"):
+            raise ValueError(
+                f"prediction_type must be given for a {type(scheduler).__name__}, whose config "
+                "does not say it: 'flow' where target = noise - x_0 (Flux; SD3 with "
+                "--precondition_outputs 0), 'sample' where target = x_0 (SD3's default), got "
+                f"{prediction_type!r}"
+            )
+        if isinstance(schedule, NoiseSchedule) and prediction_type == "flow":
+            raise ValueError(
+                f"prediction_type 'flow' belongs to a FlowMatch scheduler, got it with a "
+                f"{type(scheduler).__name__}"
+            )
+        return cls(
+            schedule,
+            skip_set,
+            scheduler=scheduler,
+            prediction_type=prediction_type,
+            tau=tau,
+            estimator=estimator,
+            reduction=reduction,
+            normalize=normalize,
+            max_c2=max_c2,
+        )
+
+    @override
+    def forward(
+        self,
+        model_pred: Tensor,
+        target: Tensor,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        *,
+        weights: Tensor | None = None,
+        skip_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the loss of an output that the script has made already.
+
+        Args:
+            model_pred: The model's output, of shape [B, ...].
+            target: What the script compares it with, of the same shape.
+            noisy_latents: The x_t that the model was given, before any scaling or concatenation,
+                of the same shape.
+            timesteps: Integer timesteps of shape [B]; for a FlowMatch scheduler the σ in x_t,
+                floating point, of shape [B].
+            weights: Per-sample weights of shape [B] (Min-SNR), multiplied in before the reduction.
+            skip_noise: ζ of the estimator "fresh", of the shape of `target`; drawn if not given.
+            generator: Random stream of the drawn ζ.
+
+        Returns:
+            A scalar, or shape [B] with reduction "none"; float32, or float64 for float64 input.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said; the message names it.
+        """
+        self._check_call(model_pred, target, noisy_latents, timesteps, weights, skip_noise)
+        prediction_type = self._prediction_type()
+        if prediction_type == "epsilon":
+            return self.criterion.from_prediction(
+                model_pred,
+                target,
+                timesteps,
+                skip_noise=skip_noise,
+                weights=weights,
+                generator=generator,
+            )
+        if self.criterion.estimator == "fresh" and skip_noise is None:
+            skip_noise = draw_like(target, generator)
+
+        dtype = loss_dtype(model_pred, target, noisy_latents)
+        square = self._squares.at(timesteps, prediction_type, dtype)
+        regressed = along(square.gain, target) * target.to(dtype)
+        regressed = regressed + along(square.input_scale, target) * noisy_latents.to(dtype)
+        if skip_noise is not None:
+            regressed = regressed + along(square.skip_scale, target) * skip_noise.to(dtype)
+        error = (model_pred.to(dtype) - regressed).square()
+        per_sample = square.weight * reduce(error, "b ... -> b", "mean")
+        return reduce_batch(per_sample, self.criterion.reduction, weights)
+
+    @property
+    def _is_flow(self) -> bool:
+        return self.criterion.schedule.timesteps is None
+
+    def _prediction_type(self) -> PredictionType:
+        given = self.prediction_type
+        if given is not None and (self.scheduler is None or self._is_flow):
+            return given
+        configured = prediction_type_of(self.scheduler)
+        if given not in (None, configured):
+            raise ValueError(
+                f"prediction_type {given!r} was given, but the scheduler's config now says "
+                f"{configured!r}"
+            )
+        if configured == "sample" and given is None:
+            raise ValueError(
+                "prediction_type 'sample' must be given by name, "
+                "from_scheduler(..., prediction_type='sample'), and only where model_pred is the "
+                "model's prediction of x_0 as it stands. The SDXL scripts subtract the noise from "
+                "it first: no loss on x_0, and nothing a noise prediction could be read from"
+            )
+        return configured
+
+    def _check_call(
+        self,
+        model_pred: Tensor,
+        target: Tensor,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        weights: Tensor | None,
+        skip_noise: Tensor | None,
+    ) -> None:
+        check_batch("target", target)
+        check_like("model_pred", model_pred, "target", target)
+        check_like("noisy_latents", noisy_latents, "target", target)
+        self._check_times(timesteps, target)
+        if weights is not None:
+            check_per_sample("weights", weights, "target", target)
+        if skip_noise is not None:
+            if self.criterion.estimator != "fresh":
+                raise ValueError(
+                    "skip_noise belongs to the estimator 'fresh', got it with "
+                    f"{self.criterion.estimator!r}"
+                )
+            check_like("skip_noise", skip_noise, "target", target)
+
+    def _check_times(self, timesteps: Tensor, target: Tensor) -> None:
+        if not isinstance(timesteps, Tensor):
+            raise TypeError(f"timesteps must be a tensor, got {describe(timesteps)}")
+        flow = self._is_flow
+        if timesteps.is_floating_point() != flow:
+            raise TypeError(
+                "timesteps must be the σ of each sample, floating point in [0, 1], for a flow-"
+                f"matching model, got {describe(timesteps)}"
+                if flow
+                else "timesteps must be integers, as the script drew them, got "
+                f"{describe(timesteps)}: a half type rounds them (bfloat16 turns 999 into 1000), "
+                "and the float timesteps of EDM-style training are no rows of a table"
+            )
+        if timesteps.shape != target.shape[:1]:
+            size = target.shape[0]
+            if timesteps.ndim == 1 and timesteps.shape[0] == 2 * size:
+                hint = (
+                    ": with prior preservation the script chunks model_pred and target but not "
+                    "the timesteps; chunk noisy_latents and timesteps too, "
+                    "`timesteps.chunk(2)[0]`"
+                )
+            else:
+                hint = ": `sigmas.flatten()`" if flow and timesteps.numel() == size else ""
+            raise ValueError(
+                f"timesteps must have shape ({size},), one for each sample of target of shape "
+                f"{tuple(target.shape)}, got {describe(timesteps)}{hint}"
+            )
+        check_per_sample("timesteps", timesteps, "target", target)
+
+    @override
+    def __repr__(self) -> str:
+        text = repr(self.criterion).replace("SkipStepLoss(", "SkipLoss(", 1)
+        if self.prediction_type is None:
+            return text
+        return f"{text[:-1]}, prediction_type={self.prediction_type!r})"
+
+
+def shrink_pipeline(
+    pipe: Any,
+    skip_set: Skips,
+    *,
+    tau: float = DEFAULT_TAU,
+    estimator: Estimator = "expected",
+    max_c2: float = DEFAULT_MAX_C2,
+    component: str | None = None,
+) -> PipelineGain:
+    """Give a trained pipeline the gain s(t) that the loss would have taught it, with no training.
+
+    Each noise prediction of the pipeline's denoiser becomes s(t) ε̂, until the returned handle is
+    removed; in a `with` statement, until its end:
+
+        with shrink_pipeline(pipe, skip_set=99):
+            images = pipe(num_inference_steps=10).images
+
+    Nothing of it is saved by `pipe.save_pretrained`. It is the elementwise gain of each call, so
+    classifier-free guidance on a doubled batch works as ever. Where the prediction is v or x_0 the
+    gain is bounded near ᾱ = 0 as the loss is; see the top of this module.
+
+    Args:
+        pipe: A diffusers pipeline with a `scheduler` and a denoiser, `unet` or `transformer`.
+        skip_set: The skips, as for `SkipStepLoss`; a larger skip is a smaller s(t).
+        tau: τ in [0, 1].
+        estimator: "expected" and "fresh" have the same gain, "shared" another.
+        max_c2: Upper bound on c²; see `coefficients`.
+        component: Name of the denoiser, if it is neither `unet` nor `transformer`.
+
+    Returns:
+        The handle that takes the gain off again.
+
+    Raises:
+        TypeError: if `pipe` is no pipeline.
+        ValueError: if its scheduler has no gain (flow matching, EDM), or it has one already.
+    """
+    return PipelineGain(
+        pipe, skip_set, tau=tau, estimator=estimator, max_c2=max_c2, component=component
+    )
+
+
+class PipelineGain:
+    """What `shrink_pipeline` returns: the gain on a pipeline's denoiser, until it is removed.
+
+    Attributes:
+        active: Whether the gain is on.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        skip_set: Skips,
+        *,
+        tau: float = DEFAULT_TAU,
+        estimator: Estimator = "expected",
+        max_c2: float = DEFAULT_MAX_C2,
+        component: str | None = None,
+    ) -> None:
+        """Put the gain on; the arguments are those of `shrink_pipeline`."""
+        denoiser = _denoiser(pipe, component)
+        schedule = schedule_of(pipe.scheduler)
+        if not isinstance(schedule, NoiseSchedule):
+            raise ValueError(
+                "pipe must have a scheduler with alphas_cumprod, got a "
+                f"{type(pipe.scheduler).__name__}: the gain is not offered for flow matching, "
+                "whose transformers do not agree on whether a timestep is σ or 1000 σ"
+            )
+        if denoiser in _SHRUNK:
+            raise ValueError(
+                f"pipe has a gain on its {type(denoiser).__name__} already, and two would "
+                "multiply: remove the first handle"
+            )
+        self._squares = _OutputSquares(
+            schedule, SkipSet.wrap(skip_set), tau=tau, estimator=estimator, max_c2=max_c2
+        )
+        self._squares.check()
+        self._pipe = pipe
+        self._denoiser = denoiser
+        # torch.compile wraps a module; the wrapped one knows the names of the arguments.
+        inner = getattr(denoiser, "_orig_mod", denoiser)
+        self._signature = inspect.signature(inner.forward)
+        prediction_type_of(pipe.scheduler)
+        self._hook = denoiser.register_forward_hook(self._shrink, with_kwargs=True)
+        _SHRUNK.add(denoiser)
+        self.active = True
+
+    def remove(self) -> None:
+        """Take the gain off; once is enough, twice does no harm."""
+        if self.active:
+            self._hook.remove()
+            _SHRUNK.discard(self._denoiser)
+            self.active = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _shrink(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        call = self._signature.bind(*args, **kwargs).arguments
+        x_t = call["sample"] if "sample" in call else call["hidden_states"]
+        prediction = read_output(output)
+        config = self._pipe.scheduler.config
+        learned_variance = prediction.shape[1] == 2 * x_t.shape[1] or str(
+            config.get("variance_type")
+        ).startswith("learned")
+        mean, *variance = prediction.chunk(2, dim=1) if learned_variance else (prediction,)
+
+        t = torch.as_tensor(call["timestep"], device=x_t.device)
+        # Euler and its kin visit fractional timesteps; the nearest trained one has the gain.
+        t = t.round().long() if t.is_floating_point() else t
+        t = t.expand(x_t.shape[0]) if t.numel() == 1 else t
+        dtype = torch.promote_types(mean.dtype, torch.float32)
+        square = self._squares.at(t, prediction_type_of(self._pipe.scheduler), dtype)
+        # Inpainting and image conditions are concatenated behind the noisy channels.
+        x_t = x_t[:, : mean.shape[1]]
+        shrunk = along(square.gain, mean) * mean.to(dtype)
+        shrunk = shrunk + along(square.input_scale, mean) * x_t.to(dtype)
+        return _replaced(output, torch.cat([shrunk.to(mean.dtype), *variance], dim=1))
+
+    @override
+    def __repr__(self) -> str:
+        state = "active" if self.active else "removed"
+        return f"PipelineGain({self._squares!r}, {type(self._denoiser).__name__}, {state})"
+
+
+# Denoisers that have a gain.
+_SHRUNK: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def schedule_of(scheduler: Any) -> Schedule:
+    """Return the schedule that a diffusers scheduler noises with, as this library's own.
+
+    Where the config's `beta_schedule` gives the scheduler's table to float32 rounding, it is
+    rebuilt in float64, since c at k = 1 loses four digits in float32; else the table is taken as
+    it is. Zero terminal SNR is ᾱ = 0 at the end, also where the scheduler writes 2^-24 for it.
+
+    Raises:
+        TypeError: if `scheduler` is no diffusers scheduler.
+        ValueError: if it has no variance-preserving path; the message gives the reason.
+    """
+    name = type(scheduler).__name__
+    config = getattr(scheduler, "config", None)
+    if config is None or not callable(getattr(scheduler, "step", None)):
+        raise TypeError(f"scheduler must be a diffusers scheduler, got {describe(scheduler)}")
+    if name.startswith("FlowMatch"):
+        return ContinuousSchedule.flow()
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        reason = (
+            "EDM trains on σ and float timesteps, which have no skip in timesteps"
+            if name.startswith("EDM")
+            else "without ᾱ there is no transition from t - k to t to take the skip from"
+        )
+        raise ValueError(
+            f"scheduler must have alphas_cumprod (DDPM, DDIM, PNDM, ...), got a {name}: {reason}"
+        )
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        raise ValueError(
+            f"scheduler must noise with its alphas_cumprod, got a {name} set to flow matching: "
+            "give the FlowMatch scheduler that the model trains with"
+        )
+    # A copy: add_noise moves the scheduler's own table between devices.
+    table = as_float64("scheduler.alphas_cumprod", table).clone()
+    if config.get("rescale_betas_zero_snr"):
+        table[-1] = 0.0
+    exact = _rebuilt(config, table.numel())
+    if exact is not None:
+        away = (exact.log_alphas_cumprod[:-1] - table[:-1].log()).abs().max()
+        ends_alike = math.isclose(exact.alphas_cumprod[-1].item(), table[-1].item(), rel_tol=1e-4)
+        if away < _FLOAT32_ROUNDING and ends_alike:
+            return exact
+    return NoiseSchedule.from_alphas_cumprod(table)
+
+
+def prediction_type_of(scheduler: Any) -> PredictionType:
+    """Return what `scheduler.config` says the model predicts, "epsilon" where it says nothing."""
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    check_choice(
+        "scheduler.config.prediction_type", prediction_type, ("epsilon", "v_prediction", "sample")
+    )
+    return prediction_type  # type: ignore[no-any-return]
+
+
+class _OutputSquare(NamedTuple):
+    """L = weight · mse(output, gain · target + input_scale · x_t + skip_scale · ζ)."""
+
+    weight: Tensor
+    gain: Tensor
+    input_scale: Tensor
+    skip_scale: Tensor
+
+
+class _OutputSquares:
+    """The square on the scale of the output, as a table for each prediction type in use."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        skip_set: SkipSet,
+        *,
+        tau: float,
+        estimator: Estimator,
+        max_c2: float,
+        normalize: bool = False,
+    ) -> None:
+        self._schedule = schedule
+        self._skip_set = skip_set
+        self._tau = tau
+        self._estimator: Estimator = estimator
+        self._max_c2 = max_c2
+        self._normalize = normalize
+        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def check(self) -> None:
+        """Raise if the skips do not fit the schedule, or a number is out of its range."""
+        self._coefficients(torch.zeros(1, dtype=torch.long))
+
+    def at(self, t: Tensor, prediction_type: PredictionType, dtype: torch.dtype) -> _OutputSquare:
+        """Return the square at times of shape [B]."""
+        self._schedule.check_timesteps(t, "timesteps")
+        timesteps = self._schedule.timesteps
+        if timesteps is None:
+            return _OutputSquare(*self._rows(t, prediction_type).to(dtype).unbind(-1))
+        key = (prediction_type, t.device, dtype)
+        if key not in self._tables:
+            self._tables[key] = self._rows(timesteps, prediction_type).to(t.device, dtype)
+        return _OutputSquare(*read_table(self._tables[key], t).unbind(-1))
+
+    def _rows(self, t: Tensor, prediction_type: PredictionType) -> Tensor:
+        at_t = self._coefficients(t)
+        a, b = self._schedule.alpha_sigma(t)
+        if prediction_type == "epsilon":
+            square = at_t.complete_square(normalize=self._normalize)
+            zero = torch.zeros_like(at_t.tau)
+            rows = _OutputSquare(square.weight, square.gain, zero, square.skip_gain)
+            return torch.stack(rows, dim=-1)
+        # As at the top of the module; a and b are √ᾱ and √(1-ᾱ), or 1-σ and σ.
+        if prediction_type == "v_prediction":
+            ratio, lift_over_ratio = a, b / a
+        elif prediction_type == "sample":
+            ratio, lift_over_ratio = -a / b, -1 / a
+        else:
+            ratio, lift_over_ratio = a, 1 / a
+        signal = a > 0
+        bound = torch.where(signal, self._max_c2 * ratio.square(), 0.0)
+        at_t = replace(at_t, c=at_t.c.minimum(bound.sqrt()), c2=at_t.c2.minimum(bound))
+        square = at_t.complete_square(normalize=self._normalize)
+        rows = _OutputSquare(
+            square.weight,
+            square.gain,
+            torch.where(signal, (square.gain - 1) * lift_over_ratio, 0.0),
+            torch.where(signal, square.skip_gain / ratio, 0.0),
+        )
+        return torch.stack(rows, dim=-1)
+
+    def _coefficients(self, t: Tensor) -> Coefficients:
+        return coefficients(
+            self._schedule,
+            self._skip_set,
+            t=t,
+            tau=self._tau,
+            estimator=self._estimator,
+            max_c2=self._max_c2,
+        )
+
+    @override
+    def __repr__(self) -> str:
+        return (
+            f"{self._schedule!r}, {self._skip_set!r}, tau={self._tau}, "
+            f"estimator={self._estimator!r}"
+        )
+
+
+_PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow")
+
+
+def _rebuilt(config: Any, num_train_timesteps: int) -> NoiseSchedule | None:
+    """The schedule that a scheduler's config names, in float64; None if it is not one of ours."""
+    named = config.get("beta_schedule", "squaredcos_cap_v2")  # UnCLIP knows no other
+    betas = config.get("trained_betas")
+    if betas is not None:
+        exact = NoiseSchedule.from_betas(betas)
+    elif named in ("linear", "scaled_linear"):
+        build = getattr(NoiseSchedule, named)
+        exact = build(num_train_timesteps, config["beta_start"], config["beta_end"])
+    elif named == "squaredcos_cap_v2":
+        exact = NoiseSchedule.cosine(num_train_timesteps)
+    else:
+        return None
+    return exact.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else exact
+
+
+def _denoiser(pipe: Any, component: str | None) -> nn.Module:
+    if not hasattr(pipe, "scheduler"):
+        raise TypeError(
+            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
+        )
+    names = ("unet", "transformer") if component is None else (component,)
+    for name in names:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ValueError(
+        f"pipe must have a denoiser named {' or '.join(names)}, got a {type(pipe).__name__}: "
+        "name it with component="
+    )
+
+
+def _replaced(output: Any, prediction: Tensor) -> Any:
+    """Return a denoiser's output with its prediction replaced, of the type it came in."""
+    if isinstance(output, Tensor):
+        return prediction
+    if isinstance(output, tuple):
+        return (prediction, *output[1:])
+    return type(output)(**{**output, "sample": prediction})
