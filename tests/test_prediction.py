@@ -1,0 +1,78 @@
+"""Conversions between prediction types, against the definitions on x_t = a x_0 + b ε."""
+
+import pytest
+import torch
+from hypothesis import assume, given
+
+from s2dm_loss import (
+    ContinuousSchedule,
+    NoiseSchedule,
+    epsilon_from_output,
+    output_from_epsilon,
+)
+from tests.strategies import normal, schedules, seeds, shapes, timesteps
+
+TYPES = ["epsilon", "v_prediction", "sample", "flow", "score"]
+PATHS = [
+    ContinuousSchedule.vp(),
+    ContinuousSchedule.sub_vp(),
+    ContinuousSchedule.cosine(),
+    ContinuousSchedule.flow(),
+]
+
+
+def outputs_of(x0, eps, a, b):
+    """What a perfect model of each type returns, by the definitions."""
+    return {
+        "epsilon": eps,
+        "v_prediction": a * eps - b * x0,
+        "sample": x0,
+        "flow": eps - x0,
+        "score": -eps / b,
+    }
+
+
+def check(schedule, t, shape, seed, rtol):
+    x0, eps = normal(*shape, seed=seed), normal(*shape, seed=seed + 1)
+    a, b = (scale.reshape(-1, *[1] * (len(shape) - 1)) for scale in schedule.alpha_sigma(t))
+    x_t = a * x0 + b * eps
+    for kind, output in outputs_of(x0, eps, a, b).items():
+        found = epsilon_from_output(output, x_t, t, schedule, kind)
+        torch.testing.assert_close(found, eps, rtol=rtol, atol=rtol)
+        back = output_from_epsilon(eps, x_t, t, schedule, kind)
+        torch.testing.assert_close(back, output, rtol=rtol, atol=rtol)
+
+
+@given(schedules(max_size=100), shapes, seeds)
+def test_definitions_and_round_trips_on_random_schedules(schedule, shape, seed):
+    bar = schedule.alphas_cumprod
+    good = ((bar > 1e-6) & (bar < 1 - 1e-6)).nonzero().flatten()
+    assume(good.numel() > 0)
+    t = good[timesteps(good.numel(), shape[0], seed)]
+    check(schedule, t, shape, seed, rtol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", PATHS, ids=repr)
+def test_definitions_and_round_trips_on_continuous_paths(schedule):
+    t = torch.tensor([0.01, 0.3, 0.5, 0.7, 0.99], dtype=torch.float64)
+    check(schedule, t, (5, 3, 2), 0, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_zero_terminal_snr_gives_finite_noise(kind):
+    """At ᾱ = 0, x_t is the noise itself; every type but "sample" divides by nothing there."""
+    schedule = NoiseSchedule.linear(1000).rescale_zero_terminal_snr()
+    x0, eps, t = normal(1, 3, seed=0), normal(1, 3, seed=1), torch.tensor([999])
+    output = outputs_of(x0, eps, torch.zeros(1, 1), torch.ones(1, 1))[kind]
+    torch.testing.assert_close(epsilon_from_output(output, eps, t, schedule, kind), eps)
+
+
+@pytest.mark.parametrize("kind", TYPES[1:])
+def test_half_outputs_are_lifted(kind):
+    schedule = NoiseSchedule.linear(1000)
+    output, x_t = normal(2, 3, seed=0, dtype=torch.bfloat16), normal(2, 3, seed=1).float()
+    t = torch.tensor([300, 800])
+    eps_hat = epsilon_from_output(output, x_t, t, schedule, kind)
+    assert eps_hat.dtype == torch.float32
+    exact = epsilon_from_output(output.double(), x_t.double(), t, schedule, kind)
+    torch.testing.assert_close(eps_hat.double(), exact, rtol=1e-5, atol=1e-5)

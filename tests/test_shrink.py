@@ -1,0 +1,147 @@
+"""The gain without training."""
+
+import pytest
+import torch
+from torch import nn
+
+from s2dm_loss import (
+    ContinuousSchedule,
+    NoiseSchedule,
+    ShrunkModel,
+    epsilon_from_output,
+    epsilon_scaling,
+    gain,
+)
+from tests.strategies import normal
+
+LINEAR = NoiseSchedule.linear(1000)
+
+
+def s_of(t, k=99, tau=0.99):
+    """1/s = 1 + ((1-τ)/τ) c², from the table of ᾱ."""
+    bar = LINEAR.alphas_cumprod
+    return 1.0 if t < k else 1 / (1 + (1 - tau) / tau * (float(bar[t - k] / bar[t]) - 1))
+
+
+class Model(nn.Module):
+    def __init__(self, kind="tensor"):
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+        self.seen = []
+
+    def forward(self, x_t, t, label=None):
+        self.seen.append((t, label))
+        out = self.weight * x_t
+        if self.kind == "tuple":
+            return out, "extra"
+        if self.kind == "sample":
+            return Output(out)
+        if self.kind == "learned variance":
+            return torch.cat([out, out * 2], dim=1)
+        return out
+
+
+class Output:
+    def __init__(self, sample):
+        self.sample = sample
+        self.other = "kept"
+
+
+def test_gain_and_its_reciprocal():
+    s = gain(LINEAR, 99)
+    for t in (0, 98, 99, 500, 999):
+        assert float(s[t]) == pytest.approx(s_of(t), rel=1e-12)
+    assert torch.equal(epsilon_scaling(LINEAR, 99), 1 / s)
+    at = torch.tensor([[3, 500], [99, 999]])
+    assert torch.equal(gain(LINEAR, 99, t=at), s[at])
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "sample", "learned variance"])
+def test_scales_the_prediction_and_nothing_else(kind):
+    model, x_t, t = Model(kind), normal(3, 2, 4, seed=0), torch.tensor([0, 500, 999])
+    output = ShrunkModel(model, LINEAR, 99)(x_t, t, label="y")
+    assert model.seen == [(t, "y")]
+    expected = 0.7 * x_t * torch.tensor([s_of(0), s_of(500), s_of(999)]).double()[:, None, None]
+    if kind == "tuple":
+        assert output[1] == "extra"
+        output = output[0]
+    elif kind == "sample":
+        assert output.other == "kept"
+        output = output.sample
+    elif kind == "learned variance":
+        torch.testing.assert_close(output[:, 2:], 1.4 * x_t)
+        output = output[:, :2]
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "t", [500, torch.tensor(500), torch.tensor([500]), 500.3, torch.tensor(499.6)], ids=repr
+)
+def test_one_time_for_all_and_fractional_times(t):
+    x_t = normal(3, 2, seed=0)
+    output = ShrunkModel(Model(), LINEAR, 99)(x_t, t)
+    torch.testing.assert_close(output, 0.7 * s_of(500) * x_t, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample", "flow", "score"])
+def test_other_prediction_types_have_the_gain_on_epsilon(kind):
+    model, x_t, t = Model(), normal(3, 2, seed=0), torch.tensor([200, 500, 900])
+    shrunk = ShrunkModel(model, LINEAR, 99, prediction_type=kind)
+    before = epsilon_from_output(model(x_t, t), x_t, t, LINEAR, kind)
+    after = epsilon_from_output(shrunk(x_t, t), x_t, t, LINEAR, kind)
+    s = torch.tensor([s_of(200), s_of(500), s_of(900)], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(after, s * before, rtol=1e-9, atol=1e-9)
+
+
+def test_continuous_time():
+    schedule = ContinuousSchedule.vp()
+    x_t, t = normal(3, 2, seed=0), torch.tensor([0.01, 0.5, 1.0])
+    output = ShrunkModel(Model(), schedule, 0.05)(x_t, t)
+    s = gain(schedule, 0.05, t=t)
+    torch.testing.assert_close(output, 0.7 * s[:, None] * x_t, rtol=1e-12, atol=0)
+    assert s[0] == 1
+    assert s[2] < s[1] < 1
+
+
+def test_keeps_dtype_and_gradient_and_weights():
+    model = Model().to(torch.bfloat16)
+    shrunk = ShrunkModel(model, LINEAR, 99)
+    output = shrunk(normal(3, 2, seed=0, dtype=torch.bfloat16), torch.tensor([0, 500, 999]))
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert model.weight.grad is not None
+    assert list(shrunk.state_dict()) == ["model.weight"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIMScheduler",
+        "PNDMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+    ],
+)
+def test_in_any_sampler_of_diffusers(name):
+    """With the gain of a skip of 1 the sampler's result moves a little, and is finite."""
+    diffusers = pytest.importorskip("diffusers")
+
+    def sample(model):
+        scheduler = getattr(diffusers, name)(num_train_timesteps=1000)
+        scheduler.set_timesteps(10)
+        x = normal(4, 2, seed=0) * scheduler.init_noise_sigma
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x).prev_sample
+        return x
+
+    plain, shrunk = sample(Model()), sample(ShrunkModel(Model(), LINEAR, 99))
+    assert shrunk.isfinite().all()
+    assert not torch.equal(plain, shrunk)
+    # ε̂ = 0.7 x says the same as ε̂ = 0.7 s x with the scaling put into the model by hand.
+    by_hand = Model()
+    forward = by_hand.forward
+    by_hand.forward = lambda x, t: forward(x, t) * s_of(round(float(t)))
+    torch.testing.assert_close(shrunk, sample(by_hand), rtol=1e-9, atol=1e-9)
