@@ -1,0 +1,1 @@
+"""Measurements that stand beside the library: nothing here is imported by it."""

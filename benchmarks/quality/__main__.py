@@ -1,0 +1,5 @@
+"""``python -m benchmarks.quality``."""
+
+from benchmarks.quality.cli import main
+
+main()

@@ -1,0 +1,213 @@
+"""Real images as one uint8 tensor, whatever they come from.
+
+The digits ship with scikit-learn, the photographs with scikit-image and scikit-learn.  CIFAR10 and
+CelebA are read from a local folder in the format in which they are usually handed round; nothing
+is downloaded.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")
+CIFAR10_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
+CELEBA_SIZE = (178, 218)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images, and labels where there are any.
+
+    Attributes:
+        name: The data set's name.
+        images: uint8 ``[N, C, H, W]``.
+        labels: int64 ``[N]``, or None.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)``."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """Map uint8 images to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(samples: Tensor) -> Tensor:
+    """Map samples to uint8 images: clamped to [-1, 1] and rounded, as an image file would be."""
+    return ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def load_digits() -> ImageSet:
+    """Return scikit-learn's 1797 handwritten digits, 8 x 8, seventeen levels of grey."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    bunch = sklearn_digits()
+    images = torch.from_numpy(bunch.images).unsqueeze(1) * (255 / 16)
+    labels = torch.from_numpy(bunch.target).long()
+    return ImageSet("digits", images.round().to(torch.uint8), labels)
+
+
+def load_patches(size: int = 32, per_photograph: int = 4096) -> ImageSet:
+    """Return colour crops of the photographs that scikit-image and scikit-learn ship.
+
+    The label of a crop is its photograph.  A crop is taken from the photograph at half its
+    resolution, so that it shows more than texture.
+
+    Raises:
+        ModuleNotFoundError: If scikit-image is missing.
+    """
+    try:
+        from skimage import data as skimage_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the patches need the photographs of scikit-image: pip install scikit-image"
+        ) from error
+    from sklearn.datasets import load_sample_images
+
+    photographs = [getattr(skimage_data, name)() for name in PHOTOGRAPHS]
+    photographs += list(load_sample_images().images)
+    draw = np.random.default_rng(0)
+    crops, labels = [], []
+    for label, photograph in enumerate(photographs):
+        height, width = (side // 2 * 2 for side in photograph.shape[:2])
+        half = photograph[:height, :width].reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3))
+        tops = draw.integers(half.shape[0] - size + 1, size=per_photograph)
+        lefts = draw.integers(half.shape[1] - size + 1, size=per_photograph)
+        crops += [half[y : y + size, x : x + size] for y, x in zip(tops, lefts, strict=True)]
+        labels += [label] * per_photograph
+    images = torch.from_numpy(np.stack(crops)).round().to(torch.uint8).permute(0, 3, 1, 2)
+    return ImageSet("patches", images.contiguous(), torch.tensor(labels))
+
+
+def load_cifar10(folder: Path) -> ImageSet:
+    """Return CIFAR10's 50,000 training images from the pickles of its "python version".
+
+    Args:
+        folder: ``cifar-10-batches-py``, or the folder that holds it.
+
+    Raises:
+        FileNotFoundError: If a batch is missing.
+        ValueError: If a batch is not what CIFAR10's are.
+    """
+    if (folder / "cifar-10-batches-py").is_dir():
+        folder = folder / "cifar-10-batches-py"
+    missing = [name for name in CIFAR10_FILES if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"data: {folder} lacks {', '.join(missing)}; expected the folder cifar-10-batches-py "
+            "of CIFAR10's python version, with data_batch_1 to data_batch_5"
+        )
+    images, labels = [], []
+    for name in CIFAR10_FILES:
+        with (folder / name).open("rb") as file:
+            batch = _NumpyOnly(file, encoding="bytes").load()
+        rows = batch.get(b"data") if isinstance(batch, dict) else None
+        if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape[1:] != (3072,):
+            came = "no array" if not isinstance(rows, np.ndarray) else f"{rows.dtype} {rows.shape}"
+            raise ValueError(
+                f"data: {folder / name}: expected b'data' to be a uint8 array of shape (N, 3072), "
+                f"got {came}"
+            )
+        if len(batch.get(b"labels", ())) != len(rows):
+            raise ValueError(f"data: {folder / name}: expected b'labels' with {len(rows)} entries")
+        images.append(torch.from_numpy(rows).view(-1, 3, 32, 32))
+        labels += batch[b"labels"]
+    return ImageSet("cifar10", torch.cat(images), torch.tensor(labels))
+
+
+class _NumpyOnly(pickle.Unpickler):
+    """Reads a pickle of arrays, lists and bytes, and refuses one that would run anything else."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.split(".")[0] != "numpy" and (module, name) != ("_codecs", "encode"):
+            raise ValueError(f"data: expected a pickle of numpy arrays, found {module}.{name}")
+        found: object = super().find_class(module, name)
+        return found
+
+
+def load_celeba(folder: Path, size: int = 64) -> ImageSet:
+    """Return CelebA's aligned faces: the central 128 x 128 pixels, resized to ``size``.
+
+    The crop is DDIM's.  Where ``list_eval_partition.txt`` lies beside the images' folder, only
+    the training split is read; otherwise every image.
+
+    Args:
+        folder: ``img_align_celeba``, or the folder that holds it.
+        size: Side of the images returned.
+
+    Raises:
+        FileNotFoundError: If there are no images.
+        ValueError: If an image is not 178 x 218.
+    """
+    from PIL import Image
+
+    if (folder / "img_align_celeba").is_dir():
+        folder = folder / "img_align_celeba"
+    files = sorted(folder.glob("*.jpg"))
+    if not files:
+        raise FileNotFoundError(
+            f"data: no .jpg in {folder}; expected CelebA's folder img_align_celeba with "
+            "000001.jpg and so on"
+        )
+    partition = folder.parent / "list_eval_partition.txt"
+    if partition.is_file():
+        entries = (line.split() for line in partition.read_text().splitlines())
+        train = {entry[0] for entry in entries if entry[1:] == ["0"]}
+        files = [file for file in files if file.name in train]
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    for row, file in enumerate(tqdm(files, desc="reading CelebA", disable=len(files) < 1000)):
+        with Image.open(file) as image:
+            if image.size != CELEBA_SIZE:
+                raise ValueError(
+                    f"data: {file} is {image.size[0]} x {image.size[1]}; expected 178 x 218, "
+                    "the aligned and cropped version"
+                )
+            face = image.convert("RGB").crop((25, 57, 153, 185))
+            pixels = np.array(face.resize((size, size), Image.Resampling.BILINEAR))
+        images[row] = torch.from_numpy(pixels).permute(2, 0, 1)
+    return ImageSet("celeba", images)
+
+
+SHIPPED: dict[str, Callable[[], ImageSet]] = {"digits": load_digits, "patches": load_patches}
+LOCAL: dict[str, Callable[[Path], ImageSet]] = {"cifar10": load_cifar10, "celeba": load_celeba}
+
+
+def load(name: str, folder: Path | None = None) -> ImageSet:
+    """Return a data set by name.
+
+    Args:
+        name: ``digits``, ``patches``, ``cifar10`` or ``celeba``.
+        folder: Where the last two lie.
+
+    Raises:
+        ValueError: If there is no such data set, or it needs a folder and got none.
+        FileNotFoundError: If the folder does not hold it.
+    """
+    if name in SHIPPED:
+        return SHIPPED[name]()
+    if name not in LOCAL:
+        raise ValueError(f"data: expected one of {', '.join([*SHIPPED, *LOCAL])}, got {name!r}")
+    if folder is None:
+        raise ValueError(f"data: {name} is read from a local folder; name it with --data")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data: there is no folder {folder}")
+    return LOCAL[name](folder)

@@ -1,0 +1,170 @@
+"""The feature space in which samples are compared with data.
+
+Inception's features mean little on 8 x 8 digits, so a small classifier is trained on the data's
+own labels and the layer before its last one is used, as Inception's is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.quality.data import ImageSet, to_model_range
+from benchmarks.quality.files import load_tensors, save_tensors
+
+
+class FeatureSpec(Protocol):
+    """A recipe for a feature network."""
+
+    def build(self, data: ImageSet, folder: Path, device: torch.device) -> FeatureNetwork:
+        """Return the network; train it, or load it from ``folder`` where it was trained before."""
+        ...
+
+
+class FeatureNetwork(nn.Module):
+    """Maps uint8 images ``[B, C, H, W]`` to features ``[B, num_features]``.
+
+    Attributes:
+        num_features: Their number.
+        description: What the network is, for the page.
+        takes_floats: Whether it takes float images too, in the model's range and beyond it.
+    """
+
+    num_features: int
+    description: str
+    takes_floats: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return next(self.parameters()).device
+
+
+class Classifier(FeatureNetwork):
+    """A small convolutional classifier."""
+
+    head: nn.Linear
+
+    def __init__(self, channels: int, classes: int, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.takes_floats = True
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(64, 64, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, num_features),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(num_features, classes)
+        # Set after training, so that the features have unit variance on average over the data:
+        # the distances then have a scale that a reader can place.
+        self.register_buffer("spread", torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = images if images.is_floating_point() else to_model_range(images)
+        features: Tensor = self.body(values)
+        return features / self.get_buffer("spread")
+
+
+@dataclass(frozen=True)
+class ClassifierFeatures:
+    """Train a :class:`Classifier` on four fifths of the data; report its accuracy on the rest."""
+
+    num_features: int = 64
+    epochs: int = 30
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+
+    def build(self, data: ImageSet, folder: Path, device: torch.device) -> FeatureNetwork:
+        if data.labels is None:
+            raise ValueError(
+                f"features: a classifier needs labels, and the data set {data.name!r} has none"
+            )
+        classes = int(data.labels.max()) + 1
+        path = folder / "features.pt"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = Classifier(data.shape[0], classes, self.num_features)
+            if path.exists():
+                stored = load_tensors(path)
+                network.load_state_dict(stored["weights"])
+                accuracy = float(stored["accuracy"])
+            else:
+                accuracy = self._train(network.to(device), data.images, data.labels)
+                folder.mkdir(parents=True, exist_ok=True)
+                save_tensors(path, {"weights": network.state_dict(), "accuracy": accuracy})
+        network.description = (
+            f"{self.num_features} features of a small convolutional classifier "
+            f"(test accuracy {accuracy:.1%})"
+        )
+        return network.to(device).eval().requires_grad_(False)
+
+    def _train(self, network: Classifier, images: Tensor, labels: Tensor) -> float:
+        """Train in place and return the accuracy on the held-out fifth."""
+        device = network.device
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        held_out, used = order[: len(images) // 5], order[len(images) // 5 :]
+        optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate)
+        batches = len(used) // self.batch_size
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * batches)
+        for _ in range(self.epochs):
+            shuffled = used[torch.randperm(len(used))]
+            for rows in shuffled[: batches * self.batch_size].split(self.batch_size):
+                logits = network.head(network(images[rows].to(device)))
+                loss = F.cross_entropy(logits, labels[rows].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                decay.step()
+        network.eval()
+        with torch.inference_mode():
+            right = [
+                network.head(network(images[rows].to(device))).argmax(1).cpu() == labels[rows]
+                for rows in held_out.split(1024)
+            ]
+            features = torch.cat([network(part.to(device)) for part in images.split(1024)])
+            network.get_buffer("spread").copy_(features.var(0).mean().sqrt())
+        return float(torch.cat(right).float().mean())
+
+
+class Inception(FeatureNetwork):
+    """The 2048 pool features of FID's Inception, by way of torchmetrics and torch-fidelity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        self.num_features = 2048
+        self.takes_floats = False
+        self.description = "2048 pool features of FID's Inception (torch-fidelity's port)"
+        self.network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.network(images)
+        return features
+
+
+@dataclass(frozen=True)
+class InceptionFeatures:
+    """FID's own feature space; needs torch-fidelity and its weights."""
+
+    def build(self, data: ImageSet, folder: Path, device: torch.device) -> FeatureNetwork:
+        try:
+            network = Inception()
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "Inception FID needs torch-fidelity (with torchvision and the weights it "
+                "downloads): pip install torch-fidelity torchvision"
+            ) from error
+        return network.to(device).eval().requires_grad_(False)

@@ -1,0 +1,111 @@
+"""Distances between samples and data in a feature space, computed by torchmetrics.
+
+The features are computed once and handed to both metrics, whose feature network is therefore the
+identity.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from benchmarks.quality.features import FeatureNetwork
+
+KERNEL_SUBSETS = 10
+KERNEL_SUBSET_SIZE = 500
+
+
+class _Identity(nn.Identity):
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How far a set of images is from the reference.
+
+    Attributes:
+        frechet: Fréchet distance of the two sets' features.
+        kernel: Kernel distance (squared MMD, cubic kernel), mean over subsets.
+        kernel_std: Its standard deviation over subsets.
+    """
+
+    frechet: float
+    kernel: float
+    kernel_std: float
+
+
+class FeatureDistances:
+    """Compares sets of images with one reference set.
+
+    Args:
+        network: Maps images to features.
+        reference: uint8 images ``[N, C, H, W]``.
+        batch_size: Images per call of the network.
+    """
+
+    def __init__(self, network: FeatureNetwork, reference: Tensor, batch_size: int = 1024) -> None:
+        self.network = network
+        self.batch_size = batch_size
+        self.device = network.device
+        self.frechet = FrechetInceptionDistance(
+            feature=_Identity(network.num_features), reset_real_features=False
+        ).to(self.device)
+        with warnings.catch_warnings():
+            # It warns that it keeps all features, which is what is wanted here.
+            warnings.simplefilter("ignore", UserWarning)
+            self.kernel = KernelInceptionDistance(
+                feature=_Identity(network.num_features),
+                subsets=KERNEL_SUBSETS,
+                subset_size=min(KERNEL_SUBSET_SIZE, len(reference)),
+                reset_real_features=False,
+            ).to(self.device)
+        # In a distributed run the references of all processes are gathered too; a set that is
+        # repeated has the same mean and covariance (up to n / (n - 1)).
+        self._update(reference, real=True)
+
+    @torch.inference_mode()
+    def _update(self, images: Tensor, *, real: bool) -> None:
+        for part in images.split(self.batch_size):
+            features = self.network(part.to(self.device)).float()
+            self.frechet.update(features, real=real)
+            self.kernel.update(features, real=real)
+
+    def compare(self, images: Tensor) -> Distances:
+        """Return the distances of images ``[N, C, H, W]`` from the reference.
+
+        In a distributed run every process hands in its share, and torchmetrics gathers them.
+        """
+        self._update(images, real=False)
+        with torch.random.fork_rng(devices=[]):
+            # The kernel distance draws its subsets from the global generator.
+            torch.manual_seed(0)
+            kernel, kernel_std = self.kernel.compute()
+        result = Distances(float(self.frechet.compute()), float(kernel), float(kernel_std))
+        self.frechet.reset()
+        self.kernel.reset()
+        return result
+
+
+def noise_floor(network: FeatureNetwork, data: Tensor, repeats: int = 5) -> dict[str, float]:
+    """Return the distances between random halves of the data, averaged over splits.
+
+    What no set of samples of that size can be expected to beat.
+    """
+    results = []
+    for repeat in range(repeats):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(repeat))
+        half, other = data[order[: len(data) // 2]], data[order[len(data) // 2 :]]
+        results.append(FeatureDistances(network, half).compare(other))
+    return {
+        "frechet": sum(r.frechet for r in results) / repeats,
+        "kernel": sum(r.kernel for r in results) / repeats,
+        "repeats": repeats,
+        "images_each": len(data) // 2,
+    }

@@ -1,0 +1,227 @@
+"""The experiments, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from benchmarks.quality.features import ClassifierFeatures, FeatureSpec, InceptionFeatures
+from benchmarks.quality.networks import MLPSpec, NetworkSpec, UNetSpec
+from benchmarks.quality.objectives import (
+    Correction,
+    EpsilonScaling,
+    Gain,
+    InputPerturbation,
+    Method,
+    MinSNR,
+    Objective,
+    Plain,
+    SampledTimesteps,
+    SequenceAware,
+    SkipStep,
+)
+from benchmarks.quality.training import Budget
+
+CORE = ("ddim", "pndm", "deis")
+EVERY = (*CORE, "ddpm", "dpm++2m")
+STEPS = (10, 20, 50, 100)
+LONG = (200, 500, 1000)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method, and the samplers and step counts that it is measured with."""
+
+    method: Method
+    samplers: tuple[str, ...] = CORE
+    steps: tuple[int, ...] = STEPS
+
+
+def arm(
+    objective: Objective,
+    correction: Correction | None = None,
+    samplers: tuple[str, ...] = CORE,
+    steps: tuple[int, ...] = STEPS,
+) -> Arm:
+    """Return an arm, said briefly."""
+    return Arm(Method(objective, correction), samplers, steps)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An experiment.
+
+    Attributes:
+        name: What the command line calls it.
+        about: One line for ``--help``.
+        data: The data set.
+        network: The ε-model.
+        budget: The training budget, the same for every objective.
+        features: The feature space of the distances.
+        samples: Images per cell.
+        sample_batch: Images sampled at once.
+        arms: What is measured, the most important first.
+        seeds: Repetitions.
+        workers: Processes, where nobody says otherwise.
+        columns: The methods of the picture and of the short table, by name.
+        paper: The paper's numbers for this data set, to be printed beside ours.
+    """
+
+    name: str
+    about: str
+    data: str
+    network: NetworkSpec
+    budget: Budget
+    features: FeatureSpec
+    samples: int
+    sample_batch: int
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    workers: int = 1
+    columns: tuple[str, ...] = ()
+    paper: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, str | int]:
+        """What a cell's value depends on besides its own coordinates."""
+        return {
+            "data": self.data,
+            "schedule": "linear, T = 1000, beta 1e-4 to 0.02",
+            "network": repr(self.network),
+            "budget": repr(self.budget),
+            "features": repr(self.features),
+            "samples": self.samples,
+        }
+
+    def seeded(self, seeds: tuple[int, ...]) -> Preset:
+        """Return the preset with other seeds."""
+        return replace(self, seeds=seeds)
+
+
+DIGITS = Preset(
+    name="digits",
+    about="the README's run: handwritten digits, minutes on 2 cores",
+    data="digits",
+    network=MLPSpec(width=128, blocks=3),
+    budget=Budget(
+        steps=6_000, batch_size=128, learning_rate=2e-3, anneal=False, checkpoint_every=1_000
+    ),
+    features=ClassifierFeatures(),
+    samples=4096,
+    sample_batch=4096,
+    arms=tuple(
+        arm(objective, steps=(10, 20, 50)) for objective in (Plain(), SkipStep(9), SkipStep(99))
+    ),
+    seeds=(0,),
+    workers=2,
+    columns=("plain", "skip9-expected", "skip99-expected"),
+)
+
+DIGITS_FULL = replace(
+    DIGITS,
+    name="digits-full",
+    about="the whole grid on the digits, five seeds; an hour or two on 2 cores",
+    seeds=(0, 1, 2, 3, 4),
+    arms=(
+        arm(Plain(), samplers=EVERY),
+        *(arm(SkipStep(k), samplers=EVERY) for k in (9, 49, 99)),
+        *(arm(Plain(), Gain(k), samplers=EVERY) for k in (9, 49, 99)),
+        arm(SkipStep(9, "fresh")),
+        arm(SkipStep(49, "fresh")),
+        arm(SkipStep(49, "shared")),
+        arm(SequenceAware()),
+        arm(MinSNR()),
+        arm(InputPerturbation()),
+        arm(SampledTimesteps(10), samplers=("ddim", "pndm"), steps=(10,)),
+        arm(SampledTimesteps(20), samplers=("ddim", "pndm"), steps=(20,)),
+        arm(SampledTimesteps(50), samplers=("ddim", "pndm"), steps=(50,)),
+        arm(SkipStep(1)),
+        arm(SkipStep(9, "shared")),
+        *(arm(Plain(), EpsilonScaling(factor)) for factor in (1.017, 1.04)),
+        *(arm(Plain(), Gain(k)) for k in (1, 149, 199)),
+        *(arm(SkipStep(49, tau=tau)) for tau in (0.9, 0.95, 0.995)),
+        arm(SkipStep(149)),
+        arm(SkipStep(1, "fresh")),
+        arm(SkipStep(1, "shared")),
+        arm(SkipStep(99, "fresh")),
+        arm(SkipStep(99, "shared")),
+        *(
+            arm(Plain(), correction, samplers=("ddim",), steps=LONG)
+            for correction in (None, Gain(9), Gain(49), Gain(99))
+        ),
+        *(arm(SkipStep(k), samplers=("ddim",), steps=LONG) for k in (9, 49, 99)),
+    ),
+)
+
+PATCHES = Preset(
+    name="patches",
+    about="32 x 32 colour crops of shipped photographs, diffusers' U-Net; for a GPU",
+    data="patches",
+    network=UNetSpec(channels=64, multipliers=(1, 2, 2), dropout=0.0),
+    budget=Budget(
+        steps=20_000,
+        batch_size=128,
+        learning_rate=2e-4,
+        anneal=False,
+        grad_clip=1.0,
+        ema_decay=0.9995,
+        checkpoint_every=1_000,
+    ),
+    features=ClassifierFeatures(epochs=6, batch_size=256),
+    samples=8192,
+    sample_batch=1024,
+    arms=(
+        arm(Plain(), steps=(10, 20, 50)),
+        *(arm(SkipStep(k), steps=(10, 20, 50)) for k in (9, 49, 99)),
+        *(arm(Plain(), Gain(k), steps=(10, 20, 50)) for k in (9, 49, 99)),
+    ),
+    seeds=(0, 1, 2),
+    columns=("plain", "skip9-expected", "skip49-expected", "skip99-expected"),
+)
+
+PAPER_ARMS = (
+    arm(Plain(), steps=(*STEPS, *LONG)),
+    *(arm(SkipStep(k, "fresh"), steps=(*STEPS, *LONG)) for k in (1, 9, 49)),
+    *(arm(Plain(), Gain(k), steps=(*STEPS, *LONG)) for k in (1, 9, 49)),
+)
+PAPER_BUDGET = Budget(
+    steps=500_000,
+    batch_size=128,
+    learning_rate=2e-4,
+    anneal=False,
+    ema_decay=0.9999,
+    grad_clip=1.0,
+    flip=True,
+    log_every=1_000,
+    checkpoint_every=5_000,
+)
+CIFAR10 = Preset(
+    name="cifar10",
+    about="the paper's CIFAR10 run; data from a local folder, GPUs, Inception FID",
+    data="cifar10",
+    network=UNetSpec(channels=128, multipliers=(1, 2, 2, 2), dropout=0.1),
+    budget=PAPER_BUDGET,
+    features=InceptionFeatures(),
+    samples=50_000,
+    sample_batch=500,
+    arms=PAPER_ARMS,
+    seeds=(0,),
+    columns=("plain", "skip1-fresh", "skip9-fresh", "skip49-fresh"),
+    paper={
+        "FID, DDIM, 10 steps (an earlier version of the paper)": "8.01",
+        "relative improvement over plain, range over samplers and steps": "3.27 % to 14.06 %",
+    },
+)
+CELEBA = replace(
+    CIFAR10,
+    name="celeba",
+    about="the paper's CelebA 64 x 64 run; data from a local folder, GPUs, Inception FID",
+    data="celeba",
+    network=UNetSpec(channels=128, multipliers=(1, 2, 2, 2, 4), dropout=0.1),
+    sample_batch=250,
+    paper={
+        "FID, DDIM, 10 steps (an earlier version of the paper)": "6.41",
+        "relative improvement over plain, range over samplers and steps": "8.97 % to 27.08 %",
+    },
+)
+
+PRESETS = {p.name: p for p in (DIGITS, DIGITS_FULL, PATCHES, CIFAR10, CELEBA)}

@@ -1,0 +1,253 @@
+"""One training run that survives being killed.
+
+A checkpoint holds everything that the next step depends on, the random streams included, so a
+resumed run ends with the weights it would have had without the interruption.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from benchmarks.quality.data import ImageSet, to_model_range
+from benchmarks.quality.files import load_tensors, save_json, save_tensors
+from benchmarks.quality.networks import NetworkSpec
+from benchmarks.quality.objectives import Batch, Objective
+from benchmarks.quality.streams import Purpose, Stream, generator
+from s2dm_loss import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a network is trained; the same for every objective.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Images per step, over all processes.
+        learning_rate: Adam's.
+        anneal: Let the learning rate fall to zero along a cosine.
+        ema_decay: Decay of the averaged weights, which are the ones that sample.
+        grad_clip: Bound of the gradient's norm; None for none.
+        flip: Mirror images at random.
+        log_every: Steps per point of the loss curve.
+        checkpoint_every: Steps between checkpoints.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    anneal: bool = True
+    ema_decay: float = 0.999
+    grad_clip: float | None = None
+    flip: bool = False
+    log_every: int = 100
+    checkpoint_every: int = 1000
+
+
+class Progress(Protocol):
+    """Told after every optimiser step; may raise to stop the run."""
+
+    def __call__(self, steps: int) -> object: ...
+
+
+def train(
+    objective: Objective,
+    seed: int,
+    *,
+    data: ImageSet,
+    schedule: NoiseSchedule,
+    network: NetworkSpec,
+    budget: Budget,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress = lambda steps: None,
+) -> nn.Module:
+    """Train a network, or take up a run where it stopped, or load one that is done.
+
+    Args:
+        objective: What to train on.
+        seed: Seed of the initialisation and of all streams.
+        data: The images.
+        schedule: The noise schedule.
+        network: The ε-model.
+        budget: The training budget.
+        folder: Where this run's files go: ``checkpoint.pt`` while it is under way, then
+            ``weights.pt`` and ``training.json``.
+        accelerator: Device and processes.
+        progress: Called with the number of steps just done.
+
+    Returns:
+        The network with averaged weights, in evaluation mode, on the accelerator's device.
+    """
+    weights_path, record_path = folder / "weights.pt", folder / "training.json"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, Purpose.INITIALISATION).initial_seed())
+        model = network.build(data.shape)
+        if not (weights_path.exists() and record_path.exists()):
+            run = _Run(model, objective, seed, data, schedule, budget, accelerator)
+            run.advance(folder / "checkpoint.pt", progress)
+            model = run.averaged()
+            if accelerator.is_main_process:
+                save_tensors(weights_path, model.state_dict())
+                save_json(record_path, run.record())
+                (folder / "checkpoint.pt").unlink(missing_ok=True)
+            accelerator.wait_for_everyone()
+    model.load_state_dict(load_tensors(weights_path))
+    return model.to(accelerator.device).eval().requires_grad_(False)
+
+
+class _Run:
+    """The state of one training run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        seed: int,
+        data: ImageSet,
+        schedule: NoiseSchedule,
+        budget: Budget,
+        accelerator: Accelerator,
+    ) -> None:
+        share, rest = divmod(budget.batch_size, accelerator.num_processes)
+        if rest:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {accelerator.num_processes} processes, "
+                f"got {budget.batch_size}"
+            )
+        self.objective, self.data, self.budget = objective, data, budget
+        self.accelerator = accelerator
+        self.num_train_timesteps = len(schedule.alphas_cumprod)
+        device = accelerator.device
+        rows = slice(share * accelerator.process_index, share * (accelerator.process_index + 1))
+        self.streams = {
+            purpose: Stream(generator(seed, purpose), budget.batch_size, rows, device)
+            for purpose in (Purpose.TRAINING, Purpose.EXTRA)
+        }
+        self.loss = objective.build(schedule).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=budget.learning_rate, fused=True)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.ema = EMAModel(self._bare().parameters(), decay=budget.ema_decay, foreach=True)
+        self.ema.to(device)
+        self.step = 0
+        self.seconds = 0.0
+        self.curve: list[dict[str, float]] = []
+        self.sums = torch.zeros(2, device=device)
+
+    def _bare(self) -> nn.Module:
+        bare: nn.Module = self.accelerator.unwrap_model(self.model)
+        return bare
+
+    def averaged(self) -> nn.Module:
+        """Return the network with the averaged weights."""
+        model = self._bare()
+        self.ema.copy_to(model.parameters())
+        return model
+
+    def record(self) -> dict[str, Any]:
+        """Return what is worth keeping of a finished run."""
+        return {
+            "objective": self.objective.name,
+            "steps": self.step,
+            "seconds": round(self.seconds, 2),
+            "milliseconds_per_step": round(1e3 * self.seconds / max(self.step, 1), 3),
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+            "curve": self.curve,
+        }
+
+    def advance(self, checkpoint: Path, progress: Progress) -> None:
+        """Go on from the checkpoint, where there is one, to the end."""
+        if checkpoint.exists():
+            self._restore(load_tensors(checkpoint))
+        progress(self.step)
+        began = time.perf_counter()
+        while self.step < self.budget.steps:
+            self._take_step()
+            if self.step % self.budget.log_every == 0:
+                self._log()
+            if self.step % self.budget.checkpoint_every == 0 and self.step < self.budget.steps:
+                now = time.perf_counter()
+                self.seconds, began = self.seconds + now - began, now
+                if self.accelerator.is_main_process:
+                    save_tensors(checkpoint, self._state())
+            progress(1)
+        self.seconds += time.perf_counter() - began
+
+    def _learning_rate(self) -> float:
+        if not self.budget.anneal:
+            return self.budget.learning_rate
+        done = self.step / self.budget.steps
+        return self.budget.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+    def _batch(self) -> Batch:
+        stream = self.streams[Purpose.TRAINING]
+        rows = stream.integers(len(self.data))
+        t = stream.integers(self.num_train_timesteps)
+        noise = stream.normal(self.data.shape)
+        x0 = to_model_range(self.data.images[rows.cpu()].to(noise.device))
+        if self.budget.flip:
+            mirrored = stream.integers(2).bool()[:, None, None, None]
+            x0 = torch.where(mirrored, x0.flip(-1), x0)
+        return Batch(x0, t, noise, self.streams[Purpose.EXTRA])
+
+    def _take_step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        loss, epsilon_mse = self.loss(self.model, self._batch())
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        if self.budget.grad_clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.budget.grad_clip)
+        self.optimizer.step()
+        self.ema.step(self._bare().parameters())
+        self.sums += torch.stack([loss.detach(), epsilon_mse])
+        self.step += 1
+
+    def _log(self) -> None:
+        # "clone", since a reduction over processes works in place.
+        mean = self.accelerator.reduce(self.sums.clone(), "mean") / self.budget.log_every
+        loss, epsilon_mse = mean.tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{self.objective.name}: the loss is {loss} at {self.step}")
+        self.curve.append(
+            {"step": self.step, "loss": round(loss, 6), "epsilon_mse": round(epsilon_mse, 6)}
+        )
+        self.sums.zero_()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self._bare().state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "streams": {int(p): s.source.get_state() for p, s in self.streams.items()},
+            # Dropout draws from the global generators.
+            "global": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "sums": self.sums,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._bare().load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.accelerator.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for purpose, stream in self.streams.items():
+            stream.source.set_state(state["streams"][int(purpose)])
+        torch.set_rng_state(state["global"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.curve = state["curve"]
+        self.sums = state["sums"].to(self.accelerator.device)
