@@ -7,6 +7,7 @@ values, so they cost no host sync.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -19,7 +20,7 @@ def describe(value: object) -> str:
     """Say what a value is, with shape, dtype and device for a tensor."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

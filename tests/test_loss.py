@@ -95,9 +95,7 @@ def test_fresh_averaged_over_its_noise_is_expected(k):
         loss = fresh.from_prediction(eps_hat, noise, t, generator=generator)
         values.append(loss.detach())
         grads.append(torch.autograd.grad(loss.sum(), eps_hat)[0])
-    expected = SkipStepLoss(LINEAR, k, tau=0.9, reduction="none").from_prediction(
-        eps_hat, noise, t
-    )
+    expected = SkipStepLoss(LINEAR, k, tau=0.9, reduction="none").from_prediction(eps_hat, noise, t)
     (expected_grad,) = torch.autograd.grad(expected.sum(), eps_hat)
     for samples, mean in ((values, expected), (grads, expected_grad)):
         stacked = torch.stack(samples)
@@ -110,7 +108,9 @@ def test_fresh_averaged_over_its_noise_is_expected(k):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(schedules_with_skip(), shapes, seeds)
-def test_tau_one_is_mse_loss_through_the_same_path(estimator, dtype, schedule_and_skip, shape, seed):
+def test_tau_one_is_mse_loss_through_the_same_path(
+    estimator, dtype, schedule_and_skip, shape, seed
+):
     schedule, k = schedule_and_skip
     t = timesteps(schedule.num_train_timesteps, shape[0], seed)
     eps_hat = normal(*shape, seed=seed, dtype=dtype).requires_grad_()
@@ -154,9 +154,7 @@ def test_times_meet_only_the_batch_axis(size, seed, estimator):
     torch.testing.assert_close(permuted, loss[order], rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize(
-    "shape", [(6,), (6, 2), (6, 3, 8, 8), (6, 4, 2, 3, 3), (6, 2, 2, 2, 2, 2)]
-)
+@pytest.mark.parametrize("shape", [(6,), (6, 2), (6, 3, 8, 8), (6, 4, 2, 3, 3), (6, 2, 2, 2, 2, 2)])
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
 )
@@ -227,8 +225,9 @@ def test_normalized_form_is_mse_to_the_target(estimator):
     t = torch.tensor([3, 99, 600, 999])
     given_zeta = {"skip_noise": zeta} if estimator == "fresh" else {}
     loss, normalized = (
-        SkipStepLoss(LINEAR, 99, estimator=estimator, reduction="none", normalize=normalize)
-        .from_prediction(eps_hat, noise, t, **given_zeta)
+        SkipStepLoss(
+            LINEAR, 99, estimator=estimator, reduction="none", normalize=normalize
+        ).from_prediction(eps_hat, noise, t, **given_zeta)
         for normalize in (False, True)
     )
     (grad,) = torch.autograd.grad(loss.sum(), eps_hat)
