@@ -1,0 +1,103 @@
+"""The public names, what is documented about them, and what importing them costs."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s2dm_loss
+
+ROOT = Path(__file__).parents[1]
+TRAINERS = ("accelerate", "diffusers", "guided_diffusion", "transformers")
+
+
+def documented_names() -> list[str]:
+    """The names that have an entry in the API section of the site."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "docs/api").glob("*.md")))
+    return re.findall(r"^::: s2dm_loss\.(\w+)$", text, re.M)
+
+
+needs_docs = pytest.mark.skipif(
+    not (ROOT / "docs/api").is_dir(), reason="the pages are not beside these tests"
+)
+
+
+@needs_docs
+def test_the_documented_names_are_exactly_the_public_ones():
+    assert sorted([*documented_names(), "__version__"]) == sorted(s2dm_loss.__all__)
+
+
+@needs_docs
+def test_the_overview_of_the_api_links_every_public_name():
+    overview = (ROOT / "docs/api/index.md").read_text()
+    linked = re.findall(r"\]\[s2dm_loss\.(\w+)\]", overview)
+    assert sorted([*linked, "__version__"]) == sorted(s2dm_loss.__all__)
+
+
+def test_all_is_sorted_and_every_name_is_there():
+    assert s2dm_loss.__all__ == sorted(s2dm_loss.__all__)
+    for name in s2dm_loss.__all__:
+        assert hasattr(s2dm_loss, name), name
+
+
+def test_every_public_class_and_function_and_method_has_a_docstring():
+    bare = []
+    for name in s2dm_loss.__all__:
+        item = getattr(s2dm_loss, name)
+        if not callable(item):
+            continue
+        members = vars(item).items() if inspect.isclass(item) else ()
+        for member_name, member in [("", item), *members]:
+            public = not member_name.startswith("_")
+            function = inspect.isroutine(member) or isinstance(member, property)
+            if (member is item or (public and function)) and not inspect.getdoc(member):
+                bare.append(f"{name}.{member_name}")
+    assert not bare
+
+
+def test_a_star_import_brings_exactly_the_public_names():
+    namespace: dict[str, object] = {}
+    exec("from s2dm_loss import *", namespace)  # noqa: S102
+    assert sorted(namespace.keys() - {"__builtins__"}) == sorted(s2dm_loss.__all__)
+
+
+IMPORT = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import s2dm_loss
+took = time.perf_counter() - start
+print(json.dumps([took, sorted(set(sys.modules) - before)]))
+"""
+
+
+def import_once() -> tuple[float, list[str]]:
+    command = [sys.executable, "-c", IMPORT]
+    run = subprocess.run(command, capture_output=True, check=True)  # noqa: S603 - our own code
+    took, modules = json.loads(run.stdout)
+    return took, modules
+
+
+def test_importing_brings_the_core_and_its_dependencies_alone():
+    _, modules = import_once()
+    tops = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names)
+    assert tops <= {"s2dm_loss", "einops", "torch", "typing_extensions"}
+    assert not tops & set(TRAINERS)
+    assert not any(module.startswith("s2dm_loss.adapters") for module in modules)
+
+
+def test_importing_takes_at_most_50_ms_after_torch():
+    # The least of several runs: what the import needs, whatever else the machine is doing.
+    times = []
+    for _ in range(5):
+        times.append(import_once()[0])
+        if times[-1] <= 0.05:
+            return
+    pytest.fail(f"imports took {[f'{1000 * took:.0f} ms' for took in times]}")
