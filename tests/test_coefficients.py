@@ -161,9 +161,7 @@ def test_sub_vp_c_spans_what_was_measured():
 def test_flow_c_from_the_transition_of_its_own_path(t):
     """x_t = r x_s + noise of variance b_t² - r² b_s², from any Gaussian path."""
     delta = 0.1
-    c2 = float(
-        coefficients(ContinuousSchedule.flow(), delta, t=torch.tensor([t]).double()).c2
-    )
+    c2 = float(coefficients(ContinuousSchedule.flow(), delta, t=torch.tensor([t]).double()).c2)
     snr = [((1 - u) / u) ** 2 for u in (t, t - delta)]
     bar = [x / (1 + x) for x in snr]
     assert c2 == pytest.approx(bar[1] / bar[0] - 1, rel=1e-6)

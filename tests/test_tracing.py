@@ -144,7 +144,7 @@ def test_no_host_sync_on_a_gpu(estimator):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_errors_are_the_same_under_python_O():
+def test_errors_are_the_same_under_python_optimize():
     code = """
 import torch
 from s2dm_loss import NoiseSchedule, SkipStepLoss
