@@ -1,0 +1,238 @@
+"""The loss in openai/guided-diffusion: one line in `image_train.py` or `super_res_train.py`.
+
+    -        diffusion=diffusion,
+    +        diffusion=skip_step(diffusion, skip_set=9),
+
+The trainer is not imported: a diffusion object is known by its attributes, so a vendored copy of
+the package works as the installed one does.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from s2dm_loss import NoiseSchedule, Schedule, SkipSet, SkipStepLoss, epsilon_from_output
+from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
+
+__all__ = ["SkipStepMixin", "skip_step"]
+
+Diffusion = TypeVar("Diffusion")
+
+
+def skip_step(
+    diffusion: Diffusion,
+    skip_set: SkipSet | int | Iterable[int] = 9,
+    *,
+    original_timesteps: bool = False,
+    tau: float = DEFAULT_TAU,
+    estimator: Estimator = "expected",
+    max_c2: float = DEFAULT_MAX_C2,
+) -> Diffusion:
+    """Return a copy of `diffusion` whose `training_losses` is the S²-DM loss.
+
+    Everything else of it, the samplers among it, is inherited unchanged. Its terms, each of shape
+    [N], are those of the plain loss and one more:
+
+        mse    the plain loss, as without the adapter: in ε, or in x_0 with `predict_xstart`
+        vb     the variance's own loss, untouched, where the variance is learned
+        skip   the skip term, mse(c ε̂, ζ); 0 where no skip is valid
+        loss   τ mse + (1-τ) skip (+ vb); mse (+ vb) where no skip is valid
+
+    (arXiv 2401.01520, Eq. 13.) The model is called once, and with the estimators "expected" and
+    "shared" no further random number is drawn.
+
+    Args:
+        diffusion: A `GaussianDiffusion` or `SpacedDiffusion` of guided-diffusion.
+        skip_set: The skips, as for `SkipStepLoss`; by default in timesteps of `diffusion`, which
+            are respaced ones after `--timestep_respacing`.
+        original_timesteps: Read the skips in timesteps of the schedule before respacing. An
+            earlier timestep that respacing left out stands for the latest one kept before it.
+        tau: τ in [0, 1].
+        estimator: "expected", "fresh" or "shared".
+        max_c2: Upper bound on c²; see `coefficients`. The cosine schedule needs it.
+
+    Raises:
+        TypeError: if `diffusion` is not a diffusion of guided-diffusion.
+        ValueError: if its loss is a variational bound (`use_kl`) or its model predicts x_{t-1}, or
+            if it has the S²-DM loss already.
+    """
+    _check_diffusion(diffusion)
+    plain: Any = diffusion
+    if original_timesteps:
+        skip_set = _OriginalTimesteps(skip_set, plain)
+    extended: Any = copy.copy(plain)
+    base: Any = type(plain)
+    extended.__class__ = _extend(base)
+    extended.skip_step_loss = SkipStepLoss(
+        NoiseSchedule.from_alphas_cumprod(plain.alphas_cumprod),
+        skip_set,
+        tau=tau,
+        estimator=estimator,
+        reduction="none",
+        prediction_type="epsilon" if plain.model_mean_type.name == "EPSILON" else "sample",
+        max_c2=max_c2,
+    )
+    return extended  # type: ignore[no-any-return]
+
+
+class SkipStepMixin:
+    """What `skip_step` puts in front of a diffusion's class."""
+
+    skip_step_loss: SkipStepLoss
+
+    def training_losses(
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+        noise: Tensor | None = None,
+        *,
+        skip_noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the loss and its terms, each of shape [N]; see `skip_step`.
+
+        Args:
+            model: The model, called once.
+            x_start: Clean data of shape [N, C, ...].
+            t: Integer timesteps of this diffusion, of shape [N].
+            model_kwargs: Further arguments of the model.
+            noise: ε of the shape of `x_start`; drawn if not given.
+            skip_noise: ζ of the estimator "fresh", of the same shape; drawn if not given.
+        """
+        this: Any = self
+        plain: Any = super()
+        criterion = self.skip_step_loss
+        criterion.schedule.check_timesteps(t)
+        if noise is None:
+            noise = torch.randn_like(x_start)
+
+        recorder = _Recorder(model)
+        called: Any = recorder
+        if hasattr(this, "_wrap_model") and this._wrap_model(model) is model:
+            # It maps t already. SpacedDiffusion would not know it behind the recorder and map t
+            # a second time, so the recorder goes inside.
+            called = copy.copy(model)
+            recorder.model, called.model = called.model, recorder
+        terms = plain.training_losses(called, x_start, t, model_kwargs=model_kwargs, noise=noise)
+
+        output = recorder.output
+        if this.model_var_type.name in _LEARNED_VARIANCES:
+            output = output[:, : x_start.shape[1]]
+        eps_hat = epsilon_from_output(
+            output, recorder.x_t, t, criterion.schedule, criterion.prediction_type
+        )
+        if skip_noise is None and criterion.estimator == "fresh":
+            skip_noise = torch.randn_like(noise)
+        paper = criterion.terms(eps_hat, noise, t, skip_noise=skip_noise)
+        # The plain term stays the trainer's own: at τ = 1 the loss is its loss bit for bit, and
+        # with `predict_xstart` it remains in x_0, where c and ζ have no meaning.
+        loss = paper.tau * terms["mse"] + (1 - paper.tau) * paper.skip
+        if "vb" in terms:
+            loss = loss + terms["vb"]
+        return {**terms, "skip": paper.skip, "loss": loss}
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.skip_step_loss!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle would not find it by name.
+        return _restore, (type(self).__bases__[1], self.__dict__)
+
+
+class _Recorder:
+    """Calls the model for the trainer's loss and keeps what went in and what came out."""
+
+    x_t: Tensor
+    output: Tensor
+
+    def __init__(self, model: Callable[..., Tensor]) -> None:
+        self.model = model
+
+    def __call__(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        self.x_t = x_t
+        self.output = self.model(x_t, t, **kwargs)
+        return self.output
+
+
+class _OriginalTimesteps(SkipSet):
+    """Skips of the schedule before respacing, between the timesteps that respacing kept."""
+
+    offsets = ()
+
+    def __init__(self, skip_set: SkipSet | int | Iterable[int], diffusion: Any) -> None:
+        self.skip_set = SkipSet.wrap(skip_set)
+        num_timesteps: int = diffusion.num_timesteps
+        kept: Sequence[int] = getattr(diffusion, "timestep_map", range(num_timesteps))
+        self.kept = torch.tensor(kept)
+        # Only the length of this schedule is read: ᾱ at the timesteps left out is not known.
+        original_num_steps: int = getattr(diffusion, "original_num_steps", num_timesteps)
+        self.original = NoiseSchedule(torch.zeros(original_num_steps))
+
+    @override
+    def check(self, schedule: Schedule) -> None:
+        self.skip_set.check(self.original)
+
+    @override
+    def earlier(self, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        kept = self.kept.to(t.device)
+        earlier, valid = self.skip_set.earlier(kept[t], self.original)
+        index = torch.searchsorted(kept, earlier, right=True) - 1
+        valid = valid & (index >= 0)
+        return torch.where(valid, index, t), valid
+
+    @override
+    def __repr__(self) -> str:
+        return f"{self.skip_set!r} in original timesteps"
+
+
+_LEARNED_VARIANCES = ("LEARNED", "LEARNED_RANGE")
+_ATTRIBUTES = (
+    "training_losses",
+    "alphas_cumprod",
+    "num_timesteps",
+    "loss_type",
+    "model_mean_type",
+    "model_var_type",
+)
+
+
+def _check_diffusion(diffusion: Any) -> None:
+    missing = [name for name in _ATTRIBUTES if not hasattr(diffusion, name)]
+    if missing:
+        raise TypeError(
+            "diffusion must be a GaussianDiffusion or SpacedDiffusion of guided-diffusion, got "
+            f"a {type(diffusion).__name__} without {', '.join(missing)}"
+        )
+    if isinstance(diffusion, SkipStepMixin):
+        raise ValueError(f"diffusion must have its plain loss, got {diffusion!r}")
+    if diffusion.loss_type.name not in ("MSE", "RESCALED_MSE"):
+        raise ValueError(
+            "diffusion must train on MSE or RESCALED_MSE (use_kl=False), got loss_type "
+            f"{diffusion.loss_type.name}: a variational bound has no squared error to put the "
+            "skip term beside"
+        )
+    if diffusion.model_mean_type.name not in ("EPSILON", "START_X"):
+        raise ValueError(
+            "the model of diffusion must predict EPSILON or START_X, got model_mean_type "
+            f"{diffusion.model_mean_type.name}: to read ε̂ from it would divide by β_t"
+        )
+
+
+@functools.cache
+def _extend(plain: Any) -> Any:
+    return type(f"SkipStep{plain.__name__}", (SkipStepMixin, plain), {})
+
+
+def _restore(plain: Any, state: dict[str, Any]) -> Any:
+    extended = object.__new__(_extend(plain))
+    extended.__dict__.update(state)
+    return extended

@@ -1,0 +1,35 @@
+"""Run a function in several processes that share a gloo process group."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_distributed(
+    worker: Callable[..., Any], directory: Path, *args: Any, world_size: int = 2
+) -> list[Any]:
+    """Return what `worker(rank, *args)` returns in each of `world_size` processes, by rank.
+
+    The processes are spawned, so `worker` must be importable by name (a function of a module in
+    tests/helpers, not of a test file), and what it returns must be tensors and plain containers.
+    They meet through a file in `directory`: no port is taken, so tests may run side by side.
+    """
+    mp.spawn(_run, (worker, str(directory), world_size, args), nprocs=world_size)
+    return [torch.load(directory / f"rank{rank}.pt") for rank in range(world_size)]
+
+
+def _run(
+    rank: int, worker: Callable[..., Any], directory: str, world_size: int, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
+    )
+    try:
+        torch.save(worker(rank, *args), f"{directory}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
