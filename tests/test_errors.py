@@ -303,19 +303,19 @@ CASES = [
     # forward
     (
         "model output shape",
-        lambda: SkipStepLoss(LINEAR)(lambda x, t: x[:, :1], X),  # noqa: ARG005
+        lambda: SkipStepLoss(LINEAR)(lambda x, t: x[:, :1], X),
         ValueError,
         r"model output must have the shape of x0.*\(4, 1, 8, 8\)",
     ),
     (
         "model output with a variance",
-        lambda: SkipStepLoss(LINEAR)(lambda x, t: torch.cat([x, x], 1), X),  # noqa: ARG005
+        lambda: SkipStepLoss(LINEAR)(lambda x, t: torch.cat([x, x], 1), X),
         ValueError,
         r"model output.*learned variance",
     ),
     (
         "model output type",
-        lambda: SkipStepLoss(LINEAR)(lambda x, t: {"sample": x}, X),  # noqa: ARG005
+        lambda: SkipStepLoss(LINEAR)(lambda x, t: {"sample": x}, X),
         TypeError,
         r"model must return a tensor, a tuple .*dict",
     ),
@@ -353,7 +353,7 @@ CASES = [
     ),
     (
         "model to shrink",
-        lambda: ShrunkModel(lambda x, t: x, LINEAR, 9),  # noqa: ARG005
+        lambda: ShrunkModel(lambda x, t: x, LINEAR, 9),
         TypeError,
         r"model must be an nn.Module",
     ),

@@ -1,4 +1,4 @@
-"""The loss: its value and gradient against the two-term formula, its reductions and its public face."""
+"""The loss against the two-term formula, its reductions and its public face."""
 
 import copy
 import io
@@ -271,7 +271,7 @@ class TestForward:
         x0, noise, t = normal(3, 2, seed=0), normal(3, 2, seed=1), torch.tensor([0, 50, 999])
         state = torch.get_rng_state()
         criterion = SkipStepLoss(LINEAR, 9)
-        loss = criterion(lambda x_t, t: x_t, x0, t=t, noise=noise)  # noqa: ARG005
+        loss = criterion(lambda x_t, t: x_t, x0, t=t, noise=noise)
         assert torch.equal(torch.get_rng_state(), state)
         bar = LINEAR.alphas_cumprod[t][:, None]
         x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * noise
@@ -292,7 +292,7 @@ class TestForward:
 
         criterion = SkipStepLoss(LINEAR, 9)
         loss = criterion(model, x0, t=t, noise=noise)
-        plain = criterion(lambda x_t, t: x_t * 0.3, x0, t=t, noise=noise)  # noqa: ARG005
+        plain = criterion(lambda x_t, t: x_t * 0.3, x0, t=t, noise=noise)
         assert torch.equal(loss, plain)
 
     @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ class TestForward:
     def test_half_data_gives_the_model_half_inputs(self, dtype):
         x0 = normal(4, 3, seed=0, dtype=dtype)
         seen = []
-        loss = SkipStepLoss(LINEAR, 9)(lambda x, t: seen.append(x) or x, x0)  # noqa: ARG005
+        loss = SkipStepLoss(LINEAR, 9)(lambda x, t: seen.append(x) or x, x0)
         assert seen[0].dtype == dtype
         assert loss.dtype == torch.float32
 
@@ -340,7 +340,7 @@ class TestForward:
         }
         losses = [
             SkipStepLoss(LINEAR, 9, prediction_type=kind)(
-                lambda x_t, t, out=output: out,  # noqa: ARG005
+                lambda x_t, t, out=output: out,
                 x0,
                 t=t,
                 noise=noise,

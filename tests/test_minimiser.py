@@ -1,7 +1,7 @@
 """What a network trained with the loss learns: s(t) E[ε | x_t].
 
-On Gaussian data x_0 ~ N(0, v), E[ε | x_t] = b x_t / (a² v + b²) is linear in x_t, so a model with one
-weight for each timestep holds it exactly.
+On Gaussian data x_0 ~ N(0, v), E[ε | x_t] = b x_t / (a² v + b²) is linear in x_t, so a model with
+one weight for each timestep holds it exactly.
 """
 
 import pytest
@@ -59,7 +59,7 @@ def c2_of_skip():
 
 
 def test_plain_loss_learns_the_conditional_mean():
-    weights = train(lambda eps_hat, noise, t, zeta: F.mse_loss(eps_hat, noise))  # noqa: ARG005
+    weights = train(lambda eps_hat, noise, t, zeta: F.mse_loss(eps_hat, noise))
     torch.testing.assert_close(weights, conditional_mean(), rtol=1e-7, atol=0)
 
 

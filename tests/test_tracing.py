@@ -106,7 +106,7 @@ def test_forward_compiles_with_its_model(schedule):
     t = T if schedule is LINEAR else torch.tensor([0.0, 0.05, 0.5, 1.0])
 
     def step(x0, t, noise):
-        return criterion(lambda x_t, t: model(x_t), x0, t=t, noise=noise)  # noqa: ARG005
+        return criterion(lambda x_t, t: model(x_t), x0, t=t, noise=noise)
 
     compiled = torch.compile(step, fullgraph=True)
     torch.testing.assert_close(compiled(x0, t, noise), step(x0, t, noise), rtol=1e-5, atol=0)
@@ -122,7 +122,7 @@ def test_nothing_depends_on_data(estimator):
         for loss_of in (criterion, continuous):
             eps_hat = torch.randn(4, 3, 8, 8, requires_grad=True)
             weights = torch.rand(4)
-            loss = loss_of(lambda x_t, t, out=eps_hat: out, x0, weights=weights)  # noqa: ARG005
+            loss = loss_of(lambda x_t, t, out=eps_hat: out, x0, weights=weights)
             loss.backward()
             assert loss.shape == ()
             assert eps_hat.grad.shape == x0.shape
@@ -139,7 +139,7 @@ def test_no_host_sync_on_a_gpu(estimator):
     model(x0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        criterion(lambda x_t, t: model(x_t), x0).backward()  # noqa: ARG005
+        criterion(lambda x_t, t: model(x_t), x0).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
