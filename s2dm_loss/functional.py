@@ -10,6 +10,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from s2dm_loss._checks import check_batch, check_choice, check_like, check_per_sample
+from s2dm_loss._head import mean_square, mean_squared_error
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
@@ -94,16 +95,14 @@ def completed_square_loss(
 ) -> Tensor:
     """Return the per-sample loss, of shape [B], of one quadratic whose fields have shape [B]."""
     dtype = loss_dtype(eps_hat, noise)
-    eps_hat, noise = eps_hat.to(dtype), noise.to(dtype)
     square = CompletedSquare(*(field.to(dtype) for field in square))
-    target = along(square.gain, noise) * noise
-    constant = square.constant + square.noise_constant * _mean(noise.square())
+    target = [along(square.gain, noise), noise]
+    constant = square.constant + square.noise_constant * mean_square(noise, dtype)
     if skip_noise is not None:
-        skip_noise = skip_noise.to(dtype)
-        target = target + along(square.skip_gain, noise) * skip_noise
-        constant = constant + square.skip_constant * _mean(skip_noise.square())
-        constant = constant + square.cross_constant * _mean(noise * skip_noise)
-    return square.weight * _mean((eps_hat - target).square()) + constant
+        target += [along(square.skip_gain, noise), skip_noise]
+        constant = constant + square.skip_constant * mean_square(skip_noise, dtype)
+        constant = constant + square.cross_constant * _mean(noise.to(dtype) * skip_noise)
+    return square.weight * mean_squared_error(eps_hat, *target) + constant
 
 
 def loss_terms(
