@@ -1,0 +1,139 @@
+"""What is released: an sdist and the wheel built from it, and what they install."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from s2dm_loss import __version__
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("s2dm_loss", "adapters", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+
+pytestmark = [
+    pytest.mark.skipif(
+        not (ROOT / "s2dm_loss").is_dir(), reason="the sources are not beside these tests"
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("build") is None, reason="the package `build` is not installed"
+    ),
+]
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run(  # noqa: S603 - our own commands
+        [str(part) for part in command],
+        cwd=cwd,
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory) -> Path:
+    """Build from a copy, so that nothing is left in the checkout; the wheel from the sdist."""
+    source = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        path = ROOT / name
+        if path.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(path, source / name, symlinks=True, ignore=ignore)
+        else:
+            shutil.copy(path, source)
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ".", cwd=source)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(dist) -> Path:
+    return next(dist.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    expected = {
+        f"s2dm_loss/{path.relative_to(ROOT / 's2dm_loss')}"
+        for path in (ROOT / "s2dm_loss").iterdir()
+        if path.suffix == ".py" or path.name == "py.typed"
+    } | {
+        f"s2dm_loss/adapters/{path.relative_to(ROOT / 'adapters')}"
+        for path in (ROOT / "adapters").rglob("*.py")
+    }
+    assert names == expected
+    assert wheel.stat().st_size < 200_000
+
+
+def test_the_sdist_holds_the_library_and_its_licence(dist):
+    sdist = next(dist.glob("*.tar.gz"))
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "pyproject.toml", "s2dm_loss/py.typed"} <= names
+    assert {"adapters/__init__.py", "s2dm_loss/loss.py"} <= names
+    assert not any(name.startswith(("tests", "docs", "benchmarks")) for name in names)
+    assert sdist.stat().st_size < 200_000
+
+
+def test_the_metadata_render_and_say_what_pyproject_says(dist, wheel):
+    if importlib.util.find_spec("twine") is None:
+        pytest.skip("the package `twine` is not installed")
+    run(sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir(), cwd=dist)
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = archive.read(name).decode()
+    assert f"\nVersion: {__version__}\n" in metadata
+    required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
+    assert sorted(required) == ["einops", "torch", "typing-extensions"]
+
+
+def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    """Installed alone into a new environment, beside the dependencies of this one."""
+    environment = tmp_path / "env"
+    venv.create(environment, with_pip=False)
+    python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    find = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site_packages = Path(run(python, "-c", find, cwd=tmp_path).strip())
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site_packages)
+    # A plain path: the .pth files in it, the editable install's among them, are not read.
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    (site_packages / "dependencies.pth").write_text(str(Path(spec.origin).parents[1]))
+
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import importlib.util
+
+import torch
+
+import s2dm_loss
+import s2dm_loss.adapters
+from s2dm_loss import NoiseSchedule, SkipStepLoss
+
+print(s2dm_loss.__file__)
+print(s2dm_loss.adapters.__file__)
+assert importlib.util.find_spec("adapters") is None
+criterion = SkipStepLoss(NoiseSchedule.linear(1000), skip_set=9)
+assert criterion(lambda x_t, t: 0 * x_t, torch.randn(2, 3)).isfinite()
+"""
+    )
+    printed = run(python, "-W", "error", program, cwd=tmp_path).splitlines()
+    assert len(printed) == 2
+    for line in printed:
+        assert Path(line).is_relative_to(site_packages)
