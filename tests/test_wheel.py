@@ -108,7 +108,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     find = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site_packages = Path(run(python, "-c", find, cwd=tmp_path).strip())
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site_packages)
+        archive.extractall(site_packages)  # noqa: S202 - built above
     # A plain path: the .pth files in it, the editable install's among them, are not read.
     spec = importlib.util.find_spec("torch")
     assert spec is not None
