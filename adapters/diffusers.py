@@ -23,8 +23,8 @@ so at τ = 1, where A = s = 1 and g = 0, it is the script's own loss. ε is what
 is, which stays true where a script has changed either (noise offset, input perturbation, DREAM).
 The constant, which no gradient sees, is kept for "epsilon" and left out elsewhere: times w it would
 be infinite at ᾱ = 0. There an output cannot express a gain on ε̂ either (x_t is all noise, ε̂ = x_t),
-so besides c² <= max_c2 there holds c² <= max_c2 · ratio², which takes the loss smoothly to the
-script's own as ᾱ goes to 0.
+so besides c² <= max_c2 there holds c² <= max_c2 · ratio², which takes the loss smoothly to τ times
+the script's own as ᾱ goes to 0.
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ class SkipLoss(nn.Module):
         Args:
             model_pred: The model's output, of shape [B, ...].
             target: What the script compares it with, of the same shape.
-            noisy_latents: The x_t that the model was given, before any scaling or concatenation,
-                of the same shape.
+            noisy_latents: The x_t that the model was given, of the same shape: after any scaling
+                to unit variance (`scale_model_input`), before anything is concatenated to it.
             timesteps: Integer timesteps of shape [B]; for a FlowMatch scheduler the σ in x_t,
                 floating point, of shape [B].
             weights: Per-sample weights of shape [B] (Min-SNR), multiplied in before the reduction.
@@ -489,7 +489,7 @@ def schedule_of(scheduler: Any) -> Schedule:
     """
     name = type(scheduler).__name__
     config = getattr(scheduler, "config", None)
-    if config is None or not callable(getattr(scheduler, "step", None)):
+    if config is None or not callable(getattr(scheduler, "set_timesteps", None)):
         raise TypeError(f"scheduler must be a diffusers scheduler, got {describe(scheduler)}")
     if name.startswith("FlowMatch"):
         return ContinuousSchedule.flow()

@@ -1,0 +1,738 @@
+"""The loss in the place of a diffusers script's own, on diffusers' own schedulers."""
+
+import copy
+import itertools
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from s2dm_loss import NoiseSchedule, SkipStepLoss
+from s2dm_loss.adapters.diffusers import SkipLoss, schedule_of
+from tests.helpers.diffusers_parts import (
+    SCHEDULERS,
+    Script,
+    TinyModel,
+    add_noise,
+    make_scheduler,
+    min_snr_weights,
+    script_step,
+    velocity,
+)
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+CASES = json.loads((Path(__file__).parent / "data" / "released_loss.json").read_text())["cases"]
+
+
+def by_name(prediction_type):
+    """The prediction type where it has to be said by name, as "sample" has."""
+    return "sample" if prediction_type == "sample" else None
+
+
+def batch(prediction_type="epsilon", *, scheduler=None, timesteps=(3, 9, 200, 640, 999), seed=0):
+    """What a script has at its loss line: float64 model_pred, target, noisy, timesteps; and ε."""
+    scheduler = scheduler or make_scheduler(prediction_type=prediction_type)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(timesteps), 2, 4, 4)
+    latents, noise, model_pred = torch.randn(
+        3, *shape, generator=generator, dtype=torch.float64
+    ).unbind(0)
+    timesteps = torch.tensor(timesteps)
+    alphas_cumprod = schedule_of(scheduler).alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    a, b = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    target = {"epsilon": noise, "v_prediction": a * noise - b * latents, "sample": latents}
+    return model_pred, target[prediction_type], a * latents + b * noise, timesteps, noise
+
+
+# τ = 1: the script's own loss.
+
+CONFIGS = [
+    (name, beta_schedule, zero_snr)
+    for name in SCHEDULERS
+    for beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
+    for zero_snr in (False, True)
+    if not zero_snr or "rescale_betas_zero_snr" in make_scheduler(name).config
+]
+
+
+@pytest.mark.parametrize(("name", "beta_schedule", "zero_snr"), CONFIGS)
+def test_tau_one_is_the_untouched_script(name, beta_schedule, zero_snr):
+    config = {"rescale_betas_zero_snr": True} if zero_snr else {}
+    latents = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    scheduler = make_scheduler(name, beta_schedule=beta_schedule, **config)
+    skip_losses = {
+        (prediction_type, estimator): SkipLoss.from_scheduler(
+            scheduler,
+            skip_set=9,
+            tau=1.0,
+            estimator=estimator,
+            reduction="none",
+            prediction_type=by_name(prediction_type),
+        )
+        for prediction_type in PREDICTION_TYPES
+        for estimator in ("expected", "shared")
+    }
+    grid = itertools.product(
+        skip_losses.items(),
+        ({}, {"noise_offset": 0.1}, {"input_perturbation": 0.1}, {"dtype": torch.bfloat16}),
+        (None, 5.0),
+    )
+    for ((prediction_type, _), skip_loss), options, snr_gamma in grid:
+        script = Script(prediction_type, snr_gamma=snr_gamma, **options)
+        results = []
+        for ours in (None, skip_loss):
+            torch.manual_seed(1)
+            model = TinyModel()
+            loss = script_step(script, model, scheduler, latents, ours)
+            loss.backward()
+            results.append((loss.detach(), model, torch.get_rng_state()))
+        (loss, model, rng), (our_loss, our_model, our_rng) = results
+        assert loss.isfinite()
+        torch.testing.assert_close(our_loss, loss, rtol=2e-6, atol=0)
+        for theirs, mine in zip(model.parameters(), our_model.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+        assert torch.equal(our_rng, rng)
+        assert our_model.calls == 1
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_tau_one_mean_is_the_one_line_of_the_scripts(prediction_type):
+    model_pred, target, noisy, timesteps, _ = batch(prediction_type)
+    model_pred, target, noisy = (x.float() for x in (model_pred, target, noisy))
+    model_pred.requires_grad_()
+    scheduler = make_scheduler(prediction_type=prediction_type)
+    skip_loss = SkipLoss.from_scheduler(
+        scheduler, tau=1.0, prediction_type=by_name(prediction_type)
+    )
+    loss = skip_loss(model_pred, target, noisy, timesteps)
+    expected = F.mse_loss(model_pred.float(), target.float(), reduction="mean")
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, model_pred)[0] for value in (loss, expected)),
+        rtol=1e-6,
+        atol=1e-9,
+    )
+
+
+def test_tau_one_fresh_draws_only_its_own_noise():
+    model_pred, target, noisy, timesteps, _ = batch()
+    skip_loss = SkipLoss.from_scheduler(make_scheduler(), tau=1.0, estimator="fresh")
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(0)
+    loss = skip_loss(model_pred, target, noisy, timesteps, generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(loss, F.mse_loss(model_pred, target))
+
+
+# τ < 1: the core's loss, at the script's weight.
+
+
+@pytest.mark.parametrize("estimator", ["expected", "shared", "fresh"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_epsilon_is_the_core(estimator, normalize):
+    model_pred, target, noisy, timesteps, noise = batch()
+    options = {"estimator": estimator, "normalize": normalize, "reduction": "none"}
+    zeta = {"skip_noise": torch.randn_like(target)} if estimator == "fresh" else {}
+    skip_loss = SkipLoss.from_scheduler(make_scheduler(), skip_set=[1, 9, 49], **options)
+    criterion = SkipStepLoss(NoiseSchedule.linear(1000), [1, 9, 49], **options)
+    loss = skip_loss(model_pred, target, noisy, timesteps, **zeta)
+    assert torch.equal(loss, criterion.from_prediction(model_pred, noise, timesteps, **zeta))
+
+
+def loss_by_hand(prediction_type, estimator, model_pred, noisy, noise, timesteps, zeta, skip, tau):
+    """Eq. 13 term by term in float64, on ε̂ by the textbook, at the weight of the script's loss.
+
+    c² is held to 100, and to 100 / w as the adapter documents, w being mse(output) / mse(ε̂).
+    """
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alphas_cumprod = (1 - betas).cumprod(0)
+    losses = []
+    for i, t in enumerate(timesteps.tolist()):
+        a, b = alphas_cumprod[t].sqrt(), (1 - alphas_cumprod[t]).sqrt()
+        if prediction_type == "v_prediction":
+            eps_hat, w = a * model_pred[i] + b * noisy[i], 1 / a**2
+        else:
+            eps_hat, w = (noisy[i] - a * model_pred[i]) / b, (b / a) ** 2
+        simple = (eps_hat - noise[i]).square().mean()
+        if t < skip:
+            losses.append(w * simple)
+            continue
+        c2 = min(alphas_cumprod[t - skip] / alphas_cumprod[t] - 1, torch.tensor(100.0), 100 / w)
+        if estimator == "expected":
+            term = c2 * eps_hat.square().mean() + 1
+        else:
+            against = noise[i] if estimator == "shared" else zeta[i]
+            term = (c2.sqrt() * eps_hat - against).square().mean()
+        losses.append(w * (tau * simple + (1 - tau) * term))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("estimator", ["expected", "shared", "fresh"])
+@pytest.mark.parametrize("skip", [9, 199])
+def test_other_outputs_are_the_core_at_the_weight_of_the_script(prediction_type, estimator, skip):
+    model_pred, target, noisy, timesteps, noise = batch(prediction_type)
+    zeta = torch.randn_like(noise) if estimator == "fresh" else None
+    skip_loss = SkipLoss.from_scheduler(
+        make_scheduler(prediction_type=prediction_type),
+        skip,
+        estimator=estimator,
+        reduction="none",
+        prediction_type=by_name(prediction_type),
+    )
+    other = torch.randn_like(model_pred)
+
+    def ours(output):
+        return skip_loss(output, target, noisy, timesteps, skip_noise=zeta)
+
+    def by_hand(output):
+        return loss_by_hand(
+            prediction_type, estimator, output, noisy, noise, timesteps, zeta, skip, 0.99
+        )
+
+    for output in (model_pred, other):
+        torch.testing.assert_close(
+            torch.func.grad(lambda x: ours(x).sum())(output),
+            torch.func.grad(lambda x: by_hand(x).sum())(output),
+            rtol=1e-9,
+            atol=1e-12,
+        )
+    # The values differ by what no gradient sees: the same for every output.
+    torch.testing.assert_close(
+        ours(model_pred) - ours(other), by_hand(model_pred) - by_hand(other), rtol=1e-8, atol=1e-9
+    )
+    assert (ours(model_pred) >= 0).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"k{c['skip']}-{c['dtype']}")
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_released_loss_replayed(case, prediction_type):
+    def tensor(name):
+        return torch.tensor(case[name], dtype=torch.float64).reshape(case["shape"])
+
+    timesteps = torch.tensor(case["timesteps"])
+    alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    alphas_cumprod = alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    a, b = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    noise, x0 = tensor("noise"), tensor("x0")
+    x_t = a * x0 + b * noise
+    # output = (ε̂ - lift x_t) / ratio, so the script weighs by 1 / ratio² and d output = dε̂ / ratio.
+    ratio, lift, target = {
+        "epsilon": (torch.ones_like(a), torch.zeros_like(a), noise),
+        "v_prediction": (a, b, a * noise - b * x0),
+        "sample": (-a / b, 1 / b, x0),
+    }[prediction_type]
+    model_pred = ((tensor("model_output") - lift * x_t) / ratio).requires_grad_()
+    skip_loss = SkipLoss.from_scheduler(
+        make_scheduler(prediction_type=prediction_type),
+        case["skip"],
+        tau=case["tau"],
+        estimator="fresh",
+        prediction_type=by_name(prediction_type),
+        max_c2=math.inf,
+    )
+    loss = skip_loss(model_pred, target, x_t, timesteps, skip_noise=tensor("skip_noise"))
+    (grad,) = torch.autograd.grad(loss, model_pred)
+    expected = tensor("grad_model_output") / ratio
+    tolerance = 1e-9 if case["dtype"] == "float64" else 1e-5
+    assert (grad - expected).norm() <= tolerance * expected.norm()
+    if prediction_type == "epsilon":
+        assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_order_of_the_samples_is_kept(prediction_type):
+    model_pred, target, noisy, timesteps, _ = batch(prediction_type)
+    skip_loss = SkipLoss.from_scheduler(
+        make_scheduler(prediction_type=prediction_type),
+        reduction="none",
+        prediction_type=by_name(prediction_type),
+    )
+    order = torch.tensor([4, 0, 3, 1, 2])
+    whole = skip_loss(model_pred, target, noisy, timesteps)
+    moved = skip_loss(model_pred[order], target[order], noisy[order], timesteps[order])
+    assert whole.shape == (5,)
+    assert len(set(whole.tolist())) == 5
+    torch.testing.assert_close(moved, whole[order], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_weights_and_reductions(prediction_type):
+    model_pred, target, noisy, timesteps, _ = batch(prediction_type)
+    weights = torch.rand(5)
+
+    def loss(reduction, **options):
+        return SkipLoss.from_scheduler(
+            make_scheduler(prediction_type=prediction_type),
+            reduction=reduction,
+            prediction_type=by_name(prediction_type),
+        )(model_pred, target, noisy, timesteps, **options)
+
+    each = loss("none") * weights
+    torch.testing.assert_close(loss("none", weights=weights), each)
+    torch.testing.assert_close(loss("mean", weights=weights), each.mean())
+    torch.testing.assert_close(loss("sum", weights=weights), each.sum())
+
+
+def test_the_skip_term_acts():
+    """At τ = 0.99 no prediction type has the script's own loss: the adapter is not a no-op."""
+    for prediction_type in PREDICTION_TYPES:
+        model_pred, target, noisy, timesteps, _ = batch(prediction_type, timesteps=(500, 800))
+        skip_loss = SkipLoss.from_scheduler(
+            make_scheduler(prediction_type=prediction_type),
+            prediction_type=by_name(prediction_type),
+        )
+        grads = [
+            torch.func.grad(f)(model_pred)
+            for f in (
+                lambda x: skip_loss(x, target, noisy, timesteps),  # noqa: B023 - called at once
+                lambda x: F.mse_loss(x, target),  # noqa: B023
+            )
+        ]
+        assert (grads[0] - grads[1]).norm() > 1e-4 * grads[1].norm()
+
+
+# The traps.
+
+
+def test_prediction_type_is_read_at_each_call():
+    scheduler = make_scheduler()
+    skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")
+    model_pred, target, noisy, timesteps, _ = batch("v_prediction")
+    scheduler.register_to_config(prediction_type="v_prediction")
+    built_after = SkipLoss.from_scheduler(
+        make_scheduler(prediction_type="v_prediction"), reduction="none"
+    )
+    inputs = model_pred, target, noisy, timesteps
+    assert torch.equal(skip_loss(*inputs), built_after(*inputs))
+    scheduler.register_to_config(prediction_type="epsilon")
+    assert not torch.allclose(skip_loss(*inputs), built_after(*inputs))
+
+
+def test_add_noise_moves_the_schedulers_table_but_not_ours():
+    scheduler = make_scheduler(beta_schedule="sigmoid")  # the one whose table is taken as it is
+    skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")
+    inputs = batch(scheduler=scheduler)[:4]
+    before = skip_loss(*inputs)
+    table = skip_loss.criterion.schedule.log_alphas_cumprod.clone()
+    scheduler.add_noise(
+        torch.ones(1, device="meta"), torch.ones(1, device="meta"), torch.zeros(1).long()
+    )
+    assert scheduler.alphas_cumprod.device.type == "meta"
+    assert torch.equal(skip_loss(*inputs), before)
+    # Nor does writing into the scheduler's table, which a float64 one would share.
+    scheduler.alphas_cumprod = make_scheduler(beta_schedule="sigmoid").alphas_cumprod.double()
+    skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")
+    scheduler.alphas_cumprod.fill_(0.5)
+    assert torch.equal(skip_loss.criterion.schedule.log_alphas_cumprod, table)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("change", ["noise_offset", "input_perturbation"])
+def test_changed_noise_leaves_the_plain_term_the_scripts_own(prediction_type, change):
+    """L = τ · (the script's loss) + (1-τ) w c² mean ε̂² whatever target and x_t are made of."""
+    model_pred, target, noisy, timesteps, _ = batch(prediction_type, timesteps=(60, 300, 600))
+    extra = torch.full_like(noisy, 0.3)
+    if change == "noise_offset":
+        target = target + extra
+    noisy = noisy - 2 * extra
+    alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    a2 = alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    c2 = (alphas_cumprod[timesteps - 9] / alphas_cumprod[timesteps] - 1).reshape(-1, 1, 1, 1)
+
+    def by_hand(output):
+        eps_hat, w = {
+            "epsilon": (output, torch.ones_like(a2)),
+            "v_prediction": (a2.sqrt() * output + (1 - a2).sqrt() * noisy, 1 / a2),
+            "sample": ((noisy - a2.sqrt() * output) / (1 - a2).sqrt(), (1 - a2) / a2),
+        }[prediction_type]
+        return (0.99 * (output - target).square() + 0.01 * w * c2 * eps_hat.square()).mean()
+
+    skip_loss = SkipLoss.from_scheduler(
+        make_scheduler(prediction_type=prediction_type), prediction_type=by_name(prediction_type)
+    )
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: skip_loss(x, target, noisy, timesteps))(model_pred),
+        torch.func.grad(by_hand)(model_pred),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.99])
+def test_dream(tau):
+    """DREAM changes noise and input, with a model call of its own that it makes itself."""
+    latents = torch.randn(4, 2, 4, 4)
+    skip_loss = SkipLoss.from_scheduler(make_scheduler(), tau=tau, reduction="none")
+    losses = []
+    for ours in (None, skip_loss):
+        torch.manual_seed(1)
+        model = TinyModel()
+        script = Script(dream_training=True)
+        losses.append(script_step(script, model, make_scheduler(), latents, ours).item())
+        assert model.calls == 2
+    if tau == 1:
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    else:
+        assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+
+
+def test_sample_has_to_be_said_by_name():
+    scheduler = make_scheduler(prediction_type="sample")
+    inputs = batch("sample")[:4]
+    with pytest.raises(ValueError, match=r"prediction_type 'sample' must be given by name.*SDXL"):
+        SkipLoss.from_scheduler(scheduler)(*inputs)
+    named = SkipLoss.from_scheduler(scheduler, prediction_type="sample")
+    assert named(*inputs).isfinite()
+    assert "prediction_type='sample'" in repr(named)
+
+
+def test_a_given_prediction_type_must_be_the_configs():
+    skip_loss = SkipLoss.from_scheduler(make_scheduler(), prediction_type="v_prediction")
+    with pytest.raises(ValueError, match=r"'v_prediction' was given, but .* says 'epsilon'"):
+        skip_loss(*batch()[:4])
+
+
+def test_prior_preservation():
+    """The script chunks model_pred and target, not the timesteps: two of them at batch size 1."""
+    model_pred, target, noisy, timesteps, _ = batch(timesteps=(500, 900))
+    skip_loss = SkipLoss.from_scheduler(make_scheduler(), reduction="none")
+    whole = skip_loss(model_pred, target, noisy, timesteps)
+    pred, pred_prior = model_pred.chunk(2)
+    tgt, tgt_prior = target.chunk(2)
+    x, x_prior = noisy.chunk(2)
+    t, t_prior = timesteps.chunk(2)
+    with pytest.raises(ValueError, match=r"timesteps must have shape \(1,\).*prior preservation"):
+        skip_loss(pred, tgt, x, timesteps)
+    with pytest.raises(ValueError, match="noisy_latents must have the shape of target"):
+        skip_loss(pred, tgt, noisy, t)
+    torch.testing.assert_close(skip_loss(pred, tgt, x, t), whole[:1])
+    torch.testing.assert_close(skip_loss(pred_prior, tgt_prior, x_prior, t_prior), whole[1:])
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_learned_variance_channels(channels):
+    target = torch.randn(2, channels, 4, 4)
+    model_pred = torch.randn(2, 2 * channels, 4, 4)
+    skip_loss = SkipLoss.from_scheduler(make_scheduler())
+    with pytest.raises(ValueError, match=r"model_pred must have the shape.*learned variance"):
+        skip_loss(model_pred, target, target, torch.tensor([5, 500]))
+    mean, _ = model_pred.chunk(2, dim=1)
+    assert skip_loss(mean, target, target, torch.tensor([5, 500])).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_float_timesteps_are_refused(dtype):
+    model_pred, target, noisy, timesteps, _ = batch()
+    skip_loss = SkipLoss.from_scheduler(make_scheduler())
+    with pytest.raises(TypeError, match=r"must be integers.*bfloat16 turns 999 into 1000"):
+        skip_loss(model_pred, target, noisy, timesteps.to(dtype))
+    assert torch.tensor(999).bfloat16() == 1000  # what the refusal is for
+    for integer in (torch.int16, torch.int32):
+        torch.testing.assert_close(
+            skip_loss(model_pred, target, noisy, timesteps.to(integer)),
+            skip_loss(model_pred, target, noisy, timesteps),
+        )
+
+
+def test_timesteps_beyond_the_schedule():
+    model_pred, target, noisy, timesteps, _ = batch()
+    for prediction_type in ("epsilon", "v_prediction"):
+        scheduler = make_scheduler(prediction_type=prediction_type)
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1000\), got 1000"):
+            SkipLoss.from_scheduler(scheduler)(model_pred, target, noisy, timesteps + 1)
+
+
+ZERO_SNR = [name for name, schedule, zero in CONFIGS if zero and schedule == "linear"]
+
+
+@pytest.mark.parametrize("name", ZERO_SNR)
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("estimator", ["expected", "shared", "fresh"])
+def test_zero_terminal_snr(name, beta_schedule, prediction_type, estimator):
+    scheduler = make_scheduler(
+        name,
+        beta_schedule=beta_schedule,
+        rescale_betas_zero_snr=True,
+        prediction_type=prediction_type,
+    )
+    assert scheduler.alphas_cumprod[-1] in (0.0, 2**-24)
+    schedule = schedule_of(scheduler)
+    assert schedule.alphas_cumprod[-1] == 0
+    skip_loss = SkipLoss.from_scheduler(
+        scheduler, estimator=estimator, reduction="none", prediction_type=by_name(prediction_type)
+    )
+    timesteps = torch.tensor([500, 990, 998, 999])
+    latents, noise, model_pred = torch.randn(3, 4, 1, 4, 4).unbind(0)
+    noisy = add_noise(scheduler, latents, noise, timesteps)
+    target = velocity(scheduler, latents, noise, timesteps)
+    target = {"epsilon": noise, "v_prediction": target, "sample": latents}[prediction_type]
+    model_pred.requires_grad_()
+    loss = skip_loss(model_pred, target, noisy, timesteps)
+    (grad,) = torch.autograd.grad(loss.sum(), model_pred)
+    plain = 2 * (model_pred - target).detach() / 16
+    assert loss.isfinite().all()
+    # No sample pulls more than about twice as hard as in the script's own loss.
+    assert (grad.flatten(1).norm(dim=1) < 2.5 * plain.flatten(1).norm(dim=1) + 1).all()
+    if prediction_type != "epsilon":
+        torch.testing.assert_close(loss[-1], 0.99 * (model_pred - target)[-1].square().mean())
+
+
+def test_min_snr_at_zero_terminal_snr():
+    """The script's own weight is NaN there for ε (0 / 0): ours stays finite, and takes a cure."""
+    scheduler = make_scheduler(rescale_betas_zero_snr=True)
+    timesteps = torch.tensor([500, 999])
+    inputs = *torch.randn(3, 2, 1, 4, 4).unbind(0), timesteps
+    skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")
+    weights = min_snr_weights(scheduler, timesteps, 5.0)
+    assert weights[0].isfinite()
+    assert weights[1].isnan()
+    assert skip_loss(*inputs, weights=weights.nan_to_num(1.0)).isfinite().all()
+    scheduler.register_to_config(prediction_type="v_prediction")
+    weights = min_snr_weights(scheduler, timesteps, 5.0)
+    assert skip_loss(*inputs, weights=weights).isfinite().all()
+
+
+# Which schedulers, and with which table.
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_the_table_is_rebuilt_in_float64(name, beta_schedule):
+    scheduler = make_scheduler(name, beta_schedule=beta_schedule)
+    config = scheduler.config
+    exact = {
+        "linear": lambda: torch.linspace(
+            config.beta_start, config.beta_end, 1000, dtype=torch.float64
+        ),
+        "scaled_linear": lambda: torch.linspace(
+            config.beta_start**0.5, config.beta_end**0.5, 1000, dtype=torch.float64
+        ).square(),
+        "squaredcos_cap_v2": lambda: torch.tensor(
+            [
+                min(1 - f(i + 1) / f(i), 0.999)
+                for f in [lambda s: math.cos((s / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2]
+                for i in range(1000)
+            ],
+            dtype=torch.float64,
+        ),
+    }[beta_schedule]()
+    alphas_cumprod = (1 - exact).cumprod(0)
+    schedule = schedule_of(scheduler)
+    torch.testing.assert_close(schedule.alphas_cumprod, alphas_cumprod, rtol=1e-11, atol=0)
+    torch.testing.assert_close(
+        schedule.alphas_cumprod.float(), scheduler.alphas_cumprod.float(), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_a_table_that_is_not_the_configs_is_taken_as_it_is():
+    scheduler = make_scheduler()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
+    expected = scheduler.alphas_cumprod.double()
+    torch.testing.assert_close(schedule_of(scheduler).alphas_cumprod, expected)
+    sigmoid = make_scheduler(beta_schedule="sigmoid")
+    expected = sigmoid.alphas_cumprod.double()
+    torch.testing.assert_close(schedule_of(sigmoid).alphas_cumprod, expected)
+
+
+def test_trained_betas_and_short_schedules():
+    betas = [0.01, 0.02, 0.05, 0.1]
+    schedule = schedule_of(make_scheduler(trained_betas=betas))
+    expected = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
+    torch.testing.assert_close(schedule.alphas_cumprod, expected, rtol=1e-14, atol=0)
+    skip_loss = SkipLoss.from_scheduler(make_scheduler(num_train_timesteps=20), skip_set=9)
+    assert repr(skip_loss.criterion.schedule) == "NoiseSchedule.linear(20)"
+
+
+@pytest.mark.parametrize("name", ["RePaintScheduler", "UnCLIPScheduler"])
+def test_schedulers_that_say_less(name):
+    scheduler = make_scheduler(name)
+    skip_loss = SkipLoss.from_scheduler(scheduler)
+    assert skip_loss(*batch()[:4]).isfinite()
+    known = "linear(1000)" if name == "RePaintScheduler" else "cosine(1000)"
+    assert repr(skip_loss.criterion.schedule) == f"NoiseSchedule.{known}"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("EDMEulerScheduler", "EDM trains on σ and float timesteps"),
+        ("EDMDPMSolverMultistepScheduler", "EDM trains on σ and float timesteps"),
+        ("ScoreSdeVeScheduler", "without ᾱ"),
+        ("CMStochasticIterativeScheduler", "without ᾱ"),
+        ("DDPMWuerstchenScheduler", "without ᾱ"),
+        ("IPNDMScheduler", "without ᾱ"),
+    ],
+)
+def test_schedulers_without_a_table_are_refused(name, reason):
+    with pytest.raises(ValueError, match=f"alphas_cumprod.*got a {name}: {reason}"):
+        SkipLoss.from_scheduler(make_scheduler(name))
+
+
+def test_flow_sigmas_on_a_diffusion_scheduler_are_refused():
+    scheduler = make_scheduler(
+        "UniPCMultistepScheduler", use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    with pytest.raises(ValueError, match="set to flow matching"):
+        SkipLoss.from_scheduler(scheduler)
+
+
+@pytest.mark.parametrize("scheduler", [None, 9, NoiseSchedule.linear(1000)])
+def test_what_is_no_scheduler_is_refused(scheduler):
+    with pytest.raises(TypeError, match="scheduler must be a diffusers scheduler, got"):
+        SkipLoss.from_scheduler(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"skip_set": 1000}, ValueError, "skip must be below 1000"),
+        ({"tau": 2}, ValueError, "tau must lie in"),
+        ({"estimator": "none"}, ValueError, "estimator must be one of"),
+        ({"reduction": "batch"}, ValueError, "reduction must be one of"),
+        ({"prediction_type": "score"}, ValueError, "prediction_type must be one of"),
+        ({"prediction_type": "flow"}, ValueError, "belongs to a FlowMatch scheduler"),
+    ],
+)
+def test_wrong_options(options, error, message):
+    with pytest.raises(error, match=message):
+        SkipLoss.from_scheduler(make_scheduler(), **options)
+
+
+def test_wrong_calls():
+    model_pred, target, noisy, timesteps, _ = batch()
+    skip_loss = SkipLoss.from_scheduler(make_scheduler())
+    with pytest.raises(TypeError, match="timesteps must be a tensor, got 3"):
+        skip_loss(model_pred, target, noisy, 3)
+    with pytest.raises(ValueError, match=r"timesteps must have shape \(5,\)"):
+        skip_loss(model_pred, target, noisy, timesteps[:, None])
+    with pytest.raises(ValueError, match=r"weights must have shape \(5,\)"):
+        skip_loss(model_pred, target, noisy, timesteps, weights=torch.ones(5, 1, 1, 1))
+    with pytest.raises(ValueError, match="skip_noise belongs to the estimator 'fresh'"):
+        skip_loss(model_pred, target, noisy, timesteps, skip_noise=noisy)
+    with pytest.raises(ValueError, match="prediction_type must be given"):
+        SkipLoss(NoiseSchedule.linear(1000))
+
+
+# Flow matching, in the form of SD3's and Flux's scripts.
+
+
+@pytest.mark.parametrize("prediction_type", ["flow", "sample"])
+@pytest.mark.parametrize("tau", [1.0, 0.99])
+def test_flow_matching(prediction_type, tau):
+    scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, output = torch.randn(
+        3, 4, 2, 4, 4, generator=generator, dtype=torch.float64
+    ).unbind(0)
+    sigmas = torch.tensor([0.005, 0.2, 0.7, 0.9], dtype=torch.float64).reshape(-1, 1, 1, 1)
+    noisy = (1 - sigmas) * latents + sigmas * noise
+    # SD3 preconditions by default: the output becomes a prediction of x_0, and so does the target.
+    target = noise - latents if prediction_type == "flow" else latents
+    skip_loss = SkipLoss.from_scheduler(
+        scheduler, skip_set=0.02, tau=tau, prediction_type=prediction_type
+    )
+    weighting = torch.rand(4, 1, 1, 1, dtype=torch.float64)
+
+    def by_hand(output):
+        if prediction_type == "flow":
+            eps_hat, w = noisy + (1 - sigmas) * output, (1 - sigmas) ** -2
+        else:
+            eps_hat, w = (noisy - (1 - sigmas) * output) / sigmas, (sigmas / (1 - sigmas)) ** 2
+        earlier = sigmas - 0.02
+        snr, snr_earlier = ((1 - s) ** 2 / s**2 for s in (sigmas, earlier.clamp(min=1e-9)))
+        c2 = (snr_earlier / (1 + snr_earlier)) / (snr / (1 + snr)) - 1
+        share = torch.where(earlier >= 0, tau, torch.ones_like(earlier))
+        each = share * (output - target) ** 2 + (1 - share) * w * c2 * eps_hat**2
+        return (weighting * each).mean()
+
+    def ours(output):
+        return skip_loss(output, target, noisy, sigmas.flatten(), weights=weighting.flatten())
+
+    torch.testing.assert_close(
+        torch.func.grad(ours)(output), torch.func.grad(by_hand)(output), rtol=1e-9, atol=1e-12
+    )
+    if tau == 1:
+        script = torch.mean((weighting * (output - target) ** 2).reshape(4, -1), 1).mean()
+        torch.testing.assert_close(ours(output), script)
+
+
+@pytest.mark.parametrize("prediction_type", ["flow", "sample"])
+@pytest.mark.parametrize("estimator", ["expected", "shared", "fresh"])
+def test_flow_matching_at_its_ends(prediction_type, estimator):
+    skip_loss = SkipLoss.from_scheduler(
+        make_scheduler("FlowMatchEulerDiscreteScheduler"),
+        skip_set=0.02,
+        prediction_type=prediction_type,
+        estimator=estimator,
+        reduction="none",
+    )
+    output, target, noisy = torch.randn(3, 4, 1, 4, 4).unbind(0)
+    output.requires_grad_()
+    loss = skip_loss(output, target, noisy, torch.tensor([0.0, 1e-4, 0.9999, 1.0]))
+    (grad,) = torch.autograd.grad(loss.sum(), output)
+    assert grad.isfinite().all()
+    plain = (output - target).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss[[0, 1, 3]], torch.tensor([1, 1, 0.99]) * plain[[0, 1, 3]])
+
+
+def test_flow_matching_errors():
+    scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(ValueError, match="prediction_type must be given for a FlowMatch"):
+        SkipLoss.from_scheduler(scheduler, skip_set=0.02)
+    with pytest.raises(TypeError, match="takes skips as floats"):
+        SkipLoss.from_scheduler(scheduler, skip_set=9, prediction_type="flow")
+    skip_loss = SkipLoss.from_scheduler(scheduler, skip_set=0.02, prediction_type="flow")
+    inputs = torch.randn(3, 2, 1, 4, 4).unbind(0)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        skip_loss(*inputs, torch.tensor([20.0, 999.0]))
+    with pytest.raises(TypeError, match="the σ of each sample"):
+        skip_loss(*inputs, torch.tensor([20, 999]))
+    with pytest.raises(ValueError, match=r"`sigmas.flatten\(\)`"):
+        skip_loss(*inputs, torch.rand(2, 1, 1, 1))
+
+
+# As a module.
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_lifted(prediction_type, dtype):
+    inputs = batch(prediction_type)
+    scheduler = make_scheduler(prediction_type=prediction_type)
+    skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")
+    model_pred, target, noisy = (x.to(dtype) for x in inputs[:3])
+    loss = skip_loss(model_pred, target, noisy, inputs[3])
+    expected = skip_loss(model_pred.float(), target.float(), noisy.float(), inputs[3])
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+
+
+def test_it_leaves_no_trace_in_a_checkpoint_and_copies():
+    scheduler = make_scheduler(prediction_type="v_prediction")
+    skip_loss = SkipLoss.from_scheduler(scheduler, skip_set=[9, 49])
+    inputs = batch("v_prediction")[:4]
+    expected = skip_loss(*inputs)
+    assert not skip_loss.state_dict()
+    assert not list(skip_loss.parameters())
+    for twin in (copy.deepcopy(skip_loss), pickle.loads(pickle.dumps(skip_loss))):  # noqa: S301
+        assert torch.equal(twin(*inputs), expected)
+        assert repr(twin) == repr(skip_loss)
+    text = "SkipLoss(NoiseSchedule.linear(1000), SkipSet([9, 49]), tau=0.99, estimator='expected')"
+    assert repr(skip_loss) == text
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_it_compiles_without_a_graph_break(prediction_type):
+    scheduler = make_scheduler(prediction_type=prediction_type)
+    skip_loss = SkipLoss.from_scheduler(scheduler)
+    model_pred, target, noisy, timesteps, _ = batch(prediction_type)
+    inputs = model_pred.float(), target.float(), noisy.float(), timesteps
+    expected = skip_loss(*inputs)  # makes the table, which a compiler should not trace
+    compiled = torch.compile(skip_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), expected)

@@ -1,0 +1,343 @@
+"""The gain on diffusers' own pipelines, and the timesteps that its schedulers visit."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from s2dm_loss import NoiseSchedule, SkipSet, gain
+from s2dm_loss.adapters.diffusers import SkipLoss, shrink_pipeline
+from tests.helpers.diffusers_parts import (
+    diffusers,
+    make_scheduler,
+    tiny_conditional_unet,
+    tiny_unet,
+)
+
+# What a scheduler visits (INTEGRATION.md, measured).
+
+FAMILIES = {
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "ddim",
+    "DEISMultistepScheduler": "multistep",
+    "DPMSolverMultistepScheduler": "multistep",
+    "UniPCMultistepScheduler": "multistep",
+}
+DISTANCES = {
+    ("ddim", "leading"): lambda steps: 1000 // steps,
+    ("ddim", "trailing"): lambda steps: 1000 / steps,
+    ("ddim", "linspace"): lambda steps: 999 / (steps - 1),
+    ("multistep", "leading"): lambda steps: 1000 // (steps + 1),
+    ("multistep", "trailing"): lambda steps: 1000 / steps,
+    ("multistep", "linspace"): lambda steps: 999 / steps,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [10, 20, 30, 50, 100])
+def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps):
+    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    scheduler = make_scheduler(name, timestep_spacing=spacing, **options)
+    scheduler.set_timesteps(steps)
+    visited = scheduler.timesteps.unique()  # ascending; PNDM repeats one
+    # DEIS, DPM++ and UniPC leave out the last interval, which ends at x_0 itself.
+    schedule = NoiseSchedule.linear(1000)
+    earlier, valid = SkipSet.from_timesteps(scheduler.timesteps).earlier(visited, schedule)
+    assert valid.tolist() == [[False] + [True] * (len(visited) - 1)]
+    assert torch.equal(earlier[0, 1:], visited[:-1])
+
+    distance = DISTANCES[FAMILIES[name], spacing](steps)
+    jumps = visited.diff().double()
+    assert jumps.mean().item() == pytest.approx(distance, rel=1 / len(visited))
+    assert (jumps - distance).abs().max() <= 1
+    if spacing == "leading":
+        assert set(jumps.tolist()) == {distance}
+        # The skip by the number of steps is what DDIM and PNDM jump; the others jump less.
+        by_steps, _ = SkipSet.for_sampling_steps(steps).earlier(torch.tensor([999]), schedule)
+        exact = FAMILIES[name] == "ddim"
+        assert (999 - by_steps.item() == distance) == (exact or 1000 // steps == distance)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_steps_offset_is_followed(offset):
+    scheduler = make_scheduler("DDIMScheduler", steps_offset=offset)
+    scheduler.set_timesteps(10)
+    skip_set = SkipSet.from_timesteps(scheduler.timesteps)
+    earlier, valid = skip_set.earlier(torch.tensor([offset, 150, 999]), NoiseSchedule.linear(1000))
+    assert valid.tolist() == [[False, True, True]]
+    assert earlier[0, 1:].tolist() == [100 + offset, 900 + offset]
+    assert SkipLoss.from_scheduler(scheduler, skip_set).criterion.skip_set is skip_set
+
+
+# The gain on a pipeline.
+
+SAMPLERS = {
+    "DDIMScheduler": {},
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "DEISMultistepScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    "EulerDiscreteScheduler": {"timestep_spacing": "linspace"},
+}
+
+
+class Spy(nn.Module):
+    """A denoiser that remembers its calls; `shrunk` multiplies in s(t) by hand."""
+
+    def __init__(self, unet, shrunk=None):
+        super().__init__()
+        self.unet, self.shrunk, self.times, self.inputs = unet, shrunk, [], []
+        self.config, self.dtype = unet.config, torch.float32
+
+    def forward(self, sample, timestep, *args, return_dict=True, **kwargs):
+        self.times.append(float(timestep))
+        self.inputs.append(sample)
+        prediction = self.unet(sample, timestep, *args, return_dict=False, **kwargs)[0]
+        if self.shrunk is not None:
+            prediction = self.shrunk[round(float(timestep))].float() * prediction
+        output = diffusers.models.unets.unet_2d.UNet2DOutput(sample=prediction)
+        return output if return_dict else (prediction,)
+
+
+def sample(denoiser, scheduler, steps=5):
+    """A plain sampling loop, as each diffusers pipeline has it."""
+    scheduler.set_timesteps(steps)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = x * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, t)
+            prediction = denoiser(scaled, t, return_dict=False)[0]
+            x = scheduler.step(prediction, t, x, return_dict=False)[0]
+    return x
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return tiny_unet().eval()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_gain_in_every_sampler(name, unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    scheduler = make_scheduler(name, **SAMPLERS[name])
+    pipe.scheduler = scheduler
+    plain = sample(unet, scheduler)
+    by_hand = Spy(unet, gain(NoiseSchedule.linear(1000), 99))
+    expected = sample(by_hand, scheduler)
+    with shrink_pipeline(pipe, skip_set=99) as handle:
+        assert handle.active
+        torch.testing.assert_close(sample(unet, scheduler), expected)
+    assert torch.equal(sample(unet, scheduler), plain)
+    assert not torch.allclose(plain, expected, rtol=1e-2)
+    fractional = any(t != round(t) for t in by_hand.times)
+    assert fractional == (name == "EulerDiscreteScheduler")
+    if fractional:
+        # Euler carries x_0 + σ ε; the network sees it scaled back to unit variance.
+        assert by_hand.inputs[0].std() < 2
+
+
+@pytest.mark.parametrize("kind", ["DDPMPipeline", "DDIMPipeline"])
+def test_a_whole_pipeline(kind, unet, monkeypatch):
+    scheduler = make_scheduler("DDPMScheduler" if kind == "DDPMPipeline" else "DDIMScheduler")
+    pipe = getattr(diffusers, kind)(unet=unet, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(pipe):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(generator=generator, num_inference_steps=4, output_type="np").images
+
+    plain = images(pipe)
+    handle = shrink_pipeline(pipe, skip_set=99)
+    shrunk = images(pipe)
+    handle.remove()
+    handle.remove()
+    assert not handle.active
+    assert (images(pipe) == plain).all()
+    s = gain(NoiseSchedule.linear(1000), 99).float()
+    forward = unet.forward
+
+    def by_hand(x, t, **kwargs):
+        return diffusers.models.unets.unet_2d.UNet2DOutput(
+            sample=s[int(t)] * forward(x, t, **kwargs).sample
+        )
+
+    monkeypatch.setattr(unet, "forward", by_hand)
+    assert shrunk == pytest.approx(images(pipe), abs=1e-5)
+    assert abs(shrunk - plain).max() > 1e-3
+    assert "unet" in dict(pipe.components)
+    assert not [key for key in unet.state_dict() if "hook" in key]
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_guidance_on_a_doubled_batch(return_dict):
+    """One 0-d timestep, a batch of unconditional and conditional halves, and text."""
+    torch.manual_seed(0)
+    unet = tiny_conditional_unet().eval()
+    pipe = diffusers.DiffusionPipeline()
+    pipe.register_modules(
+        unet=unet, scheduler=make_scheduler("DDIMScheduler", beta_schedule="scaled_linear")
+    )
+    x, text = torch.randn(2, 1, 8, 8), torch.randn(4, 3, 8)
+    t = torch.tensor(801)
+
+    def guided():
+        with torch.no_grad():
+            output = unet(torch.cat([x, x]), t, encoder_hidden_states=text, return_dict=return_dict)
+        prediction = output.sample if return_dict else output[0]
+        if return_dict:
+            assert type(output).__name__ == "UNet2DConditionOutput"
+            assert output["sample"] is output.sample
+        uncond, cond = prediction.chunk(2)
+        return uncond + 7.5 * (cond - uncond)
+
+    plain = guided()
+    with shrink_pipeline(pipe, skip_set=99, tau=0.9):
+        shrunk = guided()
+    config = pipe.scheduler.config
+    schedule = NoiseSchedule.scaled_linear(1000, config.beta_start, config.beta_end)
+    s = gain(schedule, 99, tau=0.9)[801].float()
+    torch.testing.assert_close(shrunk, s * plain)
+    assert s < 0.99
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_other_outputs_shrink_their_noise(prediction_type, zero_snr, unet):
+    scheduler = make_scheduler("DDIMScheduler", rescale_betas_zero_snr=zero_snr)
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=scheduler)
+    scheduler = pipe.scheduler  # a DDIMPipeline makes a copy
+    handle = shrink_pipeline(pipe, skip_set=99)
+    scheduler.register_to_config(prediction_type=prediction_type)  # read at each call
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 1, 8, 8, generator=generator)
+    timesteps = torch.tensor([50, 400, 999])
+    with torch.no_grad():
+        shrunk = unet(x, timesteps).sample.double()
+        handle.remove()
+        output = unet(x, timesteps).sample.double()
+    alphas_cumprod = scheduler.alphas_cumprod.double()[timesteps].reshape(-1, 1, 1, 1)
+    a, b, x = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), x.double()
+
+    def eps_hat(out):
+        return a * out + b * x if prediction_type == "v_prediction" else (x - a * out) / b
+
+    s = gain(NoiseSchedule.linear(1000), 99)[timesteps].reshape(-1, 1, 1, 1)
+    if not zero_snr:
+        torch.testing.assert_close(
+            eps_hat(shrunk)[:2], (s * eps_hat(output))[:2], rtol=1e-4, atol=1e-5
+        )
+    # The last timestep: at ᾱ = 0 the output says nothing of ε̂ and stays; before it, the change of
+    # the output is bounded.
+    change = (shrunk - output)[2].abs().max()
+    assert change < 2e-2
+    assert (change == 0) == zero_snr
+    assert torch.equal(shrunk[0], output[0])  # t < k
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+def test_learned_variance_is_left_alone(variance_type):
+    """8 channels for 4; or, as in super-resolution, 6 in and 6 out, said by `variance_type`."""
+    torch.manual_seed(0)
+    in_channels = 2 if variance_type == "fixed_small" else 4
+    unet = tiny_unet(in_channels=in_channels, out_channels=4).eval()
+    scheduler = make_scheduler("DDPMScheduler", variance_type=variance_type)
+    pipe = diffusers.DDPMPipeline(unet=unet, scheduler=scheduler)
+    x = torch.randn(2, in_channels, 8, 8)
+    with torch.no_grad():
+        plain = unet(x, 700).sample
+        with shrink_pipeline(pipe, skip_set=99):
+            shrunk = unet(x, 700).sample
+    assert torch.equal(shrunk[:, 2:], plain[:, 2:])
+    s = gain(NoiseSchedule.linear(1000), 99)[700].float()
+    torch.testing.assert_close(shrunk[:, :2], s * plain[:, :2])
+
+
+def test_conditions_behind_the_noisy_channels():
+    """Inpainting: the mask and the masked image follow x_t."""
+    torch.manual_seed(0)
+    unet = tiny_unet(in_channels=5, out_channels=2).eval()
+    scheduler = make_scheduler("DDIMScheduler", prediction_type="v_prediction")
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=scheduler)
+    x = torch.randn(2, 5, 8, 8)
+    with torch.no_grad():
+        plain = unet(x, 400).sample
+        with shrink_pipeline(pipe, skip_set=99):
+            shrunk = unet(x, 400).sample
+    alpha_bar = NoiseSchedule.linear(1000).alphas_cumprod[400]
+    a, b = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+    s = gain(NoiseSchedule.linear(1000), 99)[400].float()
+    noisy = x[:, :2]
+    torch.testing.assert_close(
+        a * shrunk + b * noisy, s * (a * plain + b * noisy), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_transformer_and_half_precision():
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=2,
+        out_channels=4,
+        num_layers=1,
+        norm_num_groups=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    ).eval()
+    pipe = diffusers.DiffusionPipeline()
+    pipe.register_modules(transformer=transformer, scheduler=make_scheduler("DDIMScheduler"))
+    x, labels = torch.randn(2, 2, 8, 8), torch.tensor([1, 2])
+    t = torch.tensor([700, 700])
+    for dtype in (torch.float32, torch.bfloat16):
+        transformer.to(dtype)
+        with torch.no_grad():
+            plain = transformer(x.to(dtype), timestep=t, class_labels=labels).sample
+            with shrink_pipeline(pipe, skip_set=99):
+                shrunk = transformer(x.to(dtype), timestep=t, class_labels=labels).sample
+        s = gain(NoiseSchedule.linear(1000), 99)[700].float()
+        assert shrunk.dtype == dtype
+        assert torch.equal(shrunk[:, 2:], plain[:, 2:])
+        torch.testing.assert_close(shrunk[:, :2], (s * plain[:, :2].float()).to(dtype))
+
+
+def test_it_says_whether_it_is_active(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    handle = shrink_pipeline(pipe, skip_set=99)
+    assert repr(handle) == (
+        "PipelineGain(NoiseSchedule.linear(1000), SkipSet(99), tau=0.99, estimator='expected', "
+        "UNet2DModel, active)"
+    )
+    with pytest.raises(ValueError, match="a gain on its UNet2DModel already"):
+        shrink_pipeline(pipe, skip_set=9)
+    handle.remove()
+    assert repr(handle).endswith("UNet2DModel, removed)")
+    shrink_pipeline(pipe, skip_set=9).remove()
+    with pytest.raises(RuntimeError, match="boom"), shrink_pipeline(pipe, skip_set=9) as handle:
+        raise RuntimeError("boom")
+    assert not handle.active
+
+
+def test_what_is_refused(unet):
+    scheduler = make_scheduler("DDIMScheduler")
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=scheduler)
+    with pytest.raises(TypeError, match="pipe must be a diffusers pipeline"):
+        shrink_pipeline(unet, skip_set=9)
+    with pytest.raises(ValueError, match="a skip must be below 1000"):
+        shrink_pipeline(pipe, skip_set=1000)
+    with pytest.raises(ValueError, match="tau must lie in"):
+        shrink_pipeline(pipe, skip_set=9, tau=math.nan)
+    with pytest.raises(ValueError, match="denoiser named decoder"):
+        shrink_pipeline(pipe, skip_set=9, component="decoder")
+    flow = diffusers.DiffusionPipeline()
+    flow.register_modules(unet=unet, scheduler=make_scheduler("FlowMatchEulerDiscreteScheduler"))
+    with pytest.raises(ValueError, match="not offered for flow matching"):
+        shrink_pipeline(flow, skip_set=9)
+    edm = diffusers.DiffusionPipeline()
+    edm.register_modules(unet=unet, scheduler=make_scheduler("EDMEulerScheduler"))
+    with pytest.raises(ValueError, match="EDM trains on σ"):
+        shrink_pipeline(edm, skip_set=9)
+    shrink_pipeline(pipe, skip_set=9).remove()  # none of the above left a gain behind
