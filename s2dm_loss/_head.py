@@ -54,18 +54,19 @@ class _MeanSquaredError(torch.autograd.Function):
     def forward(ctx: Any, eps_hat: Tensor, *target: Tensor) -> Tensor:
         residual = _residual(eps_hat, *target)
         count = math.prod(eps_hat.shape[1:])
+        ctx.factor = 2 / max(count, 1)
         # The residual is no saved tensor, since it is there to be overwritten. A second backward
         # through the same graph makes it again from the saved ones.
         ctx.residual = residual
         ctx.save_for_backward(eps_hat, *target)
-        ctx.dtype, ctx.count, ctx.batch_shape = eps_hat.dtype, count, target[0].shape
+        ctx.dtype, ctx.batch_shape = eps_hat.dtype, target[0].shape
         ctx.no_grads = (None,) * len(target)
         return _sum_of_squares(residual, residual.dtype) / count
 
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        factor = (2 * grads[0] / ctx.count).view(ctx.batch_shape)
+        factor = (grads[0] * ctx.factor).view(ctx.batch_shape)
         residual, ctx.residual = ctx.residual, None
         if residual is None or torch.is_grad_enabled():
             gradient = _residual(*ctx.saved_tensors) * factor

@@ -95,9 +95,11 @@ def completed_square_loss(
 ) -> Tensor:
     """Return the per-sample loss, of shape [B], of one quadratic whose fields have shape [B]."""
     dtype = loss_dtype(eps_hat, noise)
-    square = CompletedSquare(*(field.to(dtype) for field in square))
+    if square.weight.dtype != dtype:
+        square = CompletedSquare(*(field.to(dtype) for field in square))
     target = [along(square.gain, noise), noise]
-    constant = square.constant + square.noise_constant * mean_square(noise, dtype)
+    mean_noise = mean_square(noise, dtype)
+    constant = torch.addcmul(square.constant, square.noise_constant, mean_noise)
     if skip_noise is not None:
         target += [along(square.skip_gain, noise), skip_noise]
         constant = constant + square.skip_constant * mean_square(skip_noise, dtype)
