@@ -552,7 +552,7 @@ def test_samplers_are_the_trainers_own():
     assert torch.equal(samples[1], samples[3])
 
 
-def test_resampler_receives_each_timesteps_own_loss(train_util):  # noqa: ARG001
+def test_resampler_receives_each_timesteps_own_loss(train_util):
     """Its history is indexed by t, so a loss in another order would be filed under another t."""
     from guided_diffusion.resample import LossSecondMomentResampler
 

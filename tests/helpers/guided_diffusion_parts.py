@@ -26,7 +26,7 @@ class _SingleProcess:
     def Get_rank(self) -> int:  # noqa: N802 - MPI's name
         return 0
 
-    def bcast(self, value, root=0):  # noqa: ARG002
+    def bcast(self, value, root=0):
         return value
 
 

@@ -1,0 +1,315 @@
+"""A small double of score_sde_pytorch: the behaviour its users rely on, written anew.
+
+The repository has no package to test against. What is kept: the three SDEs and their tables, the
+labels its networks get, the losses with their order of random draws, defaults and weights, the
+training step (warm-up, clipping, the average of the weights), the loop of `run_lib.train` with its
+checkpoints, and a predictor-only sampler. Set S2DM_SCORE_SDE_ROOT to run the same tests on a real
+checkout.
+"""
+
+# ruff: noqa: N801, N803 - the trainer's names
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from s2dm_loss.adapters import score_sde as adapter
+
+
+def _column(values):
+    return values.reshape(-1, 1, 1, 1)
+
+
+class SDE:
+    T = 1
+
+    def __init__(self, N):
+        self.N = N
+
+    def _log_mean(self, t):
+        return -(t**2) * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
+
+    def _beta(self, t):
+        return self.beta_0 + t * (self.beta_1 - self.beta_0)
+
+    def prior_sampling(self, shape):
+        return torch.randn(*shape)
+
+
+class VPSDE(SDE):
+    def __init__(self, beta_min=0.1, beta_max=20, N=1000):
+        super().__init__(N)
+        self.beta_0, self.beta_1 = beta_min, beta_max
+        self.discrete_betas = torch.linspace(beta_min / N, beta_max / N, N)
+        self.alphas = 1 - self.discrete_betas
+        self.alphas_cumprod = self.alphas.cumprod(0)
+        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
+        self.sqrt_1m_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
+
+    def marginal_prob(self, x, t):
+        log_mean = self._log_mean(t)
+        return _column(log_mean.exp()) * x, (1 - (2 * log_mean).exp()).sqrt()
+
+    def sde(self, x, t):
+        return -0.5 * _column(self._beta(t)) * x, self._beta(t).sqrt()
+
+
+class subVPSDE(SDE):
+    def __init__(self, beta_min=0.1, beta_max=20, N=1000):
+        super().__init__(N)
+        self.beta_0, self.beta_1 = beta_min, beta_max
+
+    def marginal_prob(self, x, t):
+        log_mean = self._log_mean(t)
+        return _column(log_mean.exp()) * x, 1 - (2 * log_mean).exp()
+
+    def sde(self, x, t):
+        discount = 1 - (4 * self._log_mean(t)).exp()
+        return -0.5 * _column(self._beta(t)) * x, (self._beta(t) * discount).sqrt()
+
+
+class VESDE(SDE):
+    def __init__(self, sigma_min=0.01, sigma_max=50, N=1000):
+        super().__init__(N)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        logs = torch.linspace(math.log(sigma_min), math.log(sigma_max), N)
+        self.discrete_sigmas = logs.exp()
+
+    def marginal_prob(self, x, t):
+        return x, self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+
+    def sde(self, x, t):
+        sigma = self.marginal_prob(x, t)[1]
+        return torch.zeros_like(x), sigma * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
+
+    def prior_sampling(self, shape):
+        return torch.randn(*shape) * self.sigma_max
+
+
+def get_score_fn(sde, model, train=False, continuous=False):
+    model.train(train)
+
+    def score_fn(x, t):
+        if isinstance(sde, VESDE):
+            index = ((sde.T - t) * (sde.N - 1)).round().long()
+            return model(x, sde.marginal_prob(x, t)[1] if continuous else index)
+        if continuous or isinstance(sde, subVPSDE):
+            return -model(x, 999 * t) / _column(sde.marginal_prob(x, t)[1])
+        labels = t * (sde.N - 1)
+        return -model(x, labels) / _column(sde.sqrt_1m_alphas_cumprod[labels.long()])
+
+    return score_fn
+
+
+def _over_data(squares, reduce_mean):
+    flat = squares.flatten(1)
+    return flat.mean(1) if reduce_mean else flat.sum(1) / 2
+
+
+def get_sde_loss_fn(
+    sde, train, reduce_mean=True, continuous=True, likelihood_weighting=True, eps=1e-5
+):
+    def loss_fn(model, batch):
+        score_fn = get_score_fn(sde, model, train, continuous)
+        t = torch.rand(len(batch)) * (sde.T - eps) + eps
+        z = torch.randn_like(batch)
+        mean, std = sde.marginal_prob(batch, t)
+        score = score_fn(mean + _column(std) * z, t)
+        if not likelihood_weighting:
+            return _over_data((score * _column(std) + z) ** 2, reduce_mean).mean()
+        g = sde.sde(torch.zeros_like(batch), t)[1]
+        return (_over_data((score + z / _column(std)) ** 2, reduce_mean) * g**2).mean()
+
+    return loss_fn
+
+
+def get_ddpm_loss_fn(vpsde, train, reduce_mean=True):
+    def loss_fn(model, batch):
+        model.train(train)
+        labels = torch.randint(0, vpsde.N, (len(batch),))
+        noise = torch.randn_like(batch)
+        signal = _column(vpsde.sqrt_alphas_cumprod[labels]) * batch
+        x_t = signal + _column(vpsde.sqrt_1m_alphas_cumprod[labels]) * noise
+        return _over_data((model(x_t, labels) - noise) ** 2, reduce_mean).mean()
+
+    return loss_fn
+
+
+def get_smld_loss_fn(vesde, train, reduce_mean=False):
+    def loss_fn(model, batch):
+        model.train(train)
+        labels = torch.randint(0, vesde.N, (len(batch),))
+        sigma = vesde.discrete_sigmas.flip(0)[labels]
+        noise = torch.randn_like(batch) * _column(sigma)
+        difference = model(batch + noise, labels) + noise / _column(sigma) ** 2
+        return (_over_data(difference**2, reduce_mean) * sigma**2).mean()
+
+    return loss_fn
+
+
+def get_step_fn(
+    sde,
+    train,
+    optimize_fn=None,
+    reduce_mean=False,
+    continuous=True,
+    likelihood_weighting=False,
+):
+    if continuous:
+        loss_fn = get_sde_loss_fn(sde, train, reduce_mean, True, likelihood_weighting)
+    elif isinstance(sde, VESDE):
+        loss_fn = get_smld_loss_fn(sde, train, reduce_mean)
+    else:
+        loss_fn = get_ddpm_loss_fn(sde, train, reduce_mean)
+
+    def step_fn(state, batch):
+        model, ema = state["model"], state["ema"]
+        if train:
+            state["optimizer"].zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()
+            optimize_fn(state["optimizer"], model.parameters(), step=state["step"])
+            state["step"] += 1
+            ema.update(model.parameters())
+            return loss
+        with torch.no_grad():
+            ema.store(model.parameters())
+            ema.copy_to(model.parameters())
+            loss = loss_fn(model, batch)
+            ema.restore(model.parameters())
+        return loss
+
+    return step_fn
+
+
+def get_optimizer(config, params):
+    optim = config.optim
+    return torch.optim.Adam(params, lr=optim.lr, betas=(optim.beta1, 0.999), eps=optim.eps)
+
+
+def optimization_manager(config):
+    def optimize_fn(optimizer, params, step):
+        # The learning rate is 0 at step 0.
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim.lr * np.minimum(step / config.optim.warmup, 1.0)
+        torch.nn.utils.clip_grad_norm_(params, max_norm=config.optim.grad_clip)
+        optimizer.step()
+
+    return optimize_fn
+
+
+class ExponentialMovingAverage:
+    def __init__(self, parameters, decay):
+        self.decay, self.num_updates = decay, 0
+        self.shadow_params = [p.clone().detach() for p in parameters if p.requires_grad]
+
+    def update(self, parameters):
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        with torch.no_grad():
+            for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+                shadow.sub_((1 - decay) * (shadow - parameter))
+
+    def store(self, parameters):
+        self.collected_params = [p.clone() for p in parameters]
+
+    def copy_to(self, parameters):
+        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+            parameter.data.copy_(shadow)
+
+    def restore(self, parameters):
+        for stored, parameter in zip(self.collected_params, parameters, strict=True):
+            parameter.data.copy_(stored)
+
+    def state_dict(self):
+        return {
+            "decay": self.decay,
+            "num_updates": self.num_updates,
+            "shadow_params": self.shadow_params,
+        }
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+class _ScoreModel(nn.Module):
+    def __init__(self, channels, width):
+        super().__init__()
+        self.time = nn.Linear(2, width)
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, x, labels):
+        s = labels.float()[:, None] / 999
+        embedding = self.time(torch.cat([s, s.square()], dim=1))
+        return self.last(nn.functional.silu(self.first(x) + embedding[:, :, None, None]))
+
+
+def create_model(config):
+    return nn.DataParallel(_ScoreModel(config.data.num_channels, config.model.nf))
+
+
+def save_checkpoint(path, state):
+    saved = {name: state[name].state_dict() for name in ("optimizer", "model", "ema")}
+    torch.save({**saved, "step": state["step"]}, path)
+
+
+def restore_checkpoint(path, state, device):
+    loaded = torch.load(path, map_location=device)
+    for name in ("optimizer", "model", "ema"):
+        state[name].load_state_dict(loaded[name])
+    state["step"] = loaded["step"]
+    return state
+
+
+def make_sde(config):
+    model = config.model
+    if config.training.sde == "vesde":
+        return VESDE(model.sigma_min, model.sigma_max, model.num_scales)
+    kind = {"vpsde": VPSDE, "subvpsde": subVPSDE}[config.training.sde]
+    return kind(model.beta_min, model.beta_max, model.num_scales)
+
+
+def train(config, workdir, images, *, swap=False):
+    """Train as `run_lib.train` does; return the training losses and the last checkpoint.
+
+    With `swap` its line is changed as the adapter's page says.
+    """
+    model = create_model(config)
+    ema = ExponentialMovingAverage(model.parameters(), decay=config.model.ema_rate)
+    optimizer = get_optimizer(config, model.parameters())
+    state = {"optimizer": optimizer, "model": model, "ema": ema, "step": 0}
+    sde = make_sde(config)
+    options = {
+        "optimize_fn": optimization_manager(config),
+        "reduce_mean": config.training.reduce_mean,
+        "continuous": config.training.continuous,
+        "likelihood_weighting": config.training.likelihood_weighting,
+    }
+    train_step_fn = (adapter.get_step_fn if swap else get_step_fn)(sde, train=True, **options)
+    eval_step_fn = get_step_fn(sde, train=False, **options)
+    losses = []
+    checkpoint = Path(workdir) / "checkpoint.pth"
+    for step in range(config.training.n_iters + 1):
+        losses.append(train_step_fn(state, next(images)).item())
+        if step % config.training.eval_freq == 0:
+            eval_step_fn(state, next(images))
+    save_checkpoint(checkpoint, state)
+    return losses, checkpoint
+
+
+def sample(config, sde, model):
+    """Euler-Maruyama on the reverse SDE, without a corrector."""
+    shape = (2, config.data.num_channels, config.data.image_size, config.data.image_size)
+    score_fn = get_score_fn(sde, model, continuous=config.training.continuous)
+    with torch.no_grad():
+        x = sde.prior_sampling(shape)
+        for t in torch.linspace(sde.T, 1e-3, sde.N):
+            vec_t = t.expand(shape[0])
+            drift, diffusion = sde.sde(x, vec_t)
+            drift = drift - _column(diffusion**2) * score_fn(x, vec_t)
+            mean = x - drift / sde.N
+            x = mean + _column(diffusion) * torch.randn_like(x) / math.sqrt(sde.N)
+    return mean
