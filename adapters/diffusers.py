@@ -38,7 +38,6 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from einops import reduce
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
@@ -50,6 +49,7 @@ from s2dm_loss._checks import (
     check_per_sample,
     describe,
 )
+from s2dm_loss._head import mean_squared_error
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
@@ -247,12 +247,11 @@ class SkipLoss(nn.Module):
 
         dtype = loss_dtype(model_pred, target, noisy_latents)
         square = self._squares.at(timesteps, prediction_type, dtype)
-        regressed = along(square.gain, target) * target.to(dtype)
-        regressed = regressed + along(square.input_scale, target) * noisy_latents.to(dtype)
+        regressed = [along(square.gain, target), target]
+        regressed += [along(square.input_scale, target), noisy_latents]
         if skip_noise is not None:
-            regressed = regressed + along(square.skip_scale, target) * skip_noise.to(dtype)
-        error = (model_pred.to(dtype) - regressed).square()
-        per_sample = square.weight * reduce(error, "b ... -> b", "mean")
+            regressed += [along(square.skip_scale, target), skip_noise]
+        per_sample = square.weight * mean_squared_error(model_pred, *regressed)
         return reduce_batch(per_sample, self.criterion.reduction, weights)
 
     @property
