@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import click
 
+from benchmarks.quality.page import write_page
 from benchmarks.quality.presets import PRESETS, Preset
-from benchmarks.quality.runner import plan, run, seconds_per_forward
+from benchmarks.quality.report import keep, write_report
+from benchmarks.quality.runner import estimate, plan, run
 
 HELP = "\n".join(f"  {name:12} {preset.about}" for name, preset in PRESETS.items())
 
@@ -30,16 +33,16 @@ def _preset(name: str, seeds: str | None) -> Preset:
 
 def _describe(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
     todo = plan(preset, root)
-    seconds = todo.cost * seconds_per_forward(preset, data)
+    seconds = estimate(preset, todo, data) / workers
     click.echo(
         f"{preset.name}, into {root}:\n"
-        f"  networks to train    {todo.trainings}, {todo.training_steps:,} steps of "
+        f"  networks to train    {todo.trainings}, {todo.network_steps:,} network steps of "
         f"{preset.budget.batch_size} images\n"
         f"  cells to measure     {todo.cells}, {todo.sampling_calls:,} network calls on "
         f"{preset.samples:,} images each\n"
         f"  done already         {todo.done / (todo.done + todo.cost):.0%}\n"
-        f"  estimated time       {seconds / 60 / workers:.1f} minutes with {workers} worker(s) "
-        "on this machine, if it is idle"
+        f"  estimated time       {seconds / 60:.1f} minutes with {workers} process(es), "
+        "at the speed that this machine has now"
     )
 
 
@@ -65,4 +68,47 @@ def run_command(
     if dry_run:
         _describe(chosen, root, processes, data)
         return
-    run(chosen, root, workers=processes, data_folder=data)
+    began = time.perf_counter()
+    try:
+        run(chosen, root, workers=processes, data_folder=data)
+        if int(os.environ.get("RANK", "0")) == 0:
+            click.echo(write_report(chosen, root, data))
+            minutes = (time.perf_counter() - began) / 60
+            click.echo(f"Wrote {root} in {minutes:.1f} minutes.")
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command("keep")
+@click.argument("preset", type=click.Choice(list(PRESETS)))
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
+@click.option("--seeds", help="Seeds of the run, such as 0,1,2 [the preset's].")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path("benchmarks/results/quality"),
+    show_default=True,
+    help="Where committed results lie.",
+)
+def keep_command(preset: str, out: Path | None, seeds: str | None, folder: Path) -> None:
+    """Copy the results of PRESET, finished or not, to where they are committed."""
+    try:
+        kept = keep(_preset(preset, seeds), out or Path("runs") / preset, folder)
+    except FileNotFoundError as error:
+        raise click.ClickException(str(error)) from error
+    for path in kept:
+        click.echo(f"Wrote {path}.")
+
+
+@main.command("page")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    default=Path("docs/evidence.md"),
+    show_default=True,
+    help="The page; its figures go to assets/evidence beside it.",
+)
+def page_command(to: Path) -> None:
+    """Write the evidence page from the committed results."""
+    write_page(to)
+    click.echo(f"Wrote {to}.")

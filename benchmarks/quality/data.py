@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import override
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")
 CIFAR10_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -137,6 +138,7 @@ def load_cifar10(folder: Path) -> ImageSet:
 class _NumpyOnly(pickle.Unpickler):
     """Reads a pickle of arrays, lists and bytes, and refuses one that would run anything else."""
 
+    @override
     def find_class(self, module: str, name: str) -> object:
         if module.split(".")[0] != "numpy" and (module, name) != ("_codecs", "encode"):
             raise ValueError(f"data: expected a pickle of numpy arrays, found {module}.{name}")

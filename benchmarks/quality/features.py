@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from benchmarks.quality.data import ImageSet, to_model_range
 from benchmarks.quality.files import load_tensors, save_tensors
@@ -51,6 +52,7 @@ class Classifier(FeatureNetwork):
     head: nn.Linear
 
     def __init__(self, channels: int, classes: int, num_features: int) -> None:
+        """Make the layers."""
         super().__init__()
         self.num_features = num_features
         self.takes_floats = True
@@ -71,6 +73,7 @@ class Classifier(FeatureNetwork):
         # the distances then have a scale that a reader can place.
         self.register_buffer("spread", torch.ones(()))
 
+    @override
     def forward(self, images: Tensor) -> Tensor:
         values = images if images.is_floating_point() else to_model_range(images)
         features: Tensor = self.body(values)
@@ -78,7 +81,7 @@ class Classifier(FeatureNetwork):
 
 
 @dataclass(frozen=True)
-class ClassifierFeatures:
+class ClassifierFeatures(FeatureSpec):
     """Train a :class:`Classifier` on four fifths of the data; report its accuracy on the rest."""
 
     num_features: int = 64
@@ -86,6 +89,7 @@ class ClassifierFeatures:
     batch_size: int = 64
     learning_rate: float = 2e-3
 
+    @override
     def build(self, data: ImageSet, folder: Path, device: torch.device) -> FeatureNetwork:
         if data.labels is None:
             raise ValueError(
@@ -142,6 +146,7 @@ class Inception(FeatureNetwork):
     """The 2048 pool features of FID's Inception, by way of torchmetrics and torch-fidelity."""
 
     def __init__(self) -> None:
+        """Load the network and its weights."""
         super().__init__()
         from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -150,15 +155,17 @@ class Inception(FeatureNetwork):
         self.description = "2048 pool features of FID's Inception (torch-fidelity's port)"
         self.network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
 
+    @override
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.network(images)
         return features
 
 
 @dataclass(frozen=True)
-class InceptionFeatures:
+class InceptionFeatures(FeatureSpec):
     """FID's own feature space; needs torch-fidelity and its weights."""
 
+    @override
     def build(self, data: ImageSet, folder: Path, device: torch.device) -> FeatureNetwork:
         try:
             network = Inception()

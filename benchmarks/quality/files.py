@@ -17,7 +17,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     # The suffix stays, since writers such as matplotlib's read the format from it.
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     write(partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -40,3 +40,12 @@ def save_json(path: Path, content: Any) -> None:
 def load_json(path: Path) -> Any:
     """Read JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a run's record: JSON, one result to a line, so that a difference can be read."""
+    rows = record["rows"]
+    shell = json.dumps({**record, "rows": []}, indent=1, ensure_ascii=False)
+    listed = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+    text = shell.replace('"rows": []', f'"rows": [\n{listed}\n ]' if rows else '"rows": []')
+    write_whole(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))

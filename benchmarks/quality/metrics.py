@@ -22,6 +22,7 @@ KERNEL_SUBSET_SIZE = 500
 
 class _Identity(nn.Identity):
     def __init__(self, num_features: int) -> None:
+        """Say how many features pass through."""
         super().__init__()
         self.num_features = num_features
 
@@ -48,14 +49,26 @@ class FeatureDistances:
         network: Maps images to features.
         reference: uint8 images ``[N, C, H, W]``.
         batch_size: Images per call of the network.
+        gather: In a distributed run, gather the references and the images of all processes, each
+            of which hands in its share.
     """
 
-    def __init__(self, network: FeatureNetwork, reference: Tensor, batch_size: int = 1024) -> None:
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        reference: Tensor,
+        batch_size: int = 1024,
+        *,
+        gather: bool = True,
+    ) -> None:
+        """Compute the reference's features."""
         self.network = network
         self.batch_size = batch_size
         self.device = network.device
         self.frechet = FrechetInceptionDistance(
-            feature=_Identity(network.num_features), reset_real_features=False
+            feature=_Identity(network.num_features),
+            reset_real_features=False,
+            sync_on_compute=gather,
         ).to(self.device)
         with warnings.catch_warnings():
             # It warns that it keeps all features, which is what is wanted here.
@@ -65,9 +78,8 @@ class FeatureDistances:
                 subsets=KERNEL_SUBSETS,
                 subset_size=min(KERNEL_SUBSET_SIZE, len(reference)),
                 reset_real_features=False,
+                sync_on_compute=gather,
             ).to(self.device)
-        # In a distributed run the references of all processes are gathered too; a set that is
-        # repeated has the same mean and covariance (up to n / (n - 1)).
         self._update(reference, real=True)
 
     @torch.inference_mode()
@@ -78,10 +90,7 @@ class FeatureDistances:
             self.kernel.update(features, real=real)
 
     def compare(self, images: Tensor) -> Distances:
-        """Return the distances of images ``[N, C, H, W]`` from the reference.
-
-        In a distributed run every process hands in its share, and torchmetrics gathers them.
-        """
+        """Return the distances of images ``[N, C, H, W]`` from the reference."""
         self._update(images, real=False)
         with torch.random.fork_rng(devices=[]):
             # The kernel distance draws its subsets from the global generator.
@@ -102,7 +111,7 @@ def noise_floor(network: FeatureNetwork, data: Tensor, repeats: int = 5) -> dict
     for repeat in range(repeats):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(repeat))
         half, other = data[order[: len(data) // 2]], data[order[len(data) // 2 :]]
-        results.append(FeatureDistances(network, half).compare(other))
+        results.append(FeatureDistances(network, half, gather=False).compare(other))
     return {
         "frechet": sum(r.frechet for r in results) / repeats,
         "kernel": sum(r.kernel for r in results) / repeats,

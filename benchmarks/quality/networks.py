@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 
 class NetworkSpec(Protocol):
@@ -24,15 +25,18 @@ class ResidualBlock(nn.Module):
     """A pre-norm residual block whose hidden layer is shifted by the time embedding."""
 
     def __init__(self, width: int) -> None:
+        """Make the layers."""
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.inner = nn.Linear(width, width)
         self.time = nn.Linear(width, width)
         self.outer = nn.Linear(width, width)
 
+    @override
     def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
         inner = F.silu(self.inner(self.norm(hidden)) + self.time(time))
-        return hidden + self.outer(inner)
+        result: Tensor = hidden + self.outer(inner)
+        return result
 
 
 class ResidualMLP(nn.Module):
@@ -49,6 +53,7 @@ class ResidualMLP(nn.Module):
     """
 
     def __init__(self, image_shape: tuple[int, int, int], width: int, blocks: int) -> None:
+        """Make the layers."""
         super().__init__()
         values = math.prod(image_shape)
         frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2))
@@ -61,6 +66,7 @@ class ResidualMLP(nn.Module):
         # a narrow trunk cannot carry; a U-Net has its long skip connections for that.
         self.gate = nn.Linear(width, values)
 
+    @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         frequencies = self.get_buffer("frequencies")
         angles = t.to(frequencies).unsqueeze(-1) * frequencies
@@ -74,12 +80,13 @@ class ResidualMLP(nn.Module):
 
 
 @dataclass(frozen=True)
-class MLPSpec:
+class MLPSpec(NetworkSpec):
     """Hyperparameters of :class:`ResidualMLP`."""
 
     width: int
     blocks: int
 
+    @override
     def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
         return ResidualMLP(image_shape, self.width, self.blocks)
 
@@ -88,16 +95,18 @@ class UNetTensor(nn.Module):
     """diffusers' U-Net with a tensor for an answer, as the other networks give."""
 
     def __init__(self, unet: UNet2DModel) -> None:
+        """Wrap a U-Net."""
         super().__init__()
         self.unet = unet
 
+    @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         noise: Tensor = self.unet(x, t, return_dict=False)[0]
         return noise
 
 
 @dataclass(frozen=True)
-class UNetSpec:
+class UNetSpec(NetworkSpec):
     """Hyperparameters of diffusers' ``UNet2DModel`` in the words of Ho et al. (2020).
 
     Attributes:
@@ -114,6 +123,7 @@ class UNetSpec:
     attention_at: tuple[int, ...] = (16,)
     dropout: float = 0.0
 
+    @override
     def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
         image_channels, size, _ = image_shape
         attends = [size // 2**level in self.attention_at for level in range(len(self.multipliers))]

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from benchmarks.quality.samplers import visited
 from benchmarks.quality.streams import Stream
@@ -47,11 +48,13 @@ class ForwardProcess(nn.Module):
     """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, from float32 tables."""
 
     def __init__(self, schedule: NoiseSchedule) -> None:
+        """Make the two tables of a schedule."""
         super().__init__()
         alphas_cumprod = schedule.alphas_cumprod.double()
         self.register_buffer("signal", alphas_cumprod.sqrt().float()[:, None, None, None])
         self.register_buffer("spread", (1 - alphas_cumprod).sqrt().float()[:, None, None, None])
 
+    @override
     def forward(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return self.get_buffer("signal")[t] * x0 + self.get_buffer("spread")[t] * noise
 
@@ -60,9 +63,11 @@ class Loss(nn.Module):
     """A built objective: ``loss(model, batch)`` is a scalar."""
 
     def __init__(self, schedule: NoiseSchedule) -> None:
+        """Make the forward process of a schedule."""
         super().__init__()
         self.path = ForwardProcess(schedule)
 
+    @override
     def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss, and mse(ε, ε̂) for the loss curves, where all are comparable."""
         predicted = model(self.path(batch.x0, batch.noise, batch.t), batch.t)
@@ -99,13 +104,16 @@ class Plain(Objective):
     """L_simple of Ho et al. (2020): mse(ε, ε̂)."""
 
     @property
+    @override
     def name(self) -> str:
         return "plain"
 
     @property
+    @override
     def title(self) -> str:
         return "plain L_simple"
 
+    @override
     def build(self, schedule: NoiseSchedule) -> Loss:
         return Loss(schedule)
 
@@ -119,15 +127,18 @@ class SkipStep(Objective):
     tau: float = 0.99
 
     @property
+    @override
     def name(self) -> str:
         suffix = "" if self.tau == 0.99 else f"-tau{self.tau:g}"
         return f"skip{self.skip}-{self.estimator}{suffix}"
 
     @property
+    @override
     def title(self) -> str:
         suffix = "" if self.tau == 0.99 else f", τ = {self.tau:g}"
         return f"S²-DM k = {self.skip}, {self.estimator}{suffix}"
 
+    @override
     def build(self, schedule: NoiseSchedule) -> Loss:
         return SkipStepComparison(schedule, self)
 
@@ -136,12 +147,14 @@ class SkipStepComparison(Loss):
     """:class:`SkipStep`, built."""
 
     def __init__(self, schedule: NoiseSchedule, objective: SkipStep) -> None:
+        """Build the criterion with an objective's settings."""
         super().__init__(schedule)
         self.fresh = objective.estimator == "fresh"
         self.criterion = SkipStepLoss(
             schedule, objective.skip, tau=objective.tau, estimator=objective.estimator
         )
 
+    @override
     def compare(self, predicted: Tensor, batch: Batch) -> Tensor:
         skip_noise = batch.more_noise() if self.fresh else None
         return self.criterion.from_prediction(
@@ -156,13 +169,16 @@ class MinSNR(Objective):
     gamma: float = 5.0
 
     @property
+    @override
     def name(self) -> str:
         return f"min-snr-{self.gamma:g}"
 
     @property
+    @override
     def title(self) -> str:
         return f"Min-SNR-{self.gamma:g}"
 
+    @override
     def build(self, schedule: NoiseSchedule) -> Loss:
         return MinSNRComparison(schedule, self.gamma)
 
@@ -171,11 +187,13 @@ class MinSNRComparison(Loss):
     """:class:`MinSNR`, built."""
 
     def __init__(self, schedule: NoiseSchedule, gamma: float) -> None:
+        """Make the table of weights."""
         super().__init__(schedule)
         alphas_cumprod = schedule.alphas_cumprod.double()
         snr = alphas_cumprod / (1 - alphas_cumprod)
         self.register_buffer("weight", (snr.clamp(max=gamma) / snr).float())
 
+    @override
     def compare(self, predicted: Tensor, batch: Batch) -> Tensor:
         per_sample = (predicted - batch.noise).square().flatten(1).mean(1)
         return (self.get_buffer("weight")[batch.t] * per_sample).mean()
@@ -188,13 +206,16 @@ class InputPerturbation(Objective):
     gamma: float = 0.1
 
     @property
+    @override
     def name(self) -> str:
         return f"ddpm-ip-{self.gamma:g}"
 
     @property
+    @override
     def title(self) -> str:
         return f"DDPM-IP {self.gamma:g}"
 
+    @override
     def build(self, schedule: NoiseSchedule) -> Loss:
         return PerturbedInput(schedule, self.gamma)
 
@@ -203,9 +224,11 @@ class PerturbedInput(Loss):
     """:class:`InputPerturbation`, built."""
 
     def __init__(self, schedule: NoiseSchedule, gamma: float) -> None:
+        """Keep the perturbation's size."""
         super().__init__(schedule)
         self.gamma = gamma
 
+    @override
     def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         perturbed = batch.noise + self.gamma * batch.more_noise()
         predicted = model(self.path(batch.x0, perturbed, batch.t), batch.t)
@@ -224,17 +247,21 @@ class SequenceAware(Objective):
     strength: float = 1.0
 
     @property
+    @override
     def model_calls(self) -> int:  # type: ignore[override]
         return self.window
 
     @property
+    @override
     def name(self) -> str:
         return f"sa-dpm-{self.window}"
 
     @property
+    @override
     def title(self) -> str:
         return f"SA-DPM K = {self.window}"
 
+    @override
     def build(self, schedule: NoiseSchedule) -> Loss:
         return ResidualSum(schedule, self)
 
@@ -243,10 +270,12 @@ class ResidualSum(Loss):
     """:class:`SequenceAware`, built."""
 
     def __init__(self, schedule: NoiseSchedule, objective: SequenceAware) -> None:
+        """Keep the window and the strength."""
         super().__init__(schedule)
         self.window = objective.window
         self.strength = objective.strength
 
+    @override
     def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         # One call on the stacked timesteps, so that a distributed model is called once per step.
         offsets = range(self.window)
@@ -271,13 +300,16 @@ class SampledTimesteps(Objective):
     sampler: str = "ddim"
 
     @property
+    @override
     def name(self) -> str:
         return f"only-{self.sampler}-{self.steps}"
 
     @property
+    @override
     def title(self) -> str:
         return f"only {self.sampler.upper()}'s {self.steps} timesteps"
 
+    @override
     def build(self, schedule: NoiseSchedule) -> Loss:
         return SampledOnly(schedule, self)
 
@@ -286,11 +318,13 @@ class SampledOnly(Loss):
     """:class:`SampledTimesteps`, built."""
 
     def __init__(self, schedule: NoiseSchedule, objective: SampledTimesteps) -> None:
+        """Find the timesteps that the sampler visits."""
         super().__init__(schedule)
         self.num_train_timesteps = len(schedule.alphas_cumprod)
         times = visited(objective.sampler, schedule, objective.steps)
         self.register_buffer("times", times)
 
+    @override
     def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         # The common draw of t chooses among the visited ones: the stream stays in step.
         times = self.get_buffer("times")
@@ -325,15 +359,18 @@ class Gain(Correction):
     tau: float = 0.99
 
     @property
+    @override
     def name(self) -> str:
         suffix = "" if self.tau == 0.99 else f"-tau{self.tau:g}"
         return f"gain{self.skip}{suffix}"
 
     @property
+    @override
     def title(self) -> str:
         suffix = "" if self.tau == 0.99 else f", τ = {self.tau:g}"
         return f"gain k = {self.skip}{suffix}"
 
+    @override
     def apply(self, model: nn.Module, schedule: NoiseSchedule) -> nn.Module:
         return ShrunkModel(model, schedule, self.skip, tau=self.tau)
 
@@ -345,13 +382,16 @@ class EpsilonScaling(Correction):
     factor: float
 
     @property
+    @override
     def name(self) -> str:
         return f"scaling{self.factor:g}"
 
     @property
+    @override
     def title(self) -> str:
         return f"Epsilon Scaling λ = {self.factor:g}"
 
+    @override
     def apply(self, model: nn.Module, schedule: NoiseSchedule) -> nn.Module:
         return Scaled(model, self.factor)
 
@@ -360,10 +400,12 @@ class Scaled(nn.Module):
     """A network whose answer is divided by a constant."""
 
     def __init__(self, model: nn.Module, factor: float) -> None:
+        """Wrap a network."""
         super().__init__()
         self.model = model
         self.factor = factor
 
+    @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         noise: Tensor = self.model(x, t) / self.factor
         return noise

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +40,7 @@ from benchmarks.quality.files import load_json, load_tensors, save_json, save_te
 from benchmarks.quality.metrics import FeatureDistances, noise_floor
 from benchmarks.quality.objectives import Method, Objective
 from benchmarks.quality.presets import Arm, Preset
-from benchmarks.quality.samplers import make_scheduler, sample
+from benchmarks.quality.samplers import sample
 from benchmarks.quality.streams import Purpose, generator
 from benchmarks.quality.training import train
 from s2dm_loss import NoiseSchedule
@@ -84,6 +85,10 @@ def jobs(preset: Preset) -> list[Job]:
     return [Job(arm, seed) for arm in preset.arms for seed in preset.seeds]
 
 
+def _no_progress(amount: float) -> None:
+    """Tell nobody."""
+
+
 def versions() -> dict[str, str | None]:
     """Return what a result depends on besides its settings."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -94,7 +99,11 @@ def versions() -> dict[str, str | None]:
             found[package] = None
     here = Path(__file__).parent
     git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "HEAD"],  # noqa: S607 - wherever git is
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     found["commit"] = git.stdout.strip() or None
     return found
@@ -125,6 +134,7 @@ class Bench:
     """A preset's data, schedule, features and folder, and what is done with them."""
 
     def __init__(self, preset: Preset, root: Path, data_folder: Path | None = None) -> None:
+        """Load the data and make the feature network."""
         self.preset = preset
         self.layout = Layout(root)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -133,7 +143,8 @@ class Bench:
         with self.accelerator.main_process_first():
             network = preset.features.build(self.data, root, self.accelerator.device)
         self.features = network
-        self.distances = FeatureDistances(network, self.data.images)
+        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        self.distances = FeatureDistances(network, self.data.images[share])
         self.versions = versions()
         real = datasets.to_model_range(self.data.images).double()
         self.data_spread = float(real.std(0).mean())
@@ -152,8 +163,10 @@ class Bench:
         folder = self.layout.model(objective, seed)
         folder.mkdir(parents=True, exist_ok=True)
         cost = training_cost(self.preset, objective) / self.preset.budget.steps
-        # Two workers may want the same network: the second waits, and loads it.
-        with FileLock(folder / "lock"):
+        # Two workers may want the same network: the second waits, and loads it. The processes of
+        # `accelerate launch` train one network together.
+        alone = self.accelerator.num_processes == 1
+        with FileLock(folder / "lock") if alone else nullcontext():
             return train(
                 objective,
                 seed,
@@ -166,7 +179,7 @@ class Bench:
                 progress=lambda steps: advance(steps * cost),
             )
 
-    def do(self, job: Job, advance: Advance = lambda cost: None) -> None:
+    def do(self, job: Job, advance: Advance = _no_progress) -> None:
         """Do whatever of a job is not done."""
         method, seed = job.arm.method, job.seed
         missing = [
@@ -227,6 +240,11 @@ class Bench:
         size, total = self.preset.sample_batch, self.preset.samples
         counts = [min(size, total - first) for first in range(0, total, size)]
         accelerator = self.accelerator
+        if len(counts) < accelerator.num_processes:
+            raise ValueError(
+                f"samples: expected at least one batch of {size} for each of the "
+                f"{accelerator.num_processes} processes, got {len(counts)} in all"
+            )
         mine = range(accelerator.process_index, len(counts), accelerator.num_processes)
         batches = []
         for part in mine:
@@ -270,7 +288,7 @@ class Plan:
 
     Attributes:
         trainings: Networks to train, those that are under way included.
-        training_steps: Optimiser steps left.
+        network_steps: Steps of a network left, forward and backward.
         cells: Results to make.
         sampling_calls: Calls of a network for a batch of ``samples``.
         cost: Everything, in forward passes of one image.
@@ -278,7 +296,7 @@ class Plan:
     """
 
     trainings: int
-    training_steps: int
+    network_steps: int
     cells: int
     sampling_calls: int
     cost: float
@@ -288,7 +306,7 @@ class Plan:
 def plan(preset: Preset, root: Path) -> Plan:
     """Return what a run would have to do; reads the folder and starts nothing."""
     layout = Layout(root)
-    trainings = training_steps = cells = sampling_calls = 0
+    trainings = network_steps = cells = sampling_calls = 0
     cost = done = 0.0
     seen = set()
     for job in jobs(preset):
@@ -301,7 +319,7 @@ def plan(preset: Preset, root: Path) -> Plan:
             if left and (folder / "checkpoint.pt").exists():
                 left -= load_tensors(folder / "checkpoint.pt")["step"]
             trainings += left > 0
-            training_steps += left
+            network_steps += left * method.objective.model_calls
             cost += whole * left / preset.budget.steps
             done += whole * (1 - left / preset.budget.steps)
         for sampler, steps in job.cells():
@@ -311,28 +329,47 @@ def plan(preset: Preset, root: Path) -> Plan:
                 cells += 1
                 sampling_calls += steps
                 cost += preset.samples * steps
-    return Plan(trainings, training_steps, cells, sampling_calls, cost, done)
+    return Plan(trainings, network_steps, cells, sampling_calls, cost, done)
 
 
-def seconds_per_forward(preset: Preset, data_folder: Path | None = None) -> float:
-    """Return a forward pass's time per image, from a few calls on this machine's device."""
+def estimate(preset: Preset, todo: Plan, data_folder: Path | None = None) -> float:
+    """Return the seconds that one process would need for a plan, from a few steps and calls."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = datasets.load(preset.data, data_folder).shape
-    model = preset.network.build(shape).to(device).eval()
-    count = min(preset.sample_batch, 1024)
-    x, t = torch.randn(count, *shape, device=device), torch.tensor(500, device=device)
-    # The scheduler's own arithmetic is part of a step, and counts for a tiny network.
-    scheduler = make_scheduler("ddim", NoiseSchedule.linear(1000))
-    scheduler.set_timesteps(10)
-    calls = 5
-    with torch.inference_mode():
-        model(x, t)
-        began = time.perf_counter()
-        for _ in range(calls):
-            scheduler.step(model(x, t), 500, x, return_dict=False)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return (time.perf_counter() - began) / calls / count
+    model = preset.network.build(shape).to(device)
+    schedule = NoiseSchedule.linear(1000)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    images = torch.randn(preset.budget.batch_size, *shape, device=device)
+    times = torch.zeros(len(images), dtype=torch.long, device=device)
+    start = torch.randn(min(preset.sample_batch, preset.samples), *shape, device=device)
+
+    def one_step() -> None:
+        model(images, times).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def one_call() -> None:
+        sample(model, "ddim", schedule, 1, start, torch.Generator())
+
+    threads = torch.get_num_threads()
+    if preset.workers > 1:
+        torch.set_num_threads(1)
+    try:
+        per_step = _seconds(one_step, device)
+        per_image = _seconds(one_call, device) / len(start)
+    finally:
+        torch.set_num_threads(threads)
+    return todo.network_steps * per_step + todo.sampling_calls * preset.samples * per_image
+
+
+def _seconds(action: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
+    action()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / repeats
 
 
 def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | None = None) -> None:
@@ -375,8 +412,7 @@ def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | Non
             total=(todo.cost + todo.done) / 1e6,
             initial=todo.done / 1e6,
             desc=preset.name,
-            unit="M forwards",
-            unit_scale=False,
+            smoothing=0,  # two processes report in bursts
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             disable=not first,
         ) as bar:
@@ -407,7 +443,7 @@ class _Batched:
 
 
 _bench: Bench | None = None
-_advance: Advance = lambda cost: None  # noqa: E731
+_advance: Advance = _no_progress
 
 
 def _start_worker(preset: Preset, root: Path, data_folder: Path | None, queue: Any) -> None:
@@ -463,13 +499,19 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
     of the images, spread], with None where a feature network takes no raw samples.
     """
     layout = Layout(root)
-    rows, titles, trainings = [], {}, {}
+    rows: list[list[Any]] = []
+    titles: dict[str, str] = {}
+    trainings: dict[str, dict[str, Any]] = {}
     versions_seen: dict[str, str | None] = {}
     for job in jobs(preset):
         method, seed = job.arm.method, job.seed
         record = layout.model(method.objective, seed) / "training.json"
         if record.exists():
-            trainings.setdefault(method.objective.name, {})[str(seed)] = load_json(record)
+            training = load_json(record)
+            if len(preset.seeds) > 1:
+                # The curves of a whole grid would be most of its record.
+                del training["curve"]
+            trainings.setdefault(method.objective.name, {})[str(seed)] = training
         for sampler, steps in job.cells():
             path = layout.cell(method, seed, sampler, steps)
             if not path.exists():

@@ -48,6 +48,7 @@ class Stream:
     def __init__(
         self, source: torch.Generator, batch_size: int, rows: slice, device: torch.device
     ) -> None:
+        """Keep where numbers come from and go to."""
         self.source = source
         self.batch_size = batch_size
         self.rows = rows

@@ -55,7 +55,12 @@ class Budget:
 class Progress(Protocol):
     """Told after every optimiser step; may raise to stop the run."""
 
-    def __call__(self, steps: int) -> object: ...
+    def __call__(self, steps: int, /) -> object:
+        """Take note of the steps just done."""
+
+
+def _no_progress(steps: int) -> None:
+    """Tell nobody."""
 
 
 def train(
@@ -68,7 +73,7 @@ def train(
     budget: Budget,
     folder: Path,
     accelerator: Accelerator,
-    progress: Progress = lambda steps: None,
+    progress: Progress = _no_progress,
 ) -> nn.Module:
     """Train a network, or take up a run where it stopped, or load one that is done.
 

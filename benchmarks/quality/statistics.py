@@ -1,0 +1,145 @@
+"""Improvements over plain training, paired by seed, with intervals.
+
+A seed's own luck moves a Fréchet distance by more than most of the effects under test, but it
+moves both sides of a pair alike: same initialisation, data order, training noise and starting
+noise.  So the relative improvement is taken within each seed, and the interval over the seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+RESAMPLES = 10_000
+
+
+class Cell(NamedTuple):
+    """A sampler at a number of steps."""
+
+    sampler: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with two 95 % intervals.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end of Student's t interval.
+        high: Its upper end.
+        boot_low: Lower end of the percentile bootstrap over seeds.
+        boot_high: Its upper end.
+        count: Seeds.
+    """
+
+    mean: float
+    low: float
+    high: float
+    boot_low: float
+    boot_high: float
+    count: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the t interval excludes 0, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def interval(values: Iterable[float]) -> Interval:
+    """Return the mean of one value per seed, and its intervals.
+
+    With five seeds a percentile bootstrap is too narrow (it cannot reach beyond the extremes it
+    has seen), so the t interval decides and the bootstrap stands beside it.
+
+    Raises:
+        ValueError: If there are no values.
+    """
+    array: NDArray[np.float64] = np.asarray(list(values), dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("values: expected one value per seed, got none")
+    mean = float(array.mean())
+    if array.size == 1:
+        return Interval(mean, float("-inf"), float("inf"), float("-inf"), float("inf"), 1)
+    half = float(stats.t.ppf(0.975, array.size - 1) * array.std(ddof=1) / np.sqrt(array.size))
+    draw = np.random.default_rng(0).integers(array.size, size=(RESAMPLES, array.size))
+    boot_low, boot_high = np.percentile(array[draw].mean(1), [2.5, 97.5])
+    return Interval(
+        mean, mean - half, mean + half, float(boot_low), float(boot_high), int(array.size)
+    )
+
+
+class Results:
+    """The rows of one run's record, by method, cell and seed.
+
+    Args:
+        record: What :func:`benchmarks.quality.runner.collect` returns.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        """Sort the rows."""
+        self.record = record
+        columns = list(record["columns"])
+        self._values: dict[str, dict[tuple[str, Cell], dict[int, float]]] = {}
+        for row in record["rows"]:
+            entry = dict(zip(columns, row, strict=True))
+            key = (entry["method"], Cell(entry["sampler"], entry["steps"]))
+            for measure in columns[4:]:
+                if entry[measure] is not None:
+                    by_seed = self._values.setdefault(measure, {}).setdefault(key, {})
+                    by_seed[entry["seed"]] = entry[measure]
+        # The samples as the sampler returns them, where the feature network takes them.
+        self.primary = "raw_frechet" if "raw_frechet" in self._values else "images_frechet"
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods that have results, in the order of the run."""
+        return list(dict.fromkeys(row[0] for row in self.record["rows"]))
+
+    def title(self, method: str) -> str:
+        """Return a method's name in tables."""
+        title: str = self.record["titles"][method]
+        return title
+
+    def cells(self, method: str) -> list[Cell]:
+        """Return the cells of a method, in the order of the run."""
+        found = (key[1] for key in self._values[self.primary] if key[0] == method)
+        return list(dict.fromkeys(found))
+
+    def values(self, method: str, cell: Cell, measure: str | None = None) -> dict[int, float]:
+        """Return a measure by seed; empty where there is none."""
+        return self._values.get(measure or self.primary, {}).get((method, cell), {})
+
+    def improvements(
+        self, method: str, cell: Cell, measure: str | None = None, baseline: str = "plain"
+    ) -> dict[int, float]:
+        """Return 100 (1 - d / d_baseline) by seed, for the seeds that both have."""
+        ours = self.values(method, cell, measure)
+        theirs = self.values(baseline, cell, measure)
+        return {seed: 100 * (1 - ours[seed] / theirs[seed]) for seed in ours if seed in theirs}
+
+    def improvement(
+        self,
+        method: str,
+        cells: Iterable[Cell],
+        measure: str | None = None,
+        baseline: str = "plain",
+    ) -> Interval | None:
+        """Return the improvement, averaged over cells within each seed.
+
+        Only seeds that have every cell count; None where there are none.
+        """
+        per_cell = [self.improvements(method, cell, measure, baseline) for cell in cells]
+        if not per_cell:
+            return None
+        seeds = set.intersection(*(set(found) for found in per_cell))
+        if not seeds:
+            return None
+        return interval(
+            float(np.mean([found[seed] for found in per_cell])) for seed in sorted(seeds)
+        )
