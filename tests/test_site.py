@@ -173,9 +173,11 @@ def test_plots_take_the_colour_of_the_text(address, page):
     assert page.locator("figure.plot svg").count() == 3
     fill = "getComputedStyle(document.querySelector('figure.plot text')).fill"
     colours = set()
-    for scheme in ("light", "dark"):
+    for scheme, palette in (("light", "default"), ("dark", "slate")):
         page.emulate_media(color_scheme=scheme)
+        page.evaluate("localStorage.clear()")  # the page keeps the palette it was last shown in
         page.reload()
+        page.wait_for_selector(f"body[data-md-color-scheme={palette}]")
         colours.add(page.evaluate(fill))
     assert len(colours) == 2
 
@@ -202,9 +204,9 @@ def test_the_explorer_computes_what_the_library_does(address, page, name, schedu
 
 def test_search_finds_a_page(address, page):
     page.goto(f"{address}/index.html")
-    page.keyboard.press("f")
-    page.keyboard.type("zero-terminal-SNR")
-    result = page.locator(".md-search-result__link").first
-    result.wait_for(timeout=10_000)
-    assert "schedules.html" in result.get_attribute("href")
+    page.wait_for_function("window.component$ !== undefined")  # the theme's script is at work
+    page.click(".md-search__input")
+    page.locator(".md-search__input").press_sequentially("zero terminal SNR", delay=20)
+    # It raises where none appears.
+    page.wait_for_selector(".md-search-result__link[href*='schedules.html']", state="attached")
     assert not page.trouble
