@@ -1,0 +1,153 @@
+"""The loss in ermongroup/ddim, the base of the paper's code: one line in `functions/losses.py`.
+
+-    'simple': noise_estimation_loss,
++    'simple': ddim_loss(skip_set=9),
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from s2dm_loss import NoiseSchedule, SkipSet, SkipStepLoss
+from s2dm_loss._checks import as_float64, check_all, check_choice, check_count
+from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
+from s2dm_loss.functional import along
+
+__all__ = ["DdimLoss", "ddim_loss", "ddim_timesteps"]
+
+DataReduction = Literal["sum", "mean"]
+SkipType = Literal["uniform", "quad"]
+
+
+class DdimLoss(Protocol):
+    """What `loss_registry` holds: a loss of `(model, x0, t, e, b)`, positional."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x0: Tensor,
+        t: Tensor,
+        e: Tensor,
+        b: Tensor,
+        keepdim: bool = False,
+    ) -> Tensor:
+        """Return the loss; see `ddim_loss`."""
+        ...
+
+
+def ddim_loss(
+    skip_set: SkipSet | int | Iterable[int] = 9,
+    *,
+    data_reduction: DataReduction = "sum",
+    tau: float = DEFAULT_TAU,
+    estimator: Estimator = "expected",
+    normalize: bool = False,
+    max_c2: float = DEFAULT_MAX_C2,
+) -> DdimLoss:
+    """Return the S²-DM loss as an entry of the trainer's `loss_registry`.
+
+    It is called as `noise_estimation_loss` is, `loss(model, x0, t, e, b, keepdim=False)`, with the
+    noise e and the trainer's table of β, and returns a scalar, or shape [N] with `keepdim`.
+
+    Args:
+        skip_set: The skips, as for `SkipStepLoss`.
+        data_reduction: Over the data axes the trainer sums and the paper's fork of it averages.
+            The default keeps the trainer's scale; at its gradient clipping of 1 the two train
+            very differently, so give a plain run that is compared the same one.
+        tau: τ in [0, 1].
+        estimator: "expected", "fresh" or "shared".
+        normalize: Drop the weight A(t) and the constant; see `SkipStepLoss`.
+        max_c2: Upper bound on c²; see `coefficients`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as said. Whether the skips fit the schedule
+            is known at the first call.
+    """
+    options = {"tau": tau, "estimator": estimator, "normalize": normalize, "max_c2": max_c2}
+    return _DdimLoss(skip_set, data_reduction, options)
+
+
+def ddim_timesteps(
+    num_timesteps: int, num_sampling_steps: int, skip_type: SkipType = "uniform"
+) -> list[int]:
+    """Return the timesteps that the trainer's sampler visits, ascending.
+
+    `SkipSet.from_timesteps(ddim_timesteps(1000, 50, "quad"))` pairs each t with the latest of them
+    before it. "quad" has uneven gaps, and repeats itself at its start for 30 steps and more.
+
+    Args:
+        num_timesteps: T, the length of the schedule.
+        num_sampling_steps: What `--timesteps` says.
+        skip_type: What `--skip_type` says.
+    """
+    total = check_count("num_timesteps", num_timesteps)
+    steps = check_count("num_sampling_steps", num_sampling_steps, low=2)
+    check_choice("skip_type", skip_type, get_args(SkipType))
+    if steps > total:
+        raise ValueError(f"num_sampling_steps must be at most num_timesteps, {total}, got {steps}")
+    if skip_type == "uniform":
+        return list(range(0, total, total // steps))
+    end = math.sqrt(total * 0.8)
+    roots = [index * (end / (steps - 1)) for index in range(steps - 1)]
+    return [int(root * root) for root in [*roots, end]]
+
+
+class _DdimLoss:
+    """The loss, with the tables of the β that it was last called with."""
+
+    def __init__(
+        self,
+        skip_set: SkipSet | int | Iterable[int],
+        data_reduction: DataReduction,
+        options: dict[str, Any],
+    ) -> None:
+        check_choice("data_reduction", data_reduction, get_args(DataReduction))
+        self.skip_set = SkipSet.wrap(skip_set)
+        self.data_reduction = data_reduction
+        self.options = options
+        # β comes with the first batch only; a wrong option is found now, on some schedule.
+        SkipStepLoss(NoiseSchedule.linear(2), 1, **options)
+        self._betas: Tensor | None = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x0: Tensor,
+        t: Tensor,
+        e: Tensor,
+        b: Tensor,
+        keepdim: bool = False,
+    ) -> Tensor:
+        if b is not self._betas:
+            # The trainer passes the same tensor at every step, so this happens once.
+            self._criterion = self._make_criterion(b)
+            self._betas = b
+        a = (1 - b).cumprod(dim=0).index_select(0, t)
+        x_t = x0 * along(a.sqrt(), x0) + e * along((1.0 - a).sqrt(), e)
+        losses = self._criterion.from_prediction(model(x_t, t.float()), e, t)
+        if self.data_reduction == "sum":
+            losses = losses * e[0].numel()
+        return losses if keepdim else losses.mean(dim=0)
+
+    def _make_criterion(self, b: Tensor) -> SkipStepLoss:
+        betas = as_float64("b", b)
+        check_all("b", betas, (betas > 0) & (betas <= 1), "lie in (0, 1]")
+        # Not `from_betas`: the trainer's schedule "jsd" ends with β = 1, that is with ᾱ = 0.
+        schedule = NoiseSchedule(
+            torch.log1p(-betas).cumsum(0), name=f"NoiseSchedule.from_betas([{betas.numel()}])"
+        )
+        return SkipStepLoss(schedule, self.skip_set, reduction="none", **self.options)
+
+    @override
+    def __repr__(self) -> str:
+        options = [f"{name}={value!r}" for name, value in self.options.items()]
+        return (
+            f"ddim_loss({self.skip_set!r}, data_reduction={self.data_reduction!r}, "
+            f"{', '.join(options)})"
+        )

@@ -1,0 +1,104 @@
+"""A real checkout of ermongroup/ddim behind the names of its double."""
+
+import importlib
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+from tests.helpers.checkouts import checkout_on_path
+from tests.helpers.docs_diff import apply_docs_diff
+
+
+def _module(name, **attributes):
+    module = ModuleType(name)
+    vars(module).update(attributes)
+    return module
+
+
+@contextmanager
+def _runner_module(root, *, images=None, saved=None, swap=False):
+    """The runner's module, fed with `images`; what it saves as pictures goes into `saved`."""
+    vision = _module("torchvision.utils", save_image=lambda x, _: saved.append(x))
+    stubs = {
+        "torchvision": _module("torchvision", utils=vision),
+        "torchvision.utils": vision,
+        "requests": _module("requests"),  # for downloading checkpoints
+        "datasets": _module(
+            "datasets",
+            get_dataset=lambda *_: (images, images),
+            data_transform=lambda _, x: 2 * x - 1,
+            inverse_data_transform=lambda _, x: x,
+        ),
+    }
+    with checkout_on_path(root, stubs):
+        if swap:
+            losses = importlib.import_module("functions.losses")
+            source = (root / "functions" / "losses.py").read_text()
+            source = apply_docs_diff("ddim.md", "functions/losses.py", source)
+            exec(compile(source, "functions/losses.py", "exec"), vars(losses))  # noqa: S102
+        yield importlib.import_module("runners.diffusion")
+
+
+@contextmanager
+def _on_the_cpu():
+    """The sampler moves its tensors to "cuda" by name; let that mean the CPU here."""
+    move = torch.Tensor.to
+
+    def to(tensor, *args, **kwargs):
+        here = ("cpu" if isinstance(arg, str) and arg == "cuda" else arg for arg in args)
+        return move(tensor, *here, **kwargs)
+
+    torch.Tensor.to = to
+    try:
+        yield
+    finally:
+        torch.Tensor.to = move
+
+
+def load_ddim(root: Path) -> SimpleNamespace:
+    """The checkout's loss and schedules, and its own runner with the documented swap."""
+    with _runner_module(root) as module:
+        registry = importlib.import_module("functions.losses").loss_registry
+        get_beta_schedule = module.get_beta_schedule
+
+    def runner(module, config, directory=None, **args):
+        args = SimpleNamespace(
+            resume_training=False, log_path=str(directory), use_pretrained=False, **args
+        )
+        return module.Diffusion(args, config, device=torch.device("cpu"))
+
+    def train(config, directory, images, *, swap=False):
+        losses = []
+        config.tb_logger = SimpleNamespace(
+            add_scalar=lambda _, loss, global_step: losses.append(loss.item())
+        )
+        pairs = torch.utils.data.TensorDataset(images, torch.zeros(len(images)))
+        with _runner_module(root, images=pairs, swap=swap) as module:
+            runner(module, config, directory).train()
+        del config.tb_logger
+        return losses
+
+    options = {"sample_type": "generalized", "eta": 0.0, "skip": 1}
+
+    def sample(config, directory):
+        options.update(fid=False, interpolation=False, sequence=True, image_folder="")
+        saved = []
+        with _runner_module(root, saved=saved) as module, _on_the_cpu():
+            drawn = runner(module, config, directory, skip_type="uniform", timesteps=10, **options)
+            drawn.sample()
+        return torch.stack(saved[-8:])
+
+    def sample_image(config, model, x, skip_type, timesteps):
+        with _runner_module(root) as module, _on_the_cpu():
+            drawn = runner(module, config, skip_type=skip_type, timesteps=timesteps, **options)
+            return drawn.sample_image(x, model)
+
+    return SimpleNamespace(
+        noise_estimation_loss=registry["simple"],
+        get_beta_schedule=get_beta_schedule,
+        train=train,
+        sample=sample,
+        sample_image=sample_image,
+    )
