@@ -288,6 +288,12 @@ class SkipLoss(nn.Module):
     ) -> None:
         check_batch("target", target)
         check_like("model_pred", model_pred, "target", target)
+        if check_batch("noisy_latents", noisy_latents).shape != target.shape:
+            raise ValueError(
+                f"noisy_latents must have the shape of target, {tuple(target.shape)}: the noisy "
+                "channels alone, for the samples of target, without what is concatenated to them, "
+                f"got {describe(noisy_latents)}"
+            )
         check_like("noisy_latents", noisy_latents, "target", target)
         self._check_times(timesteps, target)
         if weights is not None:

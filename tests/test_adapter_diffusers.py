@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import pickle
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from tests.helpers.diffusers_parts import (
     script_step,
     velocity,
 )
+from tests.helpers.docs_diff import apply_docs_diff
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+ROOT = os.environ.get("S2DM_DIFFUSERS_ROOT")
 CASES = json.loads((Path(__file__).parent / "data" / "released_loss.json").read_text())["cases"]
 
 
@@ -447,6 +450,27 @@ def test_timesteps_beyond_the_schedule():
             SkipLoss.from_scheduler(scheduler)(model_pred, target, noisy, timesteps + 1)
 
 
+@pytest.mark.parametrize(
+    ("config", "skip", "start"),
+    [
+        ({}, 9, 799),
+        ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, 9, 1000),
+        ({}, 99, 616),
+        ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, 99, 892),
+    ],
+)
+def test_where_the_bound_acts_on_v(config, skip, start):
+    """The numbers of docs/adapters/diffusers.md."""
+    scheduler = make_scheduler(prediction_type="v_prediction", **config)
+    timesteps = torch.arange(1000)
+    inputs = *torch.randn(3, 1000, 1, 2, 2, dtype=torch.float64).unbind(0), timesteps
+    losses = [
+        SkipLoss.from_scheduler(scheduler, skip, reduction="none", max_c2=max_c2)(*inputs)
+        for max_c2 in (100.0, math.inf)
+    ]
+    assert torch.equal(losses[0] != losses[1], timesteps >= start)
+
+
 ZERO_SNR = [name for name, schedule, zero in CONFIGS if zero and schedule == "linear"]
 
 
@@ -611,12 +635,38 @@ def test_wrong_calls():
         skip_loss(model_pred, target, noisy, 3)
     with pytest.raises(ValueError, match=r"timesteps must have shape \(5,\)"):
         skip_loss(model_pred, target, noisy, timesteps[:, None])
+    with pytest.raises(ValueError, match="the noisy channels alone"):
+        skip_loss(model_pred, target, torch.cat([noisy, noisy], dim=1), timesteps)
     with pytest.raises(ValueError, match=r"weights must have shape \(5,\)"):
         skip_loss(model_pred, target, noisy, timesteps, weights=torch.ones(5, 1, 1, 1))
     with pytest.raises(ValueError, match="skip_noise belongs to the estimator 'fresh'"):
         skip_loss(model_pred, target, noisy, timesteps, skip_noise=noisy)
     with pytest.raises(ValueError, match="prediction_type must be given"):
         SkipLoss(NoiseSchedule.linear(1000))
+
+
+# The diffs of the docs page, on the real scripts.
+
+
+@pytest.mark.skipif(ROOT is None, reason="S2DM_DIFFUSERS_ROOT names no checkout of diffusers")
+@pytest.mark.parametrize(
+    "titles",
+    [
+        ["text_to_image/train_text_to_image.py"],
+        ["text_to_image/train_text_to_image.py", "--snr_gamma"],
+        ["unconditional_image_generation/train_unconditional.py"],
+        ["unconditional_image_generation/train_unconditional.py", "--prediction_type sample"],
+        ["dreambooth/train_dreambooth.py --with_prior_preservation"],
+        ["dreambooth/train_dreambooth_sd3.py"],
+    ],
+    ids=lambda titles: titles[-1],
+)
+def test_the_diffs_of_the_page_apply(titles):
+    script = f"examples/{titles[0]}"
+    source = (Path(ROOT) / script.split()[0]).read_text()
+    for suffix in ["", *titles[1:]]:
+        source = apply_docs_diff("diffusers.md", f"{script} {suffix}".strip(), source)
+    compile(source, script, "exec")
 
 
 # Flow matching, in the form of SD3's and Flux's scripts.
