@@ -1,0 +1,35 @@
+"""What the page on other trainers uses of k-diffusion's `Denoiser`, as its source documents it.
+
+Karras et al. (arXiv 2206.00364): D(x) = c_skip x + c_out F(c_in x, σ), and a loss on F, weighted by
+`weighting`. Written from the behaviour at commit 4601bf085320592473f681a62808ed873d17fad5.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Denoiser(nn.Module):
+    def __init__(self, inner_model: nn.Module, sigma_data: float = 1.0, weighting="karras") -> None:
+        super().__init__()
+        self.inner_model, self.sigma_data = inner_model, sigma_data
+        if weighting == "karras":
+            self.weighting = torch.ones_like
+        elif weighting == "snr":
+            self.weighting = lambda sigma: sigma_data**2 / (sigma**2 + sigma_data**2)
+        else:
+            self.weighting = weighting
+
+    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = (sigma**2 + self.sigma_data**2).sqrt()
+        return (self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total
+
+    def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **kwargs) -> Tensor:  # noqa: A002
+        c_skip, c_out, c_in = (s.reshape(-1, 1, 1, 1) for s in self.get_scalings(sigma))
+        noised = input + sigma.reshape(-1, 1, 1, 1) * noise
+        output = self.inner_model(c_in * noised, sigma, **kwargs)
+        error = output - (input - c_skip * noised) / c_out
+        return error.square().mean(dim=(1, 2, 3)) * self.weighting(sigma)
+
+    def forward(self, input: Tensor, sigma: Tensor, **kwargs) -> Tensor:  # noqa: A002
+        c_skip, c_out, c_in = (s.reshape(-1, 1, 1, 1) for s in self.get_scalings(sigma))
+        return c_out * self.inner_model(c_in * input, sigma, **kwargs) + c_skip * input
