@@ -31,6 +31,8 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.titlesize": "medium",
     "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "figure.constrained_layout.h_pad": 0.1,
     "font.size": 10,
     "grid.alpha": 0.2,
     "grid.color": _INK,

@@ -42,7 +42,7 @@
   }
 
   function draw(svg, values) {
-    const [width, height, left, right, top, bottom] = [640, 260, 62, 12, 12, 34];
+    const [width, height, left, right, top, bottom] = [640, 260, 62, 22, 12, 34];
     svg.replaceChildren();
     const step = tickStep(Math.max(Math.max(...values) - 1, 1e-6));
     const high = 1 + step * Math.ceil((Math.max(...values) - 1) / step + 1e-9);
