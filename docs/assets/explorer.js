@@ -42,7 +42,10 @@
   }
 
   function draw(svg, values) {
-    const [width, height, left, right, top, bottom] = [640, 260, 62, 22, 12, 34];
+    // Drawn at the size it has, so that its text is as large on a phone as on a desk.
+    const width = Math.max(svg.clientWidth, 260);
+    const [height, left, right, top, bottom] = [260, 52, 22, 12, 34];
+    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.replaceChildren();
     const step = tickStep(Math.max(Math.max(...values) - 1, 1e-6));
     const high = 1 + step * Math.ceil((Math.max(...values) - 1) / step + 1e-9);
@@ -69,7 +72,7 @@
         <label>k <input name="k" type="range" min="1" max="200" value="49"><output></output></label>
         <label>τ <input name="tau" type="range" min="0.9" max="0.999" step="0.001" value="0.99"><output></output></label>
       </div>
-      <svg viewBox="0 0 640 260" role="img" aria-label="λ over t for the chosen schedule, k and τ"></svg>
+      <svg role="img" aria-label="λ over t for the chosen schedule, k and τ"></svg>
       <p class="readout" aria-live="polite"></p>`;
     const select = box.querySelector("select");
     const [k, tau] = box.querySelectorAll("input");
@@ -83,6 +86,7 @@
         `Largest λ ${show("lambda")}, largest weight A ${show("weight")}, largest c ${show("c")}.`;
     };
     box.addEventListener("input", update);
+    window.addEventListener("resize", update);
     update();
   }
 
