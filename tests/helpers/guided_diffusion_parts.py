@@ -2,29 +2,25 @@
 
 import sys
 import types
-import warnings
 
+import guided_diffusion.gaussian_diffusion as gd
 import torch
+from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.parallel import DistributedDataParallel
-
-with warnings.catch_warnings():
-    # Its nn.py decorates a function with torch.cuda.amp.custom_fwd, which newer torch renames.
-    warnings.simplefilter("ignore", FutureWarning)
-    import guided_diffusion.gaussian_diffusion as gd
-    from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
 from s2dm_loss.adapters.guided_diffusion import skip_step
 
 
 class _SingleProcess:
-    """The two calls that guided-diffusion makes of MPI, as one process answers them."""
-
-    rank, size = 0, 1
+    """What guided-diffusion asks of MPI, as one process answers it."""
 
     def Get_rank(self) -> int:  # noqa: N802 - MPI's name
         return 0
+
+    def Get_size(self) -> int:  # noqa: N802 - MPI's name
+        return 1
 
     def bcast(self, value, root=0):
         return value
