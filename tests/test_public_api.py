@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import s2dm_loss
+import s2dm_loss.adapters
 
 ROOT = Path(__file__).parents[1]
 TRAINERS = ("accelerate", "diffusers", "guided_diffusion", "transformers")
@@ -38,6 +40,14 @@ def test_the_overview_of_the_api_links_every_public_name():
     overview = (ROOT / "docs/api/index.md").read_text()
     linked = re.findall(r"\]\[s2dm_loss\.(\w+)\]", overview)
     assert sorted([*linked, "__version__"]) == sorted(s2dm_loss.__all__)
+
+
+@needs_docs
+def test_every_adapter_is_documented():
+    page = (ROOT / "docs/api/adapters.md").read_text()
+    documented = re.findall(r"^::: s2dm_loss\.adapters\.(\w+)$", page, re.M)
+    modules = pkgutil.iter_modules(s2dm_loss.adapters.__path__)
+    assert sorted(documented) == sorted(module.name for module in modules)
 
 
 def test_all_is_sorted_and_every_name_is_there():
