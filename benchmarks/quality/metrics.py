@@ -76,10 +76,10 @@ class FeatureDistances:
             self.kernel = KernelInceptionDistance(
                 feature=_Identity(network.num_features),
                 subsets=KERNEL_SUBSETS,
-                subset_size=min(KERNEL_SUBSET_SIZE, len(reference)),
                 reset_real_features=False,
                 sync_on_compute=gather,
             ).to(self.device)
+        self.size = len(reference)
         self._update(reference, real=True)
 
     @torch.inference_mode()
@@ -92,6 +92,7 @@ class FeatureDistances:
     def compare(self, images: Tensor) -> Distances:
         """Return the distances of images ``[N, C, H, W]`` from the reference."""
         self._update(images, real=False)
+        self.kernel.subset_size = min(KERNEL_SUBSET_SIZE, self.size, len(images))
         with torch.random.fork_rng(devices=[]):
             # The kernel distance draws its subsets from the global generator.
             torch.manual_seed(0)

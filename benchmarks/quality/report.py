@@ -46,7 +46,8 @@ GAP_SHADE = 96
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure, the same file for the same figure."""
     metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
-    write_whole(path, lambda partial: figure.savefig(partial, metadata=metadata))
+    with mpl.rc_context(STYLE):  # the style's salt is read on saving
+        write_whole(path, lambda partial: figure.savefig(partial, metadata=metadata))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

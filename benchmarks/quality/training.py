@@ -173,7 +173,6 @@ class _Run:
         """Go on from the checkpoint, where there is one, to the end."""
         if checkpoint.exists():
             self._restore(load_tensors(checkpoint))
-        progress(self.step)
         began = time.perf_counter()
         while self.step < self.budget.steps:
             self._take_step()

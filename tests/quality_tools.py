@@ -1,0 +1,36 @@
+"""A tiny run for the tests of the quality bench."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.quality.features import ClassifierFeatures
+from benchmarks.quality.networks import MLPSpec
+from benchmarks.quality.objectives import Gain, Plain, SkipStep
+from benchmarks.quality.presets import DIGITS, Preset, arm
+from benchmarks.quality.training import Budget
+
+TINY = replace(
+    DIGITS,
+    name="tiny",
+    network=MLPSpec(width=16, blocks=1),
+    budget=Budget(
+        steps=12, batch_size=8, learning_rate=1e-3, anneal=False, log_every=4, checkpoint_every=5
+    ),
+    features=ClassifierFeatures(num_features=8, epochs=1),
+    samples=64,
+    sample_batch=64,
+    arms=(
+        arm(Plain(), samplers=("ddim", "deis"), steps=(2, 3)),
+        arm(SkipStep(9), samplers=("ddim", "deis"), steps=(2, 3)),
+        arm(Plain(), Gain(99), samplers=("ddim",), steps=(2,)),
+    ),
+    seeds=(0, 1),
+    workers=1,
+    columns=("plain", "skip9-expected"),
+)
+
+
+def slow(preset: Preset, steps: int) -> Preset:
+    """Return a preset that trains for long enough to be killed."""
+    return replace(preset, budget=replace(preset.budget, steps=steps, checkpoint_every=20))

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.quality import data
+from benchmarks.quality.data import load, to_model_range, to_uint8
+
+
+def test_digits() -> None:
+    digits = load("digits")
+    assert digits.images.shape == (1797, 1, 8, 8)
+    assert digits.shape == (1, 8, 8)
+    assert len(digits.images.unique()) == 17
+    assert digits.labels is not None
+    assert digits.labels.unique().tolist() == list(range(10))
+    values = to_model_range(digits.images)
+    assert (float(values.min()), float(values.max())) == (-1, 1)
+
+
+def test_uint8_and_back() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_model_range(levels)), levels)
+    assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+def write_cifar10(folder: Path, rows: int = 4) -> np.ndarray:
+    folder.mkdir(parents=True)
+    every = np.random.default_rng(0).integers(256, size=(5, rows, 3072), dtype=np.uint8)
+    for number, batch in enumerate(every, start=1):
+        content = {b"data": batch, b"labels": [number] * rows, b"batch_label": b"made by a test"}
+        (folder / f"data_batch_{number}").write_bytes(pickle.dumps(content, protocol=2))
+    return every
+
+
+@pytest.mark.parametrize("named", ["cifar-10-batches-py", "."])
+def test_cifar10(tmp_path: Path, named: str) -> None:
+    written = write_cifar10(tmp_path / "cifar-10-batches-py")
+    images = load("cifar10", tmp_path / named)
+    assert images.images.shape == (20, 3, 32, 32)
+    # The format: 1024 reds, 1024 greens, 1024 blues, each row by row.
+    assert int(images.images[5, 2, 3, 4]) == written[1, 1, 2048 + 3 * 32 + 4]
+    assert images.labels is not None
+    assert images.labels.tolist() == [n for n in range(1, 6) for _ in range(4)]
+
+
+def test_cifar10_says_what_is_missing(tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    (tmp_path / "cifar-10-batches-py/data_batch_3").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks data_batch_3; expected the folder cifar-10"
+    ):
+        load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({b"data": np.zeros((2, 9), np.uint8), b"labels": [0, 0]}, r"\(N, 3072\), got uint8"),
+        ({b"data": np.zeros((2, 3072)), b"labels": [0, 0]}, r"uint8 array.*got float64"),
+        ({b"labels": [0, 0]}, "got no array"),
+        ([1, 2], "got no array"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, "b'labels' with 2 entries"),
+    ],
+)
+def test_cifar10_checks_a_batch(tmp_path: Path, content: object, message: str) -> None:
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    (tmp_path / "cifar-10-batches-py/data_batch_2").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load("cifar10", tmp_path)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("a pickle ran code",))
+
+
+def test_cifar10_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    harmful = pickle.dumps({b"data": Harmful()})
+    (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(harmful)
+    with pytest.raises(ValueError, match=r"found builtins\.print"):
+        load("cifar10", tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def write_celeba(folder: Path, size: tuple[int, int] = (178, 218)) -> None:
+    folder.mkdir(parents=True)
+    for number in range(1, 4):
+        pixels = np.zeros((size[1], size[0], 3), np.uint8)
+        pixels[57:185, 25:153] = 60 * number  # what the crop should keep
+        Image.fromarray(pixels).save(folder / f"{number:06}.jpg", quality=95)
+
+
+@pytest.mark.parametrize("named", ["img_align_celeba", "."])
+def test_celeba(tmp_path: Path, named: str) -> None:
+    write_celeba(tmp_path / "img_align_celeba")
+    images = load("celeba", tmp_path / named).images
+    assert images.shape == (3, 3, 64, 64)
+    centres = images[:, :, 4:-4, 4:-4].float().mean((1, 2, 3))
+    torch.testing.assert_close(centres, torch.tensor([60.0, 120.0, 180.0]), atol=2, rtol=0)
+    # Nothing of the black surround is left but JPEG's ringing at the very edge.
+    assert float(images[2, :, 1:-1, 1:-1].min()) > 150
+
+
+def test_celeba_reads_the_training_split_where_it_is_told(tmp_path: Path) -> None:
+    write_celeba(tmp_path / "img_align_celeba")
+    (tmp_path / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg 1\n000003.jpg 0\n")
+    assert len(load("celeba", tmp_path)) == 2
+
+
+def test_celeba_checks_sizes(tmp_path: Path) -> None:
+    write_celeba(tmp_path / "img_align_celeba", size=(200, 218))
+    with pytest.raises(ValueError, match="is 200 x 218; expected 178 x 218"):
+        load("celeba", tmp_path)
+
+
+def test_celeba_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no \.jpg in .*; expected CelebA's folder"):
+        load("celeba", tmp_path)
+
+
+def test_local_data_needs_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cifar10 is read from a local folder; name it with --da"):
+        load("cifar10")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        load("celeba", tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match="expected one of digits, patches, cifar10, celeba, got 'm"
+    ):
+        load("mnist")
+
+
+def test_patches_are_crops_at_half_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    shipped = {
+        name: draw.integers(256, size=(81, 90, 3), dtype=np.uint8) for name in data.PHOTOGRAPHS
+    }
+    module = SimpleNamespace(**{name: lambda p=p: p for name, p in shipped.items()})
+    monkeypatch.setitem(sys.modules, "skimage", SimpleNamespace(data=module))
+    patches = data.load_patches(size=32, per_photograph=3)
+    assert patches.labels is not None
+    assert patches.images.shape == (3 * (len(data.PHOTOGRAPHS) + 2), 3, 32, 32)
+    # Every crop is found in its photograph, averaged over 2 x 2 pixels.
+    for crop, label in zip(patches.images[:18], patches.labels[:18].tolist(), strict=True):
+        photograph = torch.from_numpy(shipped[data.PHOTOGRAPHS[label]]).permute(2, 0, 1)
+        half = torch.nn.functional.avg_pool2d(photograph.float(), 2).round()
+        windows = half.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
+        distance = (windows - crop.float()).abs().amax((2, 3, 4)).min()
+        assert float(distance) <= 1  # a half rounds either way
+
+
+def test_patches_need_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-image"):
+        load("patches")

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch import Tensor, nn
+
+from benchmarks.quality import features
+from benchmarks.quality.data import ImageSet, load_digits, to_model_range
+from benchmarks.quality.features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
+from benchmarks.quality.metrics import FeatureDistances, noise_floor
+
+CPU = torch.device("cpu")
+
+
+class Pixels(FeatureNetwork):
+    """The pixels themselves, so that distances can be computed by hand."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.num_features, self.description, self.takes_floats = count, "pixels", True
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).float()
+
+
+def images(seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return shift + scale * torch.randn(700, 1, 2, 3, generator=draw)
+
+
+def test_the_frechet_distance_is_its_formula() -> None:
+    ours, theirs = images(0, 1.5, 0.3), images(1)
+    a, b = (x.flatten(1).double().numpy() for x in (ours, theirs))
+    root = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    found = FeatureDistances(Pixels(6), theirs, batch_size=128).compare(ours)
+    assert found.frechet == pytest.approx(float(wanted), rel=1e-4)
+    assert found.kernel > 0
+
+
+def test_a_set_is_at_distance_zero_from_itself_and_comparisons_do_not_mix() -> None:
+    distances = FeatureDistances(Pixels(6), images(0))
+    far = distances.compare(images(1, shift=2.0))
+    assert distances.compare(images(0)).frechet == pytest.approx(0, abs=1e-4)
+    assert distances.compare(images(1, shift=2.0)) == far
+    assert far.frechet > 20
+
+
+def test_comparing_leaves_the_global_generator_alone() -> None:
+    distances = FeatureDistances(Pixels(6), images(0))
+    before = torch.get_rng_state()
+    distances.compare(images(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_noise_floor_compares_halves_without_overlap() -> None:
+    floor = noise_floor(Pixels(6), images(0), repeats=3)
+    assert floor["images_each"] == 350
+    assert 0 < floor["frechet"] < 0.2
+
+
+def test_the_classifier_is_good_deterministic_and_trained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = load_digits()
+    spec = ClassifierFeatures(num_features=16, epochs=6)
+    first = spec.build(digits, tmp_path / "a", CPU)
+    accuracy = float(first.description.split("test accuracy ")[1].rstrip("%)")) / 100
+    assert accuracy > 0.9
+    some = digits.images[:50]
+    assert float(first(digits.images).var(0).mean()) == pytest.approx(1, rel=1e-3)
+    torch.testing.assert_close(first(some), first(to_model_range(some)))
+
+    again = spec.build(digits, tmp_path / "b", CPU)
+    assert torch.equal(again(some), first(some))
+
+    monkeypatch.setattr(features.Classifier, "forward", None)  # training would call it
+    loaded = spec.build(digits, tmp_path / "a", CPU)
+    assert loaded.description == first.description
+    for name, weights in first.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weights)
+
+
+def test_a_classifier_needs_labels(tmp_path: Path) -> None:
+    unlabelled = ImageSet("faces", torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="needs labels, and the data set 'faces' has none"):
+        ClassifierFeatures().build(unlabelled, tmp_path, CPU)
+
+
+def test_inception_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    with pytest.raises(ModuleNotFoundError, match="pip install torch-fidelity"):
+        InceptionFeatures().build(load_digits(), tmp_path, CPU)

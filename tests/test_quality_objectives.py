@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from quality_tools import TINY
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.quality import objectives
+from benchmarks.quality.data import load_digits
+from benchmarks.quality.objectives import (
+    Batch,
+    EpsilonScaling,
+    Gain,
+    InputPerturbation,
+    Method,
+    MinSNR,
+    Objective,
+    Plain,
+    SampledTimesteps,
+    SequenceAware,
+    SkipStep,
+)
+from benchmarks.quality.presets import PRESETS
+from benchmarks.quality.streams import Stream
+from benchmarks.quality.training import train
+from s2dm_loss import NoiseSchedule, gain
+
+SCHEDULE = NoiseSchedule.linear(1000)
+ALL = (
+    Plain(),
+    SkipStep(9),
+    SkipStep(9, "fresh"),
+    SkipStep(9, "shared"),
+    MinSNR(),
+    InputPerturbation(),
+    SequenceAware(),
+    SampledTimesteps(10),
+)
+
+
+def a_batch(size: int = 24) -> Batch:
+    draw = torch.Generator().manual_seed(1)
+    x0 = torch.randn(size, 1, 4, 4, generator=draw)
+    # Both ends of the schedule and t < k are among the times.
+    t = torch.cat([torch.tensor([0, 1, 8, 9, 999]), torch.arange(size - 5) * 50 + 3])
+    extra = Stream(torch.Generator().manual_seed(2), size, slice(0, size), torch.device("cpu"))
+    return Batch(x0, t, torch.randn(size, 1, 4, 4, generator=draw), extra)
+
+
+def more_noise(like: Tensor, draws: int = 1) -> list[Tensor]:
+    """What the extra stream of `a_batch` will draw."""
+    draw = torch.Generator().manual_seed(2)
+    return [torch.randn(like.shape, generator=draw) for _ in range(draws)]
+
+
+def model(x: Tensor, t: Tensor) -> Tensor:
+    """Some smooth function of both arguments."""
+    return torch.tanh(x) * (1 + t[:, None, None, None] / 1000) - 0.1 * x
+
+
+def noisy(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    alphas_cumprod = SCHEDULE.alphas_cumprod[t][:, None, None, None]
+    return (alphas_cumprod.sqrt() * x0 + (1 - alphas_cumprod).sqrt() * noise).float()
+
+
+def per_sample(error: Tensor) -> Tensor:
+    return error.square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("estimator", ["fresh", "shared"])
+@pytest.mark.parametrize("skip", [1, 9, 99])
+def test_skip_step_is_the_two_term_formula(estimator: str, skip: int) -> None:
+    batch = a_batch()
+    predicted = model(noisy(batch.x0, batch.noise, batch.t), batch.t)
+    zeta = more_noise(batch.x0)[0] if estimator == "fresh" else batch.noise
+    alphas_cumprod = SCHEDULE.alphas_cumprod
+    earlier = alphas_cumprod[(batch.t - skip).clamp(min=0)]
+    c = (earlier / alphas_cumprod[batch.t] - 1).sqrt()[:, None, None, None]
+    plain, skipped = per_sample(batch.noise - predicted), per_sample(zeta - c * predicted)
+    wanted = torch.where(batch.t < skip, plain, 0.99 * plain + 0.01 * skipped).mean()
+    loss, epsilon_mse = SkipStep(skip, estimator).build(SCHEDULE)(model, batch)  # type: ignore[arg-type]
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(epsilon_mse) == pytest.approx(float(plain.mean()), rel=1e-5)
+
+
+def test_min_snr_weighs_by_the_clipped_snr() -> None:
+    batch = a_batch()
+    alphas_cumprod = SCHEDULE.alphas_cumprod[batch.t]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    error = per_sample(batch.noise - model(noisy(batch.x0, batch.noise, batch.t), batch.t))
+    wanted = (torch.minimum(snr, torch.tensor(5.0)) / snr * error).mean()
+    assert float(MinSNR(5.0).build(SCHEDULE)(model, batch)[0]) == pytest.approx(float(wanted))
+
+
+def test_input_perturbation_moves_the_input_and_not_the_target() -> None:
+    batch = a_batch()
+    perturbed = batch.noise + 0.1 * more_noise(batch.x0)[0]
+    wanted = F.mse_loss(model(noisy(batch.x0, perturbed, batch.t), batch.t), batch.noise)
+    loss = InputPerturbation(0.1).build(SCHEDULE)(model, batch)[0]
+    assert float(loss) == pytest.approx(float(wanted))
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_sequence_aware_sums_the_residuals_of_consecutive_timesteps(window: int) -> None:
+    batch = a_batch()
+    noise = [batch.noise, *more_noise(batch.x0, window - 1)]
+    total = torch.zeros_like(batch.x0)
+    for row, t in enumerate(batch.t.tolist()):
+        for j in range(min(window, t + 1)):
+            s = torch.tensor([t - j])
+            x = noisy(batch.x0[row : row + 1], noise[j][row : row + 1], s)
+            total[row] += noise[j][row] - model(x, s)[0]
+    first = per_sample(batch.noise - model(noisy(batch.x0, batch.noise, batch.t), batch.t))
+    wanted = first.mean() + per_sample(total).mean() / window**2
+    loss = SequenceAware(window).build(SCHEDULE)(model, batch)[0]
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_sampled_timesteps_are_the_samplers_and_all_of_them() -> None:
+    seen = set()
+
+    def spy(x: Tensor, t: Tensor) -> Tensor:
+        seen.update(t.tolist())
+        return x
+
+    every = torch.arange(1000)
+    batch = Batch(torch.zeros(1000, 1, 2, 2), every, torch.zeros(1000, 1, 2, 2), a_batch().extra)
+    SampledTimesteps(20).build(SCHEDULE)(spy, batch)
+    assert seen == set(range(0, 1000, 50))
+
+
+class Recorder(nn.Module):
+    """Keeps the batches that a loss was given."""
+
+    def __init__(self, loss: nn.Module, kept: list[Batch]) -> None:
+        super().__init__()
+        self.loss, self.kept = loss, kept
+
+    def forward(self, model: objectives.Model, batch: Batch) -> tuple[Tensor, Tensor]:
+        self.kept.append(batch)
+        result: tuple[Tensor, Tensor] = self.loss(model, batch)
+        return result
+
+
+@pytest.mark.parametrize("objective", ALL[1:], ids=lambda o: o.name)
+def test_random_numbers_are_common_to_all_objectives(
+    objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, list[Batch]] = {}
+    for one in (Plain(), objective):
+        build = type(one).build
+        kept[one.name] = []
+
+        def recorded(self: Objective, schedule: NoiseSchedule, build=build) -> nn.Module:  # type: ignore[no-untyped-def]
+            return Recorder(build(self, schedule), kept[self.name])
+
+        monkeypatch.setattr(type(one), "build", recorded)
+        a_run(one, tmp_path)
+    pairs = list(zip(kept["plain"], kept[objective.name], strict=True))
+    assert len(pairs) == TINY.budget.steps
+    for plain, other in pairs:
+        assert torch.equal(plain.x0, other.x0)
+        assert torch.equal(plain.t, other.t)
+        assert torch.equal(plain.noise, other.noise)
+    assert not torch.equal(kept["plain"][0].noise, kept["plain"][1].noise)
+
+
+def a_run(objective: Objective, folder: Path, seed: int = 0) -> dict[str, Tensor]:
+    network = train(
+        objective,
+        seed,
+        data=load_digits(),
+        schedule=SCHEDULE,
+        network=TINY.network,
+        budget=TINY.budget,
+        folder=folder / objective.name / str(seed),
+        accelerator=Accelerator(cpu=True),
+    )
+    return network.state_dict()
+
+
+@pytest.mark.parametrize("estimator", ["expected", "fresh", "shared"])
+def test_tau_one_trains_as_plain_does(estimator: str, tmp_path: Path) -> None:
+    plain = a_run(Plain(), tmp_path)
+    skip = a_run(SkipStep(9, estimator, tau=1.0), tmp_path)  # type: ignore[arg-type]
+    for name, weights in plain.items():
+        torch.testing.assert_close(skip[name], weights, rtol=1e-4, atol=1e-6)
+    different = a_run(SkipStep(99, estimator, tau=0.5), tmp_path)  # type: ignore[arg-type]
+    assert any(not torch.allclose(different[n], w, rtol=1e-4, atol=1e-6) for n, w in plain.items())
+
+
+def test_seeds_differ(tmp_path: Path) -> None:
+    one, other = a_run(Plain(), tmp_path, 0), a_run(Plain(), tmp_path, 1)
+    assert not torch.equal(one["inlet.weight"], other["inlet.weight"])
+
+
+class Ones(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+
+def test_corrections_scale_the_networks_answer() -> None:
+    x = torch.zeros(3, 1, 2, 2)
+    for t in (0, 50, 500, 999):
+        time = torch.tensor(t)
+        wanted = float(gain(SCHEDULE, 49)[t])
+        assert float(Gain(49).apply(Ones(), SCHEDULE)(x, time).max()) == pytest.approx(wanted)
+        scaled = EpsilonScaling(1.017).apply(Ones(), SCHEDULE)(x, time)
+        assert float(scaled.max()) == pytest.approx(1 / 1.017)
+
+
+def test_names_are_different_and_can_be_folders() -> None:
+    for preset in PRESETS.values():
+        coordinates = [
+            (arm.method.name, sampler, steps)
+            for arm in preset.arms
+            for sampler in arm.samplers
+            for steps in arm.steps
+        ]
+        assert len(set(coordinates)) == len(coordinates)
+        names = {arm.method.name: arm.method for arm in preset.arms}
+        assert len({method.title for method in names.values()}) == len(names)
+        assert not any(set("/\\ :*?") & set(name) for name in names)
+        assert all(name == Method(m.objective, m.correction).name for name, m in names.items())
+        assert set(preset.columns) <= set(names)

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from click.testing import CliRunner
+from filelock import FileLock
+from quality_tools import TINY, slow
+from torch import Tensor
+
+from benchmarks.quality import cli, runner
+from benchmarks.quality.data import load_digits, to_model_range, to_uint8
+from benchmarks.quality.files import load_json, load_tensors, write_whole
+from benchmarks.quality.objectives import Plain
+from benchmarks.quality.presets import PRESETS
+from benchmarks.quality.report import keep, write_report
+from benchmarks.quality.runner import Bench, Layout, collect, plan, run
+from benchmarks.quality.samplers import sample
+from benchmarks.quality.streams import Purpose, generator
+from s2dm_loss import gain
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    run(TINY, root)
+    return root
+
+
+def contents(root: Path) -> dict[str, Any]:
+    """Everything that a run measured, by file, less what depends on the clock."""
+    found = {}
+    for path in sorted(root.glob("cells/**/*.json")):
+        cell = load_json(path)
+        del cell["sampling_seconds"], cell["metric_seconds"]
+        found[str(path.relative_to(root))] = cell
+    return found
+
+
+def test_every_cell_has_its_result(finished: Path) -> None:
+    cells = contents(finished)
+    assert len(cells) == 2 * (4 + 4 + 1)
+    cell = cells["cells/plain/seed0/ddim-2.json"]
+    assert cell["images"]["frechet"] > 0
+    assert cell["raw"]["frechet"] != cell["images"]["frechet"]
+    assert cell["settings"] == TINY.settings
+    assert cell["versions"]["torch"] == torch.__version__
+    kept = load_tensors(finished / "cells/plain/seed0/ddim-2.pt")["samples"]
+    assert (kept.shape, kept.dtype) == ((32, 1, 8, 8), torch.uint8)
+    assert not list(finished.glob("models/**/checkpoint.pt"))
+
+
+@pytest.mark.parametrize(("name", "factor"), [("plain", None), ("plain+gain99", gain)])
+def test_a_cell_is_of_its_own_methods_samples(
+    finished: Path, name: str, factor: Callable[..., Tensor] | None
+) -> None:
+    bench = Bench(TINY, finished)
+    network = bench.model(Plain(), 0, lambda cost: None)
+    table = torch.ones(1000) if factor is None else factor(bench.schedule, 99).float()
+    start = torch.randn(64, 1, 8, 8, generator=generator(0, Purpose.START))
+    samples = sample(
+        lambda x, t: table[t] * network(x, t), "ddim", bench.schedule, 2, start, torch.Generator()
+    )
+    cell = load_json(finished / f"cells/{name}/seed0/ddim-2.json")
+    data = to_model_range(load_digits().images)
+    wanted = samples.std(0).mean() / data.std(0).mean()
+    assert cell["spread"] == pytest.approx(float(wanted), rel=1e-4)
+    assert cell["raw"]["frechet"] == pytest.approx(bench.distances.compare(samples).frechet)
+    saved = bench.distances.compare(to_uint8(samples))
+    assert cell["images"]["frechet"] == pytest.approx(saved.frechet)
+
+
+def test_what_is_there_is_not_done_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "train", None)
+    monkeypatch.setattr(runner, "sample", None)
+    before = contents(finished)
+    run(TINY, finished)
+    assert contents(finished) == before
+
+
+def test_lost_cells_come_back_the_same(finished: Path, tmp_path: Path) -> None:
+    before = contents(finished)
+    lost = [finished / "cells/plain/seed1/deis-3.json", finished / "cells/plain/seed0/ddim-2.json"]
+    for path in lost:
+        path.unlink()
+    assert plan(TINY, finished).cells == 2
+    run(TINY, finished)
+    assert contents(finished) == before
+
+
+def test_batches_of_a_killed_cell_are_kept(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batched = replace(TINY, sample_batch=20, arms=TINY.arms[:1], seeds=(0,))
+    run(batched, tmp_path / "whole")
+    calls = []
+    sample = runner.sample
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        calls.append(len(arguments[4]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(*arguments)
+
+    monkeypatch.setattr(runner, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(batched, tmp_path / "killed")
+    run(batched, tmp_path / "killed")
+    # Of the first cell's 20 + 20 + 20 + 4 images, the first two batches were not made again.
+    assert calls[:5] == [20, 20, 20, 20, 4]
+    assert len(calls) == 1 + 4 * 4
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob("cells/plain/seed0/*/"))
+
+
+KILLED = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from quality_tools import TINY, slow
+from benchmarks.quality.runner import run
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+run(slow(TINY, {steps}), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.timeout(200)
+def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
+    preset = slow(replace(TINY, arms=TINY.arms[:1], seeds=(0,)), steps=300)
+    here = Path(__file__).parent
+    root = tmp_path / "killed"
+    process = subprocess.Popen(  # noqa: S603 - this very interpreter
+        [sys.executable, "-c", KILLED.format(steps=300), root, here, here.parent],
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoint = Layout(root).model(Plain(), 0) / "checkpoint.pt"
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (checkpoint.parent / "weights.pt").exists()
+    assert 0 < load_tensors(checkpoint)["step"] < 300
+    assert plan(preset, root).network_steps < 300
+
+    run(preset, root)  # the dead process holds no lock
+    run(preset, tmp_path / "whole")
+    assert contents(root) == contents(tmp_path / "whole")
+
+
+def test_a_plan_counts_what_is_left(tmp_path: Path, finished: Path) -> None:
+    new, done = plan(TINY, tmp_path), plan(TINY, finished)
+    assert (new.trainings, new.network_steps, new.cells) == (4, 48, 18)
+    assert new.sampling_calls == 2 * ((2 + 3) * 2 * 2 + 2)
+    assert new.done == 0
+    assert (done.trainings, done.cells, done.cost) == (0, 0, 0)
+    assert done.done == new.cost == 48 * 8 * 3 + 64 * new.sampling_calls
+
+
+def test_the_whole_grid_is_what_was_promised() -> None:
+    full = PRESETS["digits-full"]
+    names = {arm.method.name for arm in full.arms}
+    for estimator in ("expected", "fresh", "shared"):
+        assert {f"skip{k}-{estimator}" for k in (1, 9, 49, 99)} <= names
+    assert {f"plain+gain{k}" for k in (1, 9, 49, 99)} <= names
+    assert {"min-snr-5", "ddpm-ip-0.1", "sa-dpm-2", "only-ddim-10"} <= names
+    grid = {(s, n) for s in ("ddim", "pndm", "deis") for n in (10, 20, 50, 100)}
+    for name in names - {"only-ddim-10", "only-ddim-20", "only-ddim-50"}:
+        cells = {
+            (s, n)
+            for arm in full.arms
+            if arm.method.name == name
+            for s in arm.samplers
+            for n in arm.steps
+        }
+        assert grid <= cells
+    assert len(full.seeds) == 5
+
+
+def test_other_settings_are_refused(finished: Path) -> None:
+    other = replace(TINY, samples=128)
+    with pytest.raises(
+        ValueError, match=r"other settings \(samples\): samples is 64 there and 128"
+    ):
+        run(other, finished)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with FileLock(tmp_path / "lock"), pytest.raises(RuntimeError, match="another run is at work"):
+        run(TINY, tmp_path)
+
+
+def test_workers_and_accelerate_launch_are_not_combined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="workers: expected 1 under `accelerate launch`, got 2"):
+        run(TINY, tmp_path, workers=2)
+
+
+def test_a_batch_that_does_not_divide(finished: Path) -> None:
+    bench = Bench(TINY, finished)
+
+    class Three(Accelerator):
+        num_processes = 3
+
+    bench.accelerator = Three(cpu=True)
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 processes, got"):
+        bench.model(Plain(), 7, lambda cost: None)
+
+
+def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
+    def torn(partial: Path) -> None:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+
+    target = tmp_path / "result.json"
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(target, torn)
+    assert not target.exists()
+    write_whole(target, lambda partial: partial.write_text("whole"))
+    assert target.read_text() == "whole"
+
+
+def test_the_report(finished: Path, tmp_path: Path) -> None:
+    text = write_report(TINY, finished)
+    assert text == (finished / "table.md").read_text()
+    assert "| DDIM, 2 steps |" in text
+    assert "test accuracy" in text
+    record = load_json(finished / "results.json")
+    assert record == collect(TINY, finished)
+    cell = load_json(finished / "cells/skip9-expected/seed1/deis-3.json")
+    row = next(r for r in record["rows"] if r[:4] == ["skip9-expected", 1, "deis", 3])
+    assert row[4] == pytest.approx(cell["raw"]["frechet"], abs=1e-6)
+    assert row[6] == pytest.approx(cell["images"]["frechet"], abs=1e-6)
+    kept = keep(TINY, finished, tmp_path)
+    assert [path.name for path in kept] == [
+        "tiny.json",
+        "tiny-samples.png",
+        "tiny-coefficients.png",
+    ]
+    assert load_json(tmp_path / "tiny.json") == record
+
+
+def test_the_command_line(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "digits", replace(TINY, name="digits", seeds=(0,)))
+    call = CliRunner().invoke
+    out = str(tmp_path / "out")
+    dry = call(cli.main, ["run", "digits", "--dry-run", "--out", out])
+    assert dry.exit_code == 0, dry.output
+    assert "networks to train    2, 24 network steps" in dry.output
+    assert not (tmp_path / "out").exists()
+
+    done = call(cli.main, ["run", "digits", "--out", out, "--workers", "1"])
+    assert done.exit_code == 0, done.output
+    assert {"samples.png", "loss.png", "coefficients.png", "table.md", "results.json"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    assert "Time per training step: plain L_simple" in done.output
+    kept = call(cli.main, ["keep", "digits", "--out", out, "--folder", str(tmp_path / "kept")])
+    assert kept.exit_code == 0, kept.output
+    assert (tmp_path / "kept/digits-loss.png").exists()
+
+    refused = call(cli.main, ["run", "digits", "--out", out, "--seeds", "one"])
+    assert refused.exit_code == 2
+    assert "expected numbers such as 0,1,2, got 'one'" in refused.output
+    nothing = call(cli.main, ["run", "cifar10", "--out", str(tmp_path / "none")])
+    assert nothing.exit_code == 1
+    assert "Error: data: cifar10 is read from a local folder; name it with --data" in nothing.output
+    empty = call(cli.main, ["keep", "digits", "--out", str(tmp_path / "none")])
+    assert "no results in" in empty.output

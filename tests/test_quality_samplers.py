@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.quality.samplers import SAMPLERS, TITLES, make_scheduler, sample, visited
+from benchmarks.quality.streams import Purpose, generator
+from s2dm_loss import NoiseSchedule
+
+SCHEDULE = NoiseSchedule.linear(1000)
+SPREAD = 0.5
+
+
+def exact(x: Tensor, t: Tensor) -> Tensor:
+    """E[ε | x_t] for data drawn from N(0.3, SPREAD²)."""
+    alphas_cumprod = SCHEDULE.alphas_cumprod[t].to(x)
+    variance = alphas_cumprod * SPREAD**2 + 1 - alphas_cumprod
+    return (1 - alphas_cumprod).sqrt() * (x - alphas_cumprod.sqrt() * 0.3) / variance
+
+
+def draw(name: str, steps: int, seed: int = 0) -> Tensor:
+    start = torch.randn(4096, 1, 2, 2, generator=generator(seed, Purpose.START))
+    return sample(exact, name, SCHEDULE, steps, start, generator(seed, Purpose.SAMPLER))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_recovers_gaussian_data_from_its_exact_model(name: str) -> None:
+    # DDPM's own variance is right for small steps only.
+    steps = 1000 if name == "ddpm" else 100
+    samples = draw(name, steps)
+    assert float(samples.mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(samples.std()) == pytest.approx(SPREAD, rel=0.03)
+    assert torch.equal(samples, draw(name, steps))
+    assert not torch.equal(samples, draw(name, steps, seed=1))
+
+
+def test_few_steps_of_ddim_spread_too_little() -> None:
+    """The effect that the gain corrects, in the one case where nothing is learned."""
+    spreads = [float(draw("ddim", steps).std()) for steps in (5, 10, 50)]
+    assert spreads[0] < spreads[1] < spreads[2] < SPREAD * 1.01
+    assert spreads[0] < 0.95 * SPREAD
+
+
+def test_ddim_is_its_formula() -> None:
+    start = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    x = start
+    for t, earlier in ((750, 500), (500, 250), (250, 0), (0, None)):
+        noise = exact(x, torch.tensor(t))
+        here = SCHEDULE.alphas_cumprod[t]
+        there = SCHEDULE.alphas_cumprod[earlier] if earlier is not None else torch.tensor(1.0)
+        x0 = (x - (1 - here).sqrt() * noise) / here.sqrt()
+        x = there.sqrt() * x0 + (1 - there).sqrt() * noise
+    samples = sample(exact, "ddim", SCHEDULE, 4, start, torch.Generator())
+    torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_schedulers_have_the_schedules_own_table(name: str) -> None:
+    scheduler = make_scheduler(name, SCHEDULE)
+    torch.testing.assert_close(
+        scheduler.alphas_cumprod.double(), SCHEDULE.alphas_cumprod, rtol=1e-5, atol=0
+    )
+    assert scheduler.config.prediction_type == "epsilon"
+    assert not scheduler.config.get("clip_sample", False)
+    assert name in TITLES
+
+
+def test_visited_timesteps() -> None:
+    for name in ("ddim", "pndm", "ddpm"):
+        assert visited(name, SCHEDULE, 10).tolist() == list(range(0, 1000, 100))
+    assert visited("deis", SCHEDULE, 10).tolist() == list(range(90, 901, 90))
+
+
+def test_an_unknown_sampler() -> None:
+    with pytest.raises(ValueError, match=r"sampler: expected one of ddim, pndm, .*, got 'euler'"):
+        make_scheduler("euler", SCHEDULE)
