@@ -212,6 +212,18 @@ def test_tables_are_made_once_for_the_trainers_betas(trainer, monkeypatch):
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_follows_its_tensors_to_another_device_without_reading_values(trainer, estimator):
+    """The device "meta" holds no values: what would make a GPU wait, or stays behind, fails."""
+    loss_fn = ddim_loss(9, estimator=estimator)
+    b = make_betas(trainer)
+    arguments = make_batch()
+    loss_fn(TinyModel(), *arguments, b)  # β has values for the first call, which makes the tables
+    loss_fn._betas = b.to("meta")
+    moved = [tensor.to("meta") for tensor in arguments]
+    assert loss_fn(TinyModel().to("meta"), *moved, loss_fn._betas).device.type == "meta"
+
+
 def test_c_is_exact_though_beta_is_float32(trainer):
     """A float32 ᾱ, which the trainer makes on the way, would be off by more than 1e-4 at k = 1."""
     b = make_betas(trainer)

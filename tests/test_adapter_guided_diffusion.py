@@ -317,6 +317,17 @@ def test_fresh_noise_is_drawn_after_all_that_the_trainer_draws():
     assert torch.equal(terms["loss"], given["loss"])
 
 
+@pytest.mark.parametrize("estimator", ["expected", "fresh"])
+@pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
+def test_follows_its_tensors_to_another_device_without_reading_values(mean, estimator):
+    """The device "meta" holds no values: what would make a GPU wait, or stays behind, fails."""
+    adapted = skip_step(make_diffusion(mean=mean), 9, estimator=estimator, original_timesteps=True)
+    model = make_model(adapted).to("meta")
+    x, t = make_batch(adapted)
+    losses = adapted.training_losses(model, x.to("meta"), t.to("meta"))
+    assert losses["loss"].device.type == losses["skip"].device.type == "meta"
+
+
 def test_signature_is_the_trainers_with_one_more_name():
     ours = list(inspect.signature(SkipStepMixin.training_losses).parameters)
     theirs = list(inspect.signature(gd.GaussianDiffusion.training_losses).parameters)

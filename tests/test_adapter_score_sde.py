@@ -525,6 +525,22 @@ def test_wrong_arguments_are_named(trainer):
         adapter.get_ddpm_loss_fn(vp, True, skip_set=0.1)
 
 
+@pytest.mark.parametrize("estimator", ["expected", "fresh"])
+def test_follows_its_tensors_to_another_device_without_reading_values(trainer, estimator):
+    """The device "meta" holds no values: what would make a GPU wait, or stays behind, fails."""
+    model, batch = TinyModel().to("meta"), data().to("meta")
+    vp, ve = trainer.VPSDE(), trainer.VESDE()
+    loss_fns = [
+        adapter.get_sde_loss_fn(sde, True, True, continuous, allow_ve=True, estimator=estimator)
+        for sde in (vp, ve, trainer.subVPSDE())
+        for continuous in (True, False)
+    ]
+    loss_fns.append(adapter.get_ddpm_loss_fn(vp, True, estimator=estimator))
+    loss_fns.append(adapter.get_smld_loss_fn(ve, True, estimator=estimator))
+    for loss_fn in loss_fns:
+        assert loss_fn(model, batch).device.type == "meta"
+
+
 def test_subclasses_of_the_sdes_are_known(trainer):
     mine = type("MyOwn", (trainer.subVPSDE,), {})
     model, batch = TinyModel(dropout=0.0), data()
