@@ -101,7 +101,7 @@ class SkipStepLoss(nn.Module):
                 f"schedule must be a NoiseSchedule or another Schedule, got {schedule!r}"
             )
         self.schedule = schedule
-        self.skip_set = SkipSet.wrap(skip_set)
+        self.skip_set: SkipSet = SkipSet.wrap(skip_set)
         self.tau = tau
         self.estimator: Estimator = estimator
         self.reduction: Reduction = reduction

@@ -251,7 +251,7 @@ class ContinuousSchedule:
         if not callable(log_alpha_sigma):
             raise TypeError(f"log_alpha_sigma must be callable, got {describe(log_alpha_sigma)}")
         self._log_alpha_sigma = log_alpha_sigma
-        self.min_time = check_number("min_time", min_time, 0.0, 1.0)
+        self.min_time: float = check_number("min_time", min_time, 0.0, 1.0)
         self._name = name or "ContinuousSchedule(...)"
 
     @classmethod

@@ -107,7 +107,7 @@ class ShrunkModel(nn.Module):
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         self.model = model
         self.schedule = schedule
-        self.skip_set = SkipSet.wrap(skip_set)
+        self.skip_set: SkipSet = SkipSet.wrap(skip_set)
         self.tau = tau
         self.estimator: Estimator = estimator
         self.prediction_type: PredictionType = prediction_type
