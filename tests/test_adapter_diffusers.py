@@ -334,6 +334,14 @@ def test_add_noise_moves_the_schedulers_table_but_not_ours():
     assert torch.equal(skip_loss.criterion.schedule.log_alphas_cumprod, table)
 
 
+def test_the_schedulers_own_table_is_not_written():
+    """Zero terminal SNR is ᾱ = 0 to the loss; the scheduler keeps its 2^-24, also in float64."""
+    scheduler = make_scheduler("DPMSolverMultistepScheduler", rescale_betas_zero_snr=True)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    assert schedule_of(scheduler).alphas_cumprod[-1] == 0
+    assert scheduler.alphas_cumprod[-1] == 2**-24
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("change", ["noise_offset", "input_perturbation"])
 def test_changed_noise_leaves_the_plain_term_the_scripts_own(prediction_type, change):
@@ -559,6 +567,9 @@ def test_a_table_that_is_not_the_configs_is_taken_as_it_is():
     scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
     expected = scheduler.alphas_cumprod.double()
     torch.testing.assert_close(schedule_of(scheduler).alphas_cumprod, expected)
+    ended = make_scheduler()
+    ended.alphas_cumprod[-1] = 0.0  # zero terminal SNR by hand
+    assert schedule_of(ended).alphas_cumprod[-1] == 0
     sigmoid = make_scheduler(beta_schedule="sigmoid")
     expected = sigmoid.alphas_cumprod.double()
     torch.testing.assert_close(schedule_of(sigmoid).alphas_cumprod, expected)
@@ -598,10 +609,11 @@ def test_schedulers_without_a_table_are_refused(name, reason):
         SkipLoss.from_scheduler(make_scheduler(name))
 
 
-def test_flow_sigmas_on_a_diffusion_scheduler_are_refused():
-    scheduler = make_scheduler(
-        "UniPCMultistepScheduler", use_flow_sigmas=True, prediction_type="flow_prediction"
-    )
+@pytest.mark.parametrize(
+    "config", [{"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}]
+)
+def test_flow_sigmas_on_a_diffusion_scheduler_are_refused(config):
+    scheduler = make_scheduler("UniPCMultistepScheduler", **config)
     with pytest.raises(ValueError, match="set to flow matching"):
         SkipLoss.from_scheduler(scheduler)
 
