@@ -133,9 +133,20 @@ def test_local_data_needs_a_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         load("celeba", tmp_path / "nowhere")
     with pytest.raises(
-        ValueError, match="expected one of digits, patches, cifar10, celeba, got 'm"
+        ValueError, match="expected one of digits, textures, patches, cifar10, celeba, got"
     ):
         load("mnist")
+
+
+def test_textures_have_hardly_a_pixel_to_clamp() -> None:
+    textures = load("textures")
+    assert textures.images.shape == (8192, 1, 8, 8)
+    assert textures.labels is not None
+    assert textures.labels.unique().tolist() == list(range(18))
+    at_an_end = (textures.images == 0) | (textures.images == 255)
+    assert float(at_an_end.float().mean()) < 0.001
+    digits = load("digits").images
+    assert float(((digits == 0) | (digits == 255)).float().mean()) > 0.5
 
 
 def test_patches_are_crops_at_half_resolution(monkeypatch: pytest.MonkeyPatch) -> None:

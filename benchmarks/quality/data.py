@@ -8,12 +8,14 @@ is downloaded.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
@@ -67,11 +69,23 @@ def load_digits() -> ImageSet:
     return ImageSet("digits", images.round().to(torch.uint8), labels)
 
 
+def load_textures(size: int = 8, per_photograph: int = 4096) -> ImageSet:
+    """Return grey crops of the two photographs that scikit-learn ships.
+
+    As small as the digits, and unlike them with hardly a pixel at either end of the range, so that
+    clamping samples changes nothing.  The label of a crop is its photograph and which of three by
+    three regions of it the crop starts in.
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = [image.mean(-1, keepdims=True) for image in load_sample_images().images]
+    return _crops("textures", photographs, size, per_photograph, regions=3)
+
+
 def load_patches(size: int = 32, per_photograph: int = 4096) -> ImageSet:
     """Return colour crops of the photographs that scikit-image and scikit-learn ship.
 
-    The label of a crop is its photograph.  A crop is taken from the photograph at half its
-    resolution, so that it shows more than texture.
+    The label of a crop is its photograph.
 
     Raises:
         ModuleNotFoundError: If scikit-image is missing.
@@ -86,17 +100,34 @@ def load_patches(size: int = 32, per_photograph: int = 4096) -> ImageSet:
 
     photographs = [getattr(skimage_data, name)() for name in PHOTOGRAPHS]
     photographs += list(load_sample_images().images)
+    return _crops("patches", photographs, size, per_photograph, regions=1)
+
+
+def _crops(
+    name: str,
+    photographs: Sequence[NDArray[Any]],
+    size: int,
+    per_photograph: int,
+    regions: int,
+) -> ImageSet:
+    """Crop photographs ``[H, W, C]`` at random, at half their resolution.
+
+    Half, so that a crop shows more than texture and the camera's noise is averaged away.
+    """
     draw = np.random.default_rng(0)
     crops, labels = [], []
-    for label, photograph in enumerate(photographs):
+    for number, photograph in enumerate(photographs):
         height, width = (side // 2 * 2 for side in photograph.shape[:2])
-        half = photograph[:height, :width].reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3))
+        blocks = photograph[:height, :width].reshape(height // 2, 2, width // 2, 2, -1)
+        half = blocks.mean((1, 3))
         tops = draw.integers(half.shape[0] - size + 1, size=per_photograph)
         lefts = draw.integers(half.shape[1] - size + 1, size=per_photograph)
         crops += [half[y : y + size, x : x + size] for y, x in zip(tops, lefts, strict=True)]
-        labels += [label] * per_photograph
+        row = tops * regions // (half.shape[0] - size + 1)
+        column = lefts * regions // (half.shape[1] - size + 1)
+        labels.append((number * regions + row) * regions + column)
     images = torch.from_numpy(np.stack(crops)).round().to(torch.uint8).permute(0, 3, 1, 2)
-    return ImageSet("patches", images.contiguous(), torch.tensor(labels))
+    return ImageSet(name, images.contiguous(), torch.from_numpy(np.concatenate(labels)))
 
 
 def load_cifar10(folder: Path) -> ImageSet:
@@ -189,7 +220,11 @@ def load_celeba(folder: Path, size: int = 64) -> ImageSet:
     return ImageSet("celeba", images)
 
 
-SHIPPED: dict[str, Callable[[], ImageSet]] = {"digits": load_digits, "patches": load_patches}
+SHIPPED: dict[str, Callable[[], ImageSet]] = {
+    "digits": load_digits,
+    "textures": load_textures,
+    "patches": load_patches,
+}
 LOCAL: dict[str, Callable[[Path], ImageSet]] = {"cifar10": load_cifar10, "celeba": load_celeba}
 
 
@@ -197,7 +232,7 @@ def load(name: str, folder: Path | None = None) -> ImageSet:
     """Return a data set by name.
 
     Args:
-        name: ``digits``, ``patches``, ``cifar10`` or ``celeba``.
+        name: ``digits``, ``textures``, ``patches``, ``cifar10`` or ``celeba``.
         folder: Where the last two lie.
 
     Raises:

@@ -33,6 +33,7 @@ from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, coefficients
 
 GRID = [Cell(sampler, steps) for sampler in CORE for steps in STEPS]
 SKIPS = (1, 9, 49, 99, 149)
+PEERS = ("min-snr-5", "ddpm-ip-0.1", "sa-dpm-2", "plain+scaling1.017", "plain+scaling1.04")
 RAW, IMAGES = "raw_frechet", "images_frechet"
 MISSING = "not measured yet"
 
@@ -104,6 +105,7 @@ class Page:
             yield "The grid on the digits: not measured yet."
         else:
             yield from self._grid(self.full)
+        yield from self._textures()
         yield from self._readme_run()
         yield from self._other_data()
         yield from self._lab()
@@ -115,6 +117,7 @@ class Page:
         yield self._all_methods(results)
         yield self._paper_form(results)
         yield self._trained_or_not(results)
+        yield self._peers(results)
         yield self._estimators(results)
         yield "## The reviewers' six questions"
         yield self._question1(results)
@@ -141,6 +144,14 @@ class Page:
                     f"- **k = {skip}**: {percent(raw)} on samples as the sampler returns them "
                     f"({verdict(raw)}); {percent(images)} on the same samples clamped and "
                     f"rounded to 8 bits ({verdict(images)})."
+                )
+        for name in PEERS:
+            raw, images = (results.improvement(name, GRID, measure) for measure in (RAW, IMAGES))
+            if raw is not None:
+                twice = " (two network calls per training step)" if "sa-dpm" in name else ""
+                lines.append(
+                    f"- Its peer **{results.title(name)}**{twice}: {percent(raw)} raw, "
+                    f"{percent(images)} clamped."
                 )
         best = self._best(results)
         if best is not None:
@@ -206,20 +217,11 @@ class Page:
     # The tables.
 
     def _all_methods(self, results: Results) -> str:
-        rows = []
-        for name in results.methods:
-            if name == "plain":
-                continue
-            raw, images = (results.improvement(name, GRID, measure) for measure in (RAW, IMAGES))
-            if raw is None:
-                continue
-            ten = results.improvement(name, [c for c in GRID if c.steps == 10])
-            rows.append([results.title(name), with_bootstrap(raw), percent(ten), percent(images)])
         return (
             "## Every method\n\nMean relative improvement over plain training, over DDIM, PNDM "
             "and DEIS at 10, 20, 50 and 100 steps. `plain + …` are corrections of the plain "
             "network that need no training.\n\n"
-            + markdown_table(["method", "raw", "raw, 10 steps only", "clamped"], rows)
+            + _methods_table(results)
             + "\n"
             + self._figure("methods", "Improvement of every method", self._forest(results))
         )
@@ -245,7 +247,7 @@ class Page:
             # One disastrous method would flatten the others.
             axes.set_xlim(-60, 60)
             axes.set_xlabel("improvement over plain training, %, with 95 % t intervals")
-            axes.legend(loc="lower right")
+            figure.legend(loc="outside upper right", ncols=2)
         return figure
 
     def _paper_form(self, results: Results) -> str:
@@ -322,6 +324,27 @@ class Page:
                 ["", "trained", "gain, no training", "trained over gain, raw", "clamped"], rows
             )
             + f"\n{conclusion}"
+        )
+
+    def _peers(self, results: Results) -> str:
+        ours = "skip49-expected"
+        rows = []
+        for name in PEERS:
+            if results.improvement(name, GRID) is None:
+                continue
+            row = [results.title(name)]
+            for measure in (RAW, IMAGES):
+                row.append(percent(results.improvement(name, GRID, measure)))
+                row.append(percent(results.improvement(ours, GRID, measure, name)))
+            rows.append(row)
+        return (
+            "## Its peers\n\nSame data, network, seeds, number of steps and random numbers. "
+            "SA-DPM calls the network twice in each training step, so it has twice the "
+            f"computation of the others. Beside each, how much {results.title(ours)} improves "
+            "on it (negative: the peer is better):\n\n"
+            + markdown_table(
+                ["", "peer, raw", "k = 49 over it", "peer, clamped", "k = 49 over it"], rows
+            )
         )
 
     def _estimators(self, results: Results) -> str:
@@ -560,7 +583,7 @@ class Page:
                 axes.set(xlabel="k of the gain", title=title)
                 axes.axhline(1 if "spread" in title else 0, color=COLORS[0], linewidth=1)
             panels[0].legend()
-        rows = []
+        rows, best_raw = [], []
         for steps in STEPS:
             cell = Cell("ddim", steps)
             row = [f"DDIM, {steps} steps"]
@@ -572,6 +595,7 @@ class Page:
                 }
                 best = max(found, key=lambda skip: found[skip])
                 row += [f"k = {best}" if best else "no gain", f"{found[best]:+.1f} %"]
+                best_raw += [best] if measure == RAW else []
             spread = results.values("plain", cell, "spread").values()
             row.append(f"{np.mean(list(spread)):.3f}")
             rows.append(row)
@@ -579,8 +603,13 @@ class Page:
             "### 6. Why does quality not improve steadily with k?\n\n"
             "A larger k is a stronger shrinking of ε̂. With few steps a sampler's results have "
             "too little spread; a smaller ε̂ leaves more of it in, and it is right for one size "
-            "of gain and too much beyond. More steps leave less to correct, and the best k gets "
-            "smaller. Measured with the gain on the plain network, where k can be swept without "
+            "of gain and too much beyond. "
+            + (
+                "More steps leave less to correct, and the best k gets smaller. "
+                if best_raw == sorted(best_raw, reverse=True) and best_raw[0] > best_raw[-1]
+                else ""
+            )
+            + "Measured with the gain on the plain network, where k can be swept without "
             "training:\n\n"
             + markdown_table(
                 ["", "best k, raw", "improvement", "best k, clamped", "improvement", "spread"],
@@ -615,9 +644,9 @@ class Page:
 - **Choose k by the number of sampling steps, not once for all.** Best mean improvement over DDIM,
   PNDM and DEIS among the trained skips whose interval excludes 0 (raw): {"; ".join(best_by_steps)}.
 - **Look at the spread of your samples first.** The gain makes ε̂ smaller and so the samples more
-  spread; where the standard deviation of your samples is already the data's or above it, any gain
-  makes it worse. Measure it before and after clamping: where many pixels lie at the end of the
-  range, clamping can undo or reverse the improvement, as it does here.
+  spread: there must be spread missing for it to put back. Judge by what you will use: where many
+  pixels lie at an end of the range and samples are clamped, the improvement can vanish or turn
+  round, as on the digits.
 - **τ and k do one thing together.** What counts is the gain s(t); a smaller τ is a larger k. Leave
   τ at 0.99 and move k.
 - **Use `estimator="expected"`** unless you must reproduce the released code draw for draw.
@@ -637,6 +666,37 @@ class Page:
         yield distance_table(results, results.methods, cells, RAW)
         yield "Clamped:"
         yield distance_table(results, results.methods, cells, IMAGES)
+
+    def _textures(self) -> Iterable[str]:
+        yield "## Does it hold where clamping changes nothing?"
+        yield (
+            "`textures`: 8 x 8 grey crops of two photographs, with the digits' network, budget "
+            "and samplers. Hardly one of their pixels is at either end of the range, so raw and "
+            "clamped samples should tell the same story."
+        )
+        record = self.records.get("textures")
+        if record is None:
+            yield MISSING
+            return
+        results = Results(record)
+        rows = []
+        for sampler in CORE:
+            row = [TITLES[sampler]]
+            for steps in STEPS:
+                cell = Cell(sampler, steps)
+                raw, images, spread = (
+                    np.mean(list(results.values("plain", cell, measure).values()))
+                    for measure in (RAW, IMAGES, "spread")
+                )
+                row.append(f"{raw:.3f} / {images:.3f} / {spread:.3f}")
+            rows.append(row)
+        yield (
+            "Plain training: Fréchet distance raw / clamped / spread of the samples over the "
+            f"data's ({record['floor']['features']}; two halves of the data are "
+            f"{record['floor']['frechet']:.3f} apart).\n\n"
+            + markdown_table(["", *(f"{steps} steps" for steps in STEPS)], rows)
+        )
+        yield _methods_table(results)
 
     def _other_data(self) -> Iterable[str]:
         yield "## Other data"
@@ -676,8 +736,22 @@ python -m benchmarks.quality page                             # this page
 
 `--dry-run` says what a run would cost, `--workers` shares it among processes, and a run that was
 killed goes on where it was when it is started again. On several GPUs:
-`accelerate launch -m benchmarks.quality run cifar10 --data FOLDER`.
+`torchrun --nproc_per_node 4 -m benchmarks.quality run cifar10 --data FOLDER`.
 """
+
+
+def _methods_table(results: Results) -> str:
+    """Return the mean improvement of every method that has the whole grid of cells."""
+    rows = []
+    for name in results.methods:
+        if name == "plain":
+            continue
+        raw, images = (results.improvement(name, GRID, measure) for measure in (RAW, IMAGES))
+        if raw is None:
+            continue
+        ten = results.improvement(name, [cell for cell in GRID if cell.steps == 10])
+        rows.append([results.title(name), with_bootstrap(raw), percent(ten), percent(images)])
+    return markdown_table(["method", "raw", "raw, 10 steps only", "clamped"], rows)
 
 
 def _errorbars(
