@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -29,10 +31,11 @@ pytestmark = [
 ]
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(  # noqa: S603 - our own commands
         [str(part) for part in command],
         cwd=cwd,
+        env=env,
         check=False,
         text=True,
         stdout=subprocess.PIPE,
@@ -100,13 +103,19 @@ def test_the_metadata_render_and_say_what_pyproject_says(dist, wheel):
     assert sorted(required) == ["einops", "torch", "typing-extensions"]
 
 
-def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
-    """Installed alone into a new environment, beside the dependencies of this one."""
-    environment = tmp_path / "env"
-    venv.create(environment, with_pip=False)
-    python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+class Installed(NamedTuple):
+    python: Path
+    site_packages: Path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Installed:
+    """The wheel alone in a new environment, beside the dependencies of this one."""
+    root = tmp_path_factory.mktemp("installed")
+    venv.create(root / "env", with_pip=False)
+    python = root / "env" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     find = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site_packages = Path(run(python, "-c", find, cwd=tmp_path).strip())
+    site_packages = Path(run(python, "-c", find, cwd=root).strip())
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site_packages)  # noqa: S202 - built above
     # A plain path: the .pth files in it, the editable install's among them, are not read.
@@ -114,7 +123,10 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     assert spec is not None
     assert spec.origin is not None
     (site_packages / "dependencies.pth").write_text(str(Path(spec.origin).parents[1]))
+    return Installed(python, site_packages)
 
+
+def test_the_wheel_works_away_from_the_checkout(installed, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         """
@@ -133,7 +145,25 @@ criterion = SkipStepLoss(NoiseSchedule.linear(1000), skip_set=9)
 assert criterion(lambda x_t, t: 0 * x_t, torch.randn(2, 3)).isfinite()
 """
     )
-    printed = run(python, "-W", "error", program, cwd=tmp_path).splitlines()
+    printed = run(installed.python, "-W", "error", program, cwd=tmp_path).splitlines()
     assert len(printed) == 2
     for line in printed:
-        assert Path(line).is_relative_to(site_packages)
+        assert Path(line).is_relative_to(installed.site_packages)
+
+
+def test_a_type_checker_knows_every_public_name(installed):
+    if importlib.util.find_spec("pyright") is None:
+        pytest.skip("the package `pyright` is not installed")
+    # It asks the first python of the PATH for what is installed, and does not see editable
+    # installs: which is why this stands here, beside the wheel.
+    path = os.pathsep.join([str(installed.python.parent), os.environ["PATH"]])
+    report = run(
+        *(sys.executable, "-m", "pyright", "--verifytypes", "s2dm_loss", "--ignoreexternal"),
+        cwd=installed.site_packages.parent,
+        env={**os.environ, "PATH": path},
+    )
+    assert "Type completeness score: 100%" in report
+    # Zero of zero symbols would be complete as well.
+    exported = re.search(r'Symbols exported by "s2dm_loss": (\d+)', report)
+    assert exported
+    assert int(exported[1]) > 50
