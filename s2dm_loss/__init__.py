@@ -9,6 +9,12 @@ from s2dm_loss.coefficients import Coefficients, CompletedSquare, coefficients
 from s2dm_loss.functional import LossTerms, skip_step_loss
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
+from s2dm_loss.recommend import (
+    GainCandidate,
+    GainRecommendation,
+    GainSearch,
+    GainSearchCost,
+)
 from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule
 from s2dm_loss.shrink import ShrunkModel, epsilon_scaling, gain
 from s2dm_loss.skip_set import SkipSet
@@ -17,6 +23,10 @@ __all__ = [
     "Coefficients",
     "CompletedSquare",
     "ContinuousSchedule",
+    "GainCandidate",
+    "GainRecommendation",
+    "GainSearch",
+    "GainSearchCost",
     "LossTerms",
     "NoiseSchedule",
     "Schedule",
