@@ -1,0 +1,49 @@
+"""``python -m benchmarks.lab``."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import click
+import torch
+from tqdm import tqdm
+
+from benchmarks.lab.report import RESULTS, write_report
+from benchmarks.lab.studies import STUDIES
+from benchmarks.quality.files import save_json
+from benchmarks.quality.runner import versions
+
+
+@click.group()
+def main() -> None:
+    """Run the exact lab's studies, then write its page."""
+
+
+@main.command("run")
+@click.argument("names", nargs=-1, type=click.Choice(list(STUDIES)), required=True)
+@click.option("--threads", default=1, show_default=True, help="Threads of torch.")
+def run_command(names: tuple[str, ...], threads: int) -> None:
+    """Run studies and write one JSON each."""
+    torch.set_num_threads(threads)
+    for name in names:
+        began = time.perf_counter()
+        result = STUDIES[name](partial(tqdm, desc=name))
+        document = {
+            "study": name,
+            "command": f"python -m benchmarks.lab run {name}",
+            "seconds": round(time.perf_counter() - began, 1),
+            "versions": versions(),
+            **result,
+        }
+        save_json(RESULTS / f"{name}.json", document)
+
+
+@main.command("report")
+def report_command() -> None:
+    """Write the figures and the page fragment from the JSON."""
+    write_report()
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.lab")

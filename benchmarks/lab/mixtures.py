@@ -1,0 +1,139 @@
+"""Gaussian mixtures on a diffusion path: density, E[ε | x_t] and samples in closed form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from s2dm_loss import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Σ_j w_j N(m_j, B_j diag(v_j) B_jᵀ).
+
+    Attributes:
+        weights: w, float64 ``[J]``, adding up to 1.
+        means: m, float64 ``[J, D]``.
+        variances: v, float64 ``[J, D]``, at least 0.
+        bases: B, orthogonal, float64 ``[J, D, D]``.
+    """
+
+    weights: Tensor
+    means: Tensor
+    variances: Tensor
+    bases: Tensor
+
+    @classmethod
+    def from_covariances(cls, weights: Tensor, means: Tensor, covariances: Tensor) -> Mixture:
+        """Diagonalise the covariances ``[J, D, D]``."""
+        variances, bases = torch.linalg.eigh(covariances.double())
+        weights = weights.double() / weights.double().sum()
+        return cls(weights, means.double(), variances.clamp(min=0), bases)
+
+    @classmethod
+    def gaussian(cls, variances: Tensor) -> Mixture:
+        """One centered Gaussian with the given variances ``[D]`` along the axes."""
+        size = len(variances)
+        return cls(
+            torch.ones(1, dtype=torch.float64),
+            torch.zeros(1, size, dtype=torch.float64),
+            variances.double()[None],
+            torch.eye(size, dtype=torch.float64)[None],
+        )
+
+    @classmethod
+    def fitted(cls, values: Tensor, labels: Tensor) -> Mixture:
+        """One Gaussian for each label, with the mean and covariance of its values ``[N, D]``."""
+        groups = [values[labels == label].double() for label in labels.unique()]
+        return cls.from_covariances(
+            torch.tensor([float(len(group)) for group in groups]),
+            torch.stack([group.mean(0) for group in groups]),
+            torch.stack([group.T.cov() for group in groups]),
+        )
+
+    @classmethod
+    def ring(cls, count: int = 8, radius: float = 1.0, deviation: float = 0.1) -> Mixture:
+        """``count`` round Gaussians on a circle in the plane."""
+        angles = torch.arange(count, dtype=torch.float64) * (2 * math.pi / count)
+        means = radius * torch.stack([angles.cos(), angles.sin()], dim=1)
+        covariances = deviation**2 * torch.eye(2, dtype=torch.float64).expand(count, 2, 2)
+        return cls.from_covariances(torch.ones(count), means, covariances)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the whole, ``[D]``."""
+        return self.weights @ self.means
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the whole, ``[D, D]``."""
+        within = (self.bases * self.variances[:, None, :]) @ self.bases.mT
+        away = self.means - self.mean
+        return torch.einsum("j,jab->ab", self.weights, within + away[:, :, None] * away[:, None, :])
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return ``count`` samples, float64 ``[count, D]``."""
+        component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        normal = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+        scaled = normal * self.variances.sqrt()[component]
+        samples = torch.empty_like(scaled)
+        for j in range(len(self.weights)):
+            rows = component == j
+            samples[rows] = scaled[rows] @ self.bases[j].T
+        return samples + self.means[component]
+
+    def log_density(self, x: Tensor, alphas_cumprod: float) -> Tensor:
+        """Return log p_t(x) of x_t = √ᾱ x_0 + √(1-ᾱ) ε, shape ``[B]``."""
+        return self._terms(x, alphas_cumprod)[0].logsumexp(0)
+
+    def epsilon(self, x: Tensor, alphas_cumprod: float, temperature: float = 1.0) -> Tensor:
+        """Return E[ε | x_t = x] = -√(1-ᾱ) ∇ log p_t(x), shape ``[B, D]``.
+
+        Args:
+            x: float64 ``[B, D]``.
+            alphas_cumprod: ᾱ, below 1.
+            temperature: Divides the log-posterior of the components; 1 is exact, and above 1 is a
+                model that cannot quite tell the components apart.
+        """
+        logits, gradients = self._terms(x, alphas_cumprod)
+        posterior = (logits / temperature).softmax(0)
+        return math.sqrt(1 - alphas_cumprod) * torch.einsum("jb,jbd->bd", posterior, gradients)
+
+    def _terms(self, x: Tensor, alphas_cumprod: float) -> tuple[Tensor, Tensor]:
+        """Return log w_j N_j(x) ``[J, B]`` and -∇ log N_j(x) ``[J, B, D]``."""
+        away = x[None] - math.sqrt(alphas_cumprod) * self.means[:, None, :]
+        variances = alphas_cumprod * self.variances + (1 - alphas_cumprod)
+        along = away @ self.bases
+        scaled = along / variances[:, None, :]
+        logits = (
+            self.weights.log()[:, None]
+            - 0.5 * (along * scaled).sum(2)
+            - 0.5 * (2 * math.pi * variances).log().sum(1)[:, None]
+        )
+        return logits, scaled @ self.bases.mT
+
+
+class ExactModel(nn.Module):
+    """E[ε | x_t] of a mixture as an ε-model, called ``(x, t)`` with one t for the whole batch.
+
+    Args:
+        mixture: The data's law.
+        schedule: The noise schedule.
+        temperature: As in :meth:`Mixture.epsilon`.
+    """
+
+    def __init__(self, mixture: Mixture, schedule: NoiseSchedule, temperature: float = 1.0) -> None:
+        """Keep the formula's parts."""
+        super().__init__()
+        self.mixture = mixture
+        self.alphas_cumprod = schedule.alphas_cumprod.tolist()
+        self.temperature = temperature
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return E[ε | x_t] for x of shape ``[B, D]``, in the dtype of x."""
+        alphas_cumprod = self.alphas_cumprod[int(t)]
+        return self.mixture.epsilon(x.double(), alphas_cumprod, self.temperature).to(x.dtype)
