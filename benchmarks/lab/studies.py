@@ -19,6 +19,7 @@ from benchmarks.lab.criteria import (
 from benchmarks.lab.linear import Imperfection, frechet, output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality import data as datasets
+from benchmarks.quality.files import load_json, save_json
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS_FULL
 from benchmarks.quality.runner import Bench
@@ -379,50 +380,22 @@ def feature_distance(bench: Bench, samples: Tensor) -> float:
 
 
 def digits(
-    bar: Bar, root: Path = Path("runs/digits-full"), seeds: int = 5, num_samples: int = 1024
+    bar: Bar,
+    root: Path = Path("runs/digits-full"),
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    num_samples: int = 1024,
 ) -> Json:
-    """The criteria on trained networks, judged by a classifier's features on fresh noise."""
+    """The criteria on trained networks, judged by a classifier's features on fresh noise.
+
+    Each cell is kept in a file, so that a killed run loses one cell at most.
+    """
     bench = Bench(DIGITS_FULL, root)
-    images = datasets.to_model_range(bench.data.images)
-    cells = [(seed, s, n) for seed in range(seeds) for s in CORE for n in (10, 20, 50)]
     rows = []
-    model: nn.Module = nn.Identity()
-    loaded = -1
-    for seed, sampler, steps in bar(cells):
-        if loaded != seed:
-            model, loaded = bench.model(Plain(), seed, lambda _: None), seed
-        chosen = Chosen(model, images, sampler, steps, num_samples=num_samples, seed=seed)
-        start = torch.randn(
-            num_samples, *images.shape[1:], generator=torch.Generator().manual_seed(77 + seed)
-        )
-
-        def judge(
-            shrunk: nn.Module, sampler: str = sampler, steps: int = steps, start: Tensor = start
-        ) -> dict[str, float]:
-            samples = sample(shrunk, sampler, SCHEDULE, steps, start, torch.Generator())
-            return {
-                "raw": feature_distance(bench, samples),
-                "images": feature_distance(bench, datasets.to_uint8(samples)),
-            }
-
-        judged = {
-            skip: judge(ShrunkModel(model, SCHEDULE, skip) if skip else model)
-            for skip in (0, *SHOWN)
-        }
-        rows.append(
-            {
-                "seed": seed,
-                "sampler": sampler,
-                "steps": steps,
-                "judged": judged,
-                "chosen": chosen.skips,
-                "interval": list(chosen.recommendation.skip_interval),
-                "norm line": {
-                    "lambda": [float(chosen.line[0]), float(chosen.line[-1])],
-                    **judge(LineScaled(model, chosen.line)),
-                },
-            }
-        )
+    for seed, sampler, steps in bar([(r, s, n) for r in seeds for s in CORE for n in (10, 20, 50)]):
+        path = root / "lab" / f"seed{seed}-{sampler}-{steps}-{num_samples}.json"
+        if not path.exists():
+            save_json(path, _digits_cell(bench, seed, sampler, steps, num_samples))
+        rows.append(load_json(path))
     return {
         "network": repr(DIGITS_FULL.network),
         "features": bench.features.description,
@@ -430,6 +403,37 @@ def digits(
         "num_samples": num_samples,
         "judged_on": num_samples,
         "rows": rows,
+    }
+
+
+def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples: int) -> Json:
+    images = datasets.to_model_range(bench.data.images)
+    model = bench.model(Plain(), seed, lambda _: None)
+    chosen = Chosen(model, images, sampler, steps, num_samples=num_samples, seed=seed)
+    fresh = torch.Generator().manual_seed(77 + seed)
+    start = torch.randn(num_samples, *images.shape[1:], generator=fresh)
+
+    def judge(shrunk: nn.Module) -> dict[str, float]:
+        samples = sample(shrunk, sampler, SCHEDULE, steps, start, torch.Generator())
+        return {
+            "raw": feature_distance(bench, samples),
+            "images": feature_distance(bench, datasets.to_uint8(samples)),
+        }
+
+    return {
+        "seed": seed,
+        "sampler": sampler,
+        "steps": steps,
+        "judged": {
+            skip: judge(ShrunkModel(model, SCHEDULE, skip) if skip else model)
+            for skip in (0, *SHOWN)
+        },
+        "chosen": chosen.skips,
+        "interval": list(chosen.recommendation.skip_interval),
+        "norm line": {
+            "lambda": [float(chosen.line[0]), float(chosen.line[-1])],
+            **judge(LineScaled(model, chosen.line)),
+        },
     }
 
 
