@@ -395,7 +395,7 @@ class _Comparison:
 
     def __init__(self, data: Tensor, num_samples: int, seed: int) -> None:
         self.center = data.mean(0)
-        self.axes = _leading_axes(data - self.center)
+        self.axes = _leading_axes(data - self.center, seed)
         generator = torch.Generator().manual_seed(seed)
         self.weights = _bootstrap_weights(num_samples, generator)
         data_weights = _bootstrap_weights(len(data), generator)
@@ -500,11 +500,16 @@ def _bootstrap_weights(count: int, generator: torch.Generator) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def _leading_axes(centered: Tensor) -> Tensor:
-    """Return the principal axes [D, P] of centered data [N, D], P being at most `MAX_AXES`."""
+def _leading_axes(centered: Tensor, seed: int) -> Tensor:
+    """Return principal axes [D, P] of centered data [N, D], or all axes where they are few.
+
+    Any orthonormal axes make a valid distance, so the leading ones need not be exact, and a
+    randomised decomposition is enough: an exact one takes minutes for images.
+    """
     if centered.shape[1] <= MAX_AXES:
         return torch.eye(centered.shape[1], dtype=centered.dtype)
-    axes: Tensor = torch.linalg.svd(centered, full_matrices=False).Vh[:MAX_AXES].T
+    with _seeded(seed):
+        axes: Tensor = torch.svd_lowrank(centered, q=min(MAX_AXES, len(centered)), niter=4)[2]
     return axes
 
 
