@@ -1,13 +1,13 @@
 """The loss head: mean squares over the data axes, where the loss meets the data.
 
 All else in the loss has one value for each sample and costs next to nothing; memory traffic is what
-the head costs. `F.mse_loss` moves the data seven times and holds one new tensor of its size at a
-time: it reads ε̂ and ε, writes the squares and reads them; then, backward, reads ε̂ and ε and writes
-the gradient. The head does as much and holds as much, with a constant that needs mean ε²:
+the head costs. It moves the data seven times and makes one new tensor of its size:
 
     forward     residual = ε̂ - gain · ε      reads two, writes one
                 Σ residual², Σ ε²            read one each, write none
     backward    residual *= a factor         reads one, writes one: it has become the gradient
+
+`F.mse_loss` moves the data eight times and makes three such tensors, two of which it holds at once.
 """
 
 from __future__ import annotations

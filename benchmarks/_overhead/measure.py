@@ -1,0 +1,303 @@
+"""How it is measured: interleaved times, peak memory, operators, bytes, host syncs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Spread = tuple[float, float, float]  # first quartile, median, third quartile
+
+
+def spread(values: list[float]) -> Spread:
+    """Return the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+class Inputs:
+    """Sets of (ε̂, ε, t) that take turns, so that none is found in a cache."""
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, bytes_in_turn: int
+    ) -> None:
+        """Draw sets until they fill `bytes_in_turn`: at least 3, at most 256."""
+        size = 2 * dtype.itemsize * torch.Size(shape).numel()
+        count = min(max(bytes_in_turn // size, 3), 256)
+        self.sets = [
+            (
+                torch.randn(shape, device=device).to(dtype).requires_grad_(),
+                torch.randn(shape, device=device).to(dtype),
+                torch.randint(1000, shape[:1], device=device),
+            )
+            for _ in range(count)
+        ]
+        self._turn = 0
+
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next set, and free the gradient that the last one was left with."""
+        self.sets[self._turn][0].grad = None
+        self._turn = (self._turn + 1) % len(self.sets)
+        return self.sets[self._turn]
+
+
+def forward_backward(
+    loss: Callable[..., Tensor], inputs: Inputs
+) -> Callable[[], Callable[[], None]]:
+    """Return a call that picks a set and returns the work to be timed."""
+
+    def prepare() -> Callable[[], None]:
+        eps_hat, noise, t = inputs()
+
+        def work() -> None:
+            loss(eps_hat, noise, t).backward()
+
+        return work
+
+    return prepare
+
+
+def interleave(
+    prepare: Mapping[str, Callable[[], Callable[[], None]]],
+    device: torch.device,
+    seconds: float,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    most_rounds: int = 400,
+) -> dict[str, list[float]]:
+    """Time each contender once a round, for `seconds` in all; return seconds by name.
+
+    The order turns from round to round, so that no contender is always the first. `clock` is what
+    times a CPU.
+    """
+    times: dict[str, list[float]] = {name: [] for name in prepare}
+    began = time.perf_counter()
+    for call in prepare.values():
+        call()()  # compiles, and reads tables
+    while time.perf_counter() - began < seconds / 10:
+        for call in prepare.values():
+            call()()
+    names = list(prepare)
+    began, rounds = time.perf_counter(), 0
+    while rounds < 5 or (time.perf_counter() - began < seconds and rounds < most_rounds):
+        shift = rounds % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(_time(prepare[name](), device, clock))
+        rounds += 1
+    return times
+
+
+def _time(work: Callable[[], None], device: torch.device, clock: Callable[[], float]) -> float:
+    if device.type != "cuda":
+        began = clock()
+        work()
+        return clock() - began
+    # From an idle GPU, so that the host's time to launch is part of what is measured.
+    torch.cuda.synchronize(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def summarise(
+    times: Mapping[str, list[float]], pairs: list[tuple[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """Return quartiles of the times, in microseconds, and of the ratios within each round.
+
+    And the ratio of each pair's fastest rounds, which other work on the machine disturbs least.
+    """
+    pairs = [pair for pair in pairs if set(pair) <= times.keys()]
+    return {
+        "microseconds": {
+            name: [round(1e6 * value, 2) for value in spread(values)]
+            for name, values in times.items()
+        },
+        "ratios": {
+            f"{above}/{below}": [
+                round(value, 4)
+                for value in spread(
+                    [a / b for a, b in zip(times[above], times[below], strict=True)]
+                )
+            ]
+            for above, below in pairs
+        },
+        "fastest": {
+            f"{above}/{below}": round(min(times[above]) / min(times[below]), 4)
+            for above, below in pairs
+        },
+    }
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes held at once above what was held before, temporaries included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    kineto = profiler.profiler
+    if kineto is None or kineto.kineto_results is None:
+        raise RuntimeError("this build of torch has no profiler to read allocations from")
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+# What the host can do only when the device has answered.
+SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+
+@dataclass
+class OperatorCount(TorchDispatchMode):
+    """Counts operators and the bytes they read and write, below autograd; the same on every run.
+
+    Views and allocations move nothing and are left out. What an operator does inside is not seen:
+    `mse_loss` counts as one operator that writes a scalar.
+
+    Attributes:
+        large: Size in bytes from which an operator counts as one on data.
+        operators: Operators that compute.
+        data_operators: Those that read or write a tensor of `large` bytes.
+        bytes: Bytes read and written.
+        new_bytes: Bytes of new outputs of at least `large`.
+        syncs: Operators that make the host wait for the device.
+        names: What was counted, in order.
+    """
+
+    large: int
+    operators: int = 0
+    data_operators: int = 0
+    bytes: int = 0
+    new_bytes: int = 0
+    syncs: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Set up the mode that this is."""
+        super().__init__()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run `func` and count it."""
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        reads = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        writes = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.syncs += name in SYNCS
+        if func.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
+            return result
+        read_storages = {leaf.untyped_storage().data_ptr() for leaf in reads}
+        sizes = [_bytes(leaf) for leaf in (*reads, *writes)]
+        self.names.append(name)
+        self.operators += 1
+        self.data_operators += max(sizes, default=0) >= self.large
+        self.bytes += sum(sizes)
+        self.new_bytes += sum(
+            _bytes(leaf)
+            for leaf in writes
+            if _bytes(leaf) >= self.large and leaf.untyped_storage().data_ptr() not in read_storages
+        )
+        return result
+
+    # A dataclass compares by value and is then not hashable, which the stack of modes needs.
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes that lie in memory: an expanded axis is there once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride else min(size, 1)
+    return elements * tensor.element_size()
+
+
+def kernels(work: Callable[[], object]) -> int:
+    """Return how many kernels, copies and fills the GPU ran for `work`."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == on_device for event in profiler.events() or [])
+
+
+@contextlib.contextmanager
+def syncs_forbidden() -> Iterator[None]:
+    """Raise where the host would wait for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def inductor_bytes(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> int:
+    """Return the bytes that Inductor's kernels move, forward and backward, by its own count."""
+    from torch._functorch import config as autograd_config
+    from torch._inductor import config, metrics
+
+    log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
+    level, propagate = log.level, log.propagate
+    # Inductor counts only for whoever reads its log, and only what it compiles anew.
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        torch.compiler.reset()
+        metrics.reset()
+        with (
+            config.patch(fx_graph_cache=False),
+            autograd_config.patch(enable_autograd_cache=False),
+        ):
+            torch.compile(loss, dynamic=False)(*arguments).backward()
+        return int(metrics.num_bytes_accessed)
+    finally:
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+def copy_bandwidth(
+    device: torch.device, mebibytes: int, seconds: float, clock: Callable[[], float]
+) -> Spread:
+    """Return bytes a second of `copy_` between tensors that exist already, read plus write."""
+    count = mebibytes * 2**20 // 4
+    pairs = [
+        (torch.empty(count, device=device), torch.ones(count, device=device)) for _ in range(3)
+    ]
+    for target, _ in pairs:
+        target.zero_()  # so that no page is touched first inside the measurement
+
+    def prepare_pair() -> Callable[[], None]:
+        target, source = pairs[0]
+        pairs.append(pairs.pop(0))
+
+        def work() -> None:
+            target.copy_(source)
+
+        return work
+
+    times = interleave({"copy": prepare_pair}, device, seconds, clock=clock)["copy"]
+    low, middle, high = spread([8 * count / value for value in times])
+    return low, middle, high

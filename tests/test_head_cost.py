@@ -1,0 +1,451 @@
+"""What the loss head costs, counted and not timed, and that it stays right while being cheap.
+
+The counts are exact and the same on every run. A ceiling that is broken says that somebody's
+training step got slower or larger.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks._overhead.contenders import (
+    attempts,
+    contenders,
+    gradient_first_loss,
+    released_loss,
+)
+from benchmarks._overhead.measure import OperatorCount, inductor_bytes, peak_memory
+from s2dm_loss import NoiseSchedule, SkipStepLoss, coefficients
+from s2dm_loss._head import mean_square, mean_squared_error
+from s2dm_loss.functional import completed_square_loss
+from tests.strategies import normal
+
+LINEAR = NoiseSchedule.linear(1000)
+SHAPE = (32, 3, 32, 32)
+DATA = 4 * torch.Size(SHAPE).numel()
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="torch.compile on a CPU needs a C++ compiler"
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# torch's own forward mode scripts its decompositions when first used.
+forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+
+def call(estimator="expected", dtype=torch.float32, device=CPU):
+    """Return the work of one forward and backward, its tables read already."""
+    criterion = SkipStepLoss(LINEAR, 9, estimator=estimator).to(device)
+    eps_hat = normal(*SHAPE, seed=0).to(device, dtype).requires_grad_()
+    noise, zeta = (normal(*SHAPE, seed=seed).to(device, dtype) for seed in (1, 2))
+    t = torch.arange(SHAPE[0], device=device) * 31
+
+    def work():
+        eps_hat.grad = None
+        zeta_or_none = zeta if estimator == "fresh" else None
+        criterion.from_prediction(eps_hat, noise, t, skip_noise=zeta_or_none).backward()
+        return eps_hat.grad
+
+    work()
+    return work
+
+
+# (estimator, dtype): operators, those on data, passes over float32 data, new tensors of that size.
+CEILINGS = {
+    ("expected", torch.float32): (19, 4, 7, 1),
+    ("shared", torch.float32): (19, 4, 7, 1),
+    ("fresh", torch.float32): (30, 8, 15, 3),
+    # Half types are lifted inside the kernels; the gradient is rounded to them at the end.
+    ("expected", torch.bfloat16): (20, 5, 7, 1.5),
+    ("shared", torch.bfloat16): (20, 5, 7, 1.5),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize(("estimator", "dtype"), CEILINGS)
+def test_operators_and_bytes(estimator, dtype, device):
+    operators, on_data, passes, new_tensors = CEILINGS[estimator, dtype]
+    work = call(estimator, dtype, torch.device(device))
+    with OperatorCount(large=DATA // 2) as count:
+        work()
+    assert count.operators <= operators, count.names
+    assert count.data_operators <= on_data, count.names
+    # What has one value a sample adds a little, and the table counts as read whole.
+    table, per_sample = 1000 * 7 * 4, 400
+    assert count.bytes <= passes * DATA + table + per_sample * SHAPE[0]
+    assert count.new_bytes <= new_tensors * DATA
+    assert count.syncs == 0, count.names
+
+
+def test_the_count_sees_a_temporary_and_a_sync():
+    data = torch.ones(SHAPE)
+    with OperatorCount(large=DATA) as count:
+        (data * data).sum().item()
+    assert count.names[:2] == ["mul", "sum"]
+    assert count.data_operators == 2
+    assert count.new_bytes == DATA
+    assert 4 * DATA <= count.bytes <= 4 * DATA + 16  # mul reads one tensor twice and writes one
+    assert count.syncs == 1
+
+
+def test_peak_memory_is_one_tensor():
+    """The allocator's own account, so temporaries inside an operator count as well."""
+    eps_hat, noise = normal(*SHAPE, seed=0).float().requires_grad_(), normal(*SHAPE, seed=1).float()
+    plain = peak_memory(lambda: F.mse_loss(eps_hat, noise).backward(), CPU)
+    work = call()
+    work().untyped_storage()  # the gradient of that call is still held, and freed by the next
+    peak = peak_memory(work, CPU)
+    per_sample = 256 * SHAPE[0]
+    assert plain >= DATA
+    assert peak <= DATA + per_sample
+    assert peak <= plain + per_sample
+
+
+def test_no_gradient_no_residual_left_behind():
+    criterion = SkipStepLoss(LINEAR, 9)
+    eps_hat, noise = normal(*SHAPE, seed=0).float(), normal(*SHAPE, seed=1).float()
+    t = torch.arange(SHAPE[0])
+    criterion.from_prediction(eps_hat, noise, t)
+    with OperatorCount(large=DATA) as count:
+        loss = criterion.from_prediction(eps_hat, noise, t)
+    assert not loss.requires_grad
+    assert count.new_bytes == DATA
+    assert count.data_operators == 3
+
+
+@needs_compiler
+def test_compiled_it_moves_what_a_compiled_mse_loss_moves():
+    eps_hat, noise = normal(*SHAPE, seed=0).float().requires_grad_(), normal(*SHAPE, seed=1).float()
+    losses = contenders(CPU)
+    arguments = (eps_hat, noise, torch.arange(SHAPE[0]))
+    ours, plain = (inductor_bytes(losses[name], arguments) for name in ("expected", "mse"))
+    assert plain >= 3 * DATA
+    assert ours <= plain + 200 * SHAPE[0]
+
+
+@needs_gpu
+def test_a_gpu_neither_syncs_nor_refuses_a_graph():
+    device = torch.device("cuda")
+    work = call(device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradient = work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    graph.replay()
+    torch.testing.assert_close(captured, gradient)
+
+
+def reference(eps_hat, *target):
+    for gain, noise in zip(target[::2], target[1::2], strict=True):
+        eps_hat = eps_hat - gain * noise
+    return (eps_hat**2).reshape(len(eps_hat), -1).mean(1)
+
+
+def arguments(*shape):
+    """Return ε̂ and two (gain, noise) pairs in float64."""
+    ones = (1,) * (len(shape) - 1)
+    eps_hat, *noises = (normal(*shape, seed=seed) for seed in range(3))
+    gains = [normal(shape[0], *ones, seed=seed) for seed in (3, 4)]
+    return eps_hat, gains[0], noises[0], gains[1], noises[1]
+
+
+SHAPES = [(3,), (3, 4), (3, 2, 5), (2, 3, 4, 4), (2, 3, 2, 4, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_and_gradient(shape):
+    eps_hat, *target = arguments(*shape)
+    ours, plain = (eps_hat.clone().requires_grad_() for _ in range(2))
+    upstream = normal(shape[0], seed=9)
+    values = mean_squared_error(ours, *target), reference(plain, *target)
+    torch.testing.assert_close(*values, rtol=1e-13, atol=0)
+    for value in values:
+        value.backward(upstream)
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-13, atol=1e-16)
+    torch.testing.assert_close(
+        mean_square(eps_hat, torch.float64), reference(eps_hat), rtol=1e-13, atol=0
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@forward_mode
+def test_every_kind_of_derivative(shape):
+    """To second order, forward over backward, in batches; of each argument, and of ε̂ alone."""
+    leaves = [leaf.requires_grad_() for leaf in arguments(*shape)]
+    constants = [leaf.detach() for leaf in leaves[1:]]
+
+    def of_prediction(eps_hat):
+        return mean_squared_error(eps_hat, *constants)
+
+    for function, inputs in ((of_prediction, leaves[:1]), (mean_squared_error, leaves)):
+        assert torch.autograd.gradcheck(
+            function, inputs, check_forward_ad=True, check_batched_grad=True
+        )
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@forward_mode
+def test_torch_func():
+    """Against the plain formula: grad, jacobians, hessian, and vmap inside and outside of them."""
+    eps_hat, *target = arguments(2, 3, 4)
+    batch = normal(5, 2, 3, 4, seed=8)
+    transforms = {
+        "grad": lambda f: torch.func.grad(lambda x: f(x, *target).sum())(eps_hat),
+        "jacrev": lambda f: torch.func.jacrev(lambda x: f(x, *target))(eps_hat),
+        "jacfwd": lambda f: torch.func.jacfwd(lambda x: f(x, *target))(eps_hat),
+        "hessian": lambda f: torch.func.hessian(lambda x: f(x, *target).sum())(eps_hat),
+        "vmap": lambda f: torch.vmap(lambda x: f(x, *target))(batch),
+        "vmap of grad": lambda f: torch.vmap(torch.func.grad(lambda x: f(x, *target).sum()))(batch),
+        "grad of vmap": lambda f: torch.func.grad(
+            lambda xs: torch.vmap(lambda x: f(x, *target))(xs).sum()
+        )(batch),
+        "vectorised": lambda f: torch.autograd.functional.jacobian(
+            lambda x: f(x, *target), eps_hat, vectorize=True
+        ),
+    }
+    for name, transform in transforms.items():
+        torch.testing.assert_close(
+            transform(mean_squared_error), transform(reference), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_autograd_through_a_vmap():
+    _, *target = arguments(2, 3, 4)
+    batch = normal(5, 2, 3, 4, seed=8).requires_grad_()
+    gradients = [
+        torch.autograd.grad(torch.vmap(lambda x: f(x, *target))(batch).sum(), batch)[0]  # noqa: B023
+        for f in (mean_squared_error, reference)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_hessian_where_the_residual_is_zero():
+    """A norm has no derivative there; its square has."""
+    _, gain, noise, *_ = arguments(2, 3)
+    eps_hat = (gain * noise).requires_grad_()
+    hessian = torch.autograd.functional.hessian(
+        lambda x: mean_squared_error(x, gain, noise).sum(), eps_hat
+    )
+    torch.testing.assert_close(hessian.reshape(6, 6), 2 / 3 * torch.eye(6, dtype=torch.float64))
+
+
+def test_three_backwards_through_one_graph():
+    """The first consumes the residual, the others make it again."""
+    eps_hat, *target = arguments(2, 3, 4)
+    eps_hat.requires_grad_()
+    loss = mean_squared_error(eps_hat, *target).sum()
+    gradients = [
+        torch.autograd.grad(loss, eps_hat, retain_graph=True, create_graph=create)[0]
+        for create in (False, False, True)
+    ]
+    again = torch.autograd.grad(reference(eps_hat, *target).sum(), eps_hat)[0]
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, again, rtol=1e-13, atol=1e-16)
+
+
+def test_several_gradients_at_once_where_one_residual_is_at_hand():
+    eps_hat, *target = arguments(2, 3)
+    eps_hat.requires_grad_()
+    upstream = torch.eye(2, dtype=torch.float64)
+    jacobians = [
+        torch.autograd.grad(f(eps_hat, *target), eps_hat, upstream, is_grads_batched=True)[0]
+        for f in (mean_squared_error, reference)
+    ]
+    torch.testing.assert_close(*jacobians)
+
+
+def test_the_gradient_is_nobody_elses_memory():
+    """What is done in place touches neither the inputs nor an earlier gradient."""
+    eps_hat, *target = arguments(2, 3, 4)
+    eps_hat.requires_grad_()
+    before = [tensor.detach().clone() for tensor in (eps_hat, *target)]
+    loss = mean_squared_error(eps_hat, *target).sum()
+    first = torch.autograd.grad(loss, eps_hat, retain_graph=True)[0]
+    kept = first.clone()
+    torch.autograd.grad(3 * loss, eps_hat)
+    assert torch.equal(first, kept)
+    for now, then in zip((eps_hat, *target), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_forward_mode_without_torch_func():
+    eps_hat, *target = arguments(2, 3)
+    eps_hat.requires_grad_()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(eps_hat, torch.ones_like(eps_hat))
+        tangents = [
+            forward_ad.unpack_dual(f(dual, *target)).tangent
+            for f in (mean_squared_error, reference)
+        ]
+    torch.testing.assert_close(*tangents)
+
+
+def test_learned_coefficients_get_a_gradient():
+    """A schedule with parameters of its own is trained through the gain and the weight."""
+    square = coefficients(LINEAR, 9, t=torch.tensor([5, 900])).complete_square()
+    square = square._replace(
+        **{
+            name: getattr(square, name).requires_grad_()
+            for name in ("weight", "gain", "noise_constant", "constant")
+        }
+    )
+    eps_hat, noise = normal(2, 3, seed=0).requires_grad_(), normal(2, 3, seed=1)
+
+    def by_hand(weight, gain, noise_constant, constant):
+        error = reference(eps_hat, gain[:, None], noise)
+        return (weight * error + noise_constant * reference(noise) + constant).sum()
+
+    leaves = (square.weight, square.gain, square.noise_constant, square.constant)
+    ours = torch.autograd.grad(completed_square_loss(eps_hat, noise, square).sum(), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad(by_hand(*leaves), leaves))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: x[:, :1].expand_as(x),
+        lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    ],
+    ids=["channels_last", "transposed", "expanded", "strided"],
+)
+def test_memory_layouts(layout):
+    eps_hat, gain, noise, *_ = arguments(2, 3, 4, 4)
+    eps_hat = layout(eps_hat).requires_grad_()
+    for second in (noise, layout(noise)):
+        loss = mean_squared_error(eps_hat, gain, second)
+        plain = reference(eps_hat, gain, second)
+        torch.testing.assert_close(loss, plain, rtol=1e-13, atol=0)
+        gradients = [torch.autograd.grad(value.sum(), eps_hat)[0] for value in (loss, plain)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_lifted_and_the_gradient_is_rounded_once(dtype):
+    eps_hat, noise = (normal(4, 3, 8, 8, seed=seed).to(dtype) for seed in (0, 1))
+    gain = torch.linspace(0.9, 1.0, 4).view(4, 1, 1, 1)
+    leaves = eps_hat.requires_grad_(), eps_hat.detach().float().requires_grad_()
+    values = [mean_squared_error(leaf, gain, noise.to(leaf.dtype)) for leaf in leaves]
+    assert values[0].dtype == torch.float32
+    torch.testing.assert_close(*values, rtol=1e-6, atol=0)
+    for value in values:
+        value.sum().backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad.to(dtype))
+
+
+def test_large_samples_keep_seven_digits():
+    """A running float32 sum over a sample of 196,608 values is wrong by 4e-6."""
+    eps_hat, noise = normal(2, 3, 256, 256, seed=0), normal(2, 3, 256, 256, seed=1)
+    criterion, t = SkipStepLoss(LINEAR, 9), torch.tensor([100, 900])
+    exact = criterion.from_prediction(eps_hat, noise, t)
+    single = criterion.from_prediction(eps_hat.float(), noise.float(), t)
+    torch.testing.assert_close(single.double(), exact, rtol=5e-7, atol=0)
+
+
+def test_checkpointing_and_offloading():
+    eps_hat, *target = arguments(2, 3, 4)
+    eps_hat.requires_grad_()
+
+    def loss(x):
+        return mean_squared_error(2 * x, *target).sum()
+
+    (expected,) = torch.autograd.grad(loss(eps_hat), eps_hat)
+    (again,) = torch.autograd.grad(checkpoint(loss, eps_hat, use_reentrant=False), eps_hat)
+    with torch.autograd.graph.save_on_cpu():
+        (offloaded,) = torch.autograd.grad(loss(eps_hat), eps_hat)
+    assert torch.equal(expected, again)
+    assert torch.equal(expected, offloaded)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
+def test_no_data_is_no_crash(shape):
+    eps_hat, gain, noise, *_ = arguments(*shape)
+    loss = mean_squared_error(eps_hat.requires_grad_(), gain, noise)
+    assert loss.shape == shape[:1]
+    assert loss.isnan().all()
+    loss.sum().backward()
+    assert eps_hat.grad.shape == shape
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        eps_hat = torch.empty(SHAPE, requires_grad=True)
+        gain = torch.empty(SHAPE[0], 1, 1, 1)
+        loss = mean_squared_error(eps_hat, gain, torch.empty(SHAPE))
+        loss.sum().backward()
+    assert loss.shape == SHAPE[:1]
+    assert eps_hat.grad.shape == SHAPE
+
+
+@needs_compiler
+def test_compiles_whole_with_gradients_for_both():
+    torch.compiler.reset()
+    eps_hat, gain, noise, *_ = (tensor.float() for tensor in arguments(2, 3, 4))
+    leaves = eps_hat.requires_grad_(), gain, noise.requires_grad_()
+    run = torch.compile(lambda *args: mean_squared_error(*args).sum(), fullgraph=True)
+    wanted = eps_hat, noise
+    ours = torch.autograd.grad(run(*leaves), wanted)
+    torch.testing.assert_close(ours, torch.autograd.grad(reference(*leaves).sum(), wanted))
+
+
+# What the benchmark compares has to be what it says.
+
+
+def test_the_released_contender_gives_the_released_values():
+    golden = Path(__file__).parent / "data" / "released_loss.json"
+    cases = json.loads(golden.read_text(encoding="utf-8"))["cases"]
+    assert len(cases) > 1
+    for case in cases:
+        shape = case["shape"]
+        eps_hat, noise, zeta = (
+            torch.tensor(case[name], dtype=torch.float64).view(shape)
+            for name in ("model_output", "noise", "skip_noise")
+        )
+        eps_hat.requires_grad_()
+        t = torch.tensor(case["timesteps"])
+        loss = released_loss(CPU, case["skip"], case["tau"])(eps_hat, noise, t, zeta)
+        loss.backward()
+        assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
+        gradient = torch.tensor(case["grad_model_output"], dtype=torch.float64).view(shape)
+        torch.testing.assert_close(eps_hat.grad, gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_the_min_snr_contender_weighs_by_min_snr():
+    bar = LINEAR.alphas_cumprod
+    t = torch.tensor([10, 500, 900])
+    eps_hat, noise = normal(3, 4, seed=0).float(), normal(3, 4, seed=1).float()
+    snr = bar[t] / (1 - bar[t])
+    expected = (
+        snr.clamp(max=5) / snr * reference(eps_hat.double(), torch.ones(3, 1), noise)
+    ).mean()
+    loss = contenders(CPU)["min_snr"](eps_hat, noise, t)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+@needs_compiler
+def test_the_attempts_all_give_the_same_loss():
+    torch.compiler.reset()
+    eps_hat, noise = normal(3, 4, 2, seed=0).float(), normal(3, 4, 2, seed=1).float()
+    t = torch.tensor([3, 500, 999])
+    losses = attempts(CPU) | {"gradient_first": gradient_first_loss(CPU)}
+    del losses["mse"]
+    results = {}
+    for name, loss in losses.items():
+        leaf = eps_hat.clone().requires_grad_()
+        value = loss(leaf, noise, t)
+        (2 * value).backward()
+        results[name] = (value.detach(), leaf.grad)
+    for value, gradient in results.values():
+        torch.testing.assert_close(value, results["in_place"][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, results["in_place"][1], rtol=1e-5, atol=1e-8)
