@@ -18,13 +18,7 @@ from typing_extensions import override
 from s2dm_loss._checks import check_batch, check_choice, describe
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator, coefficients
 from s2dm_loss.functional import along
-from s2dm_loss.prediction import (
-    PREDICTION_TYPES,
-    PredictionType,
-    epsilon_from_output,
-    output_from_epsilon,
-    read_output,
-)
+from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, read_output
 from s2dm_loss.schedule import Schedule
 from s2dm_loss.skip_set import SkipSet
 
@@ -112,7 +106,9 @@ class ShrunkModel(nn.Module):
         self.estimator: Estimator = estimator
         self.prediction_type: PredictionType = prediction_type
         self.max_c2 = max_c2
-        self._gain_at(torch.zeros(1, dtype=torch.long if schedule.timesteps is not None else None))
+        self._scales_at(
+            torch.zeros(1, dtype=torch.long if schedule.timesteps is not None else None)
+        )
 
     @override
     def forward(self, x_t: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
@@ -138,15 +134,22 @@ class ShrunkModel(nn.Module):
         with_variance = prediction.ndim > 1 and prediction.shape[1] == 2 * x_t.shape[1]
         mean, *variance = prediction.chunk(2, dim=1) if with_variance else (prediction,)
 
-        eps_hat = epsilon_from_output(mean, x_t, t, self.schedule, self.prediction_type)
-        scale = self._gain_at(t).to(torch.promote_types(eps_hat.dtype, torch.float32))
-        eps_hat = along(scale, eps_hat) * eps_hat
-        mean = output_from_epsilon(eps_hat, x_t, t, self.schedule, self.prediction_type)
-        mean = mean.to(prediction.dtype)
+        dtype = torch.promote_types(torch.promote_types(mean.dtype, x_t.dtype), torch.float32)
+        scale, input_scale = (along(c.to(dtype), mean) for c in self._scales_at(t))
+        shrunk = scale * mean.to(dtype)
+        if self.prediction_type not in ("epsilon", "score"):
+            shrunk = shrunk + input_scale * x_t.to(dtype)
+        mean = shrunk.to(prediction.dtype)
         return _replace(output, torch.cat([mean, *variance], dim=1) if variance else mean)
 
-    def _gain_at(self, t: Tensor) -> Tensor:
-        return gain(
+    def _scales_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return s and the factor on x_t with which s · output + factor · x_t has s ε̂ in it.
+
+        With ε̂ = ratio · output + lift · x_t that factor is (s-1) lift / ratio. At ᾱ = 0, where
+        ratio is 0, x_t is all noise, and no x_0 or v can say that ε̂ is a little less than x_t: the
+        output stays as it is.
+        """
+        s = gain(
             self.schedule,
             self.skip_set,
             t=t,
@@ -154,6 +157,12 @@ class ShrunkModel(nn.Module):
             estimator=self.estimator,
             max_c2=self.max_c2,
         )
+        if self.prediction_type in ("epsilon", "score"):
+            return s, torch.zeros_like(s)
+        a, b = self.schedule.alpha_sigma(t)
+        lift_over_ratio = {"v_prediction": b / a, "sample": -1 / a, "flow": 1 / a}
+        factor = (s - 1) * lift_over_ratio[self.prediction_type]
+        return torch.where(a > 0, s, 1.0), torch.where(a > 0, factor, 0.0)
 
     def _batch_of_times(self, t: Tensor | float, x_t: Tensor) -> Tensor:
         t = torch.as_tensor(t, device=x_t.device)

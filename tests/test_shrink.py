@@ -94,6 +94,30 @@ def test_other_prediction_types_have_the_gain_on_epsilon(kind):
     torch.testing.assert_close(after, s * before, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow", "score"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        NoiseSchedule.cosine(1000),
+        NoiseSchedule.linear(1000).rescale_zero_terminal_snr(),
+        NoiseSchedule.scaled_linear(1000).rescale_zero_terminal_snr(),
+    ],
+    ids=repr,
+)
+def test_every_timestep_is_finite_and_has_the_gain_while_there_is_signal(schedule, kind):
+    t, x_t, model = torch.arange(1000), normal(1000, 4, seed=0), Model()
+    output = ShrunkModel(model, schedule, 99, prediction_type=kind)(x_t, t)
+    assert output.isfinite().all()
+    signal = schedule.alphas_cumprod > 1e-6  # conversions lose digits below
+    before, after = (
+        epsilon_from_output(out, x_t, t, schedule, kind)[signal] for out in (model(x_t, t), output)
+    )
+    s = gain(schedule, 99)[signal, None]
+    torch.testing.assert_close(after, s * before, rtol=1e-7, atol=1e-7)
+    if schedule.alphas_cumprod[-1] == 0 and kind in ("v_prediction", "sample", "flow"):
+        assert torch.equal(output[-1], model(x_t, t)[-1])
+
+
 def test_continuous_time():
     schedule = ContinuousSchedule.vp()
     x_t, t = normal(3, 2, seed=0), torch.tensor([0.01, 0.5, 1.0])
