@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -77,8 +78,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time each contender once a round, for `seconds` in all; return seconds by name.
 
-    The order turns from round to round, so that no contender is always the first. `clock` is what
-    times a CPU.
+    Each round has an order of its own: what ran just before leaves caches and the allocator in a
+    state that must not be the same contender's luck every time. `clock` is what times a CPU.
     """
     times: dict[str, list[float]] = {name: [] for name in prepare}
     began = time.perf_counter()
@@ -87,11 +88,11 @@ def interleave(
     while time.perf_counter() - began < seconds / 10:
         for call in prepare.values():
             call()()
-    names = list(prepare)
+    names, order = list(prepare), random.Random(0)  # noqa: S311
     began, rounds = time.perf_counter(), 0
     while rounds < 5 or (time.perf_counter() - began < seconds and rounds < most_rounds):
-        shift = rounds % len(names)
-        for name in names[shift:] + names[:shift]:
+        order.shuffle(names)
+        for name in names:
             times[name].append(_time(prepare[name](), device, clock))
         rounds += 1
     return times

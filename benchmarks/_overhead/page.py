@@ -62,8 +62,8 @@ operators, which Inductor fuses better than anything made by hand.
 HOW = """\
 ## How it was measured
 
-One process; every contender on the same tensors, once a round, the order turning from round to
-round. A ratio is taken within each round, so that what else the machine does meets both sides; the
+One process; every contender on the same tensors, once a round, each round in an order of its own.
+A ratio is taken within each round, so that what else the machine does meets both sides; the
 tables give its median and, in brackets, its quartiles. Several sets of inputs take turns until they
 fill 256 MiB (256 sets at most), so that none is found in a cache. The clock is named below: on a
 GPU, CUDA events from an idle stream, so that the host's time to launch counts; on a CPU that does
