@@ -60,6 +60,7 @@ from s2dm_loss.functional import Reduction, along, draw_like, loss_dtype, reduce
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.prediction import read_output
 from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule, read_table
+from s2dm_loss.shrink import ShrunkModel
 from s2dm_loss.skip_set import SkipSet
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -360,8 +361,7 @@ def shrink_pipeline(
             images = pipe(num_inference_steps=10).images
 
     Nothing of it is saved by `pipe.save_pretrained`. It is the elementwise gain of each call, so
-    classifier-free guidance on a doubled batch works as ever. Where the prediction is v or x_0 the
-    gain is bounded near ᾱ = 0 as the loss is; see the top of this module.
+    classifier-free guidance on a doubled batch works as ever.
 
     Args:
         pipe: A diffusers pipeline with a `scheduler` and a denoiser, `unet` or `transformer`.
@@ -414,16 +414,20 @@ class PipelineGain:
                 f"pipe has a gain on its {type(denoiser).__name__} already, and two would "
                 "multiply: remove the first handle"
             )
-        self._squares = _OutputSquares(
-            schedule, SkipSet.wrap(skip_set), tau=tau, estimator=estimator, max_c2=max_c2
+        self._shrunk = ShrunkModel(
+            denoiser,
+            schedule,
+            skip_set,
+            tau=tau,
+            estimator=estimator,
+            prediction_type=prediction_type_of(pipe.scheduler),
+            max_c2=max_c2,
         )
-        self._squares.check()
         self._pipe = pipe
         self._denoiser = denoiser
         # torch.compile wraps a module; the wrapped one knows the names of the arguments.
         inner = getattr(denoiser, "_orig_mod", denoiser)
         self._signature = inspect.signature(inner.forward)
-        prediction_type_of(pipe.scheduler)
         self._hook = denoiser.register_forward_hook(self._shrink, with_kwargs=True)
         _SHRUNK.add(denoiser)
         self.active: bool = True
@@ -452,28 +456,22 @@ class PipelineGain:
         call = self._signature.bind(*args, **kwargs).arguments
         x_t = call["sample"] if "sample" in call else call["hidden_states"]
         prediction = read_output(output)
-        config = self._pipe.scheduler.config
-        learned_variance = prediction.shape[1] == 2 * x_t.shape[1] or str(
-            config.get("variance_type")
-        ).startswith("learned")
-        mean, *variance = prediction.chunk(2, dim=1) if learned_variance else (prediction,)
-
-        t = torch.as_tensor(call["timestep"], device=x_t.device)
-        # Euler and its kin visit fractional timesteps; the nearest trained one has the gain.
-        t = t.round().long() if t.is_floating_point() else t
-        t = t.expand(x_t.shape[0]) if t.numel() == 1 else t
-        dtype = torch.promote_types(mean.dtype, torch.float32)
-        square = self._squares.at(t, prediction_type_of(self._pipe.scheduler), dtype)
+        variance = str(self._pipe.scheduler.config.get("variance_type")).startswith("learned")
+        learned_variance = variance or prediction.shape[1] == 2 * x_t.shape[1]
         # Inpainting and image conditions are concatenated behind the noisy channels.
-        x_t = x_t[:, : mean.shape[1]]
-        shrunk = along(square.gain, mean) * mean.to(dtype)
-        shrunk = shrunk + along(square.input_scale, mean) * x_t.to(dtype)
-        return _replaced(output, torch.cat([shrunk.to(mean.dtype), *variance], dim=1))
+        x_t = x_t[:, : prediction.shape[1] // 2 if learned_variance else prediction.shape[1]]
+        # A pipeline's scheduler, and with it the prediction type, can be exchanged.
+        self._shrunk.prediction_type = prediction_type_of(self._pipe.scheduler)
+        return self._shrunk.shrink(output, x_t, call["timestep"])
 
     @override
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
-        return f"PipelineGain({self._squares!r}, {type(self._denoiser).__name__}, {state})"
+        gain = self._shrunk
+        return (
+            f"PipelineGain({gain.schedule!r}, {gain.skip_set!r}, tau={gain.tau}, "
+            f"estimator={gain.estimator!r}, {type(self._denoiser).__name__}, {state})"
+        )
 
 
 # Denoisers that have a gain.
@@ -562,10 +560,6 @@ class _OutputSquares:
         self._max_c2 = max_c2
         self._normalize = normalize
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-
-    def check(self) -> None:
-        """Raise if the skips do not fit the schedule, or a number is out of its range."""
-        self._coefficients(torch.zeros(1, dtype=torch.long))
 
     def at(self, t: Tensor, prediction_type: PredictionType, dtype: torch.dtype) -> _OutputSquare:
         """Return the square at times of shape [B]."""
@@ -656,12 +650,3 @@ def _denoiser(pipe: Any, component: str | None) -> nn.Module:
         f"pipe must have a denoiser named {' or '.join(names)}, got a {type(pipe).__name__}: "
         "name it with component="
     )
-
-
-def _replaced(output: Any, prediction: Tensor) -> Any:
-    """Return a denoiser's output with its prediction replaced, of the type it came in."""
-    if isinstance(output, Tensor):
-        return prediction
-    if isinstance(output, tuple):
-        return (prediction, *output[1:])
-    return type(output)(**{**output, "sample": prediction})
