@@ -397,6 +397,7 @@ def digits(
             save_json(path, _digits_cell(bench, seed, sampler, steps, num_samples))
         rows.append(load_json(path))
     return {
+        "seconds": None,  # the cells may be of several runs
         "network": repr(DIGITS_FULL.network),
         "features": bench.features.description,
         "floor": bench.floor()["frechet"],

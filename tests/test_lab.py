@@ -1,0 +1,234 @@
+"""The exact lab: its formulas against other ways to the same numbers."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+from benchmarks.lab import report, studies
+from benchmarks.lab.criteria import (
+    NormRecorder,
+    energy_distance,
+    norm_mismatch,
+    norm_ratio_line,
+    training_norms,
+)
+from benchmarks.lab.linear import Imperfection, frechet, output_variances
+from benchmarks.lab.mixtures import ExactModel, Mixture
+from benchmarks.quality.samplers import sample
+from s2dm_loss import NoiseSchedule, ShrunkModel, gain
+
+LINEAR = NoiseSchedule.linear(1000)
+
+
+def draw(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some_mixture(seed=0, size=3, count=2):
+    roots = torch.randn(count, size, size, generator=draw(seed), dtype=torch.float64)
+    means = 2 * torch.randn(count, size, generator=draw(seed + 1), dtype=torch.float64)
+    return Mixture.from_covariances(torch.arange(1.0, count + 1), means, roots @ roots.mT / size)
+
+
+def covariances(mixture):
+    return (mixture.bases * mixture.variances[:, None, :]) @ mixture.bases.mT
+
+
+@pytest.mark.parametrize("alphas_cumprod", [0.0, 0.3, 0.99])
+def test_log_density_is_that_of_torch_distributions(alphas_cumprod):
+    mixture = some_mixture()
+    x = torch.randn(20, 3, generator=draw(3), dtype=torch.float64)
+    noisy = alphas_cumprod * covariances(mixture) + (1 - alphas_cumprod) * torch.eye(3).double()
+    law = MixtureSameFamily(
+        Categorical(mixture.weights),
+        MultivariateNormal(math.sqrt(alphas_cumprod) * mixture.means, noisy),
+    )
+    torch.testing.assert_close(mixture.log_density(x, alphas_cumprod), law.log_prob(x))
+
+
+@pytest.mark.parametrize("alphas_cumprod", [0.0, 0.3, 0.99])
+def test_epsilon_is_the_score_of_the_density(alphas_cumprod):
+    mixture = some_mixture()
+    x = torch.randn(20, 3, generator=draw(3), dtype=torch.float64).requires_grad_()
+    (score,) = torch.autograd.grad(mixture.log_density(x, alphas_cumprod).sum(), x)
+    expected = -math.sqrt(1 - alphas_cumprod) * score
+    torch.testing.assert_close(mixture.epsilon(x.detach(), alphas_cumprod), expected)
+
+
+def test_epsilon_is_the_conditional_mean_of_the_noise():
+    """By numerical integration over x_0 in one dimension."""
+    mixture = Mixture.from_covariances(
+        torch.tensor([1.0, 3.0]),
+        torch.tensor([[-1.0], [0.8]]),
+        torch.tensor([[[0.04]], [[0.3]]]),
+    )
+    a = 0.6
+    x0 = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
+    prior = mixture.log_density(x0[:, None], 1.0)
+    for x in (-1.5, 0.1, 2.0):
+        epsilon = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+        weight = (prior - 0.5 * epsilon.square()).exp()
+        expected = (weight * epsilon).sum() / weight.sum()
+        at = torch.tensor([[x]], dtype=torch.float64)
+        assert float(mixture.epsilon(at, a)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_a_warmer_posterior_tells_the_components_apart_less():
+    ring = Mixture.ring()
+    x = ring.means[:1] * 0.8
+    exact, warm = ring.epsilon(x, 0.5), ring.epsilon(x, 0.5, temperature=50.0)
+    # Without telling apart, the model points from the middle of the ring.
+    single = math.sqrt(0.5) * x / (0.5 * 0.01 + 0.5)
+    torch.testing.assert_close(ring.epsilon(x, 0.5, temperature=1e9), single)
+    assert (warm - single).norm() < (exact - single).norm()
+
+
+def test_draws_have_the_stated_moments():
+    mixture = some_mixture(size=2, count=3)
+    samples = mixture.draw(40_000, draw())
+    spread = mixture.covariance.diagonal().sqrt()
+    assert ((samples.mean(0) - mixture.mean).abs() < 5 * spread / 200).all()
+    torch.testing.assert_close(samples.T.cov(), mixture.covariance, rtol=0.05, atol=0.05)
+
+
+def test_fitted_has_the_groups_moments():
+    values = torch.randn(300, 2, generator=draw(), dtype=torch.float64)
+    labels = torch.arange(300) % 3
+    mixture = Mixture.fitted(values, labels)
+    torch.testing.assert_close(mixture.mean, values.mean(0))
+    torch.testing.assert_close(covariances(mixture)[1], values[labels == 1].T.cov())
+
+
+def ddim_deviations(variances, s, times):
+    """DDIM's recursion on the standard deviations, written out; s is the gain's table."""
+    x = torch.ones_like(variances)
+    bars = LINEAR.alphas_cumprod
+    for t, before in zip(times, [*times[1:], None], strict=True):
+        a = bars[t]
+        b = bars[before] if before is not None else torch.tensor(1.0)
+        epsilon = s[t] * (1 - a).sqrt() * x / (a * variances + 1 - a)
+        x = b.sqrt() * (x - (1 - a).sqrt() * epsilon) / a.sqrt() + (1 - b).sqrt() * epsilon
+    return x
+
+
+@pytest.mark.parametrize("skip", [0, 99])
+def test_ddim_on_a_gaussian_is_its_recursion(skip):
+    variances = torch.tensor([2.0, 0.3, 0.01], dtype=torch.float64)
+    table = studies.gains([skip])
+    output = output_variances(variances, table, LINEAR, "ddim", 10)
+    expected = ddim_deviations(variances, table[0], range(900, -1, -100)).square()
+    torch.testing.assert_close(output[0], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "pndm", "deis", "dpm++2m"])
+def test_the_linear_push_is_what_sampling_gives(sampler):
+    variances = torch.tensor([1.5, 0.2], dtype=torch.float64)
+    model = ExactModel(Mixture.gaussian(variances), LINEAR)
+    start = torch.randn(4, 2, generator=draw(), dtype=torch.float64)
+    samples = sample(ShrunkModel(model, LINEAR, 49), sampler, LINEAR, 8, start, draw())
+    output = output_variances(variances, studies.gains([49]), LINEAR, sampler, 8)[0]
+    torch.testing.assert_close((samples / start).square(), output.expand(4, 2), rtol=1e-3, atol=0)
+
+
+def test_many_steps_of_the_exact_model_are_exact():
+    variances = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    output = output_variances(variances, studies.gains([0]), LINEAR, "ddim", 1000)
+    assert float(frechet(output, variances)) < 1e-4
+    assert float(frechet(torch.zeros(1, 2).double(), variances)) == 1
+
+
+def test_an_independent_error_adds_its_variance():
+    # One DDIM step from t = 0: x_0 = (x - √(1-ᾱ) (ε̂ + error)) / √ᾱ.
+    variances = torch.tensor([0.5], dtype=torch.float64)
+    plain, noisy = (
+        output_variances(
+            variances, studies.gains([0]), LINEAR, "ddim", 1, Imperfection(noise=noise)
+        )
+        for noise in (0.0, 3.0)
+    )
+    a = LINEAR.alphas_cumprod[0]
+    assert float(noisy - plain) == pytest.approx(float(9 * (1 - a) / a), rel=1e-3)
+
+
+def test_what_the_page_says_of_the_exact_model():
+    """DDIM's few steps leave too little spread, which a gain mends; from 20 on PNDM needs none."""
+    variances = studies.digit_variances()
+    table = studies.gains(range(0, 300, 5))
+    best = {}
+    for sampler, steps in [("ddim", 10), ("ddim", 20), ("ddim", 50), ("pndm", 20)]:
+        output = output_variances(variances, table, LINEAR, sampler, steps)
+        distance = frechet(output, variances)
+        best[sampler, steps] = 5 * int(distance.argmin())
+        if sampler == "ddim":
+            assert output[0].sum() < variances.sum()
+            assert distance.min() < 0.25 * distance[0]
+    assert best["ddim", 10] > best["ddim", 20] > best["ddim", 50] > 0
+    assert best["pndm", 20] == 0
+
+
+def test_energy_distance_of_known_sets():
+    at = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
+    # Between: |0-1|, |0-3|, |2-1|, |2-3| have the mean 1.5; within, both have a gap of 2.
+    assert energy_distance(at, at + 1) == pytest.approx(2 * 1.5 - 2 - 2)
+    far = energy_distance(at, at + 100)
+    assert far == pytest.approx(2 * 100 - 4)
+
+
+def test_norms_of_training_and_of_sampling():
+    class Model(torch.nn.Module):
+        def forward(self, x, t):
+            return x * (1 + int(t))
+
+    recorder = NormRecorder(Model())
+    x = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
+    recorder(x, torch.tensor(0))
+    recorder(x, torch.tensor(1))
+    recorder(2 * x, torch.tensor(1))
+    assert recorder.reset() == {0: 5.0, 1: 15.0}
+    assert recorder.reset() == {}
+    data = torch.zeros(20_000, 4)
+    norms = training_norms(Model(), LINEAR, data, [0, 999], draw())
+    b = LINEAR.alpha_sigma(torch.tensor([0, 999]))[1]
+    # The mean length of a normal vector in four dimensions is √2 Γ(5/2) / Γ(2).
+    length = math.sqrt(2) * math.gamma(2.5) / math.gamma(2)
+    assert norms[0] == pytest.approx(length * float(b[0]), rel=0.02)
+    assert norms[999] == pytest.approx(1000 * length * float(b[1]), rel=0.02)
+
+
+def test_norm_criteria():
+    training = {0: 1.0, 500: 2.0, 999: 4.0}
+    assert norm_mismatch(training, training) == 0
+    assert norm_mismatch({0: 1.1, 500: 2.0}, training) == pytest.approx(0.1 / math.sqrt(2))
+    line = norm_ratio_line({t: n * (1 + 1e-4 * t) for t, n in training.items()}, training, 1000)
+    torch.testing.assert_close(line, 1 + 1e-4 * torch.arange(1000).double())
+
+
+def test_sliced_distance_of_a_shift():
+    samples = torch.randn(500, 3, generator=draw(), dtype=torch.float64)
+    shift = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)
+    directions = torch.eye(3, dtype=torch.float64)
+    # The mean of 1, 4 and 4 over the three axes.
+    assert studies.sliced_distance(samples + shift, samples, directions) == pytest.approx(3)
+
+
+def test_gains_hold_the_librarys_gain():
+    table = studies.gains((0, 99))
+    assert torch.equal(table[0], torch.ones(1000).double())
+    assert torch.equal(table[1], gain(LINEAR, 99))
+
+
+def test_the_committed_results_are_complete_and_make_the_page(tmp_path):
+    results = report.RESULTS
+    for name in studies.STUDIES:
+        document = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        assert document["study"] == name
+        assert document["command"].endswith(name)
+        assert len(document["versions"]["commit"]) == 40
+    report.write_report(results, tmp_path / "figures", tmp_path)
+    # The page that stands in the repository is the one that the results make.
+    written = (tmp_path / "lab.md").read_text(encoding="utf-8")
+    assert written == (results / "lab.md").read_text(encoding="utf-8")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == set(report.FIGURES)
