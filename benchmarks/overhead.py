@@ -26,6 +26,7 @@ from benchmarks._overhead.page import write_page
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "overhead"
 PAGE = ROOT / "docs" / "overhead.md"
+SOURCES = ("s2dm_loss/*.py", "benchmarks/overhead.py", "benchmarks/_overhead")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -92,7 +93,7 @@ def run(
             "machine": machine(settings.device),
             "command": shlex.join(["python", "-m", "benchmarks.overhead", *sys.argv[1:]]),
             "commit": _git("rev-parse", "HEAD"),
-            "local_changes": bool(_git("status", "--porcelain", "--", "s2dm_loss", "benchmarks")),
+            "local_changes": bool(_git("status", "--porcelain", "--", *SOURCES)),
             "clock": "CUDA events" if on_gpu else clock,
             "seconds": round(time.time() - began, 1),
             # Above 0 before: something else was running.

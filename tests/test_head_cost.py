@@ -92,6 +92,9 @@ def test_the_count_sees_a_temporary_and_a_sync():
     assert count.new_bytes == DATA
     assert 4 * DATA <= count.bytes <= 4 * DATA + 16  # mul reads one tensor twice and writes one
     assert count.syncs == 1
+    with OperatorCount(large=DATA) as count:
+        data[data[:, 0, 0, 0] > 0]
+    assert count.syncs == 1, "a boolean index"
 
 
 def test_peak_memory_is_one_tensor():

@@ -205,7 +205,9 @@ class OperatorCount(TorchDispatchMode):
         name = func.overloadpacket.__name__
         reads = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         writes = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.syncs += name in SYNCS
+        # A boolean index is a `nonzero` in disguise.
+        masked = name.startswith("index") and any(leaf.dtype == torch.bool for leaf in reads)
+        self.syncs += masked or name in SYNCS
         if func.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
             return result
         read_storages = {leaf.untyped_storage().data_ptr() for leaf in reads}
