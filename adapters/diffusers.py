@@ -31,10 +31,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +60,9 @@ from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.prediction import read_output
 from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule, read_table
 from s2dm_loss.shrink import ShrunkModel
-from s2dm_loss.skip_set import SkipSet
+from s2dm_loss.skip_set import Skips, SkipSet
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
-Skips: TypeAlias = SkipSet | int | float | Iterable[int] | Iterable[float]
 
 # More than the relative difference of ᾱ between diffusers' float32 tables and the same schedule in
 # float64; measured over its schedulers and schedules it stays below 4e-5.

@@ -18,7 +18,7 @@ What the trainer's networks put out, and the ε̂ in it, with σ the standard de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from typing_extensions import TypedDict, Unpack
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import Estimator
 from s2dm_loss.functional import along
+from s2dm_loss.skip_set import Skips
 
 __all__ = [
     "LossOptions",
@@ -38,7 +39,6 @@ __all__ = [
 ]
 
 LossFn = Callable[[nn.Module, Tensor], Tensor]
-Skips = SkipSet | int | float | Iterable[int] | Iterable[float]
 
 
 class LossOptions(TypedDict, total=False):

@@ -25,7 +25,6 @@ Several skips at once are the mean of their losses: c and c² become means over 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from s2dm_loss._checks import check_choice, check_number
 from s2dm_loss.schedule import Schedule, wide_dtype
-from s2dm_loss.skip_set import SkipSet
+from s2dm_loss.skip_set import Skips, SkipSet
 
 Estimator = Literal["expected", "fresh", "shared"]
 ESTIMATORS: tuple[Estimator, ...] = ("expected", "fresh", "shared")
@@ -108,7 +107,7 @@ class Coefficients:
 
 def coefficients(
     schedule: Schedule,
-    skip_set: SkipSet | int | float | Iterable[int] | Iterable[float],
+    skip_set: Skips,
     *,
     t: Tensor | None = None,
     tau: float = DEFAULT_TAU,

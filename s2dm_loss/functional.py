@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from s2dm_loss.coefficients import (
     coefficients,
 )
 from s2dm_loss.schedule import Schedule
-from s2dm_loss.skip_set import SkipSet
+from s2dm_loss.skip_set import Skips
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -43,7 +42,7 @@ def skip_step_loss(
     t: Tensor,
     *,
     schedule: Schedule,
-    skip_set: SkipSet | int | float | Iterable[int] | Iterable[float] = 9,
+    skip_set: Skips = 9,
     tau: float = DEFAULT_TAU,
     estimator: Estimator = "expected",
     reduction: Reduction = "mean",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from s2dm_loss.prediction import (
     read_output,
 )
 from s2dm_loss.schedule import Schedule, read_table
-from s2dm_loss.skip_set import SkipSet
+from s2dm_loss.skip_set import Skips, SkipSet
 
 
 class SkipStepLoss(nn.Module):
@@ -61,7 +61,7 @@ class SkipStepLoss(nn.Module):
     def __init__(
         self,
         schedule: Schedule,
-        skip_set: SkipSet | int | float | Iterable[int] | Iterable[float] = 9,
+        skip_set: Skips = 9,
         *,
         tau: float = DEFAULT_TAU,
         estimator: Estimator = "expected",

@@ -8,7 +8,6 @@ constant λ is known as Epsilon Scaling (Ning et al., arXiv 2308.15321); here λ
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator, coeff
 from s2dm_loss.functional import along
 from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, read_output
 from s2dm_loss.schedule import Schedule
-from s2dm_loss.skip_set import SkipSet
+from s2dm_loss.skip_set import Skips, SkipSet
 
 
 def gain(
     schedule: Schedule,
-    skip_set: SkipSet | int | float | Iterable[int] | Iterable[float],
+    skip_set: Skips,
     *,
     t: Tensor | None = None,
     tau: float = DEFAULT_TAU,
@@ -52,7 +51,7 @@ def gain(
 
 def epsilon_scaling(
     schedule: Schedule,
-    skip_set: SkipSet | int | float | Iterable[int] | Iterable[float],
+    skip_set: Skips,
     *,
     t: Tensor | None = None,
     tau: float = DEFAULT_TAU,
@@ -83,7 +82,7 @@ class ShrunkModel(nn.Module):
         self,
         model: nn.Module,
         schedule: Schedule,
-        skip_set: SkipSet | int | float | Iterable[int] | Iterable[float],
+        skip_set: Skips,
         *,
         tau: float = DEFAULT_TAU,
         estimator: Estimator = "expected",

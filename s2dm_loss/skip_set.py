@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class SkipSet:
         return _SampledTimesteps(visited.nonzero().flatten().double())
 
     @staticmethod
-    def wrap(skip_set: SkipSet | int | float | Iterable[int] | Iterable[float]) -> SkipSet:
+    def wrap(skip_set: Skips) -> SkipSet:
         """Return a SkipSet as it is, and anything else as `SkipSet(skip_set)`."""
         return skip_set if isinstance(skip_set, SkipSet) else SkipSet(skip_set)
 
@@ -135,6 +135,10 @@ class SkipSet:
     def __repr__(self) -> str:
         offsets = self.offsets
         return f"SkipSet({offsets[0] if len(offsets) == 1 else list(offsets)!r})"
+
+
+Skips: TypeAlias = SkipSet | int | float | Iterable[int] | Iterable[float]
+"""What every `skip_set` argument takes."""
 
 
 def _offset(value: object) -> float:
