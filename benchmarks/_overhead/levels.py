@@ -231,7 +231,11 @@ def step(settings: Settings) -> dict[str, Any]:
         "rounds": len(times["mse"]),
         **summarise(times, PAIRS),
     }
-    result["peak_bytes"] = {name: peak_memory(call(), device) for name, call in steps.items()}
+    result["peak_bytes"] = {}
+    for name, call in steps.items():
+        work = call()
+        optimizer.zero_grad(set_to_none=True)  # each begins with no gradients held
+        result["peak_bytes"][name] = peak_memory(work, device)
     _say(result)
     # The head alone at this shape: what the whole step can gain or lose, without the step's noise.
     inputs = Inputs(shape, torch.float32, device, settings.cache_bytes)
