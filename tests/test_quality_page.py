@@ -9,6 +9,7 @@ import pytest
 from benchmarks.quality.files import load_json, save_record
 from benchmarks.quality.page import GRID, Sources, write_page
 from benchmarks.quality.presets import PRESETS
+from benchmarks.quality.report import percent
 from benchmarks.quality.statistics import Results
 
 # How far each method is from the data, as a factor on plain, in a made-up grid.
@@ -72,12 +73,17 @@ def test_the_page_says_what_the_results_say(made: Path) -> None:
     nine = results.improvement("skip9-expected", GRID)
     assert nine is not None
     assert nine.sign == 1
-    assert f"**k = 9**: **{nine.mean:+.1f} % [{nine.low:+.1f}, {nine.high:+.1f}]**" in text
-    assert re.search(r"k = 9.*\(better than plain training\)", text)
-    assert re.search(r"k = 49\*\*:.*\(worse than plain training\)", text)
+    assert f"| skip9 expected | {percent(nine)} |" in text
+    assert percent(nine).startswith("**")
+    assert (
+        f"- The paper's default, k = 9: {percent(nine)}, better than plain training (raw)." in text
+    )
+    assert re.search(r"- skip49 expected: .*, worse than plain training \(raw\)", text)
     assert "They agree within their intervals at every skip measured." in text
     assert "Of 2 skips, training is better than the gain alone at 1, worse at 0" in text
-    assert "skip9 expected, **+10." in text  # the best whose interval excludes 0
+    assert "interval excludes 0: skip9 expected, **+" in text
+    row = next(line for line in text.splitlines() if line.startswith("| PNDM, 50 steps | skip9"))
+    assert "none" not in row
     for number in range(1, 7):
         assert f"### {number}. " in text
         assert f"question{number}.svg" in text
@@ -91,8 +97,10 @@ def test_no_difference_is_not_called_a_difference(tmp_path: Path) -> None:
         if row[0] == "skip9-expected":
             row[4] *= (0.8, 1.2, 1.1, 0.9, 1.3)[row[1]]
     text = a_page(tmp_path, record)
-    assert re.search(r"k = 9\*\*: [-+].*\(no difference from plain training that 5 seeds", text)
-    assert "The largest improvement" not in text
+    assert re.search(r"k = 9: [-+].*, no difference from plain training that 5 seeds", text)
+    assert "The largest mean improvement" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| PNDM, 50 steps | none"))
+    assert row.startswith("| PNDM, 50 steps | none |  | skip9 expected |")
 
 
 @pytest.mark.parametrize("preset", ["patches", "cifar10", "celeba"])
