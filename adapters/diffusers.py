@@ -47,7 +47,7 @@ from s2dm_loss._checks import (
     check_per_sample,
     describe,
 )
-from s2dm_loss._head import mean_squared_error
+from s2dm_loss._head import completed_square
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
@@ -55,7 +55,7 @@ from s2dm_loss.coefficients import (
     Estimator,
     coefficients,
 )
-from s2dm_loss.functional import Reduction, along, draw_like, loss_dtype, reduce_batch
+from s2dm_loss.functional import Reduction, draw_like, loss_dtype, reduce_batch
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.prediction import read_output
 from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule, read_table
@@ -245,11 +245,11 @@ class SkipLoss(nn.Module):
 
         dtype = loss_dtype(model_pred, target, noisy_latents)
         square = self._squares.at(timesteps, prediction_type, dtype)
-        regressed = [along(square.gain, target), target]
-        regressed += [along(square.input_scale, target), noisy_latents]
+        regressed = [square.gain, target, square.input_scale, noisy_latents]
         if skip_noise is not None:
-            regressed += [along(square.skip_scale, target), skip_noise]
-        per_sample = square.weight * mean_squared_error(model_pred, *regressed)
+            regressed += [square.skip_scale, skip_noise]
+        no_constant = torch.zeros_like(square.weight)
+        per_sample = completed_square(model_pred, square.weight, no_constant, *regressed)
         return reduce_batch(per_sample, self.criterion.reduction, weights)
 
     @property

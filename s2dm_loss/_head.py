@@ -29,61 +29,74 @@ def mean_square(values: Tensor, dtype: torch.dtype) -> Tensor:
     return _sum_of_squares(values, dtype) / math.prod(values.shape[1:])
 
 
-def mean_squared_error(eps_hat: Tensor, *target: Tensor) -> Tensor:
-    """Return mean (ε̂ - Σ gain · noise)² over every axis but the batch, of shape [B].
+def completed_square(eps_hat: Tensor, weight: Tensor, constant: Tensor, *target: Tensor) -> Tensor:
+    """Return weight · mean (ε̂ - Σ gain · noise)² + constant, of shape [B].
 
     Args:
         eps_hat: ε̂ of shape [B, ...].
-        target: Each gain, of shape [B, 1, ...] and in the dtype of the result, and its noise, of
-            the shape of ε̂, in turn.
+        weight: Of shape [B]; like `constant` and the gains in the dtype of the result.
+        constant: Of shape [B].
+        target: Each gain, of shape [B], and its noise, of the shape of ε̂, in turn.
     """
-    if _needs_plain_operators(*target):
-        return reduce(_residual(eps_hat, *target).square(), "b ... -> b", "mean")
-    mean: Tensor = _MeanSquaredError.apply(eps_hat, *target)  # type: ignore[no-untyped-call]
-    return mean
+    if _needs_plain_operators(weight, constant, *target):
+        error = reduce(_residual(eps_hat, *target).square(), "b ... -> b", "mean")
+        return weight * error + constant
+    loss: Tensor = _CompletedSquare.apply(  # type: ignore[no-untyped-call]
+        eps_hat, weight, constant, *target
+    )
+    return loss
 
 
-class _MeanSquaredError(torch.autograd.Function):
-    """The mean squared error whose residual becomes its gradient, in place.
+class _CompletedSquare(torch.autograd.Function):
+    """The square whose residual becomes its gradient, in place.
 
-    Autograd's own would keep the residual until it has made the gradient beside it.
+    Autograd's own would keep the residual until it has made the gradient beside it, and would
+    record each step of the arithmetic on [B], which is most of what a small batch costs.
     """
 
     @staticmethod
     @override
-    def forward(ctx: Any, eps_hat: Tensor, *target: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, eps_hat: Tensor, weight: Tensor, constant: Tensor, *target: Tensor
+    ) -> Tensor:
         residual = _residual(eps_hat, *target)
         count = math.prod(eps_hat.shape[1:])
-        ctx.factor = 2 / max(count, 1)
+        mean = 1 / count if count else math.nan
         # The residual is no saved tensor, since it is there to be overwritten. A second backward
         # through the same graph makes it again from the saved ones.
-        ctx.residual = residual
-        ctx.save_for_backward(eps_hat, *target)
-        ctx.dtype, ctx.batch_shape = eps_hat.dtype, target[0].shape
-        ctx.no_grads = (None,) * len(target)
-        return _sum_of_squares(residual, residual.dtype) / count
+        ctx.residual, ctx.dtype, ctx.factor = residual, eps_hat.dtype, 2 * mean
+        ctx.save_for_backward(weight, eps_hat, *target)
+        return torch.addcmul(
+            constant, weight, _sum_of_squares(residual, residual.dtype), value=mean
+        )
 
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        factor = (grads[0] * ctx.factor).view(ctx.batch_shape)
+        weight, eps_hat, *target = ctx.saved_tensors
+        factor = _along(grads[0] * weight * ctx.factor, eps_hat)
         residual, ctx.residual = ctx.residual, None
         if residual is None or torch.is_grad_enabled():
-            gradient = _residual(*ctx.saved_tensors) * factor
+            gradient = _residual(eps_hat, *target) * factor
         else:
             try:
                 gradient = residual.mul_(factor)
             except RuntimeError:
                 # Several gradients at once (`is_grads_batched`) do not fit into one residual.
                 gradient = residual * factor
-        return gradient.to(ctx.dtype), *ctx.no_grads
+        return gradient.to(ctx.dtype), None, None, *[None] * len(target)
 
 
 def _residual(eps_hat: Tensor, *target: Tensor) -> Tensor:
     residual = eps_hat
     for gain, noise in zip(target[::2], target[1::2], strict=True):
-        residual = torch.addcmul(residual, noise, gain, value=-1)
+        residual = torch.addcmul(residual, noise, _along(gain, noise), value=-1)
     return residual
+
+
+def _along(per_sample: Tensor, data: Tensor) -> Tensor:
+    # As `functional.along` does, without the time to parse a pattern.
+    return per_sample.view(-1, *[1] * (data.ndim - 1))
 
 
 def _sum_of_squares(values: Tensor, dtype: torch.dtype) -> Tensor:

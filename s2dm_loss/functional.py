@@ -9,7 +9,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from s2dm_loss._checks import check_batch, check_choice, check_like, check_per_sample
-from s2dm_loss._head import mean_square, mean_squared_error
+from s2dm_loss._head import completed_square, mean_square
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
@@ -96,14 +96,14 @@ def completed_square_loss(
     dtype = loss_dtype(eps_hat, noise)
     if square.weight.dtype != dtype:
         square = CompletedSquare(*(field.to(dtype) for field in square))
-    target = [along(square.gain, noise), noise]
+    target = [square.gain, noise]
     mean_noise = mean_square(noise, dtype)
     constant = torch.addcmul(square.constant, square.noise_constant, mean_noise)
     if skip_noise is not None:
-        target += [along(square.skip_gain, noise), skip_noise]
+        target += [square.skip_gain, skip_noise]
         constant = constant + square.skip_constant * mean_square(skip_noise, dtype)
         constant = constant + square.cross_constant * _mean(noise.to(dtype) * skip_noise)
-    return square.weight * mean_squared_error(eps_hat, *target) + constant
+    return completed_square(eps_hat, square.weight, constant, *target)
 
 
 def loss_terms(

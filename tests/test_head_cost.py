@@ -23,7 +23,7 @@ from benchmarks._overhead.contenders import (
 )
 from benchmarks._overhead.measure import OperatorCount, inductor_bytes, peak_memory
 from s2dm_loss import NoiseSchedule, SkipStepLoss, coefficients
-from s2dm_loss._head import mean_square, mean_squared_error
+from s2dm_loss._head import completed_square, mean_square
 from s2dm_loss.functional import completed_square_loss
 from tests.strategies import normal
 
@@ -148,18 +148,21 @@ def test_a_gpu_neither_syncs_nor_refuses_a_graph():
     torch.testing.assert_close(captured, gradient)
 
 
-def reference(eps_hat, *target):
+def mean_of_squares(values):
+    return (values**2).reshape(len(values), -1).mean(1)
+
+
+def reference(eps_hat, weight, constant, *target):
     for gain, noise in zip(target[::2], target[1::2], strict=True):
-        eps_hat = eps_hat - gain * noise
-    return (eps_hat**2).reshape(len(eps_hat), -1).mean(1)
+        eps_hat = eps_hat - gain.reshape(-1, *[1] * (noise.ndim - 1)) * noise
+    return weight * mean_of_squares(eps_hat) + constant
 
 
 def arguments(*shape):
-    """Return ε̂ and two (gain, noise) pairs in float64."""
-    ones = (1,) * (len(shape) - 1)
+    """Return ε̂, weight, constant and two (gain, noise) pairs in float64."""
     eps_hat, *noises = (normal(*shape, seed=seed) for seed in range(3))
-    gains = [normal(shape[0], *ones, seed=seed) for seed in (3, 4)]
-    return eps_hat, gains[0], noises[0], gains[1], noises[1]
+    weight, constant, *gains = (normal(shape[0], seed=seed) for seed in range(3, 7))
+    return eps_hat, weight, constant, gains[0], noises[0], gains[1], noises[1]
 
 
 SHAPES = [(3,), (3, 4), (3, 2, 5), (2, 3, 4, 4), (2, 3, 2, 4, 4)]
@@ -170,13 +173,13 @@ def test_value_and_gradient(shape):
     eps_hat, *target = arguments(*shape)
     ours, plain = (eps_hat.clone().requires_grad_() for _ in range(2))
     upstream = normal(shape[0], seed=9)
-    values = mean_squared_error(ours, *target), reference(plain, *target)
+    values = completed_square(ours, *target), reference(plain, *target)
     torch.testing.assert_close(*values, rtol=1e-13, atol=0)
     for value in values:
         value.backward(upstream)
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-13, atol=1e-16)
     torch.testing.assert_close(
-        mean_square(eps_hat, torch.float64), reference(eps_hat), rtol=1e-13, atol=0
+        mean_square(eps_hat, torch.float64), mean_of_squares(eps_hat), rtol=1e-13, atol=0
     )
 
 
@@ -188,9 +191,9 @@ def test_every_kind_of_derivative(shape):
     constants = [leaf.detach() for leaf in leaves[1:]]
 
     def of_prediction(eps_hat):
-        return mean_squared_error(eps_hat, *constants)
+        return completed_square(eps_hat, *constants)
 
-    for function, inputs in ((of_prediction, leaves[:1]), (mean_squared_error, leaves)):
+    for function, inputs in ((of_prediction, leaves[:1]), (completed_square, leaves)):
         assert torch.autograd.gradcheck(
             function, inputs, check_forward_ad=True, check_batched_grad=True
         )
@@ -218,7 +221,7 @@ def test_torch_func():
     }
     for name, transform in transforms.items():
         torch.testing.assert_close(
-            transform(mean_squared_error), transform(reference), msg=lambda m, n=name: f"{n}: {m}"
+            transform(completed_square), transform(reference), msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -227,17 +230,17 @@ def test_autograd_through_a_vmap():
     batch = normal(5, 2, 3, 4, seed=8).requires_grad_()
     gradients = [
         torch.autograd.grad(torch.vmap(lambda x: f(x, *target))(batch).sum(), batch)[0]  # noqa: B023
-        for f in (mean_squared_error, reference)
+        for f in (completed_square, reference)
     ]
     torch.testing.assert_close(*gradients)
 
 
 def test_hessian_where_the_residual_is_zero():
     """A norm has no derivative there; its square has."""
-    _, gain, noise, *_ = arguments(2, 3)
-    eps_hat = (gain * noise).requires_grad_()
+    one, gain, noise = torch.ones(2).double(), normal(2, seed=0), normal(2, 3, seed=1)
+    eps_hat = (gain[:, None] * noise).requires_grad_()
     hessian = torch.autograd.functional.hessian(
-        lambda x: mean_squared_error(x, gain, noise).sum(), eps_hat
+        lambda x: completed_square(x, one, one, gain, noise).sum(), eps_hat
     )
     torch.testing.assert_close(hessian.reshape(6, 6), 2 / 3 * torch.eye(6, dtype=torch.float64))
 
@@ -246,7 +249,7 @@ def test_three_backwards_through_one_graph():
     """The first consumes the residual, the others make it again."""
     eps_hat, *target = arguments(2, 3, 4)
     eps_hat.requires_grad_()
-    loss = mean_squared_error(eps_hat, *target).sum()
+    loss = completed_square(eps_hat, *target).sum()
     gradients = [
         torch.autograd.grad(loss, eps_hat, retain_graph=True, create_graph=create)[0]
         for create in (False, False, True)
@@ -262,7 +265,7 @@ def test_several_gradients_at_once_where_one_residual_is_at_hand():
     upstream = torch.eye(2, dtype=torch.float64)
     jacobians = [
         torch.autograd.grad(f(eps_hat, *target), eps_hat, upstream, is_grads_batched=True)[0]
-        for f in (mean_squared_error, reference)
+        for f in (completed_square, reference)
     ]
     torch.testing.assert_close(*jacobians)
 
@@ -272,7 +275,7 @@ def test_the_gradient_is_nobody_elses_memory():
     eps_hat, *target = arguments(2, 3, 4)
     eps_hat.requires_grad_()
     before = [tensor.detach().clone() for tensor in (eps_hat, *target)]
-    loss = mean_squared_error(eps_hat, *target).sum()
+    loss = completed_square(eps_hat, *target).sum()
     first = torch.autograd.grad(loss, eps_hat, retain_graph=True)[0]
     kept = first.clone()
     torch.autograd.grad(3 * loss, eps_hat)
@@ -287,8 +290,7 @@ def test_forward_mode_without_torch_func():
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(eps_hat, torch.ones_like(eps_hat))
         tangents = [
-            forward_ad.unpack_dual(f(dual, *target)).tangent
-            for f in (mean_squared_error, reference)
+            forward_ad.unpack_dual(f(dual, *target)).tangent for f in (completed_square, reference)
         ]
     torch.testing.assert_close(*tangents)
 
@@ -305,8 +307,8 @@ def test_learned_coefficients_get_a_gradient():
     eps_hat, noise = normal(2, 3, seed=0).requires_grad_(), normal(2, 3, seed=1)
 
     def by_hand(weight, gain, noise_constant, constant):
-        error = reference(eps_hat, gain[:, None], noise)
-        return (weight * error + noise_constant * reference(noise) + constant).sum()
+        constant = constant + noise_constant * mean_of_squares(noise)
+        return reference(eps_hat, weight, constant, gain, noise).sum()
 
     leaves = (square.weight, square.gain, square.noise_constant, square.constant)
     ours = torch.autograd.grad(completed_square_loss(eps_hat, noise, square).sum(), leaves)
@@ -324,11 +326,11 @@ def test_learned_coefficients_get_a_gradient():
     ids=["channels_last", "transposed", "expanded", "strided"],
 )
 def test_memory_layouts(layout):
-    eps_hat, gain, noise, *_ = arguments(2, 3, 4, 4)
+    eps_hat, weight, constant, gain, noise, *_ = arguments(2, 3, 4, 4)
     eps_hat = layout(eps_hat).requires_grad_()
     for second in (noise, layout(noise)):
-        loss = mean_squared_error(eps_hat, gain, second)
-        plain = reference(eps_hat, gain, second)
+        loss = completed_square(eps_hat, weight, constant, gain, second)
+        plain = reference(eps_hat, weight, constant, gain, second)
         torch.testing.assert_close(loss, plain, rtol=1e-13, atol=0)
         gradients = [torch.autograd.grad(value.sum(), eps_hat)[0] for value in (loss, plain)]
         torch.testing.assert_close(*gradients)
@@ -337,9 +339,9 @@ def test_memory_layouts(layout):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_are_lifted_and_the_gradient_is_rounded_once(dtype):
     eps_hat, noise = (normal(4, 3, 8, 8, seed=seed).to(dtype) for seed in (0, 1))
-    gain = torch.linspace(0.9, 1.0, 4).view(4, 1, 1, 1)
+    gain, one = torch.linspace(0.9, 1.0, 4), torch.ones(4)
     leaves = eps_hat.requires_grad_(), eps_hat.detach().float().requires_grad_()
-    values = [mean_squared_error(leaf, gain, noise.to(leaf.dtype)) for leaf in leaves]
+    values = [completed_square(leaf, one, one, gain, noise.to(leaf.dtype)) for leaf in leaves]
     assert values[0].dtype == torch.float32
     torch.testing.assert_close(*values, rtol=1e-6, atol=0)
     for value in values:
@@ -361,7 +363,7 @@ def test_checkpointing_and_offloading():
     eps_hat.requires_grad_()
 
     def loss(x):
-        return mean_squared_error(2 * x, *target).sum()
+        return completed_square(2 * x, *target).sum()
 
     (expected,) = torch.autograd.grad(loss(eps_hat), eps_hat)
     (again,) = torch.autograd.grad(checkpoint(loss, eps_hat, use_reentrant=False), eps_hat)
@@ -373,8 +375,8 @@ def test_checkpointing_and_offloading():
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
 def test_no_data_is_no_crash(shape):
-    eps_hat, gain, noise, *_ = arguments(*shape)
-    loss = mean_squared_error(eps_hat.requires_grad_(), gain, noise)
+    eps_hat, *target = arguments(*shape)
+    loss = completed_square(eps_hat.requires_grad_(), *target)
     assert loss.shape == shape[:1]
     assert loss.isnan().all()
     loss.sum().backward()
@@ -384,8 +386,8 @@ def test_no_data_is_no_crash(shape):
 def test_fake_tensors():
     with FakeTensorMode():
         eps_hat = torch.empty(SHAPE, requires_grad=True)
-        gain = torch.empty(SHAPE[0], 1, 1, 1)
-        loss = mean_squared_error(eps_hat, gain, torch.empty(SHAPE))
+        per_sample = [torch.empty(SHAPE[0]) for _ in range(3)]
+        loss = completed_square(eps_hat, *per_sample, torch.empty(SHAPE))
         loss.sum().backward()
     assert loss.shape == SHAPE[:1]
     assert eps_hat.grad.shape == SHAPE
@@ -394,9 +396,9 @@ def test_fake_tensors():
 @needs_compiler
 def test_compiles_whole_with_gradients_for_both():
     torch.compiler.reset()
-    eps_hat, gain, noise, *_ = (tensor.float() for tensor in arguments(2, 3, 4))
-    leaves = eps_hat.requires_grad_(), gain, noise.requires_grad_()
-    run = torch.compile(lambda *args: mean_squared_error(*args).sum(), fullgraph=True)
+    eps_hat, weight, constant, gain, noise, *_ = (x.float() for x in arguments(2, 3, 4))
+    leaves = eps_hat.requires_grad_(), weight, constant, gain, noise.requires_grad_()
+    run = torch.compile(lambda *args: completed_square(*args).sum(), fullgraph=True)
     wanted = eps_hat, noise
     ours = torch.autograd.grad(run(*leaves), wanted)
     torch.testing.assert_close(ours, torch.autograd.grad(reference(*leaves).sum(), wanted))
@@ -429,9 +431,7 @@ def test_the_min_snr_contender_weighs_by_min_snr():
     t = torch.tensor([10, 500, 900])
     eps_hat, noise = normal(3, 4, seed=0).float(), normal(3, 4, seed=1).float()
     snr = bar[t] / (1 - bar[t])
-    expected = (
-        snr.clamp(max=5) / snr * reference(eps_hat.double(), torch.ones(3, 1), noise)
-    ).mean()
+    expected = (snr.clamp(max=5) / snr * mean_of_squares(eps_hat.double() - noise)).mean()
     loss = contenders(CPU)["min_snr"](eps_hat, noise, t)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
