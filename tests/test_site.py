@@ -168,17 +168,18 @@ def test_math_is_set_in_the_font_of_the_site(address, page):
     assert root.bounding_box()["height"] > 10
 
 
-def test_plots_take_the_colour_of_the_text(address, page):
-    page.goto(f"{address}/the_loss.html")
-    assert page.locator("figure.plot svg").count() == 3
+def test_plots_take_the_colour_of_the_text(address, browser):
     fill = "getComputedStyle(document.querySelector('figure.plot text')).fill"
     colours = set()
     for scheme, palette in (("light", "default"), ("dark", "slate")):
-        page.emulate_media(color_scheme=scheme)
-        page.evaluate("localStorage.clear()")  # the page keeps the palette it was last shown in
-        page.reload()
+        # A context each: a page remembers the palette it was last shown in.
+        context = browser.new_context(color_scheme=scheme)
+        page = context.new_page()
+        page.goto(f"{address}/the_loss.html")
         page.wait_for_selector(f"body[data-md-color-scheme={palette}]")
+        assert page.locator("figure.plot svg").count() == 3
         colours.add(page.evaluate(fill))
+        context.close()
     assert len(colours) == 2
 
 
