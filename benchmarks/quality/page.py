@@ -6,6 +6,7 @@ only says what was asked.  Whatever has no record is "not measured yet".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,29 @@ def verdict(found: Interval | None) -> str:
     if found.sign < 0:
         return "worse than plain training"
     return f"no difference from plain training that {found.count} seeds can show"
+
+
+FAMILIES = (
+    r"skip(\d+)-expected",
+    r"skip(\d+)-fresh",
+    r"skip(\d+)-shared",
+    r"skip\d+-expected-tau([\d.]+)",
+    r"plain\+gain(\d+)",
+    r"plain\+scaling([\d.]+)",
+    r"only-ddim-(\d+)",
+)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort methods by family, and by their number within it; the peers come last."""
+
+    def key(name: str) -> tuple[int, float]:
+        for place, family in enumerate(FAMILIES):
+            if found := re.fullmatch(family, name):
+                return place, float(found[1])
+        return len(FAMILIES), 0.0
+
+    return sorted(names, key=key)
 
 
 def with_bootstrap(found: Interval | None) -> str:
@@ -264,7 +288,7 @@ class Page:
     def _forest(self, results: Results) -> Figure:
         names = [
             name
-            for name in results.methods
+            for name in in_order(results.methods)
             if name != "plain" and results.improvement(name, GRID) is not None
         ]
         with mpl.rc_context(STYLE):
@@ -281,7 +305,7 @@ class Page:
             axes.axvline(0, color=COLORS[0], linewidth=1)
             # One disastrous method would flatten the others.
             axes.set_xlim(-60, 60)
-            axes.set_xlabel("improvement over plain training, %, with 95 % t intervals")
+            axes.set_xlabel("improvement over plain, %, 95 % t intervals; cut off below -60 %")
             figure.legend(loc="outside upper right", ncols=2)
         return figure
 
@@ -462,7 +486,8 @@ class Page:
             right.set(title="k = 49, by τ")
             for axes in (left, right):
                 axes.axhline(0, color=COLORS[0], linewidth=1)
-            left.legend()
+                axes.set_ylim(bottom=-65)  # τ = 0.9 would flatten the others
+            left.legend(loc="lower left")
         return (
             "### 1. Is the term with weight 0.01 doing anything?\n\n"
             + self._list_verdicts(results, [f"skip{skip}-expected" for skip in SKIPS])
@@ -470,7 +495,7 @@ class Page:
             "together. At k = 49:\n\n"
             + markdown_table(["", "raw", "clamped", "raw, in words"], rows)
             + "\n"
-            + self._figure("question1", "Improvement by skip and by τ", figure)
+            + self._figure("question1", "Improvement by skip and by τ, cut off below -65 %", figure)
         )
 
     def _list_verdicts(self, results: Results, names: Sequence[str]) -> str:
@@ -640,7 +665,9 @@ class Page:
             ):
                 axes.set(xlabel="k of the gain", title=title)
                 axes.axhline(1 if "spread" in title else 0, color=COLORS[0], linewidth=1)
-            panels[0].legend()
+            panels[0].set_ylim(bottom=-60)  # k = 199 would flatten the others
+            panels[1].set_ylim(bottom=-30)
+            panels[0].legend(loc="lower left")
         rows, best_raw = [], []
         for steps in STEPS:
             cell = Cell("ddim", steps)
@@ -675,7 +702,7 @@ class Page:
             )
             + "\nThe spread is the standard deviation of the samples over the data's, plain "
             "network, before clamping.\n\n"
-            + self._figure("question6", "Improvement and spread by skip", figure)
+            + self._figure("question6", "Improvement, cut off below, and spread by skip", figure)
         )
 
     def _advice(self, results: Results) -> str:
@@ -814,7 +841,7 @@ killed goes on where it was when it is started again. On several GPUs:
 def _methods_table(results: Results) -> str:
     """Return the mean improvement of every method that has the whole grid of cells."""
     rows = []
-    for name in results.methods:
+    for name in in_order(results.methods):
         if name == "plain":
             continue
         raw, images = (results.improvement(name, GRID, measure) for measure in (RAW, IMAGES))

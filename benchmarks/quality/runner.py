@@ -503,6 +503,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
     titles: dict[str, str] = {}
     trainings: dict[str, dict[str, Any]] = {}
     versions_seen: dict[str, str | None] = {}
+    commits: dict[str, None] = {}  # a run that was resumed may have several; in order, once each
     for job in jobs(preset):
         method, seed = job.arm.method, job.seed
         record = layout.model(method.objective, seed) / "training.json"
@@ -519,6 +520,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
             cell = load_json(path)
             titles[method.name] = cell["title"]
             versions_seen = cell["versions"]
+            commits[versions_seen["commit"] or "unknown"] = None
             distances = [
                 round(cell[kind][key], 6) if kind in cell else None
                 for kind in ("raw", "images")
@@ -529,7 +531,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
     return {
         "preset": preset.name,
         "settings": preset.settings,
-        "versions": versions_seen,
+        "versions": {**versions_seen, "commit": ", ".join(commits) or None},
         "floor": load_json(floor) if floor.exists() else None,
         "paper": preset.paper,
         "titles": titles,
