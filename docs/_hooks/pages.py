@@ -77,6 +77,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _outside_code(markdown, lambda text: _HTML.sub(attribute, _LINK.sub(link, text)))
 
 
+def on_page_content(content: str, **_: object) -> str:
+    """Keep the two ends of an interval, "+1.2 % [+0.3, +2.1]", on one line."""
+    return re.sub(r"(% \[[-+][\d.]+), ([-+][\d.]+\])", r"\1,&nbsp;\2", content)
+
+
 def _outside_code(markdown: str, change: Callable[[str], str]) -> str:
     """Apply `change` to the text between code blocks and code spans.
 
