@@ -3,7 +3,7 @@
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-PENDING = {"evidence.md", "overhead.md"}
+PENDING = {"overhead.md"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
