@@ -118,7 +118,7 @@ def _needs_plain_operators(*constants: Tensor) -> bool:
     """Whether more is asked than the gradient of ε̂, or another than autograd asks.
 
     Plain operators answer whatever transform stands around them (torch.func, forward mode, batched
-    gradients), and the compiler fuses them into fewer passes than any made by hand.
+    gradients), and the compiler fuses them by itself.
     """
     return (
         torch.compiler.is_compiling()
