@@ -7,7 +7,7 @@ from dataclasses import replace
 from benchmarks.quality.features import ClassifierFeatures
 from benchmarks.quality.networks import MLPSpec
 from benchmarks.quality.objectives import Gain, Plain, SkipStep
-from benchmarks.quality.presets import DIGITS, Preset, arm
+from benchmarks.quality.presets import DIGITS, arm
 from benchmarks.quality.training import Budget
 
 TINY = replace(
@@ -30,7 +30,4 @@ TINY = replace(
     columns=("plain", "skip9-expected"),
 )
 
-
-def slow(preset: Preset, steps: int) -> Preset:
-    """Return a preset that trains for long enough to be killed."""
-    return replace(preset, budget=replace(preset.budget, steps=steps, checkpoint_every=20))
+ONE_ARM = replace(TINY, arms=TINY.arms[:1], seeds=(0,))
