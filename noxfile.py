@@ -82,7 +82,7 @@ def wheel(session: nox.Session) -> None:
     # What the tests and the pages' blocks need, without the sources of the library.
     away = Path(session.create_tmp()) / "away"
     shutil.rmtree(away, ignore_errors=True)
-    for name in ("tests", "docs", "benchmarks"):
+    for name in ("tests", "docs", "benchmarks", ".ci"):
         shutil.copytree(name, away / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"):
         shutil.copy(name, away)
