@@ -668,18 +668,19 @@ class Page:
             panels[0].set_ylim(bottom=-60)  # k = 199 would flatten the others
             panels[1].set_ylim(bottom=-30)
             panels[0].legend(loc="lower left")
-        rows, best_raw = [], []
+        rows: list[list[str]] = []
+        best_raw: list[int] = []
         for steps in STEPS:
             cell = Cell("ddim", steps)
             row = [f"DDIM, {steps} steps"]
             for measure in (RAW, IMAGES):
-                found = {
+                means = {
                     skip: improvement.mean
                     for skip, name in gains.items()
                     if (improvement := results.improvement(name, [cell], measure)) is not None
                 }
-                best = max(found, key=lambda skip: found[skip])
-                row += [f"k = {best}" if best else "no gain", f"{found[best]:+.1f} %"]
+                best = max(means, key=means.__getitem__)
+                row += [f"k = {best}" if best else "no gain", f"{means[best]:+.1f} %"]
                 best_raw += [best] if measure == RAW else []
             spread = results.values("plain", cell, "spread").values()
             row.append(f"{np.mean(list(spread)):.3f}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure, the same file for the same figure."""
     metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
     with mpl.rc_context(STYLE):  # the style's salt is read on saving
-        write_whole(path, lambda partial: figure.savefig(partial, metadata=metadata))
+        write_whole(path, lambda file: figure.savefig(file, metadata=metadata))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -200,8 +202,7 @@ def keep(preset: Preset, root: Path, folder: Path) -> list[Path]:
         picture = root / name
         if picture.exists():
             kept.append(folder / f"{preset.name}-{name}")
-            content = picture.read_bytes()
-            write_whole(kept[-1], lambda partial, content=content: partial.write_bytes(content))
+            write_whole(kept[-1], partial(shutil.copyfile, picture))
     return kept
 
 
@@ -235,7 +236,7 @@ def write_report(preset: Preset, root: Path, data_folder: Path | None = None) ->
     text += f"\nTime per training step: {', '.join(times)}.\n"
 
     save_record(root / "results.json", record)
-    write_whole(root / "table.md", lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_whole(root / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
     skips = sorted(
         {
             arm.method.objective.skip

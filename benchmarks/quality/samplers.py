@@ -89,7 +89,7 @@ def sample(
     scheduler = make_scheduler(sampler, schedule)
     scheduler.set_timesteps(steps, device=start.device)
     extra = {"generator": generator} if sampler == "ddpm" else {}
-    x = start * scheduler.init_noise_sigma
+    x: Tensor = start * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t), t, x, return_dict=False, **extra)[0]
     return x
