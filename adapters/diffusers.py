@@ -539,7 +539,7 @@ class _OutputSquare(NamedTuple):
 
 
 class _OutputSquares:
-    """The square on the scale of the output, as a table for each prediction type in use."""
+    """The square on the scale of an output other than ε̂, as a table for each type in use."""
 
     def __init__(
         self,
@@ -573,11 +573,6 @@ class _OutputSquares:
     def _rows(self, t: Tensor, prediction_type: PredictionType) -> Tensor:
         at_t = self._coefficients(t)
         a, b = self._schedule.alpha_sigma(t)
-        if prediction_type == "epsilon":
-            square = at_t.complete_square(normalize=self._normalize)
-            zero = torch.zeros_like(at_t.tau)
-            rows = _OutputSquare(square.weight, square.gain, zero, square.skip_gain)
-            return torch.stack(rows, dim=-1)
         # As at the top of the module; a and b are √ᾱ and √(1-ᾱ), or 1-σ and σ.
         if prediction_type == "v_prediction":
             ratio, lift_over_ratio = a, b / a
@@ -605,13 +600,6 @@ class _OutputSquares:
             tau=self._tau,
             estimator=self._estimator,
             max_c2=self._max_c2,
-        )
-
-    @override
-    def __repr__(self) -> str:
-        return (
-            f"{self._schedule!r}, {self._skip_set!r}, tau={self._tau}, "
-            f"estimator={self._estimator!r}"
         )
 
 
