@@ -47,7 +47,7 @@ from s2dm_loss._checks import (
     check_per_sample,
     describe,
 )
-from s2dm_loss._head import completed_square
+from s2dm_loss._head import Reduction, completed_square
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
@@ -55,7 +55,7 @@ from s2dm_loss.coefficients import (
     Estimator,
     coefficients,
 )
-from s2dm_loss.functional import Reduction, draw_like, loss_dtype, reduce_batch
+from s2dm_loss.functional import draw_like, loss_dtype
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.prediction import read_output
 from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule, read_table
@@ -248,9 +248,15 @@ class SkipLoss(nn.Module):
         regressed = [square.gain, target, square.input_scale, noisy_latents]
         if skip_noise is not None:
             regressed += [square.skip_scale, skip_noise]
-        no_constant = torch.zeros_like(square.weight)
-        per_sample = completed_square(model_pred, square.weight, no_constant, *regressed)
-        return reduce_batch(per_sample, self.criterion.reduction, weights)
+        return completed_square(
+            model_pred,
+            square.weight,
+            None,
+            None,
+            *regressed,
+            reduction=self.criterion.reduction,
+            weights=weights,
+        )
 
     @property
     def _is_flow(self) -> bool:
@@ -584,11 +590,12 @@ class _OutputSquares:
         bound = torch.where(signal, self._max_c2 * ratio.square(), 0.0)
         at_t = replace(at_t, c=at_t.c.minimum(bound.sqrt()), c2=at_t.c2.minimum(bound))
         square = at_t.complete_square(normalize=self._normalize)
+        skip_gain = torch.zeros_like(a) if square.skip_gain is None else square.skip_gain
         rows = _OutputSquare(
             square.weight,
             square.gain,
             torch.where(signal, (square.gain - 1) * lift_over_ratio, 0.0),
-            torch.where(signal, square.skip_gain / ratio, 0.0),
+            torch.where(signal, skip_gain / ratio, 0.0),
         )
         return torch.stack(rows, dim=-1)
 

@@ -13,7 +13,7 @@ the head costs. It moves the data seven times and makes one new tensor of its si
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import reduce
@@ -21,30 +21,50 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import override
 
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
+
 
 def mean_square(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return mean values² over every axis but the batch, of shape [B] and in `dtype`."""
     if _needs_plain_operators(values):
         return reduce(values.to(dtype).square(), "b ... -> b", "mean")
-    return _sum_of_squares(values, dtype) / math.prod(values.shape[1:])
+    return _sum_of_squares(values, dtype) * _one_over_count(values)
 
 
-def completed_square(eps_hat: Tensor, weight: Tensor, constant: Tensor, *target: Tensor) -> Tensor:
-    """Return weight · mean (ε̂ - Σ gain · noise)² + constant, of shape [B].
+def completed_square(
+    eps_hat: Tensor,
+    weight: Tensor,
+    constant: Tensor | None,
+    noise_constant: Tensor | None,
+    *target: Tensor,
+    reduction: Reduction = "none",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Return weight · mean (ε̂ - Σ gain · noise)² + constant + noise_constant · mean ε².
 
     Args:
         eps_hat: ε̂ of shape [B, ...].
-        weight: Of shape [B]; like `constant` and the gains in the dtype of the result.
-        constant: Of shape [B].
+        weight: Of shape [B]; like the constants and the gains in the dtype of the result.
+        constant: Of shape [B]; None for zero.
+        noise_constant: Of shape [B], for ε, the first noise; None for zero.
         target: Each gain, of shape [B], and its noise, of the shape of ε̂, in turn.
+        reduction: "mean" or "sum" over the batch, or "none" for shape [B].
+        weights: Per-sample weights of shape [B], multiplied in before the reduction.
     """
-    if _needs_plain_operators(weight, constant, *target):
-        error = reduce(_residual(eps_hat, *target).square(), "b ... -> b", "mean")
-        return weight * error + constant
-    loss: Tensor = _CompletedSquare.apply(  # type: ignore[no-untyped-call]
-        eps_hat, weight, constant, *target
-    )
-    return loss
+    if weights is not None:
+        per_sample = completed_square(eps_hat, weight, constant, noise_constant, *target)
+        return _reduce_batch(per_sample * weights.to(per_sample.dtype), reduction)
+    if not _needs_plain_operators(weight, constant, noise_constant, *target):
+        return _CompletedSquare.apply(  # type: ignore[no-any-return, no-untyped-call]
+            eps_hat, weight, constant, noise_constant, reduction, *target
+        )
+    loss = weight * mean_square(_residual(eps_hat, *target), weight.dtype)
+    if constant is not None:
+        loss = loss + constant
+    if noise_constant is not None:
+        loss = loss + noise_constant * mean_square(target[1], weight.dtype)
+    return _reduce_batch(loss, reduction)
 
 
 class _CompletedSquare(torch.autograd.Function):
@@ -57,18 +77,30 @@ class _CompletedSquare(torch.autograd.Function):
     @staticmethod
     @override
     def forward(
-        ctx: Any, eps_hat: Tensor, weight: Tensor, constant: Tensor, *target: Tensor
+        ctx: Any,
+        eps_hat: Tensor,
+        weight: Tensor,
+        constant: Tensor | None,
+        noise_constant: Tensor | None,
+        reduction: Reduction,
+        *target: Tensor,
     ) -> Tensor:
         residual = _residual(eps_hat, *target)
-        count = math.prod(eps_hat.shape[1:])
-        mean = 1 / count if count else math.nan
+        mean = _one_over_count(eps_hat)
         # The residual is no saved tensor, since it is there to be overwritten. A second backward
         # through the same graph makes it again from the saved ones.
         ctx.residual, ctx.dtype, ctx.factor = residual, eps_hat.dtype, 2 * mean
+        if reduction == "mean":
+            ctx.factor /= max(len(eps_hat), 1)
         ctx.save_for_backward(weight, eps_hat, *target)
-        return torch.addcmul(
-            constant, weight, _sum_of_squares(residual, residual.dtype), value=mean
-        )
+        error = _sum_of_squares(residual, residual.dtype)
+        if constant is None:
+            loss = torch.mul(weight, error).mul_(mean)
+        else:
+            loss = torch.addcmul(constant, weight, error, value=mean)
+        if noise_constant is not None:
+            loss.addcmul_(noise_constant, _sum_of_squares(target[1], loss.dtype), value=mean)
+        return _reduce_batch(loss, reduction)
 
     @staticmethod
     @override
@@ -84,7 +116,7 @@ class _CompletedSquare(torch.autograd.Function):
             except RuntimeError:
                 # Several gradients at once (`is_grads_batched`) do not fit into one residual.
                 gradient = residual * factor
-        return gradient.to(ctx.dtype), None, None, *[None] * len(target)
+        return gradient.to(ctx.dtype), None, None, None, None, *[None] * len(target)
 
 
 def _residual(eps_hat: Tensor, *target: Tensor) -> Tensor:
@@ -99,22 +131,37 @@ def _along(per_sample: Tensor, data: Tensor) -> Tensor:
     return per_sample.view(-1, *[1] * (data.ndim - 1))
 
 
+def _one_over_count(data: Tensor) -> float:
+    count = data.shape[1:].numel()
+    return 1 / count if count else math.nan
+
+
+# On a CPU a norm adds up one by one in the dtype of its result, which over 2 · 10⁵ float32 values
+# is wrong by 4e-6. Samples longer than this are summed in shorter pieces, their channels, unless
+# another memory format makes that slow.
+_LONG_SUM = 2**15
+
+
 def _sum_of_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return Σ values² of each sample, without writing the squares."""
     if values.ndim == 1:
         return values.to(dtype).square()
     norm: Tensor
-    axes = list(range(1, values.ndim))
-    # On a CPU a norm adds up in `dtype` one by one, which over 10⁵ float32 values is wrong by 1e-6.
-    # Shorter sums, one for each channel, are exact enough; they are slow in another memory format.
-    if values.device.type == "cpu" and values.ndim > 2 and values.is_contiguous():
+    axes, long = tuple(range(1, values.ndim)), values.shape[1:].numel() > _LONG_SUM
+    if long and values.ndim > 2 and values.device.type == "cpu" and values.is_contiguous():
         norm = torch.linalg.vector_norm(values, dim=axes[1:], dtype=dtype)
-        return norm.square().sum(1)
+        return norm.square_().sum(1)
     norm = torch.linalg.vector_norm(values, dim=axes, dtype=dtype)
-    return norm.square()
+    return norm.square_()
 
 
-def _needs_plain_operators(*constants: Tensor) -> bool:
+def _reduce_batch(per_sample: Tensor, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return per_sample
+    return per_sample.mean() if reduction == "mean" else per_sample.sum()
+
+
+def _needs_plain_operators(*constants: Tensor | None) -> bool:
     """Whether more is asked than the gradient of ε̂, or another than autograd asks.
 
     Plain operators answer whatever transform stands around them (torch.func, forward mode, batched
@@ -124,5 +171,5 @@ def _needs_plain_operators(*constants: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or any(tensor.requires_grad for tensor in constants)
+        or any(tensor is not None and tensor.requires_grad for tensor in constants)
     )

@@ -43,19 +43,27 @@ DEFAULT_MAX_C2 = 100.0
 
 
 class CompletedSquare(NamedTuple):
-    """One quadratic in ε̂; every field has the shape of t.
+    """One quadratic in ε̂; every field has the shape of t, and None stands for zero.
 
     L = weight · mse(ε̂, gain · ε + skip_gain · ζ)
-        + noise_constant · mean ε² + skip_constant · mean ζ² + cross_constant · mean εζ + constant
+        + constant + noise_constant · mean ε² + skip_constant · mean ζ² + cross_constant · mean εζ
     """
 
     weight: Tensor
     gain: Tensor
-    skip_gain: Tensor
-    noise_constant: Tensor
-    skip_constant: Tensor
-    cross_constant: Tensor
-    constant: Tensor
+    constant: Tensor | None = None
+    noise_constant: Tensor | None = None
+    skip_gain: Tensor | None = None
+    skip_constant: Tensor | None = None
+    cross_constant: Tensor | None = None
+
+    def given(self) -> dict[str, Tensor]:
+        """Return by name the fields that are not None."""
+        return {name: field for name, field in self._asdict().items() if field is not None}
+
+    def to(self, dtype: torch.dtype) -> CompletedSquare:
+        """Return it with every field in `dtype`."""
+        return CompletedSquare(**{name: field.to(dtype) for name, field in self.given().items()})
 
 
 @dataclass(frozen=True)
@@ -91,17 +99,23 @@ class Coefficients:
         safe = torch.where(a > 0, a, 1.0)
         s = self.tau / safe
         g = (1 - self.tau) * self.c / safe
-        zero, one = torch.zeros_like(a), torch.ones_like(a)
         if self.estimator == "expected":
-            square = CompletedSquare(a, s, zero, self.tau - a * s**2, zero, zero, 1 - self.tau)
+            square = CompletedSquare(
+                a, s, constant=1 - self.tau, noise_constant=self.tau - a * s**2
+            )
         elif self.estimator == "shared":
-            square = CompletedSquare(a, s + g, zero, 1 - a * (s + g) ** 2, zero, zero, zero)
+            square = CompletedSquare(a, s + g, noise_constant=1 - a * (s + g) ** 2)
         else:
             square = CompletedSquare(
-                a, s, g, self.tau - a * s**2, 1 - self.tau - a * g**2, -2 * a * s * g, zero
+                a,
+                s,
+                noise_constant=self.tau - a * s**2,
+                skip_gain=g,
+                skip_constant=1 - self.tau - a * g**2,
+                cross_constant=-2 * a * s * g,
             )
         if normalize:
-            return CompletedSquare(one, square.gain, square.skip_gain, zero, zero, zero, zero)
+            return CompletedSquare(torch.ones_like(a), square.gain, skip_gain=square.skip_gain)
         return square
 
 

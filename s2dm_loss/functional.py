@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
 from s2dm_loss._checks import check_batch, check_choice, check_like, check_per_sample
-from s2dm_loss._head import completed_square, mean_square
+from s2dm_loss._head import REDUCTIONS, Reduction, completed_square, mean_square
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
@@ -20,9 +20,6 @@ from s2dm_loss.coefficients import (
 )
 from s2dm_loss.schedule import Schedule
 from s2dm_loss.skip_set import Skips
-
-Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 
 
 class LossTerms(NamedTuple):
@@ -80,30 +77,38 @@ def skip_step_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_prediction(eps_hat, noise, t, skip_noise, weights, estimator)
-    at_t = coefficients(
-        schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2
-    ).complete_square(normalize=normalize)
+    at_t = coefficients(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2)
+    square = at_t.complete_square(normalize=normalize).to(loss_dtype(eps_hat, noise))
     if estimator == "fresh" and skip_noise is None:
         skip_noise = draw_like(noise, generator)
-    per_sample = completed_square_loss(eps_hat, noise, at_t, skip_noise)
-    return reduce_batch(per_sample, reduction, weights)
+    return completed_square_loss(eps_hat, noise, square, skip_noise, reduction, weights)
 
 
 def completed_square_loss(
-    eps_hat: Tensor, noise: Tensor, square: CompletedSquare, skip_noise: Tensor | None = None
+    eps_hat: Tensor,
+    noise: Tensor,
+    square: CompletedSquare,
+    skip_noise: Tensor | None,
+    reduction: Reduction,
+    weights: Tensor | None,
 ) -> Tensor:
-    """Return the per-sample loss, of shape [B], of one quadratic whose fields have shape [B]."""
-    dtype = loss_dtype(eps_hat, noise)
-    if square.weight.dtype != dtype:
-        square = CompletedSquare(*(field.to(dtype) for field in square))
-    target = [square.gain, noise]
-    mean_noise = mean_square(noise, dtype)
-    constant = torch.addcmul(square.constant, square.noise_constant, mean_noise)
-    if skip_noise is not None:
-        target += [square.skip_gain, skip_noise]
-        constant = constant + square.skip_constant * mean_square(skip_noise, dtype)
-        constant = constant + square.cross_constant * _mean(noise.to(dtype) * skip_noise)
-    return completed_square(eps_hat, square.weight, constant, *target)
+    """Return the loss of one quadratic whose fields have shape [B] and the dtype of the loss."""
+    weight, gain, constant, noise_constant, skip_gain, skip_constant, cross_constant = square
+    target = [gain, noise]
+    if skip_noise is not None and skip_gain is not None:
+        target += [skip_gain, skip_noise]
+        if skip_constant is not None and cross_constant is not None:
+            constant = skip_constant * mean_square(skip_noise, weight.dtype)
+            constant = constant + cross_constant * _mean(noise.to(weight.dtype) * skip_noise)
+    return completed_square(
+        eps_hat,
+        weight,
+        constant,
+        noise_constant,
+        *target,
+        reduction=reduction,
+        weights=weights,
+    )
 
 
 def loss_terms(
@@ -121,15 +126,6 @@ def loss_terms(
         skip = skip - 2 * c * _mean(eps_hat * zeta) + _mean(zeta.square())
     skip = torch.where(tau < 1, skip, 0.0)
     return LossTerms(simple=_mean((eps_hat - noise).square()), skip=skip, tau=tau)
-
-
-def reduce_batch(per_sample: Tensor, reduction: Reduction, weights: Tensor | None) -> Tensor:
-    """Weigh and reduce a loss of shape [B]."""
-    if weights is not None:
-        per_sample = per_sample * weights.to(per_sample.dtype)
-    if reduction == "none":
-        return per_sample
-    return per_sample.mean() if reduction == "mean" else per_sample.sum()
 
 
 def check_prediction(
@@ -161,8 +157,10 @@ def draw_like(noise: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def loss_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, else float32: half types are lifted."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _mean(values: Tensor) -> Tensor:

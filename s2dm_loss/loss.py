@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from s2dm_loss._checks import check_batch, check_choice, check_like, check_per_sample
+from s2dm_loss._head import REDUCTIONS, Reduction
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
@@ -20,16 +21,13 @@ from s2dm_loss.coefficients import (
     coefficients,
 )
 from s2dm_loss.functional import (
-    REDUCTIONS,
     LossTerms,
-    Reduction,
     along,
     check_prediction,
     completed_square_loss,
     draw_like,
     loss_dtype,
     loss_terms,
-    reduce_batch,
 )
 from s2dm_loss.prediction import (
     PREDICTION_TYPES,
@@ -113,9 +111,10 @@ class SkipStepLoss(nn.Module):
         at_t = self._coefficients_at(torch.full((1,), 0.5) if timesteps is None else timesteps)
         self._tables: dict[str, Tensor] = {}
         if timesteps is not None:
-            square = at_t.complete_square(normalize=normalize)
+            square = at_t.complete_square(normalize=normalize).given()
+            self._square_fields = list(square)
             self._tables = {
-                "square_table": torch.stack(square, dim=-1),
+                "square_table": torch.stack(list(square.values()), dim=-1),
                 "terms_table": torch.stack([at_t.tau, at_t.c, at_t.c2], dim=-1),
                 "path_table": torch.stack(schedule.alpha_sigma(timesteps), dim=-1),
             }
@@ -200,8 +199,7 @@ class SkipStepLoss(nn.Module):
         if self.estimator == "fresh" and skip_noise is None:
             skip_noise = draw_like(noise, generator)
         square = self._square_at(t, loss_dtype(eps_hat, noise))
-        per_sample = completed_square_loss(eps_hat, noise, square, skip_noise)
-        return reduce_batch(per_sample, self.reduction, weights)
+        return completed_square_loss(eps_hat, noise, square, skip_noise, self.reduction, weights)
 
     def terms(
         self, eps_hat: Tensor, noise: Tensor, t: Tensor, *, skip_noise: Tensor | None = None
@@ -232,8 +230,9 @@ class SkipStepLoss(nn.Module):
 
     def _square_at(self, t: Tensor, dtype: torch.dtype) -> CompletedSquare:
         if self._tables:
-            return CompletedSquare(*self._rows("square_table", t, dtype).unbind(-1))
-        return self._coefficients_at(t).complete_square(normalize=self.normalize)
+            columns = self._rows("square_table", t, dtype).unbind(-1)
+            return CompletedSquare(**dict(zip(self._square_fields, columns, strict=True)))
+        return self._coefficients_at(t).complete_square(normalize=self.normalize).to(dtype)
 
     def _coefficients_at(self, t: Tensor) -> Coefficients:
         return coefficients(

@@ -330,19 +330,18 @@ def read_table(table: Tensor, t: Tensor) -> Tensor:
         ValueError: if a timestep lies outside the table. On a GPU, where the host cannot know
             without waiting, it is the device's own assertion instead.
     """
+    if t.ndim != 1:
+        return read_table(table, t.reshape(-1)).reshape(t.shape + table.shape[1:])
     if t.dtype not in (torch.int32, torch.int64):
         t = t.long()
     try:
         # index_select, unlike table[t], refuses a negative index instead of counting from the end.
-        rows = table.index_select(0, t.reshape(-1))
+        return table.index_select(0, t)
     except (IndexError, RuntimeError) as error:
         outside = t[(t < 0) | (t >= table.shape[0])]
         if outside.numel() == 0:
             raise
-        raise ValueError(
-            f"t must lie in [0, {table.shape[0]}), got {outside.flatten()[0].item()}"
-        ) from error
-    return rows.reshape(t.shape + table.shape[1:])
+        raise ValueError(f"t must lie in [0, {table.shape[0]}), got {outside[0].item()}") from error
 
 
 class _VpPath:

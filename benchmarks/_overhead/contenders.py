@@ -79,12 +79,15 @@ def released_loss(
     return loss
 
 
+def square_table(device: torch.device) -> Tensor:
+    """Return weight, gain, constant and noise_constant of `expected`, of shape [T, 4]."""
+    square = coefficients(NoiseSchedule.linear(), SKIP, tau=TAU).complete_square()
+    return torch.stack(list(square.given().values()), dim=-1).float().to(device)
+
+
 def attempts(device: torch.device) -> dict[str, Loss]:
     """Return the steps that the head of `expected` went through, from plain to what is shipped."""
-    table = torch.stack(
-        coefficients(NoiseSchedule.linear(), SKIP, tau=TAU).complete_square(), dim=-1
-    )
-    table = table.float().to(device)
+    table = square_table(device)
 
     def rows(t: Tensor) -> tuple[Tensor, ...]:
         return table.index_select(0, t).unbind(-1)
@@ -96,7 +99,7 @@ def attempts(device: torch.device) -> dict[str, Loss]:
         return list(range(1, data.ndim))
 
     def plain(eps_hat: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        weight, gain, _, noise_constant, _, _, constant = rows(t)
+        weight, gain, constant, noise_constant = rows(t)
         error = (eps_hat - wide(gain, noise) * noise).square().mean(dim=axes(noise))
         return (
             weight * error + noise_constant * noise.square().mean(axes(noise)) + constant
@@ -107,7 +110,7 @@ def attempts(device: torch.device) -> dict[str, Loss]:
         return norm.square() / math.prod(data.shape[1:])
 
     def norms(eps_hat: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        weight, gain, _, noise_constant, _, _, constant = rows(t)
+        weight, gain, constant, noise_constant = rows(t)
         error = mean_by_norm(torch.addcmul(eps_hat, noise, wide(gain, noise), value=-1))
         return (weight * error + noise_constant * mean_by_norm(noise) + constant).mean()
 
@@ -131,14 +134,11 @@ ATTEMPTS = {
 
 def gradient_first_loss(device: torch.device) -> Loss:
     """`expected` with loss and gradient made by one compiled function in the forward pass."""
-    table = torch.stack(
-        coefficients(NoiseSchedule.linear(), SKIP, tau=TAU).complete_square(), dim=-1
-    )
-    table = table.float().to(device)
+    table = square_table(device)
 
     @torch.compile(dynamic=False, fullgraph=True)
     def both(eps_hat: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        weight, gain, _, noise_constant, _, _, constant = table.index_select(0, t).unbind(-1)
+        weight, gain, constant, noise_constant = table.index_select(0, t).unbind(-1)
         axes = list(range(1, noise.ndim))
         shape = (-1, *[1] * len(axes))
         residual = eps_hat - gain.view(shape) * noise
