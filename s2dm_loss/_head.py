@@ -16,7 +16,6 @@ import math
 from typing import Any, Literal
 
 import torch
-from einops import reduce
 from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import override
@@ -28,7 +27,9 @@ REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 def mean_square(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return mean values² over every axis but the batch, of shape [B] and in `dtype`."""
     if _needs_plain_operators(values):
-        return reduce(values.to(dtype).square(), "b ... -> b", "mean")
+        squares = values.to(dtype).square()
+        # Without einops: a compiled loss would check at each call all that einops looks up.
+        return squares.mean(_data_axes(squares)) if squares.ndim > 1 else squares
     return _sum_of_squares(values, dtype) * _one_over_count(values)
 
 
@@ -131,6 +132,10 @@ def _along(per_sample: Tensor, data: Tensor) -> Tensor:
     return per_sample.view(-1, *[1] * (data.ndim - 1))
 
 
+def _data_axes(data: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, data.ndim))
+
+
 def _one_over_count(data: Tensor) -> float:
     count = data.shape[1:].numel()
     return 1 / count if count else math.nan
@@ -147,7 +152,7 @@ def _sum_of_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
     if values.ndim == 1:
         return values.to(dtype).square()
     norm: Tensor
-    axes, long = tuple(range(1, values.ndim)), values.shape[1:].numel() > _LONG_SUM
+    axes, long = _data_axes(values), values.shape[1:].numel() > _LONG_SUM
     if long and values.ndim > 2 and values.device.type == "cpu" and values.is_contiguous():
         norm = torch.linalg.vector_norm(values, dim=axes[1:], dtype=dtype)
         return norm.square_().sum(1)

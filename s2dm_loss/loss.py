@@ -109,6 +109,7 @@ class SkipStepLoss(nn.Module):
         # Checks tau, max_c2 and the skips; in continuous time there is no table to make.
         timesteps = schedule.timesteps
         at_t = self._coefficients_at(torch.full((1,), 0.5) if timesteps is None else timesteps)
+        self._discrete = timesteps is not None
         self._tables: dict[str, Tensor] = {}
         if timesteps is not None:
             square = at_t.complete_square(normalize=normalize).given()
@@ -213,7 +214,7 @@ class SkipStepLoss(nn.Module):
         check_prediction(eps_hat, noise, t, skip_noise, None, self.estimator)
         if self.estimator == "fresh" and skip_noise is None:
             raise ValueError("skip_noise must be given with the estimator 'fresh', got None")
-        if self._tables:
+        if self._discrete:
             tau, c, c2 = self._rows("terms_table", t, loss_dtype(eps_hat, noise)).unbind(-1)
             at_t = Coefficients(tau, c, c2, self.estimator)
         else:
@@ -222,14 +223,14 @@ class SkipStepLoss(nn.Module):
 
     def _add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         dtype = loss_dtype(x0, noise)
-        if self._tables:
+        if self._discrete:
             a, b = self._rows("path_table", t, dtype).unbind(-1)
         else:
             a, b = (scale.to(dtype) for scale in self.schedule.alpha_sigma(t))
         return (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
 
     def _square_at(self, t: Tensor, dtype: torch.dtype) -> CompletedSquare:
-        if self._tables:
+        if self._discrete:
             columns = self._rows("square_table", t, dtype).unbind(-1)
             return CompletedSquare(**dict(zip(self._square_fields, columns, strict=True)))
         return self._coefficients_at(t).complete_square(normalize=self.normalize).to(dtype)

@@ -115,11 +115,13 @@ def attempts(device: torch.device) -> dict[str, Loss]:
         return (weight * error + noise_constant * mean_by_norm(noise) + constant).mean()
 
     criterion = SkipStepLoss(NoiseSchedule.linear(), SKIP, tau=TAU).to(device)
+    per_sample = SkipStepLoss(NoiseSchedule.linear(), SKIP, tau=TAU, reduction="none").to(device)
     return {
         "mse": lambda eps_hat, noise, _t: F.mse_loss(eps_hat, noise),
         "plain": plain,
         "norms": norms,
-        "in_place": criterion.from_prediction,
+        "in_place": lambda *arguments: per_sample.from_prediction(*arguments).mean(),
+        "shipped": criterion.from_prediction,
     }
 
 
@@ -127,7 +129,8 @@ ATTEMPTS = {
     "mse": "`F.mse_loss`",
     "plain": "the completed square in plain operators",
     "norms": "squares summed by a norm, which writes none; autograd's backward",
-    "in_place": "shipped: the residual becomes the gradient, in place",
+    "in_place": "the residual becomes the gradient, in place; the batch's mean left to autograd",
+    "shipped": "shipped: the batch's mean inside as well",
     "gradient_first": "compiled, the gradient made in the forward pass and scaled in the backward",
 }
 

@@ -372,7 +372,7 @@ def _attempts_text(cells: list[Results]) -> str:
         for name in cell["microseconds"]:
             ratio = cell["ratios"][f"{name}/mse"]
             memory = cell["peak_bytes"][name] / (4 * math.prod(cell["shape"]))
-            label = ATTEMPTS[name] if name != "in_place" or cell["mode"] == "eager" else "shipped"
+            label = ATTEMPTS[name] if name != "shipped" or cell["mode"] == "eager" else "shipped"
             rows.append(
                 [
                     cell["name"],
