@@ -74,6 +74,7 @@ def interleave(
     seconds: float,
     *,
     clock: Callable[[], float] = time.perf_counter,
+    least_rounds: int = 20,
     most_rounds: int = 400,
 ) -> dict[str, list[float]]:
     """Time each contender once a round, for `seconds` in all; return seconds by name.
@@ -90,7 +91,7 @@ def interleave(
             call()()
     names, order = list(prepare), random.Random(0)  # noqa: S311
     began, rounds = time.perf_counter(), 0
-    while rounds < 5 or (time.perf_counter() - began < seconds and rounds < most_rounds):
+    while rounds < least_rounds or (time.perf_counter() - began < seconds and rounds < most_rounds):
         order.shuffle(names)
         for name in names:
             times[name].append(_time(prepare[name](), device, clock))
