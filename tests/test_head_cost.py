@@ -23,7 +23,7 @@ from benchmarks._overhead.contenders import (
 )
 from benchmarks._overhead.measure import OperatorCount, inductor_bytes, peak_memory
 from s2dm_loss import NoiseSchedule, SkipStepLoss, coefficients
-from s2dm_loss._head import completed_square, mean_square
+from s2dm_loss._head import _CHECKPOINTS_COMPILE, completed_square, mean_square
 from s2dm_loss.functional import completed_square_loss
 from tests.strategies import normal
 
@@ -131,13 +131,15 @@ def test_no_gradient_no_residual_left_behind():
 
 
 @needs_compiler
-def test_compiled_it_moves_what_a_compiled_mse_loss_moves():
+@pytest.mark.skipif(not _CHECKPOINTS_COMPILE, reason="this compiler keeps the residual")
+def test_compiled_it_moves_no_more_than_it_must():
+    """Twice ε̂ and ε in and once the gradient out; of `F.mse_loss` the compiler makes 7 passes."""
     eps_hat, noise = normal(*SHAPE, seed=0).float().requires_grad_(), normal(*SHAPE, seed=1).float()
     losses = contenders(CPU)
     arguments = (eps_hat, noise, torch.arange(SHAPE[0]))
     ours, plain = (inductor_bytes(losses[name], arguments) for name in ("expected", "mse"))
-    assert plain >= 3 * DATA
-    assert ours <= plain + 200 * SHAPE[0]
+    assert plain >= 5 * DATA
+    assert ours <= 5 * DATA + 200 * SHAPE[0]
 
 
 @needs_gpu

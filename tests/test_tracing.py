@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from tests.strategies import normal
@@ -110,6 +111,45 @@ def test_forward_compiles_with_its_model(schedule):
 
     compiled = torch.compile(step, fullgraph=True)
     torch.testing.assert_close(compiled(x0, t, noise), step(x0, t, noise), rtol=1e-5, atol=0)
+
+
+def derivative(loss, eps_hat):
+    return torch.autograd.grad(loss(eps_hat), eps_hat)[0]
+
+
+# What a compiled function may do around the loss, which is itself made in two parts there.
+AROUND_THE_LOSS = {
+    "a function transform": lambda loss: torch.func.grad(loss),
+    "a checkpoint": lambda loss: (
+        lambda eps_hat: checkpoint(lambda x: loss(2 * x), eps_hat, use_reentrant=False)
+    ),
+    "its own backward": lambda loss: lambda eps_hat: derivative(loss, eps_hat),
+}
+
+
+@pytest.mark.parametrize("around", AROUND_THE_LOSS)
+def test_compiled_with_something_around_it(around):
+    torch.compiler.reset()
+    criterion = SkipStepLoss(LINEAR, 99)
+    eps_hat, noise = (normal(4, 5, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    eps_hat.requires_grad_()
+    run = AROUND_THE_LOSS[around](lambda x: criterion.from_prediction(x, noise, T))
+    compiled = torch.compile(run, backend="aot_eager")
+    values = compiled(eps_hat), run(eps_hat)
+    torch.testing.assert_close(*values)
+    if around == "a checkpoint":
+        torch.testing.assert_close(*(torch.autograd.grad(v, eps_hat)[0] for v in values))
+
+
+def test_exports():
+    class Loss(SkipStepLoss):
+        def forward(self, eps_hat, noise, t):
+            return self.from_prediction(eps_hat, noise, t)
+
+    criterion = Loss(LINEAR, 99)
+    arguments = normal(4, 5, seed=0).float(), normal(4, 5, seed=1).float(), T
+    exported = torch.export.export(criterion, arguments, strict=True).module()
+    torch.testing.assert_close(exported(*arguments), criterion(*arguments))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -53,7 +53,7 @@ REAL_SHAPES = {
 }
 LATENTS = REAL_SHAPES["SD latents"]
 # On a CPU, where each compilation takes many seconds, these are compiled and taken in bfloat16.
-IN_FULL_ON_CPU = ("2^20",)
+IN_FULL_ON_CPU = ("2^20", "2^22")
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,12 @@ residual, turn it into the gradient where it is | 7 | 1 | 1 |
 (`F.mse_loss` as PyTorch's source has it: the scalar it returns keeps memory for all the squares.)
 The gradient of `weight · mean (ε̂ - gain · ε)²` is the residual times one number for each sample, so
 the residual is overwritten with it. A second backward through the same graph, a gradient of the
-gradient, `torch.func` and forward mode get a fresh one; under `torch.compile` the head is plain
-operators, which Inductor fuses.
+gradient, `torch.func` and forward mode get a fresh one.
+
+Under `torch.compile` the head is plain operators, which Inductor fuses: the forward pass reads ε̂
+and ε and keeps nothing but a number for each sample, the backward pass reads both again and writes
+the gradient, 5 passes. Left to itself the compiler keeps the residual, as it does for `F.mse_loss`,
+and makes 7; a checkpoint in the head tells it not to (torch 2.13 and later).
 """
 
 HOW = """\
