@@ -3,8 +3,9 @@
 All else in the loss has one value for each sample and costs next to nothing; memory traffic is what
 the head costs. It moves the data seven times and makes one new tensor of its size:
 
-    forward     residual = ε̂ - gain · ε      reads two, writes one
-                Σ residual², Σ ε²            read one each, write none
+    forward     Σ ε²                         reads one
+                residual = ε̂ - gain · ε      reads two, writes one
+                Σ residual²                  reads one
     backward    residual *= a factor         reads one, writes one: it has become the gradient
 
 `F.mse_loss` moves the data eight times and makes three such tensors, two of which it holds at once.
@@ -106,21 +107,19 @@ class _CompletedSquare(torch.autograd.Function):
         reduction: Reduction,
         *target: Tensor,
     ) -> Tensor:
-        residual = _residual(eps_hat, *target)
         mean = _one_over_count(eps_hat)
+        # First, while ε is read from memory in any case: the residual finds it in the cache then.
+        if noise_constant is not None:
+            noise_sum = _sum_of_squares(target[1], weight.dtype)
+            constant = _add_product(constant, noise_constant, noise_sum, mean)
+        residual = _residual(eps_hat, *target)
         # The residual is no saved tensor, since it is there to be overwritten. A second backward
         # through the same graph makes it again from the saved ones.
         ctx.residual, ctx.dtype, ctx.factor = residual, eps_hat.dtype, 2 * mean
         if reduction == "mean":
             ctx.factor /= max(len(eps_hat), 1)
         ctx.save_for_backward(weight, eps_hat, *target)
-        error = _sum_of_squares(residual, residual.dtype)
-        if constant is None:
-            loss = torch.mul(weight, error).mul_(mean)
-        else:
-            loss = torch.addcmul(constant, weight, error, value=mean)
-        if noise_constant is not None:
-            loss.addcmul_(noise_constant, _sum_of_squares(target[1], loss.dtype), value=mean)
+        loss = _add_product(constant, weight, _sum_of_squares(residual, weight.dtype), mean)
         return _reduce_batch(loss, reduction)
 
     @staticmethod
@@ -178,6 +177,12 @@ def _sum_of_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
         return norm.square_().sum(1)
     norm = torch.linalg.vector_norm(values, dim=axes, dtype=dtype)
     return norm.square_()
+
+
+def _add_product(base: Tensor | None, first: Tensor, second: Tensor, scale: float) -> Tensor:
+    if base is None:
+        return torch.mul(first, second).mul_(scale)
+    return torch.addcmul(base, first, second, value=scale)
 
 
 def _reduce_batch(per_sample: Tensor, reduction: Reduction) -> Tensor:

@@ -49,7 +49,7 @@ fresh page costs more than the arithmetic on it.
 |---|---|---|---|---|---|
 | `F.mse_loss` | read ε̂, ε, write squares, read them | clear a gradient, read ε̂, ε, write it | 8 \
 | 3 | 2 |
-| ours, `expected` and `shared` | read ε̂, ε, write the residual, read it, read ε | read the \
+| ours, `expected` and `shared` | read ε, read ε̂, ε, write the residual, read it | read the \
 residual, turn it into the gradient where it is | 7 | 1 | 1 |
 
 (`F.mse_loss` as PyTorch's source has it: the scalar it returns keeps memory for all the squares.)
