@@ -131,7 +131,6 @@ def test_no_gradient_no_residual_left_behind():
 
 
 @needs_compiler
-@pytest.mark.skipif(not _CHECKPOINTS_COMPILE, reason="this compiler keeps the residual")
 def test_compiled_it_moves_no_more_than_it_must():
     """Twice ε̂ and ε in and once the gradient out; of `F.mse_loss` the compiler makes 7 passes."""
     eps_hat, noise = normal(*SHAPE, seed=0).float().requires_grad_(), normal(*SHAPE, seed=1).float()
@@ -139,7 +138,9 @@ def test_compiled_it_moves_no_more_than_it_must():
     arguments = (eps_hat, noise, torch.arange(SHAPE[0]))
     ours, plain = (inductor_bytes(losses[name], arguments) for name in ("expected", "mse"))
     assert plain >= 5 * DATA
-    assert ours <= 5 * DATA + 200 * SHAPE[0]
+    assert ours <= plain + 200 * SHAPE[0]
+    if _CHECKPOINTS_COMPILE:  # an earlier compiler keeps the residual
+        assert ours <= 5 * DATA + 200 * SHAPE[0]
 
 
 @needs_gpu
@@ -196,7 +197,7 @@ def test_value_and_gradient(shape, reduction, weigh, without):
     options = {"reduction": reduction} | ({"weights": normal(shape[0], seed=10)} if weigh else {})
     upstream = normal(shape[0], seed=9) if reduction == "none" else normal(1, seed=9)[0]
     values = completed_square(ours, *target, **options), reference(plain, *target, **options)
-    torch.testing.assert_close(*values, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(*values, rtol=1e-13, atol=1e-15)
     for value in values:
         value.backward(upstream)
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-13, atol=1e-16)
