@@ -69,13 +69,15 @@ HOW = """\
 One process; every contender on the same tensors, once a round, each round in an order of its own.
 A ratio is taken within each round, so that what else the machine does meets both sides; the
 tables give its median and, in brackets, its quartiles. Several sets of inputs take turns until they
-fill 256 MiB (256 sets at most), so that none is found in a cache. The clock is named below: on a
-GPU, CUDA events from an idle stream, so that the host's time to launch counts; on a CPU that does
-other work at the same time, the CPU time of one thread, to which other work adds nothing but its
-share of the caches. Memory is the allocator's own account. Operators and bytes are counted below
-autograd and have a ceiling in `tests/test_head_cost.py`, so they cannot grow unseen. Min-SNR is the
-path of the diffusers training scripts; the released formula is written plainly, with its second
-noise tensor, two squared errors, masks and concatenation, and like `fresh` it draws the noise ζ.
+fill 256 MiB (256 sets at most), so that none is found in a cache; all are allocated anew five times
+a cell, since where they happen to lie in memory moves a ratio by 5 % and more. The clock is named
+below: on a GPU, CUDA events from an idle stream, so that the host's time to launch counts; on a CPU
+that does other work at the same time, the CPU time of one thread, to which other work adds nothing
+but its share of the caches. Memory is the allocator's own account. Operators and bytes are counted
+below autograd and have a ceiling in `tests/test_head_cost.py`, so they cannot grow unseen. Min-SNR
+is the path of the diffusers training scripts; the released formula is written plainly, with its
+second noise tensor, two squared errors, masks and concatenation, and like `fresh` it draws the
+noise ζ.
 """
 
 
