@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -112,10 +113,12 @@ class SkipStepLoss(nn.Module):
         self._discrete = timesteps is not None
         self._tables: dict[str, Tensor] = {}
         if timesteps is not None:
-            square = at_t.complete_square(normalize=normalize).given()
-            self._square_fields = list(square)
+            square = at_t.complete_square(normalize=normalize)
+            # The column of the table that holds each field; -1 where the field is None.
+            column = itertools.count()
+            self._columns = [-1 if field is None else next(column) for field in square]
             self._tables = {
-                "square_table": torch.stack(list(square.values()), dim=-1),
+                "square_table": torch.stack([f for f in square if f is not None], dim=-1),
                 "terms_table": torch.stack([at_t.tau, at_t.c, at_t.c2], dim=-1),
                 "path_table": torch.stack(schedule.alpha_sigma(timesteps), dim=-1),
             }
@@ -231,8 +234,8 @@ class SkipStepLoss(nn.Module):
 
     def _square_at(self, t: Tensor, dtype: torch.dtype) -> CompletedSquare:
         if self._discrete:
-            columns = self._rows("square_table", t, dtype).unbind(-1)
-            return CompletedSquare(**dict(zip(self._square_fields, columns, strict=True)))
+            fields: tuple[Any, ...] = (*self._rows("square_table", t, dtype).unbind(-1), None)
+            return CompletedSquare(*[fields[column] for column in self._columns])
         return self._coefficients_at(t).complete_square(normalize=self.normalize).to(dtype)
 
     def _coefficients_at(self, t: Tensor) -> Coefficients:
