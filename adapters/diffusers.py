@@ -32,6 +32,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -51,16 +52,15 @@ from s2dm_loss._head import Reduction, completed_square
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
-    Coefficients,
     Estimator,
     coefficients,
 )
 from s2dm_loss.functional import draw_like, loss_dtype
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.prediction import read_output
-from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule, read_table
+from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule, TableCache
 from s2dm_loss.shrink import ShrunkModel
-from s2dm_loss.skip_set import Skips, SkipSet
+from s2dm_loss.skip_set import Skips
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
@@ -128,14 +128,7 @@ class SkipLoss(nn.Module):
             normalize=normalize,
             max_c2=max_c2,
         )
-        self._squares = _OutputSquares(
-            schedule,
-            self.criterion.skip_set,
-            tau=tau,
-            estimator=estimator,
-            max_c2=max_c2,
-            normalize=normalize,
-        )
+        self._squares = TableCache(schedule)
 
     @classmethod
     def from_scheduler(
@@ -244,7 +237,15 @@ class SkipLoss(nn.Module):
             skip_noise = draw_like(target, generator)
 
         dtype = loss_dtype(model_pred, target, noisy_latents)
-        square = self._squares.at(timesteps, prediction_type, dtype)
+        square = _OutputSquare(
+            *self._squares.read(
+                prediction_type,
+                timesteps,
+                dtype,
+                partial(_output_square, self.criterion, prediction_type),
+                "timesteps",
+            )
+        )
         regressed = [square.gain, target, square.input_scale, noisy_latents]
         if skip_noise is not None:
             regressed += [square.skip_scale, skip_noise]
@@ -544,70 +545,37 @@ class _OutputSquare(NamedTuple):
     skip_scale: Tensor
 
 
-class _OutputSquares:
-    """The square on the scale of an output other than ε̂, as a table for each type in use."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        skip_set: SkipSet,
-        *,
-        tau: float,
-        estimator: Estimator,
-        max_c2: float,
-        normalize: bool = False,
-    ) -> None:
-        self._schedule = schedule
-        self._skip_set = skip_set
-        self._tau = tau
-        self._estimator: Estimator = estimator
-        self._max_c2 = max_c2
-        self._normalize = normalize
-        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-
-    def at(self, t: Tensor, prediction_type: PredictionType, dtype: torch.dtype) -> _OutputSquare:
-        """Return the square at times of shape [B]."""
-        self._schedule.check_timesteps(t, "timesteps")
-        timesteps = self._schedule.timesteps
-        if timesteps is None:
-            return _OutputSquare(*self._rows(t, prediction_type).to(dtype).unbind(-1))
-        key = (prediction_type, t.device, dtype)
-        if key not in self._tables:
-            self._tables[key] = self._rows(timesteps, prediction_type).to(t.device, dtype)
-        return _OutputSquare(*read_table(self._tables[key], t).unbind(-1))
-
-    def _rows(self, t: Tensor, prediction_type: PredictionType) -> Tensor:
-        at_t = self._coefficients(t)
-        a, b = self._schedule.alpha_sigma(t)
-        # As at the top of the module; a and b are √ᾱ and √(1-ᾱ), or 1-σ and σ.
-        if prediction_type == "v_prediction":
-            ratio, lift_over_ratio = a, b / a
-        elif prediction_type == "sample":
-            ratio, lift_over_ratio = -a / b, -1 / a
-        else:
-            ratio, lift_over_ratio = a, 1 / a
-        signal = a > 0
-        bound = torch.where(signal, self._max_c2 * ratio.square(), 0.0)
-        at_t = replace(at_t, c=at_t.c.minimum(bound.sqrt()), c2=at_t.c2.minimum(bound))
-        square = at_t.complete_square(normalize=self._normalize)
-        skip_gain = torch.zeros_like(a) if square.skip_gain is None else square.skip_gain
-        rows = _OutputSquare(
-            square.weight,
-            square.gain,
-            torch.where(signal, (square.gain - 1) * lift_over_ratio, 0.0),
-            torch.where(signal, skip_gain / ratio, 0.0),
-        )
-        return torch.stack(rows, dim=-1)
-
-    def _coefficients(self, t: Tensor) -> Coefficients:
-        return coefficients(
-            self._schedule,
-            self._skip_set,
-            t=t,
-            tau=self._tau,
-            estimator=self._estimator,
-            max_c2=self._max_c2,
-        )
+def _output_square(
+    criterion: SkipStepLoss, prediction_type: PredictionType, t: Tensor
+) -> _OutputSquare:
+    """Return the square on the scale of an output other than ε̂, as at the top of the module."""
+    at_t = coefficients(
+        criterion.schedule,
+        criterion.skip_set,
+        t=t,
+        tau=criterion.tau,
+        estimator=criterion.estimator,
+        max_c2=criterion.max_c2,
+    )
+    a, b = criterion.schedule.alpha_sigma(t)
+    # a and b are √ᾱ and √(1-ᾱ), or 1-σ and σ.
+    if prediction_type == "v_prediction":
+        ratio, lift_over_ratio = a, b / a
+    elif prediction_type == "sample":
+        ratio, lift_over_ratio = -a / b, -1 / a
+    else:
+        ratio, lift_over_ratio = a, 1 / a
+    signal = a > 0
+    bound = torch.where(signal, criterion.max_c2 * ratio.square(), 0.0)
+    at_t = replace(at_t, c=at_t.c.minimum(bound.sqrt()), c2=at_t.c2.minimum(bound))
+    square = at_t.complete_square(normalize=criterion.normalize)
+    skip_gain = torch.zeros_like(a) if square.skip_gain is None else square.skip_gain
+    return _OutputSquare(
+        square.weight,
+        square.gain,
+        torch.where(signal, (square.gain - 1) * lift_over_ratio, 0.0),
+        torch.where(signal, skip_gain / ratio, 0.0),
+    )
 
 
 _PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow")

@@ -344,6 +344,40 @@ def read_table(table: Tensor, t: Tensor) -> Tensor:
         raise ValueError(f"t must lie in [0, {table.shape[0]}), got {outside[0].item()}") from error
 
 
+class TableCache:
+    """Functions of t, each as a table over a schedule's timesteps once it has been asked for.
+
+    In continuous time there is nothing to keep, and the function is called.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        """Begin with no table."""
+        self._schedule = schedule
+        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def read(
+        self,
+        name: str,
+        t: Tensor,
+        dtype: torch.dtype,
+        function: Callable[[Tensor], tuple[Tensor, ...]],
+        t_name: str = "t",
+    ) -> tuple[Tensor, ...]:
+        """Return `function(t)` in `dtype`; `name` stands for the function.
+
+        Raises:
+            TypeError, ValueError: if `t` does not hold times of the schedule.
+        """
+        self._schedule.check_timesteps(t, t_name)
+        timesteps = self._schedule.timesteps
+        if timesteps is None:
+            return tuple(column.to(dtype) for column in function(t))
+        key = (name, t.device, dtype)
+        if key not in self._tables:
+            self._tables[key] = torch.stack(function(timesteps), dim=-1).to(t.device, dtype)
+        return read_table(self._tables[key], t).unbind(-1)
+
+
 class _VpPath:
     """(log alpha, log sigma) of the VP and sub-VP SDE; a class, so that a schedule pickles."""
 

@@ -18,7 +18,7 @@ from s2dm_loss._checks import check_batch, check_choice, describe
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator, coefficients
 from s2dm_loss.functional import along
 from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, read_output
-from s2dm_loss.schedule import Schedule
+from s2dm_loss.schedule import Schedule, TableCache
 from s2dm_loss.skip_set import Skips, SkipSet
 
 
@@ -105,6 +105,8 @@ class ShrunkModel(nn.Module):
         self.estimator: Estimator = estimator
         self.prediction_type: PredictionType = prediction_type
         self.max_c2 = max_c2
+        self._tables = TableCache(schedule)
+        # Checks tau, max_c2 and the skips.
         self._scales_at(
             torch.zeros(1, dtype=torch.long if schedule.timesteps is not None else None)
         )
@@ -134,19 +136,19 @@ class ShrunkModel(nn.Module):
         mean, *variance = prediction.chunk(2, dim=1) if with_variance else (prediction,)
 
         dtype = torch.promote_types(torch.promote_types(mean.dtype, x_t.dtype), torch.float32)
-        scale, input_scale = (along(c.to(dtype), mean) for c in self._scales_at(t))
-        shrunk = scale * mean.to(dtype)
-        if self.prediction_type not in ("epsilon", "score"):
-            shrunk = shrunk + input_scale * x_t.to(dtype)
+        scale, *input_scale = self._tables.read(self.prediction_type, t, dtype, self._scales_at)
+        shrunk = along(scale, mean) * mean.to(dtype)
+        for factor in input_scale:
+            shrunk = shrunk + along(factor, mean) * x_t.to(dtype)
         mean = shrunk.to(prediction.dtype)
         return _replace(output, torch.cat([mean, *variance], dim=1) if variance else mean)
 
-    def _scales_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s and the factor on x_t with which s · output + factor · x_t has s ε̂ in it.
+    def _scales_at(self, t: Tensor) -> tuple[Tensor, ...]:
+        """Return s and a factor on x_t, such that s · output + factor · x_t has s ε̂ in it.
 
-        With ε̂ = ratio · output + lift · x_t that factor is (s-1) lift / ratio. At ᾱ = 0, where
-        ratio is 0, x_t is all noise, and no x_0 or v can say that ε̂ is a little less than x_t: the
-        output stays as it is.
+        A network that predicts the noise needs no factor. With ε̂ = ratio · output + lift · x_t it
+        is (s-1) lift / ratio. At ᾱ = 0, where ratio is 0, x_t is all noise, and no x_0 or v can say
+        that ε̂ is a little less than x_t: the output stays as it is.
         """
         s = gain(
             self.schedule,
@@ -157,7 +159,7 @@ class ShrunkModel(nn.Module):
             max_c2=self.max_c2,
         )
         if self.prediction_type in ("epsilon", "score"):
-            return s, torch.zeros_like(s)
+            return (s,)
         a, b = self.schedule.alpha_sigma(t)
         lift_over_ratio = {"v_prediction": b / a, "sample": -1 / a, "flow": 1 / a}
         factor = (s - 1) * lift_over_ratio[self.prediction_type]
