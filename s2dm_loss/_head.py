@@ -22,8 +22,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
+
+# Earlier compilers refuse a checkpoint inside DistributedDataParallel, or next to the question
+# whether a function transform is active. The module is slow to import there, too.
+_CHECKPOINTS_COMPILE = TorchVersion(torch.__version__) >= "2.13"
+if _CHECKPOINTS_COMPILE:
+    from torch.utils.checkpoint import checkpoint
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -193,11 +198,6 @@ def _reduce_batch(per_sample: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "none":
         return per_sample
     return per_sample.mean() if reduction == "mean" else per_sample.sum()
-
-
-# Earlier compilers refuse a checkpoint inside DistributedDataParallel, or next to the question
-# whether a function transform is active.
-_CHECKPOINTS_COMPILE = TorchVersion(torch.__version__) >= "2.13"
 
 
 def _is_better_made_twice() -> bool:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,13 +57,10 @@ class CompletedSquare(NamedTuple):
     skip_constant: Tensor | None = None
     cross_constant: Tensor | None = None
 
-    def given(self) -> dict[str, Tensor]:
-        """Return by name the fields that are not None."""
-        return {name: field for name, field in self._asdict().items() if field is not None}
-
     def to(self, dtype: torch.dtype) -> CompletedSquare:
         """Return it with every field in `dtype`."""
-        return CompletedSquare(**{name: field.to(dtype) for name, field in self.given().items()})
+        fields: list[Any] = [None if field is None else field.to(dtype) for field in self]
+        return CompletedSquare(*fields)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ def released_loss(
 def square_table(device: torch.device) -> Tensor:
     """Return weight, gain, constant and noise_constant of `expected`, of shape [T, 4]."""
     square = coefficients(NoiseSchedule.linear(), SKIP, tau=TAU).complete_square()
-    return torch.stack(list(square.given().values()), dim=-1).float().to(device)
+    given = [field for field in square if field is not None]
+    return torch.stack(given, dim=-1).float().to(device)
 
 
 def attempts(device: torch.device) -> dict[str, Loss]:
