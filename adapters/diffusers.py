@@ -53,11 +53,10 @@ from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
     Estimator,
-    coefficients,
 )
 from s2dm_loss.functional import draw_like, loss_dtype
 from s2dm_loss.loss import SkipStepLoss
-from s2dm_loss.prediction import read_output
+from s2dm_loss.prediction import epsilon_scales, read_output
 from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule, TableCache
 from s2dm_loss.shrink import ShrunkModel
 from s2dm_loss.skip_set import Skips
@@ -549,22 +548,10 @@ def _output_square(
     criterion: SkipStepLoss, prediction_type: PredictionType, t: Tensor
 ) -> _OutputSquare:
     """Return the square on the scale of an output other than ε̂, as at the top of the module."""
-    at_t = coefficients(
-        criterion.schedule,
-        criterion.skip_set,
-        t=t,
-        tau=criterion.tau,
-        estimator=criterion.estimator,
-        max_c2=criterion.max_c2,
-    )
+    at_t = criterion.coefficients_at(t)
+    # √ᾱ and √(1-ᾱ), or 1-σ and σ.
     a, b = criterion.schedule.alpha_sigma(t)
-    # a and b are √ᾱ and √(1-ᾱ), or 1-σ and σ.
-    if prediction_type == "v_prediction":
-        ratio, lift_over_ratio = a, b / a
-    elif prediction_type == "sample":
-        ratio, lift_over_ratio = -a / b, -1 / a
-    else:
-        ratio, lift_over_ratio = a, 1 / a
+    ratio, lift_over_ratio = epsilon_scales(prediction_type, a, b)
     signal = a > 0
     bound = torch.where(signal, criterion.max_c2 * ratio.square(), 0.0)
     at_t = replace(at_t, c=at_t.c.minimum(bound.sqrt()), c2=at_t.c2.minimum(bound))

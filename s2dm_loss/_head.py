@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -67,7 +68,7 @@ def completed_square(
         per_sample = completed_square(eps_hat, weight, constant, noise_constant, *target)
         return _reduce_batch(per_sample * weights.to(per_sample.dtype), reduction)
     if not _needs_plain_operators(weight, constant, noise_constant, *target):
-        return _apply_completed_square(  # type: ignore[no-any-return]
+        return _apply_completed_square(
             eps_hat, weight, constant, noise_constant, reduction, *target
         )
     plain = functools.partial(_plain_completed_square, reduction=reduction)
@@ -145,7 +146,9 @@ class _CompletedSquare(torch.autograd.Function):
 
 
 # `Function.apply` without its search for function transforms, which has been made by then.
-_apply_completed_square: Any = super(torch.autograd.Function, _CompletedSquare).apply
+_apply_completed_square: Callable[..., Tensor] = super(
+    torch.autograd.Function, _CompletedSquare
+).apply
 
 
 def _residual(eps_hat: Tensor, *target: Tensor) -> Tensor:
@@ -215,11 +218,9 @@ def _needs_plain_operators(*constants: Tensor | None) -> bool:
     Plain operators answer whatever transform stands around them (torch.func, forward mode, batched
     gradients), and the compiler fuses them by itself.
     """
-    for tensor in constants:
-        if tensor is not None and tensor.requires_grad:
-            return True
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or any(tensor is not None and tensor.requires_grad for tensor in constants)
     )

@@ -109,7 +109,7 @@ class SkipStepLoss(nn.Module):
         self.max_c2 = max_c2
         # Checks tau, max_c2 and the skips; in continuous time there is no table to make.
         timesteps = schedule.timesteps
-        at_t = self._coefficients_at(torch.full((1,), 0.5) if timesteps is None else timesteps)
+        at_t = self.coefficients_at(torch.full((1,), 0.5) if timesteps is None else timesteps)
         self._discrete = timesteps is not None
         self._tables: dict[str, Tensor] = {}
         if timesteps is not None:
@@ -221,7 +221,7 @@ class SkipStepLoss(nn.Module):
             tau, c, c2 = self._rows("terms_table", t, loss_dtype(eps_hat, noise)).unbind(-1)
             at_t = Coefficients(tau, c, c2, self.estimator)
         else:
-            at_t = self._coefficients_at(t)
+            at_t = self.coefficients_at(t)
         return loss_terms(eps_hat, noise, at_t, skip_noise)
 
     def _add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -236,9 +236,10 @@ class SkipStepLoss(nn.Module):
         if self._discrete:
             fields: tuple[Any, ...] = (*self._rows("square_table", t, dtype).unbind(-1), None)
             return CompletedSquare(*[fields[column] for column in self._columns])
-        return self._coefficients_at(t).complete_square(normalize=self.normalize).to(dtype)
+        return self.coefficients_at(t).complete_square(normalize=self.normalize).to(dtype)
 
-    def _coefficients_at(self, t: Tensor) -> Coefficients:
+    def coefficients_at(self, t: Tensor) -> Coefficients:
+        """Return the loss's `Coefficients` (Eq. 13) at times of any shape, computed in float64."""
         return coefficients(
             self.schedule,
             self.skip_set,

@@ -92,6 +92,19 @@ def output_from_epsilon(
     return -epsilon / b
 
 
+def epsilon_scales(prediction_type: PredictionType, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ratio and lift / ratio, with ε̂ = ratio · output + lift · x_t.
+
+    For "v_prediction", "sample" and "flow", each on its own kind of path. At a = 0, where ratio is
+    0, lift / ratio is infinite.
+    """
+    if prediction_type == "v_prediction":
+        return a, b / a
+    if prediction_type == "sample":
+        return -a / b, -1 / a
+    return a, 1 / a
+
+
 def read_output(output: Any) -> Tensor:
     """Return the tensor in a model's output: a tensor, a tuple's first, or a `.sample`."""
     if isinstance(output, Tensor):

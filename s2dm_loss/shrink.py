@@ -17,7 +17,12 @@ from typing_extensions import override
 from s2dm_loss._checks import check_batch, check_choice, describe
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator, coefficients
 from s2dm_loss.functional import along
-from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, read_output
+from s2dm_loss.prediction import (
+    PREDICTION_TYPES,
+    PredictionType,
+    epsilon_scales,
+    read_output,
+)
 from s2dm_loss.schedule import Schedule, TableCache
 from s2dm_loss.skip_set import Skips, SkipSet
 
@@ -161,9 +166,8 @@ class ShrunkModel(nn.Module):
         if self.prediction_type in ("epsilon", "score"):
             return (s,)
         a, b = self.schedule.alpha_sigma(t)
-        lift_over_ratio = {"v_prediction": b / a, "sample": -1 / a, "flow": 1 / a}
-        factor = (s - 1) * lift_over_ratio[self.prediction_type]
-        return torch.where(a > 0, s, 1.0), torch.where(a > 0, factor, 0.0)
+        _, lift_over_ratio = epsilon_scales(self.prediction_type, a, b)
+        return torch.where(a > 0, s, 1.0), torch.where(a > 0, (s - 1) * lift_over_ratio, 0.0)
 
     def _batch_of_times(self, t: Tensor | float, x_t: Tensor) -> Tensor:
         t = torch.as_tensor(t, device=x_t.device)

@@ -52,7 +52,8 @@ REAL_SHAPES = {
 }
 # Stable Diffusion's latents; measured as the size that they are.
 LATENTS = (64, 4, 64, 64)
-# On a CPU, where each compilation takes many seconds, these are compiled and taken in bfloat16.
+# On a CPU, where each compilation takes many seconds, only the sizes of these log2 are compiled and
+# taken in bfloat16.
 IN_FULL_ON_CPU = (20, 22)
 ALLOCATIONS = 5
 
