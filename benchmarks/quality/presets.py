@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from benchmarks.quality.features import ClassifierFeatures, FeatureSpec, InceptionFeatures
-from benchmarks.quality.networks import MLPSpec, NetworkSpec, UNetSpec
+from benchmarks.quality.networks import MLPSpec, NetworkSpec, PreconditionedUNetSpec, UNetSpec
 from benchmarks.quality.objectives import (
     Correction,
     EpsilonScaling,
@@ -230,6 +230,30 @@ CIFAR10 = Preset(
         "relative improvement over plain, range over samplers and steps": "3.27 % to 14.06 %",
     },
 )
+CIFAR10_SMALL = Preset(
+    name="cifar10-small",
+    about="CIFAR10 with a network of 4.4 M parameters; data from a local folder, a day on 2 cores",
+    data="cifar10",
+    network=PreconditionedUNetSpec(
+        UNetSpec(channels=64, multipliers=(1, 2, 2), blocks=1, attention_at=(8,))
+    ),
+    budget=Budget(
+        steps=16_000,
+        batch_size=128,
+        learning_rate=5e-4,
+        ema_decay=0.9995,
+        grad_clip=1.0,
+        flip=True,
+        checkpoint_every=500,
+        warmup=500,
+        keep_at=(0.25, 0.5, 0.75),
+    ),
+    features=ClassifierFeatures(),
+    samples=10_000,
+    sample_batch=500,
+    arms=(arm(Plain(), samplers=("ddim",), steps=(10,)),),
+    seeds=(0, 1),
+)
 CELEBA = replace(
     CIFAR10,
     name="celeba",
@@ -243,4 +267,4 @@ CELEBA = replace(
     },
 )
 
-PRESETS = {p.name: p for p in (DIGITS, DIGITS_FULL, TEXTURES, PATCHES, CIFAR10, CELEBA)}
+PRESETS = {p.name: p for p in (DIGITS, DIGITS_FULL, TEXTURES, PATCHES, CIFAR10_SMALL, CIFAR10, CELEBA)}

@@ -39,6 +39,9 @@ class Budget:
         flip: Mirror images at random.
         log_every: Steps per point of the loss curve.
         checkpoint_every: Steps between checkpoints.
+        warmup: Steps over which the learning rate rises from zero.
+        keep_at: Shares of the steps after which the whole state is kept for good, as
+            ``state-<percent>.pt``: to compare a network with its younger self, and to branch from.
     """
 
     steps: int
@@ -50,6 +53,8 @@ class Budget:
     flip: bool = False
     log_every: int = 100
     checkpoint_every: int = 1000
+    warmup: int = 0
+    keep_at: tuple[float, ...] = ()
 
 
 class Progress(Protocol):
@@ -173,6 +178,7 @@ class _Run:
         """Go on from the checkpoint, where there is one, to the end."""
         if checkpoint.exists():
             self._restore(load_tensors(checkpoint))
+        kept = {round(self.budget.steps * at): round(100 * at) for at in self.budget.keep_at}
         began = time.perf_counter()
         while self.step < self.budget.steps:
             self._take_step()
@@ -183,14 +189,17 @@ class _Run:
                 self.seconds, began = self.seconds + now - began, now
                 if self.accelerator.is_main_process:
                     save_tensors(checkpoint, self._state())
+            if (percent := kept.get(self.step)) is not None and self.accelerator.is_main_process:
+                save_tensors(checkpoint.with_name(f"state-{percent}.pt"), self._state())
             progress(1)
         self.seconds += time.perf_counter() - began
 
     def _learning_rate(self) -> float:
+        rate = self.budget.learning_rate * min(1.0, (self.step + 1) / (self.budget.warmup + 1))
         if not self.budget.anneal:
-            return self.budget.learning_rate
+            return rate
         done = self.step / self.budget.steps
-        return self.budget.learning_rate * (1 + math.cos(math.pi * done)) / 2
+        return rate * (1 + math.cos(math.pi * done)) / 2
 
     def _batch(self) -> Batch:
         stream = self.streams[Purpose.TRAINING]
