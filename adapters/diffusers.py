@@ -3,38 +3,18 @@
     skip_loss = SkipLoss.from_scheduler(noise_scheduler, skip_set=9)        # once
     loss = skip_loss(model_pred, target, noisy_latents, timesteps)          # in place of F.mse_loss
 
-A script's loss is mse(output, target), whichever of ε, v and x_0 the output is. On its noise
-prediction that is the plain loss times a weight w(t) of the script's choosing,
-
-    mse(output, target) = w mse(ε̂, ε),    ε̂ = ratio · output + lift · x_t,    w = 1 / ratio²,
-
-and S²-DM keeps that weight: L = w (τ mse(ε̂, ε) + (1-τ) mse(c ε̂, ζ)). Written on the output (the
-square of `coefficients`, divided by ratio), and with ζ for the estimator "fresh" alone,
-
-    L = A mse(output, s target + (s-1) (lift / ratio) x_t + (g / ratio) ζ) + a constant
-
-    prediction_type   ratio       lift      lift / ratio
-    "epsilon"         1           0         0
-    "v_prediction"    √ᾱ          √(1-ᾱ)    √(1-ᾱ) / √ᾱ
-    "sample"          -√ᾱ/√(1-ᾱ)  1/√(1-ᾱ)  -1 / √ᾱ
-    "flow"            1-σ         1         1 / (1-σ)
-
-so at τ = 1, where A = s = 1 and g = 0, it is the script's own loss. ε is what target and x_t say it
-is, which stays true where a script has changed either (noise offset, input perturbation, DREAM).
-The constant, which no gradient sees, is kept for "epsilon" and left out elsewhere: times w it would
-be infinite at ᾱ = 0. There an output cannot express a gain on ε̂ either (x_t is all noise, ε̂ = x_t),
-so besides c² <= max_c2 there holds c² <= max_c2 · ratio², which takes the loss smoothly to τ times
-the script's own as ᾱ goes to 0.
+A script's loss is mse(output, target), whichever of ε, v and x_0 the output is, and so is this one
+at τ = 1: it is `SkipStepLoss.from_prediction` for an ε and `from_output` for any other output, with
+the schedule and the prediction type read from the script's noise scheduler.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
-from dataclasses import replace
-from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -48,20 +28,19 @@ from s2dm_loss._checks import (
     check_per_sample,
     describe,
 )
-from s2dm_loss._head import Reduction, completed_square
-from s2dm_loss.coefficients import (
-    DEFAULT_MAX_C2,
-    DEFAULT_TAU,
-    Estimator,
-)
-from s2dm_loss.functional import draw_like, loss_dtype
+from s2dm_loss._head import Reduction
+from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
+from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.loss import SkipStepLoss
-from s2dm_loss.prediction import epsilon_scales, read_output
-from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule, TableCache
+from s2dm_loss.output import RegressionTarget
+from s2dm_loss.prediction import read_output
+from s2dm_loss.schedule import NoiseSchedule, Schedule
 from s2dm_loss.shrink import ShrunkModel
 from s2dm_loss.skip_set import Skips
+from s2dm_loss.weighting import Weighting
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+_PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 
 # More than the relative difference of ᾱ between diffusers' float32 tables and the same schedule in
 # float64; measured over its schedulers and schedules it stays below 4e-5.
@@ -92,6 +71,7 @@ class SkipLoss(nn.Module):
         tau: float = DEFAULT_TAU,
         estimator: Estimator = "expected",
         reduction: Reduction = "mean",
+        weighting: Weighting | None = None,
         normalize: bool = False,
         max_c2: float = DEFAULT_MAX_C2,
     ) -> None:
@@ -105,6 +85,9 @@ class SkipLoss(nn.Module):
             tau: τ in [0, 1]; 1 is the script's own loss.
             estimator: "expected", "fresh" or "shared".
             reduction: "mean" or "sum" over the batch, or "none" for shape [B].
+            weighting: A weighting by its name, such as "min_snr", or a function of log SNR, exact
+                for each prediction type; see `SkipStepLoss`. A script's `snr_gamma` is then not
+                needed; what it passes in `weights` multiplies.
             normalize: Drop the weight A(t), as for `SkipStepLoss`.
             max_c2: Upper bound on c², and on c² w on the scale of the output.
 
@@ -118,16 +101,20 @@ class SkipLoss(nn.Module):
             raise ValueError("prediction_type must be given where no config says it, got None")
         self.scheduler = scheduler
         self.prediction_type: PredictionType | None = prediction_type
-        self.criterion: SkipStepLoss = SkipStepLoss(
-            schedule,
-            skip_set,
-            tau=tau,
-            estimator=estimator,
-            reduction=reduction,
-            normalize=normalize,
-            max_c2=max_c2,
-        )
-        self._squares = TableCache(schedule)
+        # One for each prediction type that the config has been seen to say.
+        self._criteria = nn.ModuleDict()
+        self._settings: dict[str, Any] = {
+            "schedule": schedule,
+            "skip_set": skip_set,
+            "tau": tau,
+            "estimator": estimator,
+            "reduction": reduction,
+            "weighting": weighting,
+            "normalize": normalize,
+            "max_c2": max_c2,
+        }
+        known = prediction_type or prediction_type_of(scheduler)
+        self._criteria[known] = SkipStepLoss(**self._settings, prediction_type=known)
 
     @classmethod
     def from_scheduler(
@@ -139,6 +126,7 @@ class SkipLoss(nn.Module):
         tau: float = DEFAULT_TAU,
         estimator: Estimator = "expected",
         reduction: Reduction = "mean",
+        weighting: Weighting | None = None,
         normalize: bool = False,
         max_c2: float = DEFAULT_MAX_C2,
     ) -> Self:
@@ -158,8 +146,11 @@ class SkipLoss(nn.Module):
             estimator: "expected", "fresh" or "shared".
             reduction: "mean" or "sum" over the batch, or "none" for shape [B]. The data axes are
                 always averaged.
+            weighting: A weighting by its name, such as "min_snr", or a function of log SNR, exact
+                for each prediction type; see `SkipStepLoss`. A script's `snr_gamma` is then not
+                needed; what it passes in `weights` multiplies.
             normalize: Drop the weight A(t), as for `SkipStepLoss`.
-            max_c2: Upper bound on c²; see the top of this module.
+            max_c2: Upper bound on c²; see `SkipStepLoss.from_output`.
 
         Raises:
             TypeError: if `scheduler` is no diffusers scheduler.
@@ -186,6 +177,7 @@ class SkipLoss(nn.Module):
             tau=tau,
             estimator=estimator,
             reduction=reduction,
+            weighting=weighting,
             normalize=normalize,
             max_c2=max_c2,
         )
@@ -221,10 +213,10 @@ class SkipLoss(nn.Module):
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
-        self._check_call(model_pred, target, noisy_latents, timesteps, weights, skip_noise)
-        prediction_type = self._prediction_type()
-        if prediction_type == "epsilon":
-            return self.criterion.from_prediction(
+        criterion = self._check_call(target, noisy_latents, timesteps, model_pred)
+        if criterion.prediction_type == "epsilon":
+            # With the loss's constant, so that its value is the released code's.
+            return criterion.from_prediction(
                 model_pred,
                 target,
                 timesteps,
@@ -232,35 +224,51 @@ class SkipLoss(nn.Module):
                 weights=weights,
                 generator=generator,
             )
-        if self.criterion.estimator == "fresh" and skip_noise is None:
-            skip_noise = draw_like(target, generator)
-
-        dtype = loss_dtype(model_pred, target, noisy_latents)
-        square = _OutputSquare(
-            *self._squares.read(
-                prediction_type,
-                timesteps,
-                dtype,
-                partial(_output_square, self.criterion, prediction_type),
-                "timesteps",
-            )
-        )
-        regressed = [square.gain, target, square.input_scale, noisy_latents]
-        if skip_noise is not None:
-            regressed += [square.skip_scale, skip_noise]
-        return completed_square(
+        return criterion.from_output(
             model_pred,
-            square.weight,
-            None,
-            None,
-            *regressed,
-            reduction=self.criterion.reduction,
+            target,
+            noisy_latents,
+            timesteps,
+            skip_noise=skip_noise,
             weights=weights,
+            generator=generator,
+        )
+
+    def regression_target(
+        self,
+        target: Tensor,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        *,
+        skip_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> RegressionTarget:
+        """Return the changed target and its weight, for a script that keeps its own loss.
+
+        For Huber losses, masks and two-part losses; the arguments are those of the loss, and
+        `SkipStepLoss.regression_target` says what comes back.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said; the message names it.
+        """
+        criterion = self._check_call(target, noisy_latents, timesteps)
+        return criterion.regression_target(
+            target, noisy_latents, timesteps, skip_noise=skip_noise, generator=generator
         )
 
     @property
+    def criterion(self) -> SkipStepLoss:
+        """The loss for the prediction type that holds now."""
+        prediction_type = self._prediction_type()
+        if prediction_type not in self._criteria:
+            self._criteria[prediction_type] = SkipStepLoss(
+                **self._settings, prediction_type=prediction_type
+            )
+        return cast("SkipStepLoss", self._criteria[prediction_type])
+
+    @property
     def _is_flow(self) -> bool:
-        return self.criterion.schedule.timesteps is None
+        return self._settings["schedule"].timesteps is None
 
     def _prediction_type(self) -> PredictionType:
         given = self.prediction_type
@@ -283,15 +291,15 @@ class SkipLoss(nn.Module):
 
     def _check_call(
         self,
-        model_pred: Tensor,
         target: Tensor,
         noisy_latents: Tensor,
         timesteps: Tensor,
-        weights: Tensor | None,
-        skip_noise: Tensor | None,
-    ) -> None:
+        model_pred: Tensor | None = None,
+    ) -> SkipStepLoss:
+        """Return the loss of one call, or raise in the words of the script."""
         check_batch("target", target)
-        check_like("model_pred", model_pred, "target", target)
+        if model_pred is not None:
+            check_like("model_pred", model_pred, "target", target)
         if check_batch("noisy_latents", noisy_latents).shape != target.shape:
             raise ValueError(
                 f"noisy_latents must have the shape of target, {tuple(target.shape)}: the noisy "
@@ -300,15 +308,7 @@ class SkipLoss(nn.Module):
             )
         check_like("noisy_latents", noisy_latents, "target", target)
         self._check_times(timesteps, target)
-        if weights is not None:
-            check_per_sample("weights", weights, "target", target)
-        if skip_noise is not None:
-            if self.criterion.estimator != "fresh":
-                raise ValueError(
-                    "skip_noise belongs to the estimator 'fresh', got it with "
-                    f"{self.criterion.estimator!r}"
-                )
-            check_like("skip_noise", skip_noise, "target", target)
+        return self.criterion
 
     def _check_times(self, timesteps: Tensor, target: Tensor) -> None:
         if not isinstance(timesteps, Tensor):
@@ -341,7 +341,8 @@ class SkipLoss(nn.Module):
 
     @override
     def __repr__(self) -> str:
-        text = repr(self.criterion).replace("SkipStepLoss(", "SkipLoss(", 1)
+        text = repr(next(iter(self._criteria.values())))
+        text = re.sub(r", prediction_type='\w+'", "", text.replace("SkipStepLoss(", "SkipLoss(", 1))
         if self.prediction_type is None:
             return text
         return f"{text[:-1]}, prediction_type={self.prediction_type!r})"
@@ -418,14 +419,16 @@ class PipelineGain:
                 f"pipe has a gain on its {type(denoiser).__name__} already, and two would "
                 "multiply: remove the first handle"
             )
+        self._settings: dict[str, Any] = {
+            "model": denoiser,
+            "schedule": schedule,
+            "skip_set": skip_set,
+            "tau": tau,
+            "estimator": estimator,
+            "max_c2": max_c2,
+        }
         self._shrunk = ShrunkModel(
-            denoiser,
-            schedule,
-            skip_set,
-            tau=tau,
-            estimator=estimator,
-            prediction_type=prediction_type_of(pipe.scheduler),
-            max_c2=max_c2,
+            **self._settings, prediction_type=prediction_type_of(pipe.scheduler)
         )
         self._pipe = pipe
         self._denoiser = denoiser
@@ -465,7 +468,9 @@ class PipelineGain:
         # Inpainting and image conditions are concatenated behind the noisy channels.
         x_t = x_t[:, : prediction.shape[1] // 2 if learned_variance else prediction.shape[1]]
         # A pipeline's scheduler, and with it the prediction type, can be exchanged.
-        self._shrunk.prediction_type = prediction_type_of(self._pipe.scheduler)
+        prediction_type = prediction_type_of(self._pipe.scheduler)
+        if prediction_type != self._shrunk.prediction_type:
+            self._shrunk = ShrunkModel(**self._settings, prediction_type=prediction_type)
         return self._shrunk.shrink(output, x_t, call["timestep"])
 
     @override
@@ -533,39 +538,6 @@ def prediction_type_of(scheduler: Any) -> PredictionType:
         "scheduler.config.prediction_type", prediction_type, ("epsilon", "v_prediction", "sample")
     )
     return prediction_type  # type: ignore[no-any-return]
-
-
-class _OutputSquare(NamedTuple):
-    """L = weight · mse(output, gain · target + input_scale · x_t + skip_scale · ζ)."""
-
-    weight: Tensor
-    gain: Tensor
-    input_scale: Tensor
-    skip_scale: Tensor
-
-
-def _output_square(
-    criterion: SkipStepLoss, prediction_type: PredictionType, t: Tensor
-) -> _OutputSquare:
-    """Return the square on the scale of an output other than ε̂, as at the top of the module."""
-    at_t = criterion.coefficients_at(t)
-    # √ᾱ and √(1-ᾱ), or 1-σ and σ.
-    a, b = criterion.schedule.alpha_sigma(t)
-    ratio, lift_over_ratio = epsilon_scales(prediction_type, a, b)
-    signal = a > 0
-    bound = torch.where(signal, criterion.max_c2 * ratio.square(), 0.0)
-    at_t = replace(at_t, c=at_t.c.minimum(bound.sqrt()), c2=at_t.c2.minimum(bound))
-    square = at_t.complete_square(normalize=criterion.normalize)
-    skip_gain = torch.zeros_like(a) if square.skip_gain is None else square.skip_gain
-    return _OutputSquare(
-        square.weight,
-        square.gain,
-        torch.where(signal, (square.gain - 1) * lift_over_ratio, 0.0),
-        torch.where(signal, skip_gain / ratio, 0.0),
-    )
-
-
-_PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow")
 
 
 def _rebuilt(config: Any, num_train_timesteps: int) -> NoiseSchedule | None:

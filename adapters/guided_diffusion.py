@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from s2dm_loss import NoiseSchedule, Schedule, SkipSet, SkipStepLoss, epsilon_from_output
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
+from s2dm_loss.prediction import PredictionType
 
 __all__ = ["SkipStepMixin", "skip_step"]
 
@@ -76,7 +77,6 @@ def skip_step(
         tau=tau,
         estimator=estimator,
         reduction="none",
-        prediction_type="epsilon" if plain.model_mean_type.name == "EPSILON" else "sample",
         max_c2=max_c2,
     )
     return extended  # type: ignore[no-any-return]
@@ -126,9 +126,8 @@ class SkipStepMixin:
         output = recorder.output
         if this.model_var_type.name in _LEARNED_VARIANCES:
             output = output[:, : x_start.shape[1]]
-        eps_hat = epsilon_from_output(
-            output, recorder.x_t, t, criterion.schedule, criterion.prediction_type
-        )
+        predicts: PredictionType = "epsilon" if this.model_mean_type.name == "EPSILON" else "sample"
+        eps_hat = epsilon_from_output(output, recorder.x_t, t, criterion.schedule, predicts)
         if skip_noise is None and criterion.estimator == "fresh":
             skip_noise = torch.randn_like(noise)
         paper = criterion.terms(eps_hat, noise, t, skip_noise=skip_noise)

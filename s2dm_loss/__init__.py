@@ -6,8 +6,10 @@
 
 from s2dm_loss._version import __version__
 from s2dm_loss.coefficients import Coefficients, CompletedSquare, coefficients
+from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.functional import LossTerms, skip_step_loss
 from s2dm_loss.loss import SkipStepLoss
+from s2dm_loss.output import RegressionTarget
 from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
 from s2dm_loss.recommend import (
     GainCandidate,
@@ -15,7 +17,7 @@ from s2dm_loss.recommend import (
     GainSearch,
     GainSearchCost,
 )
-from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule
+from s2dm_loss.schedule import NoiseSchedule, Schedule
 from s2dm_loss.shrink import ShrunkModel, epsilon_scaling, gain
 from s2dm_loss.skip_set import SkipSet
 
@@ -29,6 +31,7 @@ __all__ = [
     "GainSearchCost",
     "LossTerms",
     "NoiseSchedule",
+    "RegressionTarget",
     "Schedule",
     "ShrunkModel",
     "SkipSet",

@@ -53,6 +53,20 @@ def check_count(name: str, value: object, low: int = 1) -> int:
     return int(value)
 
 
+class FixedSettings:
+    """Attributes that are read once, when tables are made, and cannot be set again."""
+
+    _fixed: frozenset[str] = frozenset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed and name in self.__dict__:
+            raise AttributeError(
+                f"{name} is read when a {type(self).__name__} is made and cannot be changed after "
+                "that: make another one"
+            )
+        super().__setattr__(name, value)
+
+
 def check_batch(name: str, value: object) -> Tensor:
     """Return a floating-point tensor with a batch axis."""
     if not isinstance(value, Tensor):
@@ -113,9 +127,11 @@ def _learned_variance_hint(value: Tensor, like: Tensor) -> str:
 
 
 def as_float64(name: str, values: Any) -> Tensor:
-    """Return a sequence, array or tensor as a detached 1-d float64 tensor on the CPU."""
+    """Return a sequence, array or tensor as a 1-d float64 tensor on the CPU, always a copy."""
     try:
-        tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
+        if hasattr(values, "__array_interface__"):
+            values = values.copy()  # torch takes no reversed array, and warns of a read-only one
+        tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a sequence of numbers, got {describe(values)}") from error
     if tensor.ndim != 1 or tensor.numel() == 0:

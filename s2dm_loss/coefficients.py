@@ -25,18 +25,19 @@ Several skips at once are the mean of their losses: c and c² become means over 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from s2dm_loss._checks import check_choice, check_number
-from s2dm_loss.schedule import Schedule, wide_dtype
+from s2dm_loss._checks import check_choice, check_number, describe
+from s2dm_loss.schedule import Schedule, check_schedule, wide_dtype
 from s2dm_loss.skip_set import Skips, SkipSet
 
 Estimator = Literal["expected", "fresh", "shared"]
-ESTIMATORS: tuple[Estimator, ...] = ("expected", "fresh", "shared")
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 DEFAULT_TAU = 0.99
 DEFAULT_MAX_C2 = 100.0
@@ -61,6 +62,22 @@ class CompletedSquare(NamedTuple):
         """Return it with every field in `dtype`."""
         fields: list[Any] = [None if field is None else field.to(dtype) for field in self]
         return CompletedSquare(*fields)
+
+    def times(self, factor: Tensor) -> CompletedSquare:
+        """Return the square of `factor` times the loss; the target stays."""
+
+        def scaled(field: Tensor | None) -> Tensor | None:
+            return None if field is None else factor * field
+
+        return CompletedSquare(
+            weight=factor * self.weight,
+            gain=self.gain,
+            constant=scaled(self.constant),
+            noise_constant=scaled(self.noise_constant),
+            skip_gain=self.skip_gain,
+            skip_constant=scaled(self.skip_constant),
+            cross_constant=scaled(self.cross_constant),
+        )
 
 
 @dataclass(frozen=True)
@@ -92,28 +109,37 @@ class Coefficients:
     def complete_square(self, *, normalize: bool = False) -> CompletedSquare:
         """Return the one quadratic; with `normalize`, mse(ε̂, target) without A and constant."""
         a = self.weight
-        # A is 0 only at τ = 0 where consecutive ᾱ are equal: nothing to learn there, any s will do.
-        safe = torch.where(a > 0, a, 1.0)
+        # A is next to 0 only at τ = 0 where ᾱ hardly falls: nothing to learn there, any s will do.
+        safe = torch.where(a > _SMALLEST_WEIGHT, a, 1.0)
         s = self.tau / safe
         g = (1 - self.tau) * self.c / safe
-        if self.estimator == "expected":
-            square = CompletedSquare(
-                a, s, constant=1 - self.tau, noise_constant=self.tau - a * s**2
-            )
-        elif self.estimator == "shared":
-            square = CompletedSquare(a, s + g, noise_constant=1 - a * (s + g) ** 2)
-        else:
-            square = CompletedSquare(
-                a,
-                s,
-                noise_constant=self.tau - a * s**2,
-                skip_gain=g,
-                skip_constant=1 - self.tau - a * g**2,
-                cross_constant=-2 * a * s * g,
-            )
+        square = _SQUARES[self.estimator](self.tau, a, s, g)
         if normalize:
             return CompletedSquare(torch.ones_like(a), square.gain, skip_gain=square.skip_gain)
         return square
+
+    def bounded(self, max_c2: Tensor) -> Coefficients:
+        """Return it with c² <= `max_c2`, of the shape of t."""
+        return replace(self, c=self.c.minimum(max_c2.sqrt()), c2=self.c2.minimum(max_c2))
+
+
+_SMALLEST_WEIGHT = 1e-30
+
+# The three readings of ζ, as in the table at the top of the module, from τ, A, s and g.
+_SQUARES: dict[Estimator, Callable[[Tensor, Tensor, Tensor, Tensor], CompletedSquare]] = {
+    "expected": lambda tau, a, s, _g: CompletedSquare(
+        a, s, constant=1 - tau, noise_constant=tau - a * s**2
+    ),
+    "fresh": lambda tau, a, s, g: CompletedSquare(
+        a,
+        s,
+        noise_constant=tau - a * s**2,
+        skip_gain=g,
+        skip_constant=1 - tau - a * g**2,
+        cross_constant=-2 * a * s * g,
+    ),
+    "shared": lambda _tau, a, s, g: CompletedSquare(a, s + g, noise_constant=1 - a * (s + g) ** 2),
+}
 
 
 def coefficients(
@@ -142,8 +168,7 @@ def coefficients(
     Raises:
         TypeError, ValueError: if an argument is not as said, or the skips do not fit the schedule.
     """
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a NoiseSchedule or another Schedule, got {schedule!r}")
+    schedule = check_schedule(schedule)
     tau = check_number("tau", tau, 0.0, 1.0)
     max_c2 = check_number("max_c2", max_c2, 0.0, math.inf)
     check_choice("estimator", estimator, ESTIMATORS)
@@ -151,12 +176,16 @@ def coefficients(
         t = schedule.timesteps
         if t is None:
             raise ValueError("t must be given for a continuous schedule, got None")
+    if not isinstance(t, Tensor):
+        raise TypeError(f"t must be a tensor, got {describe(t)}")
     schedule.check_timesteps(t)
     if t.is_floating_point():
         t = t.to(wide_dtype(t.device))
     earlier, valid = SkipSet.wrap(skip_set).earlier(t, schedule)
 
-    log_ratio = schedule.log_alphas_cumprod_at(earlier) - schedule.log_alphas_cumprod_at(t)
+    at_earlier, at_t = (schedule.log_alphas_cumprod_at(time) for time in (earlier, t))
+    # Where a skip is lost in rounding, also between two infinities, nothing has been skipped.
+    log_ratio = torch.where(at_earlier == at_t, 0.0, at_earlier - at_t)
     # The clamp stands before the `where`: a masked infinity would survive as NaN in 0 * inf below.
     c2 = torch.where(valid, log_ratio.expm1().clamp(min=0.0, max=max_c2), 0.0)
     valid_skips = valid.sum(0)

@@ -13,6 +13,7 @@ from s2dm_loss._head import REDUCTIONS, Reduction, completed_square, mean_square
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
+    ESTIMATORS,
     Coefficients,
     CompletedSquare,
     Estimator,
@@ -75,12 +76,12 @@ def skip_step_loss(
     Raises:
         TypeError, ValueError: if an argument is not as said; the message names it.
     """
+    check_choice("estimator", estimator, ESTIMATORS)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_prediction(eps_hat, noise, t, skip_noise, weights, estimator)
+    check_prediction(eps_hat, noise, t, weights)
+    skip_noise = read_skip_noise(estimator, skip_noise, "noise", noise, generator)
     at_t = coefficients(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2)
     square = at_t.complete_square(normalize=normalize).to(loss_dtype(eps_hat, noise))
-    if estimator == "fresh" and skip_noise is None:
-        skip_noise = draw_like(noise, generator)
     return completed_square_loss(eps_hat, noise, square, skip_noise, reduction, weights)
 
 
@@ -132,22 +133,43 @@ def check_prediction(
     eps_hat: Tensor,
     noise: Tensor,
     t: Tensor,
-    skip_noise: Tensor | None,
-    weights: Tensor | None,
-    estimator: Estimator,
+    weights: Tensor | None = None,
+    names: tuple[str, str] = ("eps_hat", "noise"),
 ) -> None:
-    """Raise unless the tensors of one loss call fit together."""
-    check_batch("noise", noise)
-    check_like("eps_hat", eps_hat, "noise", noise)
-    check_per_sample("t", t, "noise", noise)
+    """Raise unless the tensors of one loss call fit together; `names` are the first two's."""
+    check_batch(names[1], noise)
+    check_like(names[0], eps_hat, names[1], noise)
+    if noise.requires_grad and not eps_hat.requires_grad:
+        raise ValueError(
+            f"{names[1]} requires grad and {names[0]} does not: the prediction comes first, "
+            f"({', '.join(names)}, ...)"
+        )
+    check_per_sample("t", t, names[1], noise)
     if weights is not None:
-        check_per_sample("weights", weights, "noise", noise)
-    if skip_noise is not None:
-        if estimator != "fresh":
+        check_per_sample("weights", weights, names[1], noise)
+
+
+def read_skip_noise(
+    estimator: Estimator,
+    skip_noise: Tensor | None,
+    like_name: str,
+    like: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor | None:
+    """Return ζ where the estimator has one, drawn if it is not given, and None elsewhere.
+
+    Raises:
+        TypeError, ValueError: if ζ is given to another estimator, or is not shaped as `like`.
+    """
+    if estimator != "fresh":
+        if skip_noise is not None:
             raise ValueError(
                 f"skip_noise belongs to the estimator 'fresh', got it with {estimator!r}"
             )
-        check_like("skip_noise", skip_noise, "noise", noise)
+        return None
+    if skip_noise is None:
+        return draw_like(like, generator)
+    return check_like("skip_noise", skip_noise, like_name, like)
 
 
 def draw_like(noise: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from s2dm_loss._checks import check_batch, check_choice, check_like, check_per_sample
-from s2dm_loss._head import REDUCTIONS, Reduction
+from s2dm_loss._checks import (
+    FixedSettings,
+    check_batch,
+    check_choice,
+    check_like,
+    check_per_sample,
+    describe,
+)
+from s2dm_loss._head import REDUCTIONS, Reduction, completed_square
+from s2dm_loss._tables import TimeTable
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
@@ -29,19 +36,17 @@ from s2dm_loss.functional import (
     draw_like,
     loss_dtype,
     loss_terms,
+    read_skip_noise,
 )
-from s2dm_loss.prediction import (
-    PREDICTION_TYPES,
-    PredictionType,
-    epsilon_from_output,
-    read_output,
-)
-from s2dm_loss.schedule import Schedule, read_table
+from s2dm_loss.output import OutputSquare, RegressionTarget, output_square, output_weights
+from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, read_output
+from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
+from s2dm_loss.weighting import Weighting, check_weights, read_weighting
 
 
-class SkipStepLoss(nn.Module):
-    """The training loss of Skip-Step Diffusion Models (arXiv 2401.01520) for any ε-model.
+class SkipStepLoss(FixedSettings, nn.Module):
+    """The training loss of Skip-Step Diffusion Models (arXiv 2401.01520) for any network.
 
     >>> from s2dm_loss import NoiseSchedule, SkipStepLoss
     >>> criterion = SkipStepLoss(NoiseSchedule.linear(1000), skip_set=9)
@@ -52,10 +57,18 @@ class SkipStepLoss(nn.Module):
     >>> loss.shape
     torch.Size([])
 
-    It has no parameters and leaves no keys in a `state_dict`. Its tables follow the tensors it is
-    given, so `.to(device)` is never needed; call it all the same before `torch.compile`, which
-    should not trace the move.
+    Three ways in: `criterion(model, x0)` does the whole step; `from_prediction` takes an ε̂ that a
+    trainer has made, and `from_output` the output of a network that predicts anything else.
+
+    It has no parameters, no buffers and no keys in a `state_dict`. Its tables follow the tensors it
+    is given, so `.to(device)` is never needed; call it all the same before `torch.compile`, which
+    should not trace the move. Its settings are fixed once it is made.
     """
+
+    _fixed = frozenset(
+        {"schedule", "skip_set", "tau", "estimator", "reduction", "prediction_type"}
+        | {"weighting", "normalize", "max_c2"}
+    )
 
     def __init__(
         self,
@@ -66,6 +79,7 @@ class SkipStepLoss(nn.Module):
         estimator: Estimator = "expected",
         reduction: Reduction = "mean",
         prediction_type: PredictionType = "epsilon",
+        weighting: Weighting | None = None,
         normalize: bool = False,
         max_c2: float = DEFAULT_MAX_C2,
     ) -> None:
@@ -83,7 +97,10 @@ class SkipStepLoss(nn.Module):
             reduction: "mean" or "sum" over the batch, or "none" for a loss of shape [B]. The data
                 axes are always averaged.
             prediction_type: What `model` predicts: "epsilon", "v_prediction", "sample", "flow" or
-                "score". The loss is on ε̂, whichever it is.
+                "score".
+            weighting: What the error of the noise counts at each t: a name such as "min_snr" or a
+                function of log SNR, see `s2dm_loss.weighting`. None is the paper's loss, and for a
+                network that predicts something else the plain mean squared error of its output.
             normalize: Drop the weight A(t) and the constant, leaving mse(ε̂, target), which has the
                 same minimiser and weighs every timestep alike.
             max_c2: Upper bound on c²; see `coefficients`.
@@ -95,43 +112,32 @@ class SkipStepLoss(nn.Module):
         check_choice("estimator", estimator, ESTIMATORS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        if not isinstance(schedule, Schedule):
-            raise TypeError(
-                f"schedule must be a NoiseSchedule or another Schedule, got {schedule!r}"
-            )
-        self.schedule = schedule
+        self.schedule: Schedule = check_schedule(schedule)
         self.skip_set: SkipSet = SkipSet.wrap(skip_set)
         self.tau = tau
         self.estimator: Estimator = estimator
         self.reduction: Reduction = reduction
         self.prediction_type: PredictionType = prediction_type
+        self.weighting: Callable[[Tensor], Tensor] | None = read_weighting(weighting)
         self.normalize = normalize
         self.max_c2 = max_c2
-        # Checks tau, max_c2 and the skips; in continuous time there is no table to make.
-        timesteps = schedule.timesteps
-        at_t = self.coefficients_at(torch.full((1,), 0.5) if timesteps is None else timesteps)
-        self._discrete = timesteps is not None
-        self._tables: dict[str, Tensor] = {}
-        if timesteps is not None:
-            square = at_t.complete_square(normalize=normalize)
-            # The column of the table that holds each field; -1 where the field is None.
-            column = itertools.count()
-            self._columns = [-1 if field is None else next(column) for field in square]
-            self._tables = {
-                "square_table": torch.stack([f for f in square if f is not None], dim=-1),
-                "terms_table": torch.stack([at_t.tau, at_t.c, at_t.c2], dim=-1),
-                "path_table": torch.stack(schedule.alpha_sigma(timesteps), dim=-1),
-            }
-        for name, table in self._tables.items():
-            self.register_buffer(name, table.float(), persistent=False)
+
+        timesteps = self.schedule.timesteps
+        times = torch.linspace(0, 1, 17, device="cpu") if timesteps is None else timesteps
+        self.coefficients_at(times[:1])  # checks tau, max_c2 and the skips
+        check_weights(self._weights(times, prediction_type))
+        self._square = TimeTable(self._epsilon_square, timesteps)
+        self._outputs = TimeTable(self._output_square, timesteps)
+        self._terms = TimeTable(self._term_scales, timesteps)
+        self._path = TimeTable(self.schedule.alpha_sigma, timesteps)
 
     @override
     def forward(
         self,
         model: Callable[..., Any],
         x0: Tensor,
-        *,
         t: Tensor | None = None,
+        *,
         noise: Tensor | None = None,
         skip_noise: Tensor | None = None,
         weights: Tensor | None = None,
@@ -140,7 +146,8 @@ class SkipStepLoss(nn.Module):
     ) -> Tensor:
         """Noise `x0`, call `model(x_t, t, **model_kwargs)` once, and return the loss.
 
-        What is not given is drawn, in the order t, noise, skip_noise.
+        What is not given is drawn, in the order t, noise, skip_noise. For a network that predicts
+        the noise it is the loss of `from_prediction`, for any other that of `from_output`.
 
         Args:
             model: Returns its prediction of shape [B, ...] as a tensor, as the first of a tuple, or
@@ -159,18 +166,31 @@ class SkipStepLoss(nn.Module):
         Raises:
             TypeError, ValueError: if an argument or the model's output is not as said.
         """
+        if isinstance(model, Tensor):
+            raise TypeError(
+                f"model must be callable, got {describe(model)}: a prediction that is made already "
+                "goes to `from_prediction(eps_hat, noise, t)`"
+            )
         check_batch("x0", x0)
         if t is None:
             t = self.schedule.draw_timesteps(x0.shape[0], device=x0.device, generator=generator)
         check_per_sample("t", t, "x0", x0)
+        self.schedule.check_timesteps(t)
         noise = draw_like(x0, generator) if noise is None else check_like("noise", noise, "x0", x0)
         x_t = self._add_noise(x0, noise, t)
         output = read_output(model(x_t, t, **(model_kwargs or {})))
         check_like("model output", output, "x0", x0)
-        eps_hat = epsilon_from_output(output, x_t, t, self.schedule, self.prediction_type)
-        return self.from_prediction(
-            eps_hat, noise, t, skip_noise=skip_noise, weights=weights, generator=generator
-        )
+        if weights is not None:
+            check_per_sample("weights", weights, "x0", x0)
+        zeta = read_skip_noise(self.estimator, skip_noise, "x0", x0, generator)
+        if self.prediction_type == "epsilon":
+            return self._loss_of_prediction(output, noise, t, zeta, weights)
+        # From x_0 and ε, not from x_t, which is the model's to overwrite.
+        square = self._output_square_at(t, loss_dtype(output, x0, noise))
+        target = [square.on_noise, noise]
+        if square.on_data is not None:
+            target += [square.on_data, x0]
+        return self._loss_of_output(output, square, target, zeta, weights)
 
     def from_prediction(
         self,
@@ -185,9 +205,50 @@ class SkipStepLoss(nn.Module):
         """Return the loss of a noise prediction that the trainer has made already.
 
         Args:
-            eps_hat: Predicted noise ε̂ of shape [B, ...]; see `epsilon_from_output` for models that
-                predict something else.
+            eps_hat: Predicted noise ε̂ of shape [B, ...].
             noise: The noise ε in x_t, of the same shape.
+            t: Times of shape [B].
+            skip_noise: ζ of the estimator "fresh", of the same shape; drawn if not given.
+            weights: Per-sample weights of shape [B], multiplied in before the reduction.
+            generator: Random stream of the drawn ζ.
+
+        Returns:
+            A scalar, or shape [B] with reduction "none"; float32, or float64 for float64 input.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said, or the loss was made for a network
+                that predicts something else.
+        """
+        self._check_predicts_noise("from_prediction")
+        check_prediction(eps_hat, noise, t, weights)
+        zeta = read_skip_noise(self.estimator, skip_noise, "noise", noise, generator)
+        return self._loss_of_prediction(eps_hat, noise, t, zeta, weights)
+
+    def from_output(
+        self,
+        output: Tensor,
+        target: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        *,
+        skip_noise: Tensor | None = None,
+        weights: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the loss on the scale of the network's own output, whatever it predicts.
+
+        In the place of `mse(output, target)`, which it is at τ = 1. A squared error of another
+        output is one of ε̂ times a weight, mse(output, target) = mse(ε̂, ε) / ratio², and S²-DM
+        keeps that weight. The constant of the loss, which no gradient sees, is left out.
+
+        At a time without signal (ᾱ = 0) x_t is all noise, ε̂ = x_t, and no output can express a gain
+        on it, so that c² <= max_c2 · ratio² holds besides c² <= max_c2: the loss goes smoothly to
+        the plain one there.
+
+        Args:
+            output: The network's output, of shape [B, ...].
+            target: What the plain loss compares it with, of the same shape.
+            x_t: The noisy input that the network was given, of the same shape.
             t: Times of shape [B].
             skip_noise: ζ of the estimator "fresh", of the same shape; drawn if not given.
             weights: Per-sample weights of shape [B], multiplied in before the reduction.
@@ -199,11 +260,45 @@ class SkipStepLoss(nn.Module):
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
-        check_prediction(eps_hat, noise, t, skip_noise, weights, self.estimator)
-        if self.estimator == "fresh" and skip_noise is None:
-            skip_noise = draw_like(noise, generator)
-        square = self._square_at(t, loss_dtype(eps_hat, noise))
-        return completed_square_loss(eps_hat, noise, square, skip_noise, self.reduction, weights)
+        check_prediction(output, target, t, weights, ("output", "target"))
+        square, regressed, zeta = self._regression(target, x_t, t, skip_noise, generator, output)
+        return self._loss_of_output(output, square, regressed, zeta, weights)
+
+    def regression_target(
+        self,
+        target: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        *,
+        skip_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> RegressionTarget:
+        """Return target and weight of `from_output`, for a trainer that keeps its own loss.
+
+        `weight * trainers_loss(output, target)` has the gradient of `from_output` where the
+        trainer's loss is a squared one; masks, Huber losses and the trainer's weights stay as they
+        are, and the equivalence to S²-DM is then that of the squared part.
+
+        Args:
+            target: What the trainer compares the output with, of shape [B, ...].
+            x_t: The noisy input that the network was given, of the same shape.
+            t: Times of shape [B].
+            skip_noise: ζ of the estimator "fresh", of the same shape; drawn if not given.
+            generator: Random stream of the drawn ζ.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said; the message names it.
+        """
+        check_batch("target", target)
+        check_per_sample("t", t, "target", target)
+        square, regressed, zeta = self._regression(target, x_t, t, skip_noise, generator)
+        if zeta is not None:
+            regressed += [square.on_skip_noise, zeta]
+        terms = [
+            along(scale, data) * data.to(scale.dtype)
+            for scale, data in zip(regressed[::2], regressed[1::2], strict=True)
+        ]
+        return RegressionTarget(sum(terms[1:], start=terms[0]), square.weight)
 
     def terms(
         self, eps_hat: Tensor, noise: Tensor, t: Tensor, *, skip_noise: Tensor | None = None
@@ -213,30 +308,19 @@ class SkipStepLoss(nn.Module):
         They serve logging, and trainers whose plain loss is not mse(ε̂, ε): the gradient flows, so
         that such a trainer can add τ times its own loss and (1-τ) times the skip term. With the
         estimator "fresh" the noise ζ has to be given: the terms are those of one draw.
+
+        Raises:
+            TypeError, ValueError: as for `from_prediction`.
         """
-        check_prediction(eps_hat, noise, t, skip_noise, None, self.estimator)
+        self._check_predicts_noise("terms")
+        check_prediction(eps_hat, noise, t)
+        self.schedule.check_timesteps(t)
         if self.estimator == "fresh" and skip_noise is None:
             raise ValueError("skip_noise must be given with the estimator 'fresh', got None")
-        if self._discrete:
-            tau, c, c2 = self._rows("terms_table", t, loss_dtype(eps_hat, noise)).unbind(-1)
-            at_t = Coefficients(tau, c, c2, self.estimator)
-        else:
-            at_t = self.coefficients_at(t)
-        return loss_terms(eps_hat, noise, at_t, skip_noise)
-
-    def _add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        dtype = loss_dtype(x0, noise)
-        if self._discrete:
-            a, b = self._rows("path_table", t, dtype).unbind(-1)
-        else:
-            a, b = (scale.to(dtype) for scale in self.schedule.alpha_sigma(t))
-        return (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
-
-    def _square_at(self, t: Tensor, dtype: torch.dtype) -> CompletedSquare:
-        if self._discrete:
-            fields: tuple[Any, ...] = (*self._rows("square_table", t, dtype).unbind(-1), None)
-            return CompletedSquare(*[fields[column] for column in self._columns])
-        return self.coefficients_at(t).complete_square(normalize=self.normalize).to(dtype)
+        zeta = read_skip_noise(self.estimator, skip_noise, "noise", noise, None)
+        tau, c, c2, weight = self._terms.at(t, loss_dtype(eps_hat, noise))
+        simple, skip, _ = loss_terms(eps_hat, noise, Coefficients(tau, c, c2, self.estimator), zeta)
+        return LossTerms(weight * simple, weight * skip, tau)
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
         """Return the loss's `Coefficients` (Eq. 13) at times of any shape, computed in float64."""
@@ -249,14 +333,103 @@ class SkipStepLoss(nn.Module):
             max_c2=self.max_c2,
         )
 
-    def _rows(self, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+    def _add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        a, b = self._path.at(t, loss_dtype(x0, noise))
+        return (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
+
+    def _loss_of_prediction(
+        self, eps_hat: Tensor, noise: Tensor, t: Tensor, zeta: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
         self.schedule.check_timesteps(t)
-        table = getattr(self, name)
-        if table.device != t.device or table.dtype != dtype:
-            # The first call on another device or in float64, or after `.half()` rounded the table.
-            table = self._tables[name].to(t.device, dtype)
-            setattr(self, name, table)
-        return read_table(table, t)
+        square = CompletedSquare(*self._square.at(t, loss_dtype(eps_hat, noise)))
+        return completed_square_loss(eps_hat, noise, square, zeta, self.reduction, weights)
+
+    def _regression(
+        self,
+        target: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        skip_noise: Tensor | None,
+        generator: torch.Generator | None,
+        *more: Tensor,
+    ) -> tuple[OutputSquare, list[Tensor], Tensor | None]:
+        """Return what `from_output` and `regression_target` share."""
+        check_like("x_t", x_t, "target", target)
+        self.schedule.check_timesteps(t)
+        zeta = read_skip_noise(self.estimator, skip_noise, "target", target, generator)
+        square = self._output_square_at(t, loss_dtype(target, x_t, *more))
+        regressed = [square.on_target, target]
+        if square.on_input is not None:
+            regressed += [square.on_input, x_t]
+        return square, regressed, zeta
+
+    def _loss_of_output(
+        self,
+        output: Tensor,
+        square: OutputSquare,
+        regressed: list[Tensor],
+        zeta: Tensor | None,
+        weights: Tensor | None,
+    ) -> Tensor:
+        if zeta is not None:
+            regressed = [*regressed, square.on_skip_noise, zeta]
+        return completed_square(
+            output,
+            square.weight,
+            None,
+            None,
+            *regressed,
+            reduction=self.reduction,
+            weights=weights,
+        )
+
+    def _output_square_at(self, t: Tensor, dtype: torch.dtype) -> OutputSquare:
+        return OutputSquare(*self._outputs.at(t, dtype))
+
+    def _epsilon_square(self, t: Tensor) -> CompletedSquare:
+        """Return the quadratic in ε̂ at times t, in float64."""
+        square = self.coefficients_at(t).complete_square(normalize=self.normalize)
+        return square if self.weighting is None else square.times(self._weights(t, "epsilon"))
+
+    def _output_square(self, t: Tensor) -> OutputSquare:
+        """Return the quadratic in the output at times t, in float64."""
+        square = output_square(
+            self.coefficients_at(t),
+            self.prediction_type,
+            *self.schedule.alpha_sigma(t),
+            max_c2=self.max_c2,
+            normalize=self.normalize,
+        )
+        if self.weighting is None:
+            return square
+        return square._replace(weight=square.weight * self._weights(t, self.prediction_type))
+
+    def _term_scales(self, t: Tensor) -> tuple[Tensor, ...]:
+        at_t = self.coefficients_at(t)
+        return at_t.tau, at_t.c, at_t.c2, self._weights(t, "epsilon")
+
+    def _weights(self, t: Tensor, prediction_type: PredictionType) -> Tensor:
+        a, b = self.schedule.alpha_sigma(t)
+        if self.weighting is None:
+            return torch.ones_like(a)
+        return output_weights(self.weighting, prediction_type, a, b)
+
+    def _check_predicts_noise(self, method: str) -> None:
+        if self.prediction_type != "epsilon":
+            raise ValueError(
+                f"{method} takes a noise prediction, and this loss was made for prediction_type "
+                f"{self.prediction_type!r}: give the network's output to `from_output(output, "
+                "target, x_t, t)`"
+            )
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # There is no buffer to move: `.to(device)` says where the tables will be asked for.
+        device = fn(torch.empty(0, device="cpu")).device
+        for table in (self._square, self._outputs, self._terms, self._path):
+            table.copy_to(device)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @override
     def __repr__(self) -> str:
@@ -265,6 +438,8 @@ class SkipStepLoss(nn.Module):
             options.append(f"reduction={self.reduction!r}")
         if self.prediction_type != "epsilon":
             options.append(f"prediction_type={self.prediction_type!r}")
+        if self.weighting is not None:
+            options.append(f"weighting={self.weighting!r}")
         if self.normalize:
             options.append("normalize=True")
         if self.max_c2 != DEFAULT_MAX_C2:

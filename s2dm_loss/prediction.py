@@ -1,18 +1,25 @@
 """What a model predicts: from its output to ε̂ and back.
 
 On a path x_t = a x_0 + b ε (a² + b² = 1 for a variance-preserving schedule, a + b = 1 for flow
-matching):
+matching, a = 1 in EDM's form) every output is p x_0 + q ε:
 
     "epsilon"       ε
     "v_prediction"  v = a ε - b x_0       (Salimans and Ho, arXiv 2202.00512)
     "sample"        x_0
     "flow"          u = ε - x_0           (Lipman et al., arXiv 2210.02747)
     "score"         -ε / b                (Song et al., arXiv 2011.13456)
+
+Solved for ε with d = a q - b p,
+
+    ε̂ = ratio · output + lift · x_t,    ratio = a / d,    lift = -p / d,
+
+and ratio = 1 / q, lift = 0 where there is no x_0 in the output.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
@@ -22,13 +29,39 @@ from s2dm_loss._checks import check_batch, check_choice, check_like, check_per_s
 from s2dm_loss.schedule import Schedule
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "score"]
-PREDICTION_TYPES: tuple[PredictionType, ...] = (
-    "epsilon",
-    "v_prediction",
-    "sample",
-    "flow",
-    "score",
-)
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
+
+# p, None where it is 0 at every t, and q.
+_PARTS: dict[PredictionType, Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]] = {
+    "epsilon": lambda _a, b: (None, torch.ones_like(b)),
+    "v_prediction": lambda a, b: (-b, a),
+    "sample": lambda a, b: (torch.ones_like(a), torch.zeros_like(b)),
+    "flow": lambda a, b: (-torch.ones_like(a), torch.ones_like(b)),
+    "score": lambda _a, b: (None, -1 / b),
+}
+
+
+class OutputScales(NamedTuple):
+    """How an output and ε̂ hang together at each t; None stands for zero.
+
+    output = p x_0 + q ε, and ε̂ = ratio · output + lift · x_t. `inverse_ratio` is 1 / ratio and
+    `shift` is lift / ratio, both infinite where the output says nothing of ε (ratio = 0).
+    """
+
+    p: Tensor | None
+    q: Tensor
+    ratio: Tensor
+    inverse_ratio: Tensor
+    shift: Tensor | None
+
+
+def output_scales(prediction_type: PredictionType, a: Tensor, b: Tensor) -> OutputScales:
+    """Return the scales of an output on a path x_t = a x_0 + b ε, each of the shape of a."""
+    p, q = _PARTS[prediction_type](a, b)
+    if p is None:
+        return OutputScales(None, q, 1 / q, q, None)
+    d = a * q - b * p
+    return OutputScales(p, q, a / d, d / a, -p / a)
 
 
 def epsilon_from_output(
@@ -39,6 +72,9 @@ def epsilon_from_output(
     prediction_type: PredictionType,
 ) -> Tensor:
     """Return ε̂ from a model's output.
+
+    To train on it, give the output itself to `SkipStepLoss.from_output`: a squared error of this ε̂
+    weighs the output's by ratio², which is 0 at an end of most schedules.
 
     Args:
         output: The model's output, of shape [B, ...].
@@ -58,13 +94,8 @@ def epsilon_from_output(
     if prediction_type == "epsilon":
         return output
     output, x_t, a, b = _prepare("output", output, x_t, t, schedule)
-    if prediction_type == "v_prediction":
-        return (b * x_t + a * output) / (a**2 + b**2)
-    if prediction_type == "sample":
-        return (x_t - a * output) / b
-    if prediction_type == "flow":
-        return (x_t + a * output) / (a + b)
-    return -b * output
+    p, q = _PARTS[prediction_type](a, b)
+    return output * (1 / q) if p is None else (a * output - p * x_t) / (a * q - b * p)
 
 
 def output_from_epsilon(
@@ -83,26 +114,8 @@ def output_from_epsilon(
     if prediction_type == "epsilon":
         return epsilon
     epsilon, x_t, a, b = _prepare("epsilon", epsilon, x_t, t, schedule)
-    if prediction_type == "v_prediction":
-        return ((a**2 + b**2) * epsilon - b * x_t) / a
-    if prediction_type == "sample":
-        return (x_t - b * epsilon) / a
-    if prediction_type == "flow":
-        return ((a + b) * epsilon - x_t) / a
-    return -epsilon / b
-
-
-def epsilon_scales(prediction_type: PredictionType, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ratio and lift / ratio, with ε̂ = ratio · output + lift · x_t.
-
-    For "v_prediction", "sample" and "flow", each on its own kind of path. At a = 0, where ratio is
-    0, lift / ratio is infinite.
-    """
-    if prediction_type == "v_prediction":
-        return a, b / a
-    if prediction_type == "sample":
-        return -a / b, -1 / a
-    return a, 1 / a
+    p, q = _PARTS[prediction_type](a, b)
+    return q * epsilon if p is None else ((a * q - b * p) * epsilon + p * x_t) / a
 
 
 def read_output(output: Any) -> Tensor:

@@ -8,7 +8,6 @@ error of 1.7e-4 at k = 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import Self, override
 
 from s2dm_loss._checks import as_float64, check_all, check_count, check_number, describe
+from s2dm_loss._tables import read_table
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -66,12 +66,16 @@ class NoiseSchedule:
     4.0358...e-05
     """
 
-    def __init__(self, log_alphas_cumprod: Any, *, name: str | None = None) -> None:
+    def __init__(
+        self, log_alphas_cumprod: Any, *, unit_alpha: bool = False, name: str | None = None
+    ) -> None:
         """Build the schedule from its log ᾱ.
 
         Args:
             log_alphas_cumprod: log ᾱ_t for t = 0 … T-1, of shape [T]: at most 0 and never
                 increasing; its last value may be -inf (zero terminal SNR).
+            unit_alpha: Whether x_t is x_0 + σ ε, with ᾱ = 1 / (1 + σ²), in place of
+                √ᾱ x_0 + √(1-ᾱ) ε.
             name: What `repr` prints.
 
         Raises:
@@ -85,6 +89,7 @@ class NoiseSchedule:
         rises = F.pad(table.diff() > 0, (1, 0))
         check_all("log_alphas_cumprod", table, ~rises, "never increase")
         self.log_alphas_cumprod = table
+        self._unit_alpha = unit_alpha
         self._name = name or f"NoiseSchedule([{table.numel()} values])"
 
     @classmethod
@@ -100,7 +105,7 @@ class NoiseSchedule:
             beta_end: Last β, in (0, 1).
         """
         start, end, count = _beta_range(num_train_timesteps, beta_start, beta_end)
-        betas = torch.linspace(start, end, count, dtype=torch.float64)
+        betas = _linspace(start, end, count)
         name = _call_repr("linear", count, (start, 1e-4, "beta_start"), (end, 0.02, "beta_end"))
         return cls(_log_alphas_cumprod(betas), name=name)
 
@@ -110,7 +115,7 @@ class NoiseSchedule:
     ) -> Self:
         """√β in equal steps, as in latent diffusion; the defaults are Stable Diffusion's."""
         start, end, count = _beta_range(num_train_timesteps, beta_start, beta_end)
-        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
+        betas = _linspace(start**0.5, end**0.5, count).square()
         name = _call_repr(
             "scaled_linear", count, (start, 0.00085, "beta_start"), (end, 0.012, "beta_end")
         )
@@ -124,7 +129,7 @@ class NoiseSchedule:
         """
         count = check_count("num_train_timesteps", num_train_timesteps)
         max_beta = check_number("max_beta", max_beta, 0.0, 1.0, open_ends=True)
-        edges = torch.arange(count + 1, dtype=torch.float64) / count
+        edges = torch.arange(count + 1, dtype=torch.float64, device="cpu") / count
         alpha_bar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2).square()
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
         name = _call_repr("cosine", count, (max_beta, 0.999, "max_beta"))
@@ -134,6 +139,11 @@ class NoiseSchedule:
     def from_betas(cls, betas: Any) -> Self:
         """Build from β_t, a sequence of shape [T] with every value in (0, 1)."""
         table = as_float64("betas", betas)
+        if len(table) >= _TELLING_LENGTH and table[0] > 0.5 and bool((table.diff() < 0).all()):
+            raise ValueError(
+                f"betas must be the β of each timestep, got values that fall from {table[0]:.3g} "
+                f"to {table[-1]:.3g}, which look like ᾱ: from_alphas_cumprod takes them"
+            )
         check_all("betas", table, (table > 0) & (table < 1), "lie in (0, 1)")
         return cls(_log_alphas_cumprod(table), name=f"NoiseSchedule.from_betas([{len(table)}])")
 
@@ -146,17 +156,32 @@ class NoiseSchedule:
         """
         table = as_float64("alphas_cumprod", alphas_cumprod)
         check_all("alphas_cumprod", table, (table >= 0) & (table <= 1), "lie in [0, 1]")
-        falls = F.pad(table.diff() < 0, (1, 0), value=True)
-        check_all("alphas_cumprod", table, falls, "decrease strictly with t")
+        _check_direction("alphas_cumprod", table, falls=True)
         return cls(table.log(), name=f"NoiseSchedule.from_alphas_cumprod([{len(table)}])")
 
     @classmethod
     def from_log_snr(cls, log_snr: Any) -> Self:
         """Build from log(ᾱ_t / (1 - ᾱ_t)), a strictly decreasing sequence of shape [T]."""
         table = as_float64("log_snr", log_snr)
-        falls = F.pad(table.diff() < 0, (1, 0), value=True)
-        check_all("log_snr", table, falls, "decrease strictly with t")
+        _check_direction("log_snr", table, falls=True)
         return cls(F.logsigmoid(table), name=f"NoiseSchedule.from_log_snr([{len(table)}])")
+
+    @classmethod
+    def from_sigmas(cls, sigmas: Any) -> Self:
+        """Build from the σ_t of x_t = x_0 + σ_t ε, a strictly increasing sequence of shape [T].
+
+        The form of EDM (Karras et al., arXiv 2206.00364), k-diffusion and the VE SDE. Its ᾱ is
+        that of the variance-preserving process of equal signal-to-noise ratio, 1 / (1 + σ²). A
+        sampler's own list runs the other way and ends in 0: `sigmas[:-1].flip(0)`.
+        """
+        table = as_float64("sigmas", sigmas)
+        check_all("sigmas", table, (table > 0) & table.isfinite(), "be positive and finite")
+        _check_direction("sigmas", table, falls=False)
+        return cls(
+            F.logsigmoid(-2 * table.log()),
+            unit_alpha=True,
+            name=f"NoiseSchedule.from_sigmas([{len(table)}])",
+        )
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Return the schedule shifted and scaled in √ᾱ so that ᾱ is 0 at its end.
@@ -164,8 +189,11 @@ class NoiseSchedule:
         Lin et al., arXiv 2305.08891, Algorithm 1.
         """
         root = (0.5 * self.log_alphas_cumprod).exp()
-        if root.numel() < 2:
-            raise ValueError("a schedule of one timestep cannot be rescaled to zero terminal SNR")
+        if root.numel() < 2 or self._unit_alpha:
+            raise ValueError(
+                "only a variance-preserving schedule of two timesteps or more can be rescaled to "
+                f"zero terminal SNR, got {self!r}"
+            )
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         return NoiseSchedule(2 * root.log(), name=f"{self._name}.rescale_zero_terminal_snr()")
 
@@ -182,12 +210,12 @@ class NoiseSchedule:
     @property
     def log_snr(self) -> Tensor:
         """log(ᾱ_t / (1 - ᾱ_t)), float64 of shape [T]."""
-        return self.log_alphas_cumprod - _log_one_minus_exp(self.log_alphas_cumprod)
+        return self.log_alphas_cumprod - log_one_minus_exp(self.log_alphas_cumprod)
 
     @property
     def timesteps(self) -> Tensor:
         """0 … T-1, int64 of shape [T]."""
-        return torch.arange(self.num_train_timesteps)
+        return torch.arange(self.num_train_timesteps, device="cpu")
 
     def check_timesteps(self, t: Tensor, name: str = "t") -> None:
         """Raise TypeError unless `t` is an integer tensor.
@@ -207,8 +235,15 @@ class NoiseSchedule:
         return read_table(self.log_alphas_cumprod.to(t.device, wide_dtype(t.device)), t)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return √ᾱ_t and √(1 - ᾱ_t), float64, of the shape of the integer tensor `t`."""
-        return _variance_preserving(self.log_alphas_cumprod_at(t))
+        """Return √ᾱ_t and √(1 - ᾱ_t), float64, of the shape of the integer tensor `t`.
+
+        For a schedule from σ they are 1 and σ_t.
+        """
+        log_alphas_cumprod = self.log_alphas_cumprod_at(t)
+        if self._unit_alpha:
+            log_sigma = 0.5 * (log_one_minus_exp(log_alphas_cumprod) - log_alphas_cumprod)
+            return torch.ones_like(log_sigma), log_sigma.exp()
+        return (0.5 * log_alphas_cumprod).exp(), (-log_alphas_cumprod.expm1()).sqrt()
 
     def draw_timesteps(
         self, batch_size: int, *, device: torch.device, generator: torch.Generator | None = None
@@ -223,192 +258,54 @@ class NoiseSchedule:
         return self._name
 
 
-class ContinuousSchedule:
-    """A path x_t = alpha(t) x_0 + sigma(t) ε in continuous time, t in [0, 1].
-
-    Flow matching counts as well: its σ is the time, alpha = 1 - σ and sigma = σ.
-
-    >>> from s2dm_loss import ContinuousSchedule
-    >>> ContinuousSchedule.flow()
-    ContinuousSchedule.flow()
-    """
-
-    def __init__(
-        self,
-        log_alpha_sigma: Callable[[Tensor], tuple[Tensor, Tensor]],
-        *,
-        min_time: float = 0.0,
-        name: str | None = None,
-    ) -> None:
-        """Build the path from its coefficients in log space.
-
-        Args:
-            log_alpha_sigma: Maps float64 times of any shape to (log alpha, log sigma) of that
-                shape. The ratio alpha / sigma must fall with t.
-            min_time: Smallest time that `draw_timesteps` draws, in [0, 1).
-            name: What `repr` prints.
-        """
-        if not callable(log_alpha_sigma):
-            raise TypeError(f"log_alpha_sigma must be callable, got {describe(log_alpha_sigma)}")
-        self._log_alpha_sigma = log_alpha_sigma
-        self.min_time: float = check_number("min_time", min_time, 0.0, 1.0)
-        self._name = name or "ContinuousSchedule(...)"
-
-    @classmethod
-    def vp(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> Self:
-        """The variance-preserving SDE (Song et al., arXiv 2011.13456, Eq. 33)."""
-        check_number("beta_min", beta_min, 0.0, math.inf, open_ends=True)
-        check_number("beta_max", beta_max, beta_min, math.inf)
-        name = f"ContinuousSchedule.vp({beta_min}, {beta_max})"
-        return cls(_VpPath(beta_min, beta_max, sub=False), min_time=1e-5, name=name)
-
-    @classmethod
-    def sub_vp(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> Self:
-        """The sub-variance-preserving SDE (Song et al., arXiv 2011.13456, Eq. 35)."""
-        check_number("beta_min", beta_min, 0.0, math.inf, open_ends=True)
-        check_number("beta_max", beta_max, beta_min, math.inf)
-        name = f"ContinuousSchedule.sub_vp({beta_min}, {beta_max})"
-        return cls(_VpPath(beta_min, beta_max, sub=True), min_time=1e-5, name=name)
-
-    @classmethod
-    def cosine(cls) -> Self:
-        """The cosine path without its cut at the end (arXiv 2102.09672, Eq. 17)."""
-        return cls(_cosine_path, name="ContinuousSchedule.cosine()")
-
-    @classmethod
-    def flow(cls) -> Self:
-        """The straight path of flow matching: alpha = 1 - t, sigma = t (arXiv 2210.02747)."""
-        return cls(_flow_path, name="ContinuousSchedule.flow()")
-
-    @property
-    def timesteps(self) -> None:
-        """None: the times are a continuum."""
-        return None
-
-    def check_timesteps(self, t: Tensor, name: str = "t") -> None:
-        """Raise unless `t` is a floating-point tensor and, where reading it is free, in [0, 1]."""
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must hold floating-point times in [0, 1], got {describe(t)}")
-        if _reading_is_free(t) and not bool(((t >= 0) & (t <= 1)).all()):
-            raise ValueError(
-                f"{name} must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}"
-            )
-
-    def log_alphas_cumprod_at(self, t: Tensor) -> Tensor:
-        """Return log ᾱ(t) = log(alpha² / (alpha² + sigma²)), float64, of the shape of `t`.
-
-        A time outside [0, 1] gives NaN where `check_timesteps` could not read it.
-        """
-        self.check_timesteps(t)
-        t = t.to(wide_dtype(t.device))
-        log_alpha, log_sigma = self._log_alpha_sigma(t)
-        log_alphas_cumprod = F.logsigmoid(2 * (log_alpha - log_sigma))
-        return torch.where((t >= 0) & (t <= 1), log_alphas_cumprod, math.nan)
-
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha(t) and sigma(t), float64, of the shape of `t`."""
-        self.check_timesteps(t)
-        log_alpha, log_sigma = self._log_alpha_sigma(t.to(wide_dtype(t.device)))
-        return log_alpha.exp(), log_sigma.exp()
-
-    def draw_timesteps(
-        self, batch_size: int, *, device: torch.device, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Return `batch_size` times, float32, uniform on [min_time, 1)."""
-        uniform = torch.rand(batch_size, device=device, generator=generator)
-        return self.min_time + (1 - self.min_time) * uniform
-
-    @override
-    def __repr__(self) -> str:
-        return self._name
-
-
-def read_table(table: Tensor, t: Tensor) -> Tensor:
-    """Return the rows `table[t]`, of shape t.shape + table.shape[1:].
-
-    Raises:
-        ValueError: if a timestep lies outside the table. On a GPU, where the host cannot know
-            without waiting, it is the device's own assertion instead.
-    """
-    if t.ndim != 1:
-        return read_table(table, t.reshape(-1)).reshape(t.shape + table.shape[1:])
-    if t.dtype not in (torch.int32, torch.int64):
-        t = t.long()
-    try:
-        # index_select, unlike table[t], refuses a negative index instead of counting from the end.
-        return table.index_select(0, t)
-    except (IndexError, RuntimeError) as error:
-        outside = t[(t < 0) | (t >= table.shape[0])]
-        if outside.numel() == 0:
-            raise
-        raise ValueError(f"t must lie in [0, {table.shape[0]}), got {outside[0].item()}") from error
-
-
-class TableCache:
-    """Functions of t, each as a table over a schedule's timesteps once it has been asked for.
-
-    In continuous time there is nothing to keep, and the function is called.
-    """
-
-    def __init__(self, schedule: Schedule) -> None:
-        """Begin with no table."""
-        self._schedule = schedule
-        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-
-    def read(
-        self,
-        name: str,
-        t: Tensor,
-        dtype: torch.dtype,
-        function: Callable[[Tensor], tuple[Tensor, ...]],
-        t_name: str = "t",
-    ) -> tuple[Tensor, ...]:
-        """Return `function(t)` in `dtype`; `name` stands for the function.
-
-        Raises:
-            TypeError, ValueError: if `t` does not hold times of the schedule.
-        """
-        self._schedule.check_timesteps(t, t_name)
-        timesteps = self._schedule.timesteps
-        if timesteps is None:
-            return tuple(column.to(dtype) for column in function(t))
-        key = (name, t.device, dtype)
-        if key not in self._tables:
-            self._tables[key] = torch.stack(function(timesteps), dim=-1).to(t.device, dtype)
-        return read_table(self._tables[key], t).unbind(-1)
-
-
-class _VpPath:
-    """(log alpha, log sigma) of the VP and sub-VP SDE; a class, so that a schedule pickles."""
-
-    def __init__(self, beta_min: float, beta_max: float, *, sub: bool) -> None:
-        self.beta_min, self.beta_max, self.sub = beta_min, beta_max, sub
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_alpha = -0.25 * t.square() * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
-        log_variance = _log_one_minus_exp(2 * log_alpha)
-        return log_alpha, log_variance if self.sub else 0.5 * log_variance
-
-
-def _cosine_path(t: Tensor) -> tuple[Tensor, Tensor]:
-    def log_cos(t: Tensor) -> Tensor:
-        return torch.cos((t + 0.008) / 1.008 * math.pi / 2).log()
-
-    log_alpha = (log_cos(t) - log_cos(torch.zeros_like(t))).clamp(max=0.0)
-    return log_alpha, 0.5 * _log_one_minus_exp(2 * log_alpha)
-
-
-def _flow_path(t: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.log1p(-t), t.log()
-
-
-def _log_one_minus_exp(x: Tensor) -> Tensor:
+def log_one_minus_exp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x <= 0, exact to rounding at both ends."""
     return torch.where(x > -math.log(2), (-x.expm1()).log(), (-x.exp()).log1p())
 
 
-def _variance_preserving(log_alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    return (0.5 * log_alphas_cumprod).exp(), (-log_alphas_cumprod.expm1()).sqrt()
+def check_schedule(schedule: object) -> Schedule:
+    """Return a schedule, or say which constructor takes what came.
+
+    Raises:
+        TypeError: if it is no schedule.
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    came = f"a {type(schedule).__name__}"
+    cure = "see NoiseSchedule and ContinuousSchedule"
+    if hasattr(schedule, "__array__"):  # a tensor has it as well
+        cure = "NoiseSchedule.from_betas takes β, from_alphas_cumprod ᾱ and from_sigmas σ"
+    elif isinstance(schedule, (int, str)):
+        came = describe(schedule)
+        cure = "NoiseSchedule.linear(1000), scaled_linear(1000) and cosine(1000) go by name"
+    elif hasattr(schedule, "alphas_cumprod"):
+        cure = (
+            "NoiseSchedule.from_alphas_cumprod takes its alphas_cumprod, and for a diffusers "
+            "scheduler s2dm_loss.adapters.diffusers.schedule_of gives it in float64"
+        )
+    raise TypeError(f"schedule must be a NoiseSchedule or another Schedule, got {came}: {cure}")
+
+
+# From this length on, numbers in (0, 1) that fall from above one half are taken for ᾱ.
+_TELLING_LENGTH = 10
+
+
+def _check_direction(name: str, table: Tensor, *, falls: bool) -> None:
+    """Raise ValueError unless a table falls, or rises, strictly with t."""
+    steps = table.diff() if falls else -table.diff()
+    verb = "decrease" if falls else "increase"
+    if len(table) > 1 and bool((steps > 0).all()):
+        other = "increases" if falls else "decreases"
+        raise ValueError(
+            f"{name} must {verb} strictly with t, got a table that {other}: turn it round, "
+            f"`{name}.flip(0)`"
+            + (", or, if it holds β, use from_betas" if name == "alphas_cumprod" else "")
+        )
+    check_all(name, table, F.pad(steps < 0, (1, 0), value=True), f"{verb} strictly with t")
+
+
+def _linspace(start: float, end: float, count: int) -> Tensor:
+    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
 
 
 def _log_alphas_cumprod(betas: Tensor) -> Tensor:
@@ -427,8 +324,3 @@ def _call_repr(method: str, count: int, *options: tuple[float, float, str]) -> s
     """`NoiseSchedule.linear(1000)`, with only those options that are not at their default."""
     given = [f"{name}={value}" for value, default, name in options if value != default]
     return f"NoiseSchedule.{method}({', '.join([str(count), *given])})"
-
-
-def _reading_is_free(t: Tensor) -> bool:
-    """Whether values can be read without a device sync and outside any tracer."""
-    return type(t) is Tensor and t.device.type == "cpu" and not torch.compiler.is_compiling()

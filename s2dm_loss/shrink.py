@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss._checks import check_batch, check_choice, describe
+from s2dm_loss._checks import (
+    FixedSettings,
+    check_batch,
+    check_choice,
+    check_per_sample,
+    describe,
+)
+from s2dm_loss._tables import TimeTable
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator, coefficients
 from s2dm_loss.functional import along
-from s2dm_loss.prediction import (
-    PREDICTION_TYPES,
-    PredictionType,
-    epsilon_scales,
-    read_output,
-)
-from s2dm_loss.schedule import Schedule, TableCache
+from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, output_scales, read_output
+from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
 
 
@@ -67,7 +69,7 @@ def epsilon_scaling(
     return gain(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2).reciprocal()
 
 
-class ShrunkModel(nn.Module):
+class ShrunkModel(FixedSettings, nn.Module):
     """A trained model whose noise prediction is s(t) ε̂ in place of ε̂, with no training.
 
     It is called as the model is, `shrunk(x_t, t, ...)`, and returns what the model returns, so it
@@ -82,6 +84,8 @@ class ShrunkModel(nn.Module):
     >>> shrunk(torch.zeros(2, 1), torch.tensor([0, 999])).flatten()
     tensor([1.0000, 0.9456])
     """
+
+    _fixed = frozenset({"schedule", "skip_set", "tau", "estimator", "prediction_type", "max_c2"})
 
     def __init__(
         self,
@@ -104,17 +108,16 @@ class ShrunkModel(nn.Module):
             raise TypeError(f"model must be an nn.Module, got {describe(model)}")
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         self.model = model
-        self.schedule = schedule
+        self.schedule: Schedule = check_schedule(schedule)
         self.skip_set: SkipSet = SkipSet.wrap(skip_set)
         self.tau = tau
         self.estimator: Estimator = estimator
         self.prediction_type: PredictionType = prediction_type
         self.max_c2 = max_c2
-        self._tables = TableCache(schedule)
         # Checks tau, max_c2 and the skips.
-        self._scales_at(
-            torch.zeros(1, dtype=torch.long if schedule.timesteps is not None else None)
-        )
+        timesteps = self.schedule.timesteps
+        self._scales_at(torch.zeros(1, device="cpu") if timesteps is None else timesteps[:1])
+        self._scales = TimeTable(self._scales_at, timesteps)
 
     @override
     def forward(self, x_t: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
@@ -129,31 +132,36 @@ class ShrunkModel(nn.Module):
 
         Returns:
             What the model returns, with its prediction scaled.
+
+        Raises:
+            TypeError, ValueError: if an argument or the model's output is not as said.
         """
-        return self.shrink(self.model(x_t, t, *args, **kwargs), x_t, t)
+        scale, shift = self._at(x_t, t)
+        return _scaled(self.model(x_t, t, *args, **kwargs), x_t, scale, shift)
 
     def shrink(self, output: Any, x_t: Tensor, t: Tensor | float) -> Any:
         """Scale the prediction in an output that `model(x_t, t)` has given."""
+        return _scaled(output, x_t, *self._at(x_t, t))
+
+    def _at(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor | None]:
+        """Return the factor on the output and what is added to it.
+
+        Made before the model is called, which may change x_t in place.
+        """
         check_batch("x_t", x_t)
-        prediction = read_output(output)
-        t = self._batch_of_times(t, x_t)
-        with_variance = prediction.ndim > 1 and prediction.shape[1] == 2 * x_t.shape[1]
-        mean, *variance = prediction.chunk(2, dim=1) if with_variance else (prediction,)
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        times = self._batch_of_times(t, x_t)
+        self.schedule.check_timesteps(times)
+        scale, on_input = self._scales.at(times, dtype)
+        shift = None if on_input is None else along(on_input, x_t) * x_t.to(dtype)
+        return along(scale, x_t), shift
 
-        dtype = torch.promote_types(torch.promote_types(mean.dtype, x_t.dtype), torch.float32)
-        scale, *input_scale = self._tables.read(self.prediction_type, t, dtype, self._scales_at)
-        shrunk = along(scale, mean) * mean.to(dtype)
-        for factor in input_scale:
-            shrunk = shrunk + along(factor, mean) * x_t.to(dtype)
-        mean = shrunk.to(prediction.dtype)
-        return _replace(output, torch.cat([mean, *variance], dim=1) if variance else mean)
-
-    def _scales_at(self, t: Tensor) -> tuple[Tensor, ...]:
+    def _scales_at(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return s and a factor on x_t, such that s · output + factor · x_t has s ε̂ in it.
 
-        A network that predicts the noise needs no factor. With ε̂ = ratio · output + lift · x_t it
-        is (s-1) lift / ratio. At ᾱ = 0, where ratio is 0, x_t is all noise, and no x_0 or v can say
-        that ε̂ is a little less than x_t: the output stays as it is.
+        With ε̂ = ratio · output + lift · x_t the factor is (s-1) lift / ratio. At ᾱ = 0, where
+        ratio is 0, x_t is all noise, and no x_0 or v can say that ε̂ is a little less than x_t: the
+        output stays as it is.
         """
         s = gain(
             self.schedule,
@@ -163,25 +171,67 @@ class ShrunkModel(nn.Module):
             estimator=self.estimator,
             max_c2=self.max_c2,
         )
-        if self.prediction_type in ("epsilon", "score"):
-            return (s,)
-        a, b = self.schedule.alpha_sigma(t)
-        _, lift_over_ratio = epsilon_scales(self.prediction_type, a, b)
-        return torch.where(a > 0, s, 1.0), torch.where(a > 0, (s - 1) * lift_over_ratio, 0.0)
+        scales = output_scales(self.prediction_type, *self.schedule.alpha_sigma(t))
+        if scales.shift is None:
+            return s, None
+        silent = scales.ratio == 0
+        return torch.where(silent, 1.0, s), torch.where(silent, 0.0, (s - 1) * scales.shift)
 
     def _batch_of_times(self, t: Tensor | float, x_t: Tensor) -> Tensor:
         t = torch.as_tensor(t, device=x_t.device)
         if self.schedule.timesteps is not None and t.is_floating_point():
             t = t.round().long()
-        return t.expand(x_t.shape[0]) if t.numel() == 1 else t
+        if t.numel() == 1:
+            return t.reshape(1).expand(x_t.shape[0])
+        return check_per_sample("t", t, "x_t", x_t)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"a ShrunkModel has no {name!r}: it takes the model's place in a sampling loop. "
+                "For a diffusers pipeline, which asks more of its denoiser, there is "
+                "s2dm_loss.adapters.diffusers.shrink_pipeline"
+            ) from error
+
+    @override
+    def extra_repr(self) -> str:
+        return (
+            f"{self.schedule!r}, {self.skip_set!r}, tau={self.tau}, estimator={self.estimator!r}, "
+            f"prediction_type={self.prediction_type!r}"
+        )
 
 
-def _replace(output: Any, prediction: Tensor) -> Any:
+def _scaled(output: Any, x_t: Tensor, scale: Tensor, shift: Tensor | None) -> Any:
+    """Return an output with its prediction scaled and shifted, of the type it came in."""
+    prediction = read_output(output)
+    channels = (x_t.shape[1], 2 * x_t.shape[1]) if x_t.ndim > 1 else ()
+    if prediction.ndim != x_t.ndim or (
+        x_t.ndim > 1
+        and (prediction.shape[1] not in channels or prediction[:, :1].shape != x_t[:, :1].shape)
+    ):
+        raise ValueError(
+            f"model output must have the shape of x_t, {tuple(x_t.shape)}, or twice its channels "
+            f"with a learned variance, got {describe(prediction)}"
+        )
+    doubled = x_t.ndim > 1 and prediction.shape[1] != x_t.shape[1]
+    mean, *variance = prediction.chunk(2, dim=1) if doubled else (prediction,)
+    shrunk = scale * mean.to(torch.promote_types(mean.dtype, scale.dtype))
+    if shift is not None:
+        shrunk = shrunk + shift
+    mean = shrunk.to(prediction.dtype)
+    return _replace(output, prediction, torch.cat([mean, *variance], dim=1) if doubled else mean)
+
+
+def _replace(output: Any, old: Tensor, new: Tensor) -> Any:
     """Return `output` with its prediction replaced, of the type it came in."""
     if isinstance(output, Tensor):
-        return prediction
+        return new
     if isinstance(output, (tuple, list)):
-        return type(output)([prediction, *output[1:]])
+        # The one that was read, which need not be the first; a namedtuple takes its fields singly.
+        fields = [new if field is old else field for field in output]
+        return type(output)(*fields) if hasattr(output, "_fields") else type(output)(fields)
     output = copy.copy(output)
-    output.sample = prediction
+    output.sample = new
     return output

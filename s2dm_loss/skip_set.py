@@ -46,6 +46,11 @@ class SkipSet:
             TypeError: if an offset is neither int nor float, or ints and floats are mixed.
             ValueError: if there is none, or one is not positive or comes twice.
         """
+        if isinstance(offsets, Tensor):
+            raise TypeError(
+                "skip_set must be an int, a float, several of them or a SkipSet, got "
+                f"{describe(offsets)}: a sampler's timesteps go to SkipSet.from_timesteps"
+            )
         if isinstance(offsets, (str, bytes)) or not isinstance(offsets, (Real, Iterable)):
             raise TypeError(
                 f"skip_set must be an int, a float, several of them or a SkipSet, got "
@@ -105,10 +110,11 @@ class SkipSet:
         for offset in self.offsets:
             if steps is None and not isinstance(offset, float):
                 raise TypeError(
-                    f"a continuous schedule takes skips as floats in units of time, got {offset!r}"
+                    "a continuous schedule takes skips as floats in units of time, such as 0.01, "
+                    f"got {offset!r}"
                 )
             if steps is not None and not isinstance(offset, int):
-                raise TypeError(f"a discrete schedule takes int skips, got {offset!r}")
+                raise TypeError(f"a discrete schedule takes int skips, such as 9, got {offset!r}")
             limit = 1 if steps is None else steps.numel()
             if offset >= limit:
                 raise ValueError(
@@ -127,6 +133,7 @@ class SkipSet:
             itself where the pair is not valid, and a bool mask.
         """
         self.check(schedule)
+        t = _as_times(t)
         earlier = torch.stack([t - offset for offset in self.offsets])
         valid = earlier >= 0
         return torch.where(valid, earlier, t), valid
@@ -141,13 +148,21 @@ Skips: TypeAlias = SkipSet | int | float | Iterable[int] | Iterable[float]
 """What every `skip_set` argument takes."""
 
 
+def _as_times(t: Tensor) -> Tensor:
+    """Return times in a type that holds their differences: small integers would wrap around."""
+    return t if t.is_floating_point() else t.long()
+
+
 def _offset(value: object) -> float:
     """Return a skip as a Python int or float; NumPy's numbers count as both."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"a skip must be an int or a float, got {describe(value)}")
     number = int(value) if isinstance(value, Integral) else float(value)
     if not number > 0:
-        raise ValueError(f"a skip must be positive, got {value!r}")
+        raise ValueError(
+            f"a skip must be positive, got {value!r}; a sampler's timesteps go to "
+            "SkipSet.from_timesteps"
+        )
     return number
 
 
@@ -190,21 +205,24 @@ class _SampledTimesteps(SkipSet):
 
     def __init__(self, timesteps: Tensor) -> None:
         self.sampled = timesteps
+        self.rounded = torch.unique(timesteps.round().long())
+        self.ends = float(timesteps[0]), float(timesteps[-1])
 
     @override
     def check(self, schedule: Schedule) -> None:
         steps = schedule.timesteps
         limit = 1.0 if steps is None else steps.numel() - 1
-        good = (self.sampled >= 0) & (self.sampled <= limit)
-        check_all("timesteps", self.sampled, good, f"lie in [0, {limit}]")
+        if self.ends[0] < 0 or self.ends[1] > limit:
+            raise ValueError(
+                f"timesteps must lie in [0, {limit}], got values from {self.ends[0]:g} to "
+                f"{self.ends[1]:g}"
+            )
 
     @override
     def earlier(self, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         self.check(schedule)
-        sampled = (
-            self.sampled if t.is_floating_point() else torch.unique(self.sampled.round().long())
-        )
-        sampled = sampled.to(t.device, t.dtype)
+        t = _as_times(t)
+        sampled = (self.sampled if t.is_floating_point() else self.rounded).to(t.device, t.dtype)
         index = torch.searchsorted(sampled, t.contiguous()) - 1
         earlier = sampled[index.clamp(min=0)]
         valid = index >= 0

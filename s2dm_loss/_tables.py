@@ -1,0 +1,103 @@
+"""Functions of t as tables: made once and in float64, read on any device and in any type.
+
+One mechanism for all that the library looks up by timestep. The float64 source never leaves the
+CPU and is no buffer, so no cast, move, export or synchronisation of a module reaches it; what is
+read are copies of it, and a copy is kept only if it is a real tensor, made under no transform.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TimeTable:
+    """A function of t with several values, as a table over a schedule's timesteps.
+
+    In continuous time, where there is nothing to keep, the function is called.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Sequence[Tensor | None]], timesteps: Tensor | None
+    ) -> None:
+        """Make the table.
+
+        Args:
+            function: Maps times to values of the same shape; None for a value that is never there.
+            timesteps: All times, int64 of shape [T]; None in continuous time.
+        """
+        self._function = function
+        self._source: Tensor | None = None
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        if timesteps is None:
+            return
+        # Whatever default device, gradient or inference mode this is made under.
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            values = function(timesteps)
+            there = [value for value in values if value is not None]
+            self._source = torch.stack(there, dim=-1).to("cpu", torch.float64)
+        present = iter(range(len(there)))
+        self._columns = [None if value is None else next(present) for value in values]
+        self.copy_to(torch.device("cpu"))
+
+    def at(self, t: Tensor, dtype: torch.dtype) -> list[Any]:
+        """Return the function's values at times [B] in `dtype`; None stays None.
+
+        Raises:
+            ValueError: if a timestep lies outside the table; see `read_table`.
+        """
+        if self._source is None:
+            values = self._function(t)
+            return [None if value is None else value.to(dtype) for value in values]
+        rows = read_table(self._copy(self._source, t.device, dtype), t).unbind(-1)
+        return [None if column is None else rows[column] for column in self._columns]
+
+    def copy_to(self, device: torch.device) -> None:
+        """Have the float32 copy ready on a device, as a compiled call cannot keep one."""
+        if self._source is not None and device.type != "meta":
+            self._copy(self._source, device, torch.float32)
+
+    def _copy(self, source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        copy = self._copies.get((device, dtype))
+        if copy is not None:
+            return copy
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return source.to(device, dtype)
+        with torch.inference_mode(False):
+            copy = source.to(device, dtype)
+        if type(copy) is Tensor:  # and no fake tensor
+            self._copies[device, dtype] = copy
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": {}}
+
+
+def read_table(table: Tensor, t: Tensor) -> Tensor:
+    """Return the rows `table[t]`, of shape t.shape + table.shape[1:].
+
+    Raises:
+        ValueError: if a timestep lies outside the table. On a GPU, where the host cannot know
+            without waiting, it is the device's own assertion instead; compiled, the rows are NaN.
+    """
+    if t.ndim != 1:
+        return read_table(table, t.reshape(-1)).reshape(t.shape + table.shape[1:])
+    if t.dtype not in (torch.int32, torch.int64):
+        t = t.long()
+    if torch.compiler.is_compiling():
+        # Compiled code counts a negative index from the end.
+        inside = (t >= 0) & (t < table.shape[0])
+        rows = table.index_select(0, torch.where(inside, t, 0))
+        return torch.where(inside.reshape(-1, *[1] * (table.ndim - 1)), rows, math.nan)
+    try:
+        # index_select, unlike table[t], refuses a negative index instead of counting from the end.
+        return table.index_select(0, t)
+    except (IndexError, RuntimeError) as error:
+        outside = t[(t < 0) | (t >= table.shape[0])]
+        if outside.numel() == 0:
+            raise
+        raise ValueError(f"t must lie in [0, {table.shape[0]}), got {outside[0].item()}") from error

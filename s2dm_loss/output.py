@@ -1,0 +1,101 @@
+"""The loss on the scale of a network's own output, whatever it predicts.
+
+A trainer's loss is mse(output, target), whichever of ε, v, x_0, flow and score the output is. On
+the noise prediction in it that is the plain loss times a weight w(t) of the trainer's choosing,
+
+    mse(output, target) = w mse(ε̂, ε),    ε̂ = ratio · output + lift · x_t,    w = 1 / ratio²,
+
+and S²-DM keeps that weight: L = w (τ mse(ε̂, ε) + (1-τ) mse(c ε̂, ζ)). Written on the output (the
+square of `coefficients`, divided by ratio), and with ζ for the estimator "fresh" alone,
+
+    L = A mse(output, s target + (s-1) (lift / ratio) x_t + (g / ratio) ζ) + a constant,
+
+so at τ = 1, where A = s = 1 and g = 0, it is the trainer's own loss. ε is what target and x_t say
+it is, which stays true where a trainer has changed either (noise offset, input perturbation,
+DREAM). The constant, which no gradient sees, is left out: times w it would be infinite at ᾱ = 0.
+There an output cannot express a gain on ε̂ either (x_t is all noise, ε̂ = x_t), so besides
+c² <= max_c2 there holds c² <= max_c2 · ratio², which takes the loss smoothly to τ times the
+trainer's own as ratio goes to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from s2dm_loss.coefficients import Coefficients
+from s2dm_loss.prediction import PredictionType, output_scales
+from s2dm_loss.weighting import weights_at, within_the_ends
+
+
+class RegressionTarget(NamedTuple):
+    """What a trainer's own loss has to regress on, and be multiplied by, to be this loss.
+
+    Attributes:
+        target: The changed target, of shape [B, ...]; float32, or float64 for float64 input.
+        weight: What each sample's loss is multiplied by, of shape [B].
+    """
+
+    target: Tensor
+    weight: Tensor
+
+
+class OutputSquare(NamedTuple):
+    """One quadratic in an output = p x_0 + q ε; every field has the shape of t, None is zero.
+
+    L = weight · mse(output, on_target · target + on_input · x_t + on_skip_noise · ζ)
+
+    where the target and x_t are at hand, and the same from x_0 and ε is
+
+    L = weight · mse(output, on_data · x_0 + on_noise · ε + on_skip_noise · ζ).
+    """
+
+    weight: Tensor
+    on_target: Tensor
+    on_input: Tensor | None
+    on_skip_noise: Tensor
+    on_data: Tensor | None
+    on_noise: Tensor
+
+
+def output_square(
+    at_t: Coefficients,
+    prediction_type: PredictionType,
+    a: Tensor,
+    b: Tensor,
+    *,
+    max_c2: float,
+    normalize: bool = False,
+) -> OutputSquare:
+    """Return the quadratic in an output on a path x_t = a x_0 + b ε, in the dtype of a."""
+    scales = output_scales(prediction_type, a, b)
+    bound = scales.ratio.square() * max_c2 if max_c2 > 0 else torch.zeros_like(a)
+    square = at_t.bounded(bound).complete_square(normalize=normalize)
+    # Where ratio is 0 the bound has made s = 1 and g = 0; their quotients by it are 0 as well.
+    silent = scales.ratio == 0
+
+    def per_ratio(scale: Tensor, factor: Tensor) -> Tensor:
+        return torch.where(silent, 0.0, scale * factor)
+
+    less = square.gain - 1
+    skip_gain = torch.zeros_like(a) if square.skip_gain is None else square.skip_gain
+    return OutputSquare(
+        weight=square.weight,
+        on_target=square.gain,
+        on_input=None if scales.shift is None else per_ratio(less, scales.shift),
+        on_skip_noise=per_ratio(skip_gain, scales.inverse_ratio),
+        on_data=scales.p,
+        on_noise=scales.q + per_ratio(less, scales.inverse_ratio),
+    )
+
+
+def output_weights(
+    weighting: Callable[[Tensor], Tensor], prediction_type: PredictionType, a: Tensor, b: Tensor
+) -> Tensor:
+    """Return w · ratio², what a weighting of the noise's error is for the output's."""
+    # The product has limits at the path's ends that its factors do not have.
+    a, b = within_the_ends(a, b)
+    return weights_at(weighting, a, b) * output_scales(prediction_type, a, b).ratio.square()

@@ -1,0 +1,204 @@
+"""For authors of adapters: is the swap right?
+
+    report = check_swap(
+        lambda model: trainer.loss(model, batch),                      # the trainer's own
+        lambda model, tau: adapted(trainer, tau).loss(model, batch),   # with this library's
+    )
+
+Both are called with a stand-in for the network, under the same random numbers. At τ = 1 the loss
+is the trainer's own, in value and gradient; at the τ to be trained with it may change each sample's
+gradient a little, and must change it somewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from s2dm_loss._checks import check_number, describe
+from s2dm_loss.coefficients import DEFAULT_TAU
+
+# A τ at which even a small skip moves the target by much more than float32 rounding.
+_STRONG_TAU = 0.5
+_STRONG_EFFECT = 1e-5
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `check_swap` has measured.
+
+    Attributes:
+        times: The second argument of the model call, of shape [B]; as the trainer gives it.
+        plain: The trainer's own loss.
+        swapped: The swapped loss at τ = 1.
+        ratio: Norm of each sample's gradient at the chosen τ over that of the trainer's own loss,
+            of shape [B].
+        moved: Largest change of a gradient's direction at τ = 0.5, from 0 to 2; 0 if the skip acts
+            on no sample.
+        calls: Calls of the model in the swapped loss.
+    """
+
+    times: Tensor
+    plain: float
+    swapped: float
+    ratio: Tensor
+    moved: float
+    calls: int
+
+    @override
+    def __str__(self) -> str:
+        lines = [
+            f"trainer's own loss {self.plain:.6g}, swapped at tau = 1 {self.swapped:.6g}; model "
+            f"calls {self.calls}",
+            "      time   gradient at tau over plain",
+        ]
+        order = self.times.argsort() if self.times.ndim == 1 else range(len(self.ratio))
+        lines += [f"{float(self.times[i]):10.4g}   {float(self.ratio[i]):.4f}" for i in order]
+        return "\n".join(lines)
+
+
+def check_swap(
+    trainers_loss: Callable[[nn.Module], Tensor],
+    swapped_loss: Callable[[nn.Module, float], Tensor],
+    *,
+    tau: float = DEFAULT_TAU,
+    rtol: float = 1e-4,
+    ratio_low: float = 0.5,
+    ratio_high: float = 2.0,
+    output_of: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+) -> SwapReport:
+    """Raise AssertionError unless a swap does what it should, and return what was measured.
+
+    It finds a prediction type or a scale that is not the trainer's, a wrong order of arguments, a
+    loss that explodes or dies at an end of the schedule, a schedule that runs the wrong way or does
+    not act, and a model that is called more often than before.
+
+    Args:
+        trainers_loss: Calls the model it is given, once, and returns the trainer's own loss: a
+            scalar or one value for each sample. Draws from torch's global generator are the same
+            in every call.
+        swapped_loss: The same with this library's loss, at the τ it is given.
+        tau: The τ that will be trained with.
+        rtol: Tolerance of the comparison at τ = 1, relative to the largest entry.
+        ratio_low: Smallest ratio of gradients at `tau` that is accepted.
+        ratio_high: Largest. The defaults hold for every built-in schedule at τ = 0.99.
+        output_of: Makes the stand-in's output from x_t; Gaussian noise of the shape of x_t if not
+            given. For networks with more or fewer channels out than in.
+        seed: Seed of all random numbers.
+
+    Raises:
+        AssertionError: if the swap is wrong; the message says how it shows and what it may be.
+    """
+    check_number("tau", tau, 0.0, 1.0)
+    plain, plain_grad, probe = _run(trainers_loss, output_of, seed)
+    calls = probe.calls
+    swapped, grad, probe = _run(lambda m: swapped_loss(m, 1.0), output_of, seed)
+    if probe.calls != calls:
+        raise AssertionError(
+            f"the model must be called as often as before, {calls} times, got {probe.calls}"
+        )
+    hint = (
+        "the prediction type, the schedule, the order of the arguments or a weight of the "
+        "trainer's is not what the swap takes it for"
+    )
+    _check_close("the loss at tau = 1", swapped, plain, rtol, hint)
+    _check_close("the gradient at tau = 1", grad, plain_grad, rtol, hint)
+
+    value, grad, _ = _run(lambda m: swapped_loss(m, tau), output_of, seed)
+    norm, plain_norm = grad.flatten(1).norm(dim=1), plain_grad.flatten(1).norm(dim=1)
+    ratio = torch.where(plain_norm > 0, norm / plain_norm, norm + 1)
+    bad = ~((ratio >= ratio_low) & (ratio <= ratio_high)) | ~value.isfinite().all()
+    _, strong, _ = _run(lambda m: swapped_loss(m, _STRONG_TAU), output_of, seed)
+    report = SwapReport(
+        times=probe.times,
+        plain=float(plain.sum()),
+        swapped=float(swapped.sum()),
+        ratio=ratio,
+        moved=_turned(strong, plain_grad),
+        calls=calls,
+    )
+    if bool(bad.any()):
+        raise AssertionError(
+            f"at tau = {tau} the gradients must be {ratio_low} to {ratio_high} times the plain "
+            "ones and the loss finite: a loss on the network's own output, "
+            f"`SkipStepLoss.from_output`, stays so on every schedule. Got\n{report}"
+        )
+    if tau < 1 and report.moved < _STRONG_EFFECT:
+        raise AssertionError(
+            "the skip must act somewhere: got the plain gradient's direction for every sample even "
+            f"at tau = {_STRONG_TAU}. Does the schedule's time run the wrong way, or are all times "
+            f"of this batch below the skip?\n{report}"
+        )
+    return report
+
+
+class _Probe(nn.Module):
+    """Stands for the network: remembers its times, and puts out a leaf that takes gradients."""
+
+    def __init__(self, output_of: Callable[[Tensor], Tensor] | None, seed: int) -> None:
+        super().__init__()
+        self.output_of = output_of
+        self.seed = seed
+        self.calls = 0
+        self.times = torch.empty(0)
+        self.output = torch.empty(0)
+        self.weight = nn.Parameter(torch.zeros(()))  # for whoever asks a model for its device
+
+    @override
+    def forward(self, x_t: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        self.times = t.detach().flatten()
+        if self.output_of is not None:
+            output = self.output_of(x_t).detach().clone()
+        else:
+            source = torch.Generator().manual_seed(self.seed)
+            output = torch.randn(x_t.shape, generator=source, dtype=torch.float64).to(x_t)
+        self.output = output.requires_grad_()
+        return self.output
+
+
+def _run(
+    loss_of: Callable[[nn.Module], Tensor],
+    output_of: Callable[[Tensor], Tensor] | None,
+    seed: int,
+) -> tuple[Tensor, Tensor, _Probe]:
+    """Return a loss, its gradient with respect to the model's output, and the model."""
+    probe = _Probe(output_of, seed)
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        loss = loss_of(probe)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"a loss must be a tensor, got {describe(loss)}")
+        if not loss.requires_grad or probe.calls == 0:
+            raise AssertionError("the loss must depend on what the model returns")
+        (grad,) = torch.autograd.grad(loss.sum(), probe.output, allow_unused=True)
+    if grad is None:
+        raise AssertionError("the loss must depend on what the model returns last")
+    return loss.detach().double(), grad.double(), probe
+
+
+def _check_close(what: str, found: Tensor, expected: Tensor, rtol: float, hint: str) -> None:
+    if found.shape != expected.shape:
+        raise AssertionError(
+            f"{what} must have the shape of the trainer's own, {tuple(expected.shape)}, got "
+            f"{tuple(found.shape)}"
+        )
+    scale = expected.abs().max()
+    error = (found - expected).abs().max() / scale.clamp(min=torch.finfo(torch.float64).tiny)
+    if not bool(error <= rtol):
+        raise AssertionError(
+            f"{what} must be the trainer's own to {rtol:g}, got a relative difference of "
+            f"{float(error):.3g}: {hint}"
+        )
+
+
+def _turned(grad: Tensor, plain: Tensor) -> float:
+    """Return the largest distance of two gradients' directions over the samples."""
+    directions = [torch.nn.functional.normalize(each.flatten(1), dim=1) for each in (grad, plain)]
+    return float((directions[0] - directions[1]).norm(dim=1).max())

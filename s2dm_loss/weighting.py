@@ -1,0 +1,156 @@
+"""Weightings of the loss over t: functions of the signal-to-noise ratio.
+
+A weighting w is what the squared error of the *noise* counts, (w mse(ε̂, ε)), whatever the network
+predicts; on the scale of another output it becomes w · ratio² (`s2dm_loss.prediction`). With it the
+same name is the same loss for every prediction type, on every schedule:
+
+    name             w, of snr = alpha² / sigma²       source
+    "uniform"        1                                 Ho et al., arXiv 2006.11239 (L_simple)
+    "min_snr"        min(snr, γ) / snr                 Hang et al., arXiv 2303.09556
+    "soft_min_snr"   γ / (snr + γ)                     Crowson et al., arXiv 2401.11605
+    "truncated_snr"  max(1 / snr, 1)                   Salimans and Ho, arXiv 2202.00512
+    "p2"             1 / (k + snr)^γ                   Choi et al., arXiv 2204.00227
+    "debiased"       1 / √snr                          Yu et al., arXiv 2310.08442
+    "sigmoid"        sigmoid(bias - log snr)           Kingma and Gao, arXiv 2303.00848
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from s2dm_loss._checks import check_number, describe
+
+WeightingName = Literal[
+    "uniform", "min_snr", "soft_min_snr", "truncated_snr", "p2", "debiased", "sigmoid"
+]
+WEIGHTINGS: tuple[WeightingName, ...] = get_args(WeightingName)
+
+Weighting: TypeAlias = WeightingName | Callable[[Tensor], Tensor]
+"""What every `weighting` argument takes: a name, or a function of log SNR."""
+
+_LARGEST_WEIGHT = 1e6
+_NEXT_TO_NOTHING = math.exp(-30)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A weighting with its numbers; compares, pickles and prints as the call that made it."""
+
+    name: WeightingName
+    numbers: tuple[float, ...] = ()
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        return _FORMULAS[self.name](log_snr, *self.numbers)
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{number:g}' for number in self.numbers)})"
+
+
+# In log space, so that neither end overflows.
+_FORMULAS: dict[WeightingName, Callable[..., Tensor]] = {
+    "uniform": torch.ones_like,
+    "min_snr": lambda log_snr, gamma: (math.log(gamma) - log_snr).clamp(max=0.0).exp(),
+    "soft_min_snr": lambda log_snr, gamma: (math.log(gamma) - log_snr).sigmoid(),
+    "truncated_snr": lambda log_snr: (-log_snr).clamp(min=0.0).exp(),
+    "p2": lambda log_snr, k, gamma: (k + log_snr.exp()) ** -gamma,
+    "debiased": lambda log_snr: (-0.5 * log_snr).exp(),
+    "sigmoid": lambda log_snr, bias: (bias - log_snr).sigmoid(),
+}
+
+
+def min_snr(gamma: float = 5.0) -> Callable[[Tensor], Tensor]:
+    """Min-SNR-γ, min(snr, γ) / snr (Hang et al., arXiv 2303.09556)."""
+    return _Named("min_snr", (check_number("gamma", gamma, 0.0, math.inf, open_ends=True),))
+
+
+def soft_min_snr(gamma: float = 4.0) -> Callable[[Tensor], Tensor]:
+    """Soft Min-SNR, γ / (snr + γ) (Crowson et al., arXiv 2401.11605).
+
+    k-diffusion's `soft-min-snr` is this with γ = 1 / σ_data², 4 by default.
+    """
+    return _Named("soft_min_snr", (check_number("gamma", gamma, 0.0, math.inf, open_ends=True),))
+
+
+def p2(k: float = 1.0, gamma: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """P2, 1 / (k + snr)^γ (Choi et al., arXiv 2204.00227)."""
+    return _Named(
+        "p2",
+        (
+            check_number("k", k, 0.0, math.inf, open_ends=True),
+            check_number("gamma", gamma, 0.0, math.inf),
+        ),
+    )
+
+
+def sigmoid(bias: float = 2.0) -> Callable[[Tensor], Tensor]:
+    """The sigmoid of bias - log snr (Kingma and Gao, arXiv 2303.00848)."""
+    return _Named("sigmoid", (check_number("bias", bias, -math.inf, math.inf, open_ends=True),))
+
+
+_DEFAULTS: dict[WeightingName, Callable[[Tensor], Tensor]] = {
+    "uniform": _Named("uniform"),
+    "min_snr": min_snr(),
+    "soft_min_snr": soft_min_snr(),
+    "truncated_snr": _Named("truncated_snr"),
+    "p2": p2(),
+    "debiased": _Named("debiased"),
+    "sigmoid": sigmoid(),
+}
+
+
+def read_weighting(weighting: Weighting | None) -> Callable[[Tensor], Tensor] | None:
+    """Return a weighting as a function of log SNR; None, the trainer's own scale, stays None.
+
+    Raises:
+        TypeError, ValueError: if it is neither a known name nor a function.
+    """
+    if weighting is None or (callable(weighting) and not isinstance(weighting, type)):
+        return weighting
+    if isinstance(weighting, str) and weighting in _DEFAULTS:
+        return _DEFAULTS[weighting]
+    error = ValueError if isinstance(weighting, str) else TypeError
+    raise error(
+        f"weighting must be None, one of {', '.join(map(repr, WEIGHTINGS))}, or a function of log "
+        f"SNR, got {describe(weighting)}"
+    )
+
+
+def within_the_ends(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a path's coefficients with |log snr| <= 60, so that w has a value everywhere."""
+    return a.maximum(b * _NEXT_TO_NOTHING), b.maximum(a * _NEXT_TO_NOTHING)
+
+
+def weights_at(weighting: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """Return w at times whose path is a x_0 + b ε, neither of them 0.
+
+    Raises:
+        TypeError, ValueError: if a function of the user's returns anything but one weight for each.
+    """
+    log_snr = 2 * (a.log() - b.log())
+    weights: Any = weighting(log_snr)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weighting must return a tensor, got {describe(weights)}")
+    if weights.shape != log_snr.shape:
+        raise ValueError(
+            f"weighting must return a tensor of the shape of log SNR, {tuple(log_snr.shape)}, got "
+            f"{describe(weights)}"
+        )
+    return weights.to(log_snr.dtype)
+
+
+def check_weights(weights: Tensor) -> None:
+    """Raise ValueError unless all weights are finite, not negative and of a size to train with."""
+    good = (weights >= 0) & (weights <= _LARGEST_WEIGHT)
+    if not good.all():
+        index = int((~good).nonzero()[0])
+        raise ValueError(
+            f"weighting must lie in [0, {_LARGEST_WEIGHT:g}] on the scale of the model's output, "
+            f"got {weights[index].item():.3g} at index {index} of {weights.numel()} times: where "
+            "there is no signal, 1 / snr has no bound"
+        )
