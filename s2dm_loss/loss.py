@@ -18,7 +18,7 @@ from s2dm_loss._checks import (
     describe,
 )
 from s2dm_loss._head import REDUCTIONS, Reduction, completed_square
-from s2dm_loss._tables import TimeTable
+from s2dm_loss._loss_tables import LossTables
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
@@ -26,7 +26,6 @@ from s2dm_loss.coefficients import (
     Coefficients,
     CompletedSquare,
     Estimator,
-    coefficients,
 )
 from s2dm_loss.functional import (
     LossTerms,
@@ -38,11 +37,14 @@ from s2dm_loss.functional import (
     loss_terms,
     read_skip_noise,
 )
-from s2dm_loss.output import OutputSquare, RegressionTarget, output_square, output_weights
+from s2dm_loss.output import (
+    OutputSquare,
+    RegressionTarget,
+)
 from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, read_output
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
-from s2dm_loss.weighting import Weighting, check_weights, read_weighting
+from s2dm_loss.weighting import Weighting, read_weighting
 
 
 class SkipStepLoss(FixedSettings, nn.Module):
@@ -121,15 +123,17 @@ class SkipStepLoss(FixedSettings, nn.Module):
         self.weighting: Callable[[Tensor], Tensor] | None = read_weighting(weighting)
         self.normalize = normalize
         self.max_c2 = max_c2
-
-        timesteps = self.schedule.timesteps
-        times = torch.linspace(0, 1, 17, device="cpu") if timesteps is None else timesteps
-        self.coefficients_at(times[:1])  # checks tau, max_c2 and the skips
-        check_weights(self._weights(times, prediction_type))
-        self._square = TimeTable(self._epsilon_square, timesteps)
-        self._outputs = TimeTable(self._output_square, timesteps)
-        self._terms = TimeTable(self._term_scales, timesteps)
-        self._path = TimeTable(self.schedule.alpha_sigma, timesteps)
+        # Checks tau, max_c2, the skips and the weighting.
+        self._tables = LossTables(
+            self.schedule,
+            self.skip_set,
+            tau=tau,
+            estimator=estimator,
+            prediction_type=prediction_type,
+            weighting=self.weighting,
+            normalize=normalize,
+            max_c2=max_c2,
+        )
 
     @override
     def forward(
@@ -318,30 +322,23 @@ class SkipStepLoss(FixedSettings, nn.Module):
         if self.estimator == "fresh" and skip_noise is None:
             raise ValueError("skip_noise must be given with the estimator 'fresh', got None")
         zeta = read_skip_noise(self.estimator, skip_noise, "noise", noise, None)
-        tau, c, c2, weight = self._terms.at(t, loss_dtype(eps_hat, noise))
+        tau, c, c2, weight = self._tables.terms.at(t, loss_dtype(eps_hat, noise))
         simple, skip, _ = loss_terms(eps_hat, noise, Coefficients(tau, c, c2, self.estimator), zeta)
         return LossTerms(weight * simple, weight * skip, tau)
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
         """Return the loss's `Coefficients` (Eq. 13) at times of any shape, computed in float64."""
-        return coefficients(
-            self.schedule,
-            self.skip_set,
-            t=t,
-            tau=self.tau,
-            estimator=self.estimator,
-            max_c2=self.max_c2,
-        )
+        return self._tables.coefficients_at(t)
 
     def _add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        a, b = self._path.at(t, loss_dtype(x0, noise))
+        a, b = self._tables.path.at(t, loss_dtype(x0, noise))
         return (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
 
     def _loss_of_prediction(
         self, eps_hat: Tensor, noise: Tensor, t: Tensor, zeta: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         self.schedule.check_timesteps(t)
-        square = CompletedSquare(*self._square.at(t, loss_dtype(eps_hat, noise)))
+        square = CompletedSquare(*self._tables.square.at(t, loss_dtype(eps_hat, noise)))
         return completed_square_loss(eps_hat, noise, square, zeta, self.reduction, weights)
 
     def _regression(
@@ -384,35 +381,7 @@ class SkipStepLoss(FixedSettings, nn.Module):
         )
 
     def _output_square_at(self, t: Tensor, dtype: torch.dtype) -> OutputSquare:
-        return OutputSquare(*self._outputs.at(t, dtype))
-
-    def _epsilon_square(self, t: Tensor) -> CompletedSquare:
-        """Return the quadratic in ε̂ at times t, in float64."""
-        square = self.coefficients_at(t).complete_square(normalize=self.normalize)
-        return square if self.weighting is None else square.times(self._weights(t, "epsilon"))
-
-    def _output_square(self, t: Tensor) -> OutputSquare:
-        """Return the quadratic in the output at times t, in float64."""
-        square = output_square(
-            self.coefficients_at(t),
-            self.prediction_type,
-            *self.schedule.alpha_sigma(t),
-            max_c2=self.max_c2,
-            normalize=self.normalize,
-        )
-        if self.weighting is None:
-            return square
-        return square._replace(weight=square.weight * self._weights(t, self.prediction_type))
-
-    def _term_scales(self, t: Tensor) -> tuple[Tensor, ...]:
-        at_t = self.coefficients_at(t)
-        return at_t.tau, at_t.c, at_t.c2, self._weights(t, "epsilon")
-
-    def _weights(self, t: Tensor, prediction_type: PredictionType) -> Tensor:
-        a, b = self.schedule.alpha_sigma(t)
-        if self.weighting is None:
-            return torch.ones_like(a)
-        return output_weights(self.weighting, prediction_type, a, b)
+        return OutputSquare(*self._tables.output.at(t, dtype))
 
     def _check_predicts_noise(self, method: str) -> None:
         if self.prediction_type != "epsilon":
@@ -426,8 +395,7 @@ class SkipStepLoss(FixedSettings, nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # There is no buffer to move: `.to(device)` says where the tables will be asked for.
         device = fn(torch.empty(0, device="cpu")).device
-        for table in (self._square, self._outputs, self._terms, self._path):
-            table.copy_to(device)
+        self._tables.copy_to(device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

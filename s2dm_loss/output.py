@@ -14,8 +14,11 @@ so at τ = 1, where A = s = 1 and g = 0, it is the trainer's own loss. ε is wha
 it is, which stays true where a trainer has changed either (noise offset, input perturbation,
 DREAM). The constant, which no gradient sees, is left out: times w it would be infinite at ᾱ = 0.
 There an output cannot express a gain on ε̂ either (x_t is all noise, ε̂ = x_t), so besides
-c² <= max_c2 there holds c² <= max_c2 · ratio², which takes the loss smoothly to τ times the
-trainer's own as ratio goes to 0.
+c² <= max_c2 there holds c² w <= max_c2, which takes the loss smoothly to τ times the trainer's own
+as ratio goes to 0.
+
+With a weighting (`s2dm_loss.weighting`) w is the weighting's and not the trainer's, and the loss is
+one and the same for every prediction type.
 """
 
 from __future__ import annotations
@@ -68,28 +71,42 @@ def output_square(
     b: Tensor,
     *,
     max_c2: float,
+    weighting: Callable[[Tensor], Tensor] | None = None,
     normalize: bool = False,
 ) -> OutputSquare:
     """Return the quadratic in an output on a path x_t = a x_0 + b ε, in the dtype of a."""
     scales = output_scales(prediction_type, a, b)
-    bound = scales.ratio.square() * max_c2 if max_c2 > 0 else torch.zeros_like(a)
+    if weighting is not None:
+        bound = weighting_bound(weighting, a, b, max_c2)
+    else:
+        bound = scales.ratio.square() * max_c2 if max_c2 > 0 else torch.zeros_like(a)
     square = at_t.bounded(bound).complete_square(normalize=normalize)
-    # Where ratio is 0 the bound has made s = 1 and g = 0; their quotients by it are 0 as well.
+    # Where ratio is 0 nothing can be said of ε, and s = 1 and g = 0.
     silent = scales.ratio == 0
 
     def per_ratio(scale: Tensor, factor: Tensor) -> Tensor:
         return torch.where(silent, 0.0, scale * factor)
 
+    weight = square.weight
+    if weighting is not None:
+        weight = weight * output_weights(weighting, prediction_type, a, b)
     less = square.gain - 1
     skip_gain = torch.zeros_like(a) if square.skip_gain is None else square.skip_gain
     return OutputSquare(
-        weight=square.weight,
-        on_target=square.gain,
+        weight=weight,
+        on_target=torch.where(silent, 1.0, square.gain),
         on_input=None if scales.shift is None else per_ratio(less, scales.shift),
         on_skip_noise=per_ratio(skip_gain, scales.inverse_ratio),
         on_data=scales.p,
         on_noise=scales.q + per_ratio(less, scales.inverse_ratio),
     )
+
+
+def weighting_bound(
+    weighting: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, max_c2: float
+) -> Tensor:
+    """Return the bound on c² with which neither c² nor c² w is above max_c2."""
+    return max_c2 / weights_at(weighting, *within_the_ends(a, b)).clamp(min=1.0)
 
 
 def output_weights(

@@ -206,22 +206,24 @@ class ShrunkModel(FixedSettings, nn.Module):
 def _scaled(output: Any, x_t: Tensor, scale: Tensor, shift: Tensor | None) -> Any:
     """Return an output with its prediction scaled and shifted, of the type it came in."""
     prediction = read_output(output)
-    channels = (x_t.shape[1], 2 * x_t.shape[1]) if x_t.ndim > 1 else ()
-    if prediction.ndim != x_t.ndim or (
-        x_t.ndim > 1
-        and (prediction.shape[1] not in channels or prediction[:, :1].shape != x_t[:, :1].shape)
-    ):
+    doubled = _with_doubled_channels(x_t)
+    if prediction.shape not in (x_t.shape, doubled):
         raise ValueError(
             f"model output must have the shape of x_t, {tuple(x_t.shape)}, or twice its channels "
             f"with a learned variance, got {describe(prediction)}"
         )
-    doubled = x_t.ndim > 1 and prediction.shape[1] != x_t.shape[1]
-    mean, *variance = prediction.chunk(2, dim=1) if doubled else (prediction,)
+    learned_variance = prediction.shape != x_t.shape
+    mean, *variance = prediction.chunk(2, dim=1) if learned_variance else (prediction,)
     shrunk = scale * mean.to(torch.promote_types(mean.dtype, scale.dtype))
     if shift is not None:
         shrunk = shrunk + shift
     mean = shrunk.to(prediction.dtype)
-    return _replace(output, prediction, torch.cat([mean, *variance], dim=1) if doubled else mean)
+    return _replace(output, prediction, torch.cat([mean, *variance], dim=1) if variance else mean)
+
+
+def _with_doubled_channels(x_t: Tensor) -> torch.Size:
+    batch, *rest = x_t.shape
+    return torch.Size([batch, 2 * rest[0], *rest[1:]] if rest else [batch])
 
 
 def _replace(output: Any, old: Tensor, new: Tensor) -> Any:

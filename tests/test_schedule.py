@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, Schedule
+from s2dm_loss import (
+    ContinuousSchedule,
+    NoiseSchedule,
+    Schedule,
+    ShrunkModel,
+    SkipSet,
+    SkipStepLoss,
+    coefficients,
+)
 from tests.strategies import betas
 
 diffusers = pytest.importorskip("diffusers")
@@ -193,3 +201,170 @@ def test_reprs_name_what_differs_from_the_default():
     assert repr(NoiseSchedule.cosine(10).rescale_zero_terminal_snr()) == (
         "NoiseSchedule.cosine(10).rescale_zero_terminal_snr()"
     )
+
+
+def test_from_sigmas_is_the_path_of_edm():
+    sigmas = torch.tensor([0.002, 0.1, 1.0, 80.0], dtype=torch.float64)
+    schedule = NoiseSchedule.from_sigmas(sigmas)
+    t = torch.arange(4)
+    alpha, sigma = schedule.alpha_sigma(t)
+    assert torch.equal(alpha, torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(sigma, sigmas, rtol=1e-13, atol=0)
+    torch.testing.assert_close(schedule.alphas_cumprod, 1 / (1 + sigmas**2), rtol=1e-13, atol=0)
+    # c² = ᾱ_s / ᾱ_t - 1 is (1 + σ_t²) / (1 + σ_s²) - 1.
+    c2 = coefficients(schedule, 1, max_c2=math.inf).c2
+    expected = (1 + sigmas[1:] ** 2) / (1 + sigmas[:-1] ** 2) - 1
+    torch.testing.assert_close(c2[1:], expected, rtol=1e-12, atol=0)
+
+
+def test_from_alpha_sigma_is_the_path_of_its_logarithms():
+    own = ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t))
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    for method in ("log_alphas_cumprod_at", "alpha_sigma"):
+        torch.testing.assert_close(
+            getattr(own, method)(t), getattr(ContinuousSchedule.flow(), method)(t)
+        )
+    assert repr(own) == "ContinuousSchedule.from_alpha_sigma(...)"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [NoiseSchedule, NoiseSchedule.from_betas, NoiseSchedule.from_log_snr],
+    ids=["log", "betas", "log_snr"],
+)
+def test_a_schedule_owns_its_table(make):
+    given = -torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    given = -given if make == NoiseSchedule.from_betas else given
+    schedule = make(given)
+    before = schedule.alphas_cumprod
+    given.fill_(-7.0)
+    assert torch.equal(schedule.alphas_cumprod, before)
+
+
+def test_reversed_and_read_only_arrays():
+    betas = np.linspace(0.02, 1e-4, 50)
+    backwards = NoiseSchedule.from_betas(betas[::-1])
+    locked = betas[::-1].copy()
+    locked.flags.writeable = False
+    expected = NoiseSchedule.from_betas(locked.tolist())
+    for schedule in (backwards, NoiseSchedule.from_betas(locked)):
+        assert torch.equal(schedule.alphas_cumprod, expected.alphas_cumprod)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_small_integer_times(dtype):
+    """200 - 201 is 255 in uint8, a later time in place of none."""
+    schedule, skip = NoiseSchedule.linear(128), 101
+    t = torch.tensor([0, 5, 100, 101, 127])
+    earlier, valid = SkipSet(skip).earlier(t.to(dtype), schedule)
+    assert valid[0].tolist() == [False, False, False, True, True]
+    assert earlier[0].tolist() == [0, 5, 100, 0, 26]
+    bar = schedule.alphas_cumprod
+    expected = torch.tensor([0, 0, 0, bar[0] / bar[101] - 1, bar[26] / bar[127] - 1])
+    found = coefficients(schedule, skip, t=t.to(dtype)).c2
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
+
+
+def test_continuous_times_are_drawn_in_float32_whatever_the_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        t = ContinuousSchedule.flow().draw_timesteps(10_000, device=torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert t.dtype == torch.float32
+    assert t.unique().numel() > 9_900
+
+
+def test_vmap_over_continuous_times():
+    schedule = ContinuousSchedule.flow()
+    t = torch.tensor([0.2, 0.6], dtype=torch.float64)
+    found = torch.func.vmap(lambda t: coefficients(schedule, 0.1, t=t).c2)(t)
+    torch.testing.assert_close(found, coefficients(schedule, 0.1, t=t).c2)
+
+
+def test_a_skip_that_rounding_swallows_is_none():
+    """Also at σ = 1, where two infinite logarithms would differ by NaN."""
+    t = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    at_t = coefficients(ContinuousSchedule.flow(), 1e-17, t=t)
+    assert at_t.c2.tolist() == [0.0, 0.0]
+
+
+PATHS_THAT_ARE_NONE = {
+    "rises": (lambda t: (t.log(), torch.log1p(-t)), ValueError, r"one that rises.*path\(1 - t\)"),
+    "stays": (lambda t: (0 * t - 1, 0 * t - 1), ValueError, "the same at every t"),
+    "one tensor": (lambda t: t, TypeError, "must return two tensors.*got a tensor of shape"),
+    "numbers": (lambda t: (0.0, 1.0), TypeError, "must return two tensors"),
+    "another shape": (lambda t: (t.sum(), t), ValueError, r"of the shape of t.*shape \(\)"),
+    "NaN": (lambda t: (t.log(), (t - 2).log()), ValueError, "without NaN, got NaN"),
+    "no logarithms": (lambda t: (1 - t, t), ValueError, "from_alpha_sigma takes them"),
+    "no logarithms, VE": (lambda t: (0 * t + 1, 80 * t), ValueError, "from_alpha_sigma"),
+    "no function": (1.0, TypeError, "must be callable"),
+}
+
+
+@pytest.mark.parametrize("case", PATHS_THAT_ARE_NONE)
+def test_paths_that_are_none(case):
+    path, error, message = PATHS_THAT_ARE_NONE[case]
+    with pytest.raises(error, match=message):
+        ContinuousSchedule(path)
+
+
+BETAS = torch.linspace(1e-4, 0.02, 1000)
+WRONG_WAY = [
+    (lambda: NoiseSchedule.from_betas((1 - BETAS).cumprod(0)), "from_alphas_cumprod takes them"),
+    (lambda: NoiseSchedule.from_alphas_cumprod(BETAS), r"increases: .*flip\(0\).*use from_betas"),
+    (lambda: NoiseSchedule.from_log_snr(torch.linspace(-5, 5, 9)), r"`log_snr.flip\(0\)`"),
+    (lambda: NoiseSchedule.from_sigmas([80.0, 1.0, 0.1]), r"decreases.*`sigmas.flip\(0\)`"),
+    (lambda: NoiseSchedule.from_sigmas([0.0, 1.0]), "sigmas must be positive and finite"),
+    (lambda: NoiseSchedule.from_sigmas([1.0, 2.0]).rescale_zero_terminal_snr(), "variance-pres"),
+    (lambda: ContinuousSchedule.vp(0.1, float("inf")), "beta_max must lie"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_WAY)
+def test_a_table_of_something_else_or_the_other_way_round(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (BETAS, "got a Tensor: NoiseSchedule.from_betas takes β, from_alphas_cumprod"),
+        (np.ones(3000), "got a ndarray: NoiseSchedule.from_betas takes"),
+        (1000, r"got 1000 \(int\): NoiseSchedule.linear\(1000\)"),
+        ("linear", r"got 'linear' \(str\): NoiseSchedule.linear\(1000\)"),
+        (
+            diffusers.DDPMScheduler(),
+            "got a DDPMScheduler: NoiseSchedule.from_alphas_cumprod",
+        ),
+        (None, "got a NoneType: see NoiseSchedule"),
+    ],
+)
+def test_what_is_no_schedule_is_sent_to_its_constructor(schedule, message):
+    for make in (
+        lambda: SkipStepLoss(schedule),
+        lambda: coefficients(schedule, 9),
+        lambda: ShrunkModel(torch.nn.Identity(), schedule, 9),
+    ):
+        with pytest.raises(TypeError, match=message) as caught:
+            make()
+        assert len(str(caught.value)) < 300
+
+
+def test_what_else_is_easily_given_in_the_wrong_place():
+    x, t = torch.zeros(2, 3), torch.tensor([1, 2])
+    criterion = SkipStepLoss(NoiseSchedule.linear(1000))
+    with pytest.raises(TypeError, match=r"SkipSet\.from_timesteps"):
+        SkipStepLoss(NoiseSchedule.linear(1000), torch.tensor([999, 500, 0]))
+    with pytest.raises(TypeError, match=r"goes to `from_prediction\(eps_hat, noise, t\)`"):
+        criterion(x, x, t)
+    with pytest.raises(ValueError, match="noise requires grad and eps_hat does not"):
+        criterion.from_prediction(x, x.clone().requires_grad_(), t)
+    with pytest.raises(ValueError, match="target requires grad and output does not"):
+        criterion.from_output(x, x.clone().requires_grad_(), x, t)
+    with pytest.raises(TypeError, match=r"such as 0.01, got 9"):
+        SkipStepLoss(ContinuousSchedule.flow())
+    with pytest.raises(TypeError, match=r"t must be a tensor, got \[1\]"):
+        coefficients(NoiseSchedule.linear(10), 1, t=[1])

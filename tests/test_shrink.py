@@ -1,5 +1,7 @@
 """The gain without training."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -183,3 +185,73 @@ def test_in_any_sampler_of_diffusers(name):
     forward = by_hand.forward
     by_hand.forward = lambda x, t: forward(x, t) * s_of(round(float(t)))
     torch.testing.assert_close(shrunk, sample(by_hand), rtol=1e-9, atol=1e-9)
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: str
+
+
+class Fields(NamedTuple):
+    logits: torch.Tensor
+    sample: torch.Tensor
+
+
+class Returning(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x_t, t):
+        return self.make(x_t)
+
+
+@pytest.mark.parametrize(
+    ("make", "which"),
+    [(lambda x: Pair(x, "kept"), 0), (lambda x: Fields(5 * x, x), 1), (lambda x: [x, 7], 0)],
+    ids=["namedtuple", "a field named sample", "list"],
+)
+def test_outputs_keep_their_type_and_all_else_in_them(make, which):
+    x_t = normal(2, 3, seed=0)
+    before = make(x_t)
+    after = ShrunkModel(Returning(make), LINEAR, 99)(x_t, 999)
+    assert type(after) is type(before)
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        if i == which:
+            torch.testing.assert_close(new, s_of(999) * x_t, rtol=1e-12, atol=0)
+        else:
+            assert new is old or torch.equal(new, old)
+
+
+@pytest.mark.parametrize(
+    ("x_t", "t", "output", "message"),
+    [
+        (torch.ones(1, 3), torch.tensor([1, 2]), None, r"t must have shape \(1,\)"),
+        (torch.ones(2, 3), torch.tensor([[1], [2]]), None, r"t must have shape \(2,\).*\(2, 1\)"),
+        (torch.ones(2, 3, 4), 5, torch.ones(2, 4, 4), r"model output must have the shape of x_t"),
+        (torch.ones(2, 3, 4), 5, torch.ones(2, 6, 1), r"model output must have the shape of x_t"),
+        (torch.ones(2, 3), 5, torch.ones(1, 3), r"model output must have the shape of x_t"),
+        (torch.ones(2), 5, torch.ones(4), r"model output must have the shape of x_t"),
+    ],
+)
+def test_nothing_broadcasts(x_t, t, output, message):
+    model = Returning(lambda x: x if output is None else output)
+    with pytest.raises(ValueError, match=message):
+        ShrunkModel(model, LINEAR, 99)(x_t, t)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_model_may_overwrite_its_input(kind):
+    x_t, t = normal(2, 3, seed=0), torch.tensor([500, 900])
+    kept, overwritten = (
+        ShrunkModel(Returning(make), LINEAR, 99, prediction_type=kind)(x_t.clone(), t)
+        for make in (lambda x: 0.5 * x, lambda x: x.mul_(0.5))
+    )
+    assert torch.equal(kept, overwritten)
+
+
+def test_its_repr_says_what_it_does_and_its_errors_where_to_go():
+    shrunk = ShrunkModel(nn.Identity(), LINEAR, 99)
+    assert "NoiseSchedule.linear(1000), SkipSet(99), tau=0.99" in repr(shrunk)
+    with pytest.raises(AttributeError, match=r"no 'config'.*shrink_pipeline"):
+        shrunk.config  # noqa: B018 - a pipeline's first question

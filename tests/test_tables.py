@@ -1,0 +1,210 @@
+"""Tables that nothing can spoil: casts, moves, exports, transforms, modes, threads, processes."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from s2dm_loss import NoiseSchedule, ShrunkModel, SkipStepLoss
+from tests.strategies import normal
+
+LINEAR = NoiseSchedule.linear(1000)
+T = torch.tensor([0, 9, 500, 999])
+C2 = LINEAR.alphas_cumprod[T - 9] / LINEAR.alphas_cumprod[T] - 1
+A = torch.where(T >= 9, 0.99 + 0.01 * C2, 1.0)
+S = torch.where(T >= 9, 0.99 / A, 1.0)
+
+
+class Loss:
+    """The loss, and what it has to be in float64."""
+
+    def make(self):
+        return SkipStepLoss(LINEAR, 9, normalize=True, reduction="none")
+
+    def check(self, module, dtype=torch.float64):
+        eps_hat, noise = normal(4, 3, seed=0), normal(4, 3, seed=1)
+        expected = (eps_hat - S[:, None] * noise).square().mean(1)
+        found = module.from_prediction(eps_hat.to(dtype), noise.to(dtype), T)
+        assert type(found) is torch.Tensor
+        torch.testing.assert_close(found, expected.to(dtype))
+        if dtype == torch.float64:
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+class Output(Loss):
+    def make(self):
+        return SkipStepLoss(LINEAR, 9, prediction_type="v_prediction", reduction="none")
+
+    def check(self, module, dtype=torch.float64):
+        output, target, x_t = (normal(4, 3, seed=seed) for seed in range(3))
+        a, b = (scale[:, None] for scale in LINEAR.alpha_sigma(T))
+        c2 = C2.minimum(100 * LINEAR.alphas_cumprod[T])
+        weight = torch.where(T >= 9, 0.99 + 0.01 * c2, 1.0)
+        s = torch.where(T >= 9, 0.99 / weight, 1.0)[:, None]
+        expected = weight * (output - s * target - (s - 1) * b / a * x_t).square().mean(1)
+        found = module.from_output(output.to(dtype), target.to(dtype), x_t.to(dtype), T)
+        torch.testing.assert_close(found, expected.to(dtype))
+        if dtype == torch.float64:
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+class Gain(Loss):
+    def make(self):
+        return ShrunkModel(nn.Identity(), LINEAR, 9)
+
+    def check(self, module, dtype=torch.float64):
+        module.model = Ones()
+        found = module(torch.zeros(4, 3, dtype=dtype), T)
+        torch.testing.assert_close(found, S[:, None].expand(4, 3).to(dtype))
+
+
+class Ones(nn.Module):
+    def forward(self, x_t, t):
+        return torch.ones_like(x_t)
+
+
+KINDS = pytest.mark.parametrize("kind", [Loss(), Output(), Gain()], ids=["loss", "output", "gain"])
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda m: m.bfloat16().float(),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.to("meta").to_empty(device="cpu"),
+        lambda m: copy.deepcopy(m),
+        lambda m: pickle.loads(pickle.dumps(m)),  # noqa: S301 - our own bytes
+    ],
+    ids=["bfloat16 and back", "half", "double", "meta and back", "deepcopy", "pickle"],
+)
+def test_casts_moves_and_copies(kind, spoil):
+    module = spoil(kind.make())
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        kind.check(module, dtype)
+
+
+@KINDS
+def test_fake_tensors_leave_nothing_behind(kind):
+    module = kind.make()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Exception):  # noqa: B017, PT011
+        # The check reads values, which no fake tensor has; by then every table has been asked for.
+        kind.check(module, torch.float64)
+    kind.check(module)
+
+
+def test_export_leaves_nothing_behind():
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.criterion = SkipStepLoss(LINEAR, 9, normalize=True, reduction="none")
+
+        def forward(self, eps_hat, noise, t):
+            return self.criterion.from_prediction(eps_hat, noise, t)
+
+    step = Step()
+    arguments = normal(4, 3, seed=0), normal(4, 3, seed=1), T
+    for strict in (False, True):
+        exported = torch.export.export(step, arguments, strict=strict).module()
+        torch.testing.assert_close(exported(*arguments), step(*arguments))
+        Loss().check(step.criterion)
+        Loss().check(copy.deepcopy(step.criterion))
+
+
+@KINDS
+def test_function_transforms_leave_nothing_behind(kind):
+    module, noise = kind.make(), normal(4, 3, seed=1)
+
+    def run(x):
+        if isinstance(kind, Gain):
+            return module(x, T).sum()
+        if isinstance(kind, Output):
+            return module.from_output(x, x, x, T).sum()
+        return module.from_prediction(x, noise, T).sum()
+
+    if isinstance(kind, Gain):
+        module.model = Ones()
+    torch.func.grad(run)(normal(4, 3, seed=0))
+    torch.func.vmap(run)(normal(2, 4, 3, seed=0))
+    kind.check(pickle.loads(pickle.dumps(copy.deepcopy(module))))  # noqa: S301 - our own bytes
+    kind.check(module)
+
+
+@KINDS
+def test_made_and_first_called_in_inference_mode(kind):
+    with torch.inference_mode():
+        module = kind.make()
+        kind.check(module)
+    leaf = normal(4, 3, seed=0).requires_grad_()
+    if isinstance(kind, Loss) and type(kind) is Loss:
+        module.from_prediction(leaf, normal(4, 3, seed=1), T).sum().backward()
+        assert leaf.grad is not None
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_made_under_a_default_device(device):
+    with torch.device(device):
+        criterion = SkipStepLoss(NoiseSchedule.linear(1000), 9, normalize=True, reduction="none")
+        for make in (NoiseSchedule.cosine, NoiseSchedule.scaled_linear):
+            SkipStepLoss(make(100), 9)
+    Loss().check(criterion)
+
+
+def test_nothing_for_ddp_to_synchronise():
+    """One rank's float64 call used to change a buffer's type, and the next step hung."""
+    module = nn.Sequential(SkipStepLoss(LINEAR, 9), ShrunkModel(nn.Identity(), LINEAR, 9))
+    assert list(module.buffers()) == []
+    assert module.state_dict() == {}
+
+
+@KINDS
+def test_threads(kind):
+    module, errors = kind.make(), []
+    if isinstance(kind, Gain):
+        module.model = Ones()
+
+    def work(dtype):
+        try:
+            for _ in range(50):
+                kind.check(module, dtype)
+        except Exception as error:
+            errors.append(error)
+
+    dtypes = [torch.float32, torch.float64] * 3
+    threads = [threading.Thread(target=work, args=(dtype,)) for dtype in dtypes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        *((SkipStepLoss(LINEAR, 9), *pair) for pair in (("tau", 0.5), ("skip_set", 49))),
+        *((SkipStepLoss(LINEAR, 9), *pair) for pair in (("max_c2", 1.0), ("weighting", "p2"))),
+        (SkipStepLoss(LINEAR, 9), "reduction", "sum"),
+        (ShrunkModel(nn.Identity(), LINEAR, 9), "tau", 0.5),
+        (ShrunkModel(nn.Identity(), LINEAR, 9), "prediction_type", "sample"),
+    ],
+)
+def test_settings_are_fixed(module, name, value):
+    before = getattr(module, name)
+    with pytest.raises(AttributeError, match=rf"{name} is read when a \w+ is made.*make another"):
+        setattr(module, name, value)
+    assert getattr(module, name) is before
+
+
+def test_compiled_times_outside_the_table_are_no_other_times():
+    torch.compiler.reset()
+    criterion = SkipStepLoss(LINEAR, 9, reduction="none")
+    eps_hat, noise = normal(4, 3, seed=0), normal(4, 3, seed=1)
+    compiled = torch.compile(criterion.from_prediction, backend="aot_eager", fullgraph=True)
+    loss = compiled(eps_hat, noise, torch.tensor([-1, 0, 999, 1000]))
+    assert loss.isnan().tolist() == [True, False, False, True]

@@ -1,0 +1,197 @@
+"""Weightings against the formulas of their papers, on the signal-to-noise ratio itself."""
+
+import math
+import pickle
+
+import pytest
+import torch
+
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss.weighting import WEIGHTINGS, min_snr, p2, sigmoid, soft_min_snr
+from tests.strategies import normal
+from tests.test_from_output import TYPES, batch, loss_and_gradient
+
+LINEAR = NoiseSchedule.linear(1000)
+ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
+
+# What each paper multiplies the error of ε by.
+ON_NOISE = {
+    "uniform": lambda snr: 1.0,
+    "min_snr": lambda snr: min(snr, 5) / snr,
+    "soft_min_snr": lambda snr: 4 / (snr + 4),
+    "truncated_snr": lambda snr: max(snr, 1) / snr,
+    "p2": lambda snr: 1 / (1 + snr),
+    "debiased": lambda snr: 1 / math.sqrt(snr),
+    "sigmoid": lambda snr: 1 / (1 + snr / math.e**2),
+}
+# An error of the output is the error of ε times ...
+OUTPUT_OVER_NOISE = {
+    "epsilon": lambda a, b: 1.0,
+    "v_prediction": lambda a, b: 1 / a,
+    "sample": lambda a, b: b / a,
+    "flow": lambda a, b: (a + b) / a,
+    "score": lambda a, b: 1 / b,
+}
+
+
+def test_every_name_is_known_here():
+    assert set(WEIGHTINGS) == set(ON_NOISE)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_formula_on_every_output(name, kind):
+    t = torch.tensor([0, 5, 100, 300, 500, 700])
+    output, target, x_t, *_ = batch(LINEAR, t, kind)
+    criterion = SkipStepLoss(
+        LINEAR, tau=1.0, prediction_type=kind, weighting=name, reduction="none"
+    )
+    found = criterion.from_output(output, target, x_t, t)
+    for i, bar in enumerate(LINEAR.alphas_cumprod[t].tolist()):
+        a, b = math.sqrt(bar), math.sqrt(1 - bar)
+        weight = ON_NOISE[name](bar / (1 - bar)) / OUTPUT_OVER_NOISE[kind](a, b) ** 2
+        expected = weight * (output[i] - target[i]).square().mean().item()
+        assert found[i].item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_the_same_name_is_the_same_loss_of_the_noise(name):
+    """With S²-DM as well: the gradient with respect to ε̂, whichever way the output says it."""
+    t = torch.tensor([0, 9, 100, 500, 600])
+    x0, eps, eps_hat = (normal(5, 3, seed=seed) for seed in range(3))
+    a, b = (scale[:, None] for scale in LINEAR.alpha_sigma(t))
+    x_t = a * x0 + b * eps
+
+    def outputs_of(eps, x0):
+        return {
+            "epsilon": eps,
+            "v_prediction": a * eps - b * x0,
+            "sample": x0,
+            "flow": eps - x0,
+            "score": -eps / b,
+        }
+
+    gradients = []
+    for kind in TYPES:
+        criterion = SkipStepLoss(LINEAR, 49, prediction_type=kind, weighting=name)
+        target = outputs_of(eps, x0)[kind]
+
+        def loss(e, kind=kind, criterion=criterion, target=target):
+            output = outputs_of(e, (x_t - b * e) / a)[kind]
+            return criterion.from_output(output, target, x_t, t)
+
+        gradients.append(loss_and_gradient(loss, eps_hat)[1])
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-8, atol=1e-12)
+
+
+def test_it_multiplies_the_papers_loss_constant_and_all():
+    t = torch.tensor([0, 9, 500, 999])
+    eps_hat, noise = normal(4, 3, seed=0), normal(4, 3, seed=1)
+    bar = LINEAR.alphas_cumprod[t]
+    snr = bar / (1 - bar)
+    weights = snr.clamp(max=3) / snr
+    for estimator in ("expected", "fresh", "shared"):
+        options = {"estimator": estimator, "reduction": "none"}
+        given = {"skip_noise": normal(4, 3, seed=2)} if estimator == "fresh" else {}
+        plain = SkipStepLoss(LINEAR, 9, **options)
+        weighted = SkipStepLoss(LINEAR, 9, weighting=min_snr(3), **options)
+        torch.testing.assert_close(
+            weighted.from_prediction(eps_hat, noise, t, **given),
+            weights * plain.from_prediction(eps_hat, noise, t, **given),
+            rtol=1e-12,
+            atol=0,
+        )
+        terms = weighted.terms(eps_hat, noise, t, **given)
+        torch.testing.assert_close(
+            terms.tau * terms.simple + (1 - terms.tau) * terms.skip,
+            weighted.from_prediction(eps_hat, noise, t, **given),
+        )
+
+
+def test_a_function_of_ones_own_and_weights_beside_it():
+    t = torch.tensor([3, 500, 999])
+    eps_hat, noise = normal(3, 2, seed=0), normal(3, 2, seed=1)
+    by_function = SkipStepLoss(LINEAR, weighting=lambda log_snr: 5 / (5 + log_snr.exp()))
+    by_name = SkipStepLoss(LINEAR, weighting=soft_min_snr(5))
+    weights = torch.tensor([1.0, 0.0, 2.0])
+    torch.testing.assert_close(
+        by_function.from_prediction(eps_hat, noise, t, weights=weights),
+        by_name.from_prediction(eps_hat, noise, t, weights=weights),
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("name", ["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"])
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("schedule", [ZERO_SNR, ContinuousSchedule.flow()], ids=repr)
+def test_finite_at_both_ends(schedule, kind, name):
+    if schedule is not ZERO_SNR and (kind, name) == ("sample", "uniform"):
+        pytest.skip("the noise's error is 1 / σ² times that of x_0, which is refused; see errors")
+    discrete = schedule is ZERO_SNR
+    t = torch.tensor([1, 998, 999]) if discrete else torch.tensor([1e-6, 0.5, 1.0])
+    output, target, x_t, *_ = batch(schedule, t, kind)
+    criterion = SkipStepLoss(
+        schedule, 9 if discrete else 0.01, prediction_type=kind, weighting=name, reduction="none"
+    )
+    loss, gradient = loss_and_gradient(lambda o: criterion.from_output(o, target, x_t, t), output)
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_min_snr_of_v_at_zero_terminal_snr():
+    """min(snr, γ) / (snr + 1) is 0 at snr = 0, where 1 / snr is infinite."""
+    t = torch.tensor([999])
+    output, target, x_t, *_ = batch(ZERO_SNR, t, "v_prediction")
+    criterion = SkipStepLoss(ZERO_SNR, prediction_type="v_prediction", weighting="min_snr")
+    assert criterion.from_output(output, target, x_t, t).item() == pytest.approx(0, abs=1e-20)
+
+
+def test_reprs_and_pickles():
+    criterion = SkipStepLoss(LINEAR, weighting=min_snr(3))
+    assert "weighting=min_snr(3)" in repr(criterion)
+    assert repr(pickle.loads(pickle.dumps(criterion))) == repr(criterion)  # noqa: S301 - our own
+    assert SkipStepLoss(LINEAR, weighting="p2").weighting == p2(1, 1)
+    assert sigmoid() != sigmoid(1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: SkipStepLoss(LINEAR, weighting="minsnr"), ValueError, "weighting must be.*'min_s"),
+        (lambda: SkipStepLoss(LINEAR, weighting=5.0), TypeError, "weighting must be .* got 5.0"),
+        (lambda: min_snr(0.0), ValueError, r"gamma must lie in \(0.0, inf\)"),
+        (lambda: p2(1, -1), ValueError, "gamma must lie"),
+        (
+            lambda: SkipStepLoss(ZERO_SNR, weighting="debiased"),
+            ValueError,
+            r"weighting must lie in \[0, 1e\+06\].*index 999 of 1000.*no bound",
+        ),
+        (
+            lambda: SkipStepLoss(
+                ContinuousSchedule.flow(), 0.01, prediction_type="sample", weighting="uniform"
+            ),
+            ValueError,
+            r"weighting must lie in \[0, 1e\+06\].*index 0 of 17",
+        ),
+        (
+            lambda: SkipStepLoss(LINEAR, weighting=lambda log_snr: -log_snr),
+            ValueError,
+            "weighting must lie in",
+        ),
+        (
+            lambda: SkipStepLoss(LINEAR, weighting=lambda log_snr: 1.0),
+            TypeError,
+            "weighting must return a tensor, got 1.0",
+        ),
+        (
+            lambda: SkipStepLoss(LINEAR, weighting=lambda log_snr: log_snr.mean()),
+            ValueError,
+            "of the shape of log SNR",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
