@@ -8,6 +8,7 @@ constant λ is known as Epsilon Scaling (Ning et al., arXiv 2308.15321); here λ
 from __future__ import annotations
 
 import copy
+from numbers import Real
 from typing import Any
 
 import torch
@@ -178,6 +179,10 @@ class ShrunkModel(FixedSettings, nn.Module):
         return torch.where(silent, 1.0, s), torch.where(silent, 0.0, (s - 1) * scales.shift)
 
     def _batch_of_times(self, t: Tensor | float, x_t: Tensor) -> Tensor:
+        if not isinstance(t, (Tensor, Real)):
+            raise TypeError(f"t must be a tensor or a number, got {describe(t)}")
+        if isinstance(t, Tensor) and t.is_meta != x_t.is_meta:
+            raise ValueError(f"t must be on the device of x_t, {x_t.device}, got {describe(t)}")
         t = torch.as_tensor(t, device=x_t.device)
         if self.schedule.timesteps is not None and t.is_floating_point():
             t = t.round().long()

@@ -1,11 +1,15 @@
 """Settings that all tests share."""
 
+import os
+
 import torch
 from hypothesis import settings
 
 # Reproducible runs: a random failure in somebody's CI is no help to them.
 settings.register_profile("s2dm", deadline=None, derandomize=True, max_examples=60)
-settings.load_profile("s2dm")
+# The five tests of test_fuzz.py make five times as many each: 50,000 in all, anew each night.
+settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "s2dm"))
 
 # Tests run side by side (pytest-xdist); one thread each keeps them out of one another's way.
 torch.set_num_threads(1)

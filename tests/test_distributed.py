@@ -1,8 +1,14 @@
 """Two processes (gloo, CPU) make the gradients that one makes on the joined batch."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.helpers import distributed_wrappers as wrappers
 from tests.helpers.distributed import run_distributed
 from tests.helpers.distributed_workers import everything
 
@@ -39,3 +45,60 @@ def test_accelerate_ran_in_two_processes(runs):
     for rank in ranks:
         assert rank["accelerate"]["wrapper"] == "DistributedDataParallel"
         assert rank["accelerate"]["processes"] == 2
+
+
+WRAPPED = [
+    f"{wrapper}, {how}"
+    for wrapper in ("ddp", "fsdp2")
+    for how in ("outside", "inside", "accumulated", "uneven")
+]
+SIZES = {2: [4, 3], 4: [2, 2, 2, 3]}
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} processes")
+def wrapped_runs(request, tmp_path_factory):
+    sizes = SIZES[request.param]
+    generator = torch.Generator().manual_seed(2)
+    x0, noise = torch.randn(2, sum(sizes), 1, 6, 6, generator=generator).unbind(0)
+    # The first process has times below the skip alone.
+    t = torch.tensor([0, 8, 3, 5, 999, 100, 500, 9, 700])[: sum(sizes)]
+    batch = {"x0": x0, "noise": noise, "t": t}
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks = run_distributed(wrappers.everything, folder, batch, sizes, world_size=request.param)
+    return batch, sizes, ranks
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_every_wrapper_is_one_process_on_the_joined_batch(wrapped_runs, how):
+    batch, sizes, ranks = wrapped_runs
+    count = sum(sizes) if "uneven" in how else len(sizes) * min(sizes)
+    expected = wrappers.alone(batch, count)
+    for rank in ranks:
+        torch.testing.assert_close(rank[how], expected)
+
+
+def page_block(title: str) -> str:
+    """The fenced block under a title of the page on distributed training."""
+    text = (Path(__file__).parents[1] / "docs/distributed.md").read_text(encoding="utf-8")
+    return text.partition(f'title="{title}"\n')[2].partition("\n```")[0]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_recipes_of_the_page_run_as_written(tmp_path, launcher):
+    (tmp_path / "train.py").write_text(page_block("train.py"), encoding="utf-8")
+    command = next(
+        line for line in page_block("shell").splitlines() if line.startswith(launcher)
+    ).split()
+    programs = Path(sys.executable).parent
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(  # noqa: S603 - a command of ours
+        [str(programs / command[0]), *command[1:]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loss ") == 1  # the first process alone prints

@@ -1,6 +1,7 @@
 """Run a function in several processes that share a gloo process group."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ def _run(
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
+        "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=90),  # a hang is a failure
     )
     try:
         torch.save(worker(rank, *args), f"{directory}/rank{rank}.pt")
