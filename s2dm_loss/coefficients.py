@@ -106,17 +106,27 @@ class Coefficients:
         """s, what the regression target multiplies ε by: the trained ε̂ is s(t) E[ε | x_t]."""
         return self.complete_square().gain
 
+    @property
+    def gain_excess(self) -> Tensor:
+        """S - 1 to its own rounding: an output divides it by what may be next to nothing."""
+        c = self.c if self.estimator == "shared" else 0.0
+        return (1 - self.tau) * (c - self.c2) / self._safe_weight
+
     def complete_square(self, *, normalize: bool = False) -> CompletedSquare:
         """Return the one quadratic; with `normalize`, mse(ε̂, target) without A and constant."""
         a = self.weight
-        # A is next to 0 only at τ = 0 where ᾱ hardly falls: nothing to learn there, any s will do.
-        safe = torch.where(a > _SMALLEST_WEIGHT, a, 1.0)
+        safe = self._safe_weight
         s = self.tau / safe
         g = (1 - self.tau) * self.c / safe
         square = _SQUARES[self.estimator](self.tau, a, s, g)
         if normalize:
             return CompletedSquare(torch.ones_like(a), square.gain, skip_gain=square.skip_gain)
         return square
+
+    @property
+    def _safe_weight(self) -> Tensor:
+        # A is next to 0 only at τ = 0 where ᾱ hardly falls: nothing to learn there, any s will do.
+        return torch.where(self.weight > _SMALLEST_WEIGHT, self.weight, 1.0)
 
     def bounded(self, max_c2: Tensor) -> Coefficients:
         """Return it with c² <= `max_c2`, of the shape of t."""
@@ -189,9 +199,7 @@ def coefficients(
     # The clamp stands before the `where`: a masked infinity would survive as NaN in 0 * inf below.
     c2 = torch.where(valid, log_ratio.expm1().clamp(min=0.0, max=max_c2), 0.0)
     valid_skips = valid.sum(0)
+    c, c2 = (total.sum(0) / valid_skips.clamp(min=1) for total in (c2.sqrt(), c2))
     return Coefficients(
-        tau=torch.where(valid_skips > 0, tau, torch.ones_like(c2[0])),
-        c=c2.sqrt().sum(0) / valid_skips.clamp(min=1),
-        c2=c2.sum(0) / valid_skips.clamp(min=1),
-        estimator=estimator,
+        tau=torch.where(valid_skips > 0, tau, torch.ones_like(c2)), c=c, c2=c2, estimator=estimator
     )

@@ -80,7 +80,8 @@ def output_square(
         bound = weighting_bound(weighting, a, b, max_c2)
     else:
         bound = scales.ratio.square() * max_c2 if max_c2 > 0 else torch.zeros_like(a)
-    square = at_t.bounded(bound).complete_square(normalize=normalize)
+    at_t = at_t.bounded(bound)
+    square, less = at_t.complete_square(normalize=normalize), at_t.gain_excess
     # Where ratio is 0 nothing can be said of ε, and s = 1 and g = 0.
     silent = scales.ratio == 0
 
@@ -90,7 +91,6 @@ def output_square(
     weight = square.weight
     if weighting is not None:
         weight = weight * output_weights(weighting, prediction_type, a, b)
-    less = square.gain - 1
     skip_gain = torch.zeros_like(a) if square.skip_gain is None else square.skip_gain
     return OutputSquare(
         weight=weight,

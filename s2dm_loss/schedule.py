@@ -188,14 +188,17 @@ class NoiseSchedule:
 
         Lin et al., arXiv 2305.08891, Algorithm 1.
         """
-        root = (0.5 * self.log_alphas_cumprod).exp()
-        if root.numel() < 2 or self._unit_alpha:
+        if self.num_train_timesteps < 2 or self._unit_alpha:
             raise ValueError(
                 "only a variance-preserving schedule of two timesteps or more can be rescaled to "
                 f"zero terminal SNR, got {self!r}"
             )
-        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-        return NoiseSchedule(2 * root.log(), name=f"{self._name}.rescale_zero_terminal_snr()")
+        # √ᾱ' = √ᾱ_0 (√ᾱ - √ᾱ_end) / (√ᾱ_0 - √ᾱ_end), in log space: small differences again.
+        log_root = 0.5 * self.log_alphas_cumprod
+        fall = (log_root - log_root[0]).expm1() / -(log_root[-1] - log_root[0]).expm1()
+        return NoiseSchedule(
+            2 * (log_root[0] + fall.log1p()), name=f"{self._name}.rescale_zero_terminal_snr()"
+        )
 
     @property
     def num_train_timesteps(self) -> int:

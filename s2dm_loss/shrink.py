@@ -164,7 +164,7 @@ class ShrunkModel(FixedSettings, nn.Module):
         ratio is 0, x_t is all noise, and no x_0 or v can say that ε̂ is a little less than x_t: the
         output stays as it is.
         """
-        s = gain(
+        at_t = coefficients(
             self.schedule,
             self.skip_set,
             t=t,
@@ -172,11 +172,12 @@ class ShrunkModel(FixedSettings, nn.Module):
             estimator=self.estimator,
             max_c2=self.max_c2,
         )
+        s, less = at_t.gain, at_t.gain_excess
         scales = output_scales(self.prediction_type, *self.schedule.alpha_sigma(t))
         if scales.shift is None:
             return s, None
         silent = scales.ratio == 0
-        return torch.where(silent, 1.0, s), torch.where(silent, 0.0, (s - 1) * scales.shift)
+        return torch.where(silent, 1.0, s), torch.where(silent, 0.0, less * scales.shift)
 
     def _batch_of_times(self, t: Tensor | float, x_t: Tensor) -> Tensor:
         if not isinstance(t, (Tensor, Real)):

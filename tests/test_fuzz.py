@@ -159,7 +159,7 @@ def test_the_loss_of_a_noise_prediction(data: st.DataObject) -> None:
     draw = data.draw
     batch = draw(st.integers(1, 4))
     case, estimator = draw(cases(batch)), draw(st.sampled_from(ESTIMATORS))
-    tau = draw(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.99, 1.0])))
+    tau = draw(st.one_of(st.floats(1e-6, 1), st.sampled_from([0.0, 0.99, 1.0])))
     max_c2 = draw(st.sampled_from([100.0, 100.0, 0.0, 1.0, 1e4]))
     weighting, reduction = (
         draw(st.sampled_from(each)) for each in (WEIGHTINGS, ["none", "sum", "mean"])
@@ -238,7 +238,7 @@ def test_the_loss_of_any_output(data: st.DataObject) -> None:
     batch = draw(st.integers(1, 4))
     case, estimator = draw(cases(batch)), draw(st.sampled_from(ESTIMATORS))
     kind, weighting = draw(st.sampled_from(TYPES)), draw(st.sampled_from(WEIGHTINGS))
-    tau = draw(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.99, 1.0])))
+    tau = draw(st.one_of(st.floats(1e-6, 1), st.sampled_from([0.0, 0.99, 1.0])))
     max_c2 = draw(st.sampled_from([100.0, 100.0, 0.0, 1.0]))
     dtype, seed = draw(st.sampled_from([torch.float64, torch.float32])), draw(st.integers(0, 2**31))
     shape = (batch, *draw(shapes))

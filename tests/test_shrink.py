@@ -10,6 +10,7 @@ from s2dm_loss import (
     ContinuousSchedule,
     NoiseSchedule,
     ShrunkModel,
+    coefficients,
     epsilon_from_output,
     epsilon_scaling,
     gain,
@@ -133,7 +134,8 @@ def test_continuous_time():
 def test_computes_the_gain_once_however_many_sampling_steps(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "s2dm_loss.shrink.gain", lambda *a, **k: calls.append(k["t"]) or gain(*a, **k)
+        "s2dm_loss.shrink.coefficients",
+        lambda *a, **k: calls.append(k["t"]) or coefficients(*a, **k),
     )
     shrunk, x_t = ShrunkModel(Model(), LINEAR, 99), torch.ones(2, 3, dtype=torch.float64)
     checked_at_construction = len(calls)
