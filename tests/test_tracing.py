@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from tests.strategies import normal
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -111,6 +111,25 @@ def test_forward_compiles_with_its_model(schedule):
 
     compiled = torch.compile(step, fullgraph=True)
     torch.testing.assert_close(compiled(x0, t, noise), step(x0, t, noise), rtol=1e-5, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize(
+    "skip_set",
+    [SkipSet(0.1), SkipSet.from_timesteps([0.0, 0.25, 0.75]), SkipSet.for_sampling_steps(20)],
+    ids=repr,
+)
+def test_continuous_time_compiles_with_every_skip_set(skip_set, kind):
+    torch.compiler.reset()
+    criterion = SkipStepLoss(ContinuousSchedule.vp(), skip_set, prediction_type=kind)
+    output, target, x_t = (normal(4, 5, seed=seed).float() for seed in range(3))
+    t = torch.tensor([0.01, 0.3, 0.5, 0.9])
+    compiled = torch.compile(criterion.from_output, fullgraph=True, backend="aot_eager")
+    arguments = output, target, x_t, t
+    torch.testing.assert_close(
+        compiled(*arguments), criterion.from_output(*arguments), rtol=1e-5, atol=0
+    )
 
 
 def derivative(loss, eps_hat):
