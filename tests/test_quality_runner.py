@@ -78,6 +78,21 @@ def test_a_cell_is_of_its_own_methods_samples(
     assert cell["images"]["frechet"] == pytest.approx(saved.frechet)
 
 
+def test_samples_are_compared_with_what_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = load_digits()
+    split = replace(digits, images=digits.images[:1500], held_out=digits.images[1500:] // 2)
+    monkeypatch.setattr(runner.datasets, "load", lambda name, folder: split)
+    bench = Bench(TINY, tmp_path)
+    assert bench.distances.compare(split.reference).frechet == pytest.approx(0, abs=1e-3)
+    assert bench.distances.compare(split.images).frechet > 0.1
+    spread = to_model_range(split.reference).std(0).mean()
+    assert bench.data_spread == pytest.approx(float(spread), rel=1e-4)
+    floor = bench.floor()
+    assert (floor["images_each"], floor["reference"]) == (TINY.samples, 297)
+
+
 def test_what_is_there_is_not_done_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "train", None)
     monkeypatch.setattr(runner, "sample", None)

@@ -144,16 +144,17 @@ class Bench:
             network = preset.features.build(self.data, root, self.accelerator.device)
         self.features = network
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        self.distances = FeatureDistances(network, self.data.images[share])
+        self.distances = FeatureDistances(network, self.data.reference[share])
         self.versions = versions()
-        real = datasets.to_model_range(self.data.images).double()
+        real = datasets.to_model_range(self.data.reference).double()
         self.data_spread = float(real.std(0).mean())
 
     def floor(self) -> dict[str, Any]:
-        """Return the distances between random halves of the data; measured once."""
+        """Return the distances between sets of real images; measured once."""
         path = self.layout.root / "floor.json"
         if not path.exists():
-            floor = noise_floor(self.features, self.data.images)
+            held_out, samples = self.data.held_out, self.preset.samples
+            floor = noise_floor(self.features, self.data.images, held_out, samples)
             save_json(path, {"features": self.features.description, **floor})
         stored: dict[str, Any] = load_json(path)
         return stored
