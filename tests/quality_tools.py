@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from benchmarks.quality.budget import Budget
 from benchmarks.quality.features import ClassifierFeatures
 from benchmarks.quality.networks import MLPSpec
 from benchmarks.quality.objectives import Gain, Plain, SkipStep
 from benchmarks.quality.presets import DIGITS, arm
-from benchmarks.quality.training import Budget
 
 TINY = replace(
     DIGITS,

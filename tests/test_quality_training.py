@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from quality_tools import TINY
 from torch import Tensor, nn
 
+from benchmarks.files import load_json, load_tensors
 from benchmarks.quality.data import load_digits
-from benchmarks.quality.files import load_json, load_tensors
-from benchmarks.quality.objectives import Loss, Objective, Plain, SkipStep
+from benchmarks.quality.objectives import Batch, Loss, Objective, Plain, SkipStep
 from benchmarks.quality.streams import Purpose, Stream, generator
 from benchmarks.quality.training import train
 from s2dm_loss import NoiseSchedule
@@ -123,10 +123,8 @@ def test_training_learns(tmp_path: Path) -> None:
 
 
 class Broken(Plain):
-    def build(self, schedule: NoiseSchedule) -> Loss:
-        loss = super().build(schedule)
-        loss.compare = lambda predicted, batch: predicted.mean() * float("nan")  # type: ignore[method-assign]
-        return loss
+    def compare(self, predicted: Tensor, batch: Batch, loss: Loss) -> Tensor:
+        return predicted.mean() * float("nan")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from benchmarks.files import load_tensors, save_tensors
 from benchmarks.quality.data import ImageSet, to_model_range
-from benchmarks.quality.files import load_tensors, save_tensors
 
 
 class FeatureSpec(Protocol):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
 from s2dm_loss import NoiseSchedule
+
+if TYPE_CHECKING:  # the pages are written without diffusers, which takes seconds to import
+    from diffusers import UNet2DModel
 
 
 class NetworkSpec(Protocol):
@@ -131,6 +133,8 @@ class UNetSpec(NetworkSpec):
 
     def diffusers_unet(self, image_shape: tuple[int, int, int]) -> UNet2DModel:
         """Return diffusers' own module."""
+        from diffusers import UNet2DModel
+
         image_channels, size, _ = image_shape
         attends = [size // 2**level in self.attention_at for level in range(len(self.multipliers))]
         return UNet2DModel(

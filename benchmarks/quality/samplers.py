@@ -12,26 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    PNDMScheduler,
-)
 from torch import Tensor
 
 from s2dm_loss import NoiseSchedule
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
-# The scheduler and what it needs beyond the settings that all share.
-SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": True}),
-    "deis": (DEISMultistepScheduler, {}),
-    "ddpm": (DDPMScheduler, {"clip_sample": False}),
-    "dpm++2m": (DPMSolverMultistepScheduler, {}),
+# diffusers' class and what it needs beyond the settings that all share. By name, since the pages
+# are written without diffusers, which takes seconds to import.
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
 }
 TITLES = {"ddim": "DDIM", "pndm": "PNDM", "deis": "DEIS", "ddpm": "DDPM", "dpm++2m": "DPM++ 2M"}
 
@@ -44,10 +38,12 @@ def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {name!r}")
+    import diffusers
+
     kind, settings = SAMPLERS[name]
     alphas_cumprod = schedule.alphas_cumprod.double()
     before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    return kind(
+    return getattr(diffusers, kind)(
         num_train_timesteps=len(alphas_cumprod),
         trained_betas=(1 - alphas_cumprod / before).numpy(),
         prediction_type="epsilon",
