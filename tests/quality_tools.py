@@ -31,3 +31,17 @@ TINY = replace(
 )
 
 ONE_ARM = replace(TINY, arms=TINY.arms[:1], seeds=(0,))
+
+# Long enough for kills to find it training, sampling and measuring; checkpoints and batches often.
+KILLED = replace(
+    TINY,
+    budget=replace(TINY.budget, steps=40, checkpoint_every=7, flip=True, anneal=True),
+    samples=64,
+    sample_batch=16,
+    arms=(
+        arm(SkipStep(9, "fresh"), samplers=("ddim", "ddpm"), steps=(2, 9)),
+        arm(Plain(), samplers=("ddim", "ddpm"), steps=(2, 9)),
+    ),
+    seeds=(0,),
+    columns=("skip9-fresh", "plain"),
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -101,9 +102,10 @@ class Bench:
     def do(self, job: Job, advance: Advance = _no_progress) -> None:
         """Do whatever of a job is not done."""
         method, seed = job.arm.method, job.seed
-        missing = [
-            cell for cell in job.cells() if not self.layout.cell(method, seed, *cell).exists()
-        ]
+        paths = {cell: self.layout.cell(method, seed, *cell) for cell in job.cells()}
+        missing = [cell for cell, path in paths.items() if not path.exists()]
+        for cell in paths.keys() - set(missing):
+            _remove_batches(paths[cell])
         if not missing:
             return
         model = self.model(method.objective, seed, advance)
@@ -142,10 +144,7 @@ class Bench:
         if self.accelerator.is_main_process:
             save_tensors(path.with_suffix(".pt"), {"samples": saved[:KEPT_SAMPLES].cpu()})
             save_json(path, result)
-            for part in path.with_suffix("").glob("*.pt"):
-                part.unlink()
-            if path.with_suffix("").is_dir():
-                path.with_suffix("").rmdir()
+            _remove_batches(path)
         self.accelerator.wait_for_everyone()
 
     def _samples(
@@ -193,6 +192,11 @@ class Bench:
         count, first, second = sums
         variance = (second - first.square() / count) / (count - 1)
         return float(variance.sqrt().mean())
+
+
+def _remove_batches(path: Path) -> None:
+    """Remove the batches that a cell was made of."""
+    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
 
 
 def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | None = None) -> None:

@@ -77,8 +77,9 @@ def train(
             if accelerator.is_main_process:
                 save_tensors(weights_path, model.state_dict())
                 save_json(record_path, run.record())
-                remove_states(folder)
             accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        remove_states(folder)
     model.load_state_dict(load_tensors(weights_path))
     return model.to(accelerator.device).eval().requires_grad_(False)
 
