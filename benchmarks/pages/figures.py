@@ -18,7 +18,7 @@ from benchmarks.files import write_whole
 
 INK = "#7d838c"
 COLORS = ("#7d838c", "#1e88e5", "#43a047", "#fb8c00", "#e53935", "#ab47bc", "#00a08a", "#a1776a")
-WIDTH = 6.4
+WIDTH = 5.2
 STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",

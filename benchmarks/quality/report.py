@@ -82,8 +82,9 @@ def write_report(preset: Preset, root: Path, data_folder: Path | None = None) ->
             if arm.method.name in present and isinstance(arm.method.objective, SkipStep)
         }
     )
-    save_figure(coefficients_figure(skips), root / "coefficients.png")
-    if len(preset.seeds) == 1:
+    if skips:
+        save_figure(coefficients_figure(skips), root / "coefficients.png")
+    if len(preset.seeds) == 1 and len(present) > 1:
         save_figure(loss_figure(record, present), root / "loss.png")
     fewest, most = min(c.steps for c in cells), max(c.steps for c in cells)
     shown = [c for c in cells if c.steps == fewest or (c.sampler == "ddim" and c.steps == most)]

@@ -39,7 +39,7 @@ def intervals(
         axes: Where.
         places: One for each interval.
         found: The intervals.
-        low: What lies below is cut off there and marked: a bar by an arrow, a mean by its number.
+        low: What lies below is cut off there and marked by an arrow, and a mean by its number.
         across: Draw along x.
         line: Join the means.
         style: Colour and label.
@@ -62,7 +62,7 @@ def intervals(
         x, y = (low, place) if across else (place, low)
         arrow = "<" if across else "v"
         axes.plot(x, y, arrow, color=style["color"], markersize=5, clip_on=False)
-        if one.mean < low:
+        if one.mean < low and not line:  # of lines, several would be cut off at one place
             shift = (5, -2.5) if across else (3, 4)
             axes.annotate(
                 f"{one.mean:.0f}", (x, y), shift, textcoords="offset points", fontsize=6,
@@ -105,8 +105,8 @@ def forest(results: Results, names: Sequence[str]) -> Figure:
         axes.set_yticks(rows, [title(results, name) for name in names])
         zero_line(axes, vertical=True)
         axes.set_xlim(-60, 60)
-        axes.set_xlabel("improvement over plain, %; arrows lead to what lies below -60 %")
-        axes.legend(loc="lower right")
+        axes.set_xlabel("improvement over plain, %; arrows: below -60")
+        figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 
@@ -123,6 +123,7 @@ def sweeps(results: Results, groups: dict[str, dict[str, str]], *, low: float = 
                 )  # fmt: skip
             axes.set_xticks(range(len(names)), list(names))
             axes.set(title=heading, xlim=(-0.5, len(names) - 0.5))
+            axes.tick_params(axis="x", labelsize=8)
             zero_line(axes)
         panels[0].set_ylabel("improvement over plain, %")
         panels[0].legend(loc="lower left")
