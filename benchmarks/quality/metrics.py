@@ -47,7 +47,7 @@ class FeatureDistances:
 
     Args:
         network: Maps images to features.
-        reference: uint8 images ``[N, C, H, W]``.
+        reference: uint8 images `[N, C, H, W]`.
         batch_size: Images per call of the network.
         gather: In a distributed run, gather the references and the images of all processes, each
             of which hands in its share.
@@ -90,7 +90,7 @@ class FeatureDistances:
             self.kernel.update(features, real=real)
 
     def compare(self, images: Tensor) -> Distances:
-        """Return the distances of images ``[N, C, H, W]`` from the reference."""
+        """Return the distances of images `[N, C, H, W]` from the reference."""
         self._update(images, real=False)
         self.kernel.subset_size = min(KERNEL_SUBSET_SIZE, self.size, len(images))
         with torch.random.fork_rng(devices=[]):
@@ -117,9 +117,9 @@ def noise_floor(
     Args:
         network: Maps images to features.
         data: The images that networks are trained on.
-        held_out: What samples are compared with, where it is not ``data``.
-        images: How many of ``data`` are compared with ``held_out``; without ``held_out`` one
-            random half of ``data`` is compared with the other.
+        held_out: What samples are compared with, where it is not `data`.
+        images: How many of `data` are compared with `held_out`; without `held_out` one
+            random half of `data` is compared with the other.
         repeats: Random choices.
     """
     drawn = len(data) // 2 if held_out is None else min(images or len(data), len(data))

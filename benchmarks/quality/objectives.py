@@ -2,7 +2,7 @@
 
 An objective is one small class: its settings, its name in files and in tables, and the mathematics
 of its loss.  All of them see the same images, timesteps and noise, and average over pixels and
-batch alike.  A new one needs an arm of the preset ``digits-full`` besides, which puts it on the
+batch alike.  A new one needs an arm of the preset `digits-full` besides, which puts it on the
 evidence page; a test fails as long as it has none.
 """
 
@@ -31,9 +31,9 @@ class Batch:
     """One training batch.
 
     Attributes:
-        x0: Images in [-1, 1], ``[B, C, H, W]``.
-        t: Timesteps, int64 ``[B]``.
-        noise: ε, shaped as ``x0``.
+        x0: Images in [-1, 1], `[B, C, H, W]`.
+        t: Timesteps, int64 `[B]`.
+        noise: ε, shaped as `x0`.
         extra: Where an objective draws whatever it needs besides.
     """
 
@@ -81,7 +81,7 @@ class Named:
 
 
 class Loss(nn.Module):
-    """An objective on a schedule: ``loss(model, batch)`` is a scalar.
+    """An objective on a schedule: `loss(model, batch)` is a scalar.
 
     Attributes:
         objective: Whose mathematics it is.
@@ -227,7 +227,7 @@ class SequenceAware(Objective):
 
 
 class ResidualSum(Loss):
-    """:class:`SequenceAware`, which calls the network for several timesteps."""
+    """`SequenceAware`, which calls the network for several timesteps."""
 
     objective: SequenceAware
 
@@ -284,7 +284,7 @@ class Correction(Named, ABC):
 
 @dataclass(frozen=True)
 class Gain(Correction):
-    """s(t)·ε̂, with the gain s(t) that :class:`SkipStep` would have taught the network."""
+    """s(t)·ε̂, with the gain s(t) that `SkipStep` would have taught the network."""
 
     label = "gain{skip}"
     heading = "gain k = {skip}"

@@ -26,7 +26,7 @@ GAP_SHADE = 96
 
 
 def _tile(images: Tensor) -> Tensor:
-    """Arrange uint8 images ``[N, C, H, W]`` in a grid ``[rows, columns, C]`` with gaps."""
+    """Arrange uint8 images `[N, C, H, W]` in a grid `[rows, columns, C]` with gaps."""
     count = TILE_COLUMNS * TILE_ROWS
     gap = max(1, images.shape[-1] // 12)
     padded = F.pad(images[:count], (gap, gap, gap, gap), value=GAP_SHADE)

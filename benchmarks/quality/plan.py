@@ -53,7 +53,7 @@ class Plan:
         trainings: Networks to train, those that are under way included.
         network_steps: Steps of a network left, forward and backward.
         cells: Results to make.
-        sampling_calls: Calls of a network for a batch of ``samples``.
+        sampling_calls: Calls of a network for a batch of `samples`.
         cost: Everything, in forward passes of one image.
         done: What is done already, in the same unit.
     """

@@ -52,7 +52,7 @@ class Preset:
 
     Attributes:
         name: What the command line calls it.
-        about: One line for ``--help``.
+        about: One line for `--help`.
         data: The data set.
         network: The ε-model.
         budget: The training budget, the same for every objective.

@@ -152,7 +152,7 @@ class Bench:
     ) -> Tensor:
         """Return this process's share of the samples.
 
-        Where there are several batches each is kept in ``partial`` until the cell is done, since
+        Where there are several batches each is kept in `partial` until the cell is done, since
         at 1000 steps a cell takes hours.
         """
         size, total = self.preset.sample_batch, self.preset.samples
@@ -206,12 +206,12 @@ def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | Non
         preset: The experiment.
         root: The run's folder.
         workers: Processes that share the jobs, each with one thread; 1 for a GPU and under
-            ``accelerate launch``.
+            `accelerate launch`.
         data_folder: Where a local data set lies.
 
     Raises:
         ValueError: If the folder is a file or holds results of other settings, or workers and
-            ``accelerate launch`` are combined.
+            `accelerate launch` are combined.
         InUseError: If another run is at work in the folder.
         OSError: If something cannot be written; what is done is kept.
     """

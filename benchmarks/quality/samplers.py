@@ -1,6 +1,6 @@
 """diffusers' samplers, all set up alike.
 
-One choice for all of them: the ``leading`` timestep spacing (the uniform steps of DDIM's own
+One choice for all of them: the `leading` timestep spacing (the uniform steps of DDIM's own
 repository), no clipping and no thresholding of the predicted image (that repository does not clip
 either, and clipping would hide part of what a gain on ε̂ changes), and diffusers' defaults
 elsewhere.  PNDM skips its Runge-Kutta warm-up, which would cost up to nine extra calls.
@@ -53,7 +53,7 @@ def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
 
 
 def visited(name: str, schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Return the timesteps a sampler visits, ascending and each once, int64 ``[<= steps]``."""
+    """Return the timesteps a sampler visits, ascending and each once, int64 `[<= steps]`."""
     scheduler = make_scheduler(name, schedule)
     scheduler.set_timesteps(steps)
     times: Tensor = scheduler.timesteps.long().unique()
@@ -72,15 +72,15 @@ def sample(
     """Turn noise into samples.
 
     Args:
-        model: Called ``(x, t)`` with ``t`` of shape ``[]``; returns ε̂.
-        sampler: A key of :data:`SAMPLERS`.
+        model: Called `(x, t)` with `t` of shape `[]`; returns ε̂.
+        sampler: A key of `SAMPLERS`.
         schedule: The schedule the model was trained on.
         steps: Sampling steps.
-        start: Standard normal noise ``[B, C, H, W]``.
+        start: Standard normal noise `[B, C, H, W]`.
         generator: For the noise that a stochastic sampler adds.
 
     Returns:
-        Samples ``[B, C, H, W]``, not clamped.
+        Samples `[B, C, H, W]`, not clamped.
     """
     scheduler = make_scheduler(sampler, schedule)
     scheduler.set_timesteps(steps, device=start.device)

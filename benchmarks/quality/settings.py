@@ -24,7 +24,7 @@ def read(text: str) -> Any:
     So that a folder from before a setting was thought of is still recognised.
 
     Args:
-        text: The ``repr`` of one of :data:`RECORDS`, of a version of this code with perhaps fewer
+        text: The `repr` of one of `RECORDS`, of a version of this code with perhaps fewer
             fields; any other text stands for itself.
     """
     try:

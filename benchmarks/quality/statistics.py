@@ -80,7 +80,7 @@ class Results:
     """The rows of one run's record, by method, cell and seed.
 
     Args:
-        record: What :func:`benchmarks.quality.runner.collect` returns.
+        record: What `benchmarks.quality.runner.collect` returns.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:

@@ -58,8 +58,8 @@ def train(
         schedule: The noise schedule.
         network: The ε-model.
         budget: The training budget.
-        folder: Where this run's files go: checkpoints while it is under way, then ``weights.pt``
-            and ``training.json``.
+        folder: Where this run's files go: checkpoints while it is under way, then `weights.pt`
+            and `training.json`.
         accelerator: Device and processes.
         progress: Called with the number of steps just done.
 

@@ -4,12 +4,12 @@ Every number, every "better" and every "no difference" comes out of the records;
 what was asked.  A method of a preset that has no results is "not measured yet".
 
 ===============  ==================================================
-``records``      the committed results, and which methods they hold
-``conclusions``  ``evidence.md``: conclusions, advice, one table
-``results``      ``evidence_results.md``: every table
-``questions``    the six questions, a section of that page
-``method``       ``evidence_method.md``: how it was measured
-``figures``      the figures
+`records`        the committed results, and which methods they hold
+`conclusions`    `evidence.md`: conclusions, advice, one table
+`results`        `evidence_results.md`: every table
+`questions`      the six questions, a section of that page
+`method`         `evidence_method.md`: how it was measured
+`figures`        the figures
 ===============  ==================================================
 """
 
@@ -36,13 +36,21 @@ def write_pages(docs: Path, sources: Sources | None = None) -> list[Path]:
     """
     evidence = Evidence(sources or Sources(), docs / "assets" / "evidence")
     pages = {
-        "evidence.md": ("Evidence", "conclusions.py", conclusions(evidence)),
-        "evidence_results.md": ("Every result", "results.py", results_page(evidence)),
-        "evidence_method.md": ("How it was measured", "method.py", how_measured(evidence)),
-        "evidence_lab.md": ("The exact lab", "../../lab/report.py", _lab(evidence)),
+        "evidence.md": ("Evidence", "quality/evidence/conclusions.py", conclusions(evidence)),
+        "evidence_results.md": (
+            "Every result",
+            "quality/evidence/results.py",
+            results_page(evidence),
+        ),
+        "evidence_method.md": (
+            "How it was measured",
+            "quality/evidence/method.py",
+            how_measured(evidence),
+        ),
+        "evidence_lab.md": ("The exact lab", "lab/report.py", _lab(evidence)),
     }
     for name, (title, source, parts) in pages.items():
-        write_page(docs / name, title, f"{COMMAND} benchmarks/quality/evidence/{source}", parts)
+        write_page(docs / name, title, f"{COMMAND} benchmarks/{source}", parts)
     return [docs / name for name in pages]
 
 

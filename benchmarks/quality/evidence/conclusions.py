@@ -1,4 +1,4 @@
-"""``evidence.md``: what was found, what to do about it, one table."""
+"""`evidence.md`: what was found, what to do about it, one table."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def forest(results: Results, names: Sequence[str]) -> Figure:
         axes.set_yticks(rows, [title(results, name) for name in names])
         zero_line(axes, vertical=True)
         axes.set_xlim(-60, 60)
-        axes.set_xlabel("improvement over plain, %; arrows: below -60")
+        axes.set_xlabel("improvement over plain, %")
         figure.legend(loc="outside upper right", ncols=2)
     return figure
 

@@ -1,4 +1,4 @@
-"""``evidence_method.md``: how it was measured, and every command."""
+"""`evidence_method.md`: how it was measured, and every command."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Sources:
     """Where the pages' material lies.
 
     Attributes:
-        quality: Folder of the records that ``keep`` writes.
+        quality: Folder of the records that `keep` writes.
         lab: Folder of Markdown fragments on the exact lab.
     """
 
