@@ -39,8 +39,8 @@ KILLED = replace(
     samples=64,
     sample_batch=16,
     arms=(
-        arm(SkipStep(9, "fresh"), samplers=("ddim", "ddpm"), steps=(2, 9)),
-        arm(Plain(), samplers=("ddim", "ddpm"), steps=(2, 9)),
+        arm(SkipStep(9, "fresh"), samplers=("ddim", "ddpm"), steps=(4,)),
+        arm(Plain(), samplers=("ddim", "ddpm"), steps=(4,)),
     ),
     seeds=(0,),
     columns=("skip9-fresh", "plain"),

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +16,6 @@ from torch import Tensor
 from benchmarks.files import load_json, load_tensors, write_whole
 from benchmarks.quality import cli, runner
 from benchmarks.quality.data import load_digits, to_model_range, to_uint8
-from benchmarks.quality.layout import Layout
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.plan import plan
 from benchmarks.quality.presets import PRESETS
@@ -137,46 +133,6 @@ def test_batches_of_a_killed_cell_are_kept(
     assert len(calls) == 1 + 4 * 4
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not list((tmp_path / "killed").glob("cells/plain/seed0/*/"))
-
-
-KILLED = """
-import os, signal, sys
-sys.path[:0] = sys.argv[2:]
-from dataclasses import replace
-from pathlib import Path
-from benchmarks.quality import training
-from benchmarks.quality.runner import run
-from quality_tools import ONE_ARM
-import torch
-
-torch.set_num_threads(1)  # as here: the order of a sum depends on it
-step = training._Run._take_step
-
-def die_at_eight(self):
-    if self.step == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-    step(self)
-
-training._Run._take_step = die_at_eight
-run(ONE_ARM, Path(sys.argv[1]))
-"""
-
-
-def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
-    here, root = Path(__file__).parent, tmp_path / "killed"
-    process = subprocess.run(  # noqa: S603 - this very interpreter
-        [sys.executable, "-c", KILLED, root, here, here.parent],
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-    assert process.returncode == -signal.SIGKILL
-    folder = Layout(root).model(Plain(), 0)
-    assert load_tensors(folder / "checkpoint.pt")["step"] == 5
-    assert plan(ONE_ARM, root).network_steps == 12 - 5
-
-    run(ONE_ARM, root)  # the dead process holds no lock
-    run(ONE_ARM, tmp_path / "whole")
-    assert contents(root) == contents(tmp_path / "whole")
 
 
 def test_a_plan_counts_what_is_left(tmp_path: Path, finished: Path) -> None:
