@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from benchmarks.quality.budget import Budget
 from benchmarks.quality.features import ClassifierFeatures
 from benchmarks.quality.networks import MLPSpec
 from benchmarks.quality.objectives import Gain, Plain, SkipStep
 from benchmarks.quality.presets import DIGITS, arm
-from benchmarks.quality.training import Budget
 
 TINY = replace(
     DIGITS,
@@ -31,3 +31,17 @@ TINY = replace(
 )
 
 ONE_ARM = replace(TINY, arms=TINY.arms[:1], seeds=(0,))
+
+# Long enough for kills to find it training, sampling and measuring; checkpoints and batches often.
+KILLED = replace(
+    TINY,
+    budget=replace(TINY.budget, steps=40, checkpoint_every=7, flip=True, anneal=True),
+    samples=64,
+    sample_batch=16,
+    arms=(
+        arm(SkipStep(9, "fresh"), samplers=("ddim", "ddpm"), steps=(4,)),
+        arm(Plain(), samplers=("ddim", "ddpm"), steps=(4,)),
+    ),
+    seeds=(0,),
+    columns=("skip9-fresh", "plain"),
+)

@@ -15,13 +15,13 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks._overhead.contenders import (
+from benchmarks.overhead.contenders import (
     attempts,
     contenders,
     gradient_first_loss,
     released_loss,
 )
-from benchmarks._overhead.measure import OperatorCount, inductor_bytes, peak_memory
+from benchmarks.overhead.measure import OperatorCount, inductor_bytes, peak_memory
 from s2dm_loss import NoiseSchedule, SkipStepLoss, coefficients
 from s2dm_loss._head import _CHECKPOINTS_COMPILE, completed_square, mean_square
 from s2dm_loss.functional import completed_square_loss

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -33,10 +34,19 @@ def test_uint8_and_back() -> None:
 
 def write_cifar10(folder: Path, rows: int = 4) -> np.ndarray:
     folder.mkdir(parents=True)
-    every = np.random.default_rng(0).integers(256, size=(5, rows, 3072), dtype=np.uint8)
-    for number, batch in enumerate(every, start=1):
+    every = np.random.default_rng(0).integers(256, size=(6, rows, 3072), dtype=np.uint8)
+    for number, (name, batch) in enumerate(zip(data.CIFAR10_FILES, every, strict=True), start=1):
         content = {b"data": batch, b"labels": [number] * rows, b"batch_label": b"made by a test"}
-        (folder / f"data_batch_{number}").write_bytes(pickle.dumps(content, protocol=2))
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    return every
+
+
+def write_cifar10_pictures(folder: Path, rows: int = 4) -> np.ndarray:
+    """The npm package's layout: an image in each row of a picture, its 1024 pixels in RGB."""
+    every = np.random.default_rng(1).integers(256, size=(6, rows, 1024, 3), dtype=np.uint8)
+    for name, batch in zip(data.CIFAR10_FILES, every, strict=True):
+        Image.fromarray(batch).save(folder / f"{name}.png")
+    (folder / "train_lables.json").write_text(json.dumps([7, 1, 2, 3] * 5))
     return every
 
 
@@ -49,13 +59,56 @@ def test_cifar10(tmp_path: Path, named: str) -> None:
     assert int(images.images[5, 2, 3, 4]) == written[1, 1, 2048 + 3 * 32 + 4]
     assert images.labels is not None
     assert images.labels.tolist() == [n for n in range(1, 6) for _ in range(4)]
+    assert images.held_out is not None
+    assert images.held_out.shape == (4, 3, 32, 32)
+    assert int(images.held_out[3, 1, 31, 0]) == written[5, 3, 1024 + 31 * 32]
+
+
+def test_cifar10_as_pictures(tmp_path: Path) -> None:
+    written = write_cifar10_pictures(tmp_path)
+    images = load("cifar10", tmp_path)
+    assert images.images.shape == (20, 3, 32, 32)
+    assert images.images.dtype == torch.uint8
+    assert images.held_out is not None
+    assert images.held_out.shape == (4, 3, 32, 32)
+    for channel in range(3):
+        # The second image of the third picture, and the last of the held-out one.
+        assert int(images.images[9, channel, 3, 4]) == written[2, 1, 3 * 32 + 4, channel]
+        assert int(images.held_out[3, channel, 31, 0]) == written[5, 3, 31 * 32, channel]
+    assert images.labels is not None
+    assert images.labels.tolist() == [7, 1, 2, 3] * 5
+
+
+def test_cifar10_as_pictures_says_what_is_wrong(tmp_path: Path) -> None:
+    write_cifar10_pictures(tmp_path)
+    narrow = Image.fromarray(np.zeros((4, 96, 3), np.uint8))
+    narrow.save(tmp_path / "data_batch_2.png")
+    with pytest.raises(ValueError, match=r"data_batch_2\.png: expected RGB with 1024 .* with 96"):
+        load("cifar10", tmp_path)
+    Image.fromarray(np.zeros((4, 1024), np.uint8)).save(tmp_path / "data_batch_2.png")
+    with pytest.raises(ValueError, match="an image in each row, got L with 1024"):
+        load("cifar10", tmp_path)
+    (tmp_path / "data_batch_2.png").unlink()
+    (tmp_path / "train_lables.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks data_batch_2\.png, train_lables\.json; exp"
+    ):
+        load("cifar10", tmp_path)
+
+
+def test_cifar10_as_pictures_has_a_label_for_each_image(tmp_path: Path) -> None:
+    write_cifar10_pictures(tmp_path)
+    (tmp_path / "train_lables.json").write_text("[1, 2, 3]")
+    with pytest.raises(ValueError, match=r"train_lables\.json: expected 20 labels, got 3"):
+        load("cifar10", tmp_path)
 
 
 def test_cifar10_says_what_is_missing(tmp_path: Path) -> None:
     write_cifar10(tmp_path / "cifar-10-batches-py")
-    (tmp_path / "cifar-10-batches-py/data_batch_3").unlink()
+    for gone in ("data_batch_3", "test_batch"):
+        (tmp_path / "cifar-10-batches-py" / gone).unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"lacks data_batch_3; expected the folder cifar-10"
+        FileNotFoundError, match=r"lacks data_batch_3, test_batch; expected the folder cifar-10"
     ):
         load("cifar10", tmp_path)
 

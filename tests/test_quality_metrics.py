@@ -64,6 +64,16 @@ def test_the_noise_floor_compares_halves_without_overlap() -> None:
     assert 0 < floor["frechet"] < 0.2
 
 
+def test_the_noise_floor_compares_training_images_with_those_held_out() -> None:
+    data, held_out = images(0), images(1, shift=2.0)
+    floor = noise_floor(Pixels(6), data, held_out, images=500, repeats=2)
+    assert (floor["images_each"], floor["reference"]) == (500, 700)
+    # The shift alone is 6 · 2²; with as many images as there are, there is nothing to choose.
+    assert floor["frechet"] == pytest.approx(24, rel=0.05)
+    whole = FeatureDistances(Pixels(6), held_out).compare(data).frechet
+    assert noise_floor(Pixels(6), data, held_out, images=9_999)["frechet"] == pytest.approx(whole)
+
+
 def test_the_classifier_is_good_deterministic_and_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

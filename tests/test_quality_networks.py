@@ -3,10 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.quality.networks import MLPSpec, NetworkSpec, UNetSpec
+from benchmarks.quality.networks import (
+    MLPSpec,
+    NetworkSpec,
+    PreconditionedUNet,
+    PreconditionedUNetSpec,
+    UNetSpec,
+)
 from benchmarks.quality.presets import PRESETS
+from s2dm_loss import NoiseSchedule
 
-SMALL = [MLPSpec(16, 2), UNetSpec(channels=8, multipliers=(1, 2), blocks=1, attention_at=(8,))]
+UNET = UNetSpec(channels=8, multipliers=(1, 2), blocks=1, attention_at=(8,))
+SMALL = [MLPSpec(16, 2), UNET, PreconditionedUNetSpec(UNET, fast=False)]
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda s: type(s).__name__)
@@ -35,3 +43,75 @@ def test_attention_stands_where_it_is_asked_for() -> None:
     assert kinds == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]
     kinds = [type(block).__name__ for block in unet.unet.up_blocks]  # type: ignore[union-attr]
     assert kinds == ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
+
+
+def preconditioned(data_std: float = 0.5, patch: int = 2, fast: bool = False) -> PreconditionedUNet:
+    torch.manual_seed(0)
+    network = PreconditionedUNetSpec(UNET, patch, data_std, fast=False).build((3, 16, 16)).eval()
+    assert isinstance(network, PreconditionedUNet)
+    network.fast = fast  # autocast alone: compiling would take most of a minute
+    return network
+
+
+@pytest.mark.parametrize("data_std", [0.3, 1.0])
+def test_with_nothing_learned_a_preconditioned_network_predicts_white_data_best(
+    data_std: float,
+) -> None:
+    """The slope of a regression of ε on x_t, over draws of white data: no linear ε̂ does better."""
+    network = preconditioned(data_std)
+    for weights in network.unet.conv_out.parameters():
+        torch.nn.init.zeros_(weights)
+    alphas_cumprod = NoiseSchedule.linear(1000).alphas_cumprod
+    draw = torch.Generator().manual_seed(0)
+    x0 = data_std * torch.randn(1000, 3, 16, 16, generator=draw, dtype=torch.float64)
+    noise = torch.randn(x0.shape, generator=draw, dtype=torch.float64)
+    for t in (0, 100, 300, 999):
+        a = float(alphas_cumprod[t])
+        x = a**0.5 * x0 + (1 - a) ** 0.5 * noise
+        slope = (x * noise).mean() / x.square().mean()
+        with torch.no_grad():
+            predicted = network(x[:2].float(), torch.tensor(t)).double()
+        ratio = (predicted * x[:2]).sum() / x[:2].square().sum()
+        assert float(ratio) == pytest.approx(float(slope), abs=0.015)
+        torch.testing.assert_close(predicted, ratio * x[:2], rtol=1e-4, atol=1e-6)
+
+
+def test_an_error_of_the_unet_counts_for_at_most_its_share_in_x0() -> None:
+    """x̂_0 = (x_t − √(1−ᾱ) ε̂) / √ᾱ moves by at most σ times a change of F, at every t."""
+    network = preconditioned(data_std=0.5)
+    alphas_cumprod = NoiseSchedule.linear(1000).alphas_cumprod
+    bias = network.unet.conv_out.bias
+    assert bias is not None
+    network.requires_grad_(False)
+    x = torch.randn(1, 3, 16, 16)
+    for t in (0, 10, 200, 700, 999):
+        time, a = torch.tensor(t), float(alphas_cumprod[t])
+        before = network(x, time)
+        bias.add_(1.0)
+        moved = (1 - a) ** 0.5 / a**0.5 * (network(x, time) - before).abs()
+        assert float(moved.max()) <= 0.5 * (1 + 1e-3)
+        # Towards late t, where x_t says nothing of x_0, F alone says what x_0 is.
+        assert t < 999 or float(moved.min()) == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("patch", [2, 4])
+def test_a_preconditioned_network_answers_in_float32(patch: int) -> None:
+    network = preconditioned(patch=patch)
+    x = torch.randn(2, 3, 16, 16)
+    assert network.unet.config["in_channels"] == 3 * patch**2
+    whole = network(x, torch.tensor([5, 900]))
+    assert (whole.shape, whole.dtype) == (x.shape, torch.float32)
+    network.fast = True
+    rounded = network(x, torch.tensor([5, 900]))
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, whole)  # the U-Net ran in bfloat16
+    torch.testing.assert_close(rounded, whole, rtol=0, atol=0.05)
+
+
+def test_a_preconditioned_network_unshuffles_and_shuffles_back() -> None:
+    """A U-Net that returns its input: the image comes back, pixel for pixel."""
+    network = preconditioned(data_std=0.5)
+    network.unet.forward = lambda x, t, return_dict: (x,)  # type: ignore[method-assign]
+    x = torch.randn(2, 3, 16, 16)
+    scale = network(x, torch.tensor(500)) / x
+    torch.testing.assert_close(scale, scale[:1, :1, :1, :1].expand_as(scale), rtol=1e-4, atol=0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,9 @@ from accelerate import Accelerator
 from quality_tools import TINY
 from torch import Tensor, nn
 
+from benchmarks.files import load_json, load_tensors
 from benchmarks.quality.data import load_digits
-from benchmarks.quality.files import load_json
-from benchmarks.quality.objectives import Loss, Objective, Plain, SkipStep
+from benchmarks.quality.objectives import Batch, Loss, Objective, Plain, SkipStep
 from benchmarks.quality.streams import Purpose, Stream, generator
 from benchmarks.quality.training import train
 from s2dm_loss import NoiseSchedule
@@ -72,6 +74,47 @@ def test_a_finished_run_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(first.state_dict()["inlet.weight"], again.state_dict()["inlet.weight"])
 
 
+class Adam(torch.optim.Adam):
+    """Keeps the learning rate of every step."""
+
+    rates: list[float]
+
+    def step(self, *arguments: Any) -> None:  # type: ignore[override]
+        self.rates.append(self.param_groups[0]["lr"])
+        super().step(*arguments)
+
+
+@pytest.mark.parametrize("anneal", [False, True])
+def test_the_learning_rate_rises_over_the_warm_up(
+    anneal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Adam, "rates", [], raising=False)
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    budget = replace(TINY.budget, warmup=4, anneal=anneal, learning_rate=1e-3)
+    a_run(tmp_path, Plain(), budget=budget)
+    ramp = [0.2, 0.4, 0.6, 0.8] + 8 * [1.0]
+    cosine = [(1 + math.cos(math.pi * i / 12)) / 2 if anneal else 1.0 for i in range(12)]
+    wanted = [1e-3 * r * c for r, c in zip(ramp, cosine, strict=True)]
+    assert Adam.rates == pytest.approx(wanted)
+
+
+def test_states_are_kept_on_the_way_and_can_be_branched_from(tmp_path: Path) -> None:
+    budget = replace(TINY.budget, keep_at=(0.25, 0.75), flip=True, anneal=True)
+    whole = a_run(tmp_path / "whole", Plain(), budget=budget).state_dict()
+    kept = {path.name: path for path in (tmp_path / "whole").glob("*.pt")}
+    assert set(kept) == {"weights.pt", "state-25.pt", "state-75.pt"}
+    for percent, step in ((25, 3), (75, 9)):
+        assert load_tensors(kept[f"state-{percent}.pt"])["step"] == step
+        # Whoever goes on from it ends where the run that it was taken from did.
+        branch = tmp_path / f"from-{percent}"
+        branch.mkdir()
+        shutil.copy(kept[f"state-{percent}.pt"], branch / "checkpoint.pt")
+        told: list[int] = []
+        ended = a_run(branch, Plain(), budget=budget, progress=told.append).state_dict()
+        assert sum(told) == 12 - step
+        assert all(torch.equal(ended[name], whole[name]) for name in whole)
+
+
 def test_training_learns(tmp_path: Path) -> None:
     budget = replace(TINY.budget, steps=120, log_every=20, learning_rate=5e-3)
     a_run(tmp_path, Plain(), budget=budget)
@@ -80,10 +123,8 @@ def test_training_learns(tmp_path: Path) -> None:
 
 
 class Broken(Plain):
-    def build(self, schedule: NoiseSchedule) -> Loss:
-        loss = super().build(schedule)
-        loss.compare = lambda predicted, batch: predicted.mean() * float("nan")  # type: ignore[method-assign]
-        return loss
+    def compare(self, predicted: Tensor, batch: Batch, loss: Loss) -> Tensor:
+        return predicted.mean() * float("nan")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

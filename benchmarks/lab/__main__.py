@@ -9,15 +9,20 @@ import click
 import torch
 from tqdm import tqdm
 
+from benchmarks.files import save_json
 from benchmarks.lab.report import RESULTS, write_report
 from benchmarks.lab.studies import STUDIES
-from benchmarks.quality.files import save_json
-from benchmarks.quality.runner import versions
+from benchmarks.provenance import versions
+
+# The first line of a study's docstring says what it is.
+HELP = "\n".join(
+    f"  {name:13} {(study.__doc__ or '').partition(chr(10))[0]}" for name, study in STUDIES.items()
+)
 
 
-@click.group()
+@click.group(help="Run the exact lab's studies, then write its page.\n\n\b\nStudies:\n" + HELP)
 def main() -> None:
-    """Run the exact lab's studies, then write its page."""
+    """Group the commands."""
 
 
 @main.command("run")

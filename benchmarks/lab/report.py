@@ -13,8 +13,9 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.quality.files import load_json, write_whole
-from benchmarks.quality.report import COLORS, STYLE, markdown_table, save_figure
+from benchmarks.files import load_json, write_whole
+from benchmarks.pages.figures import COLORS, STYLE, save_figure
+from benchmarks.pages.tables import markdown_table
 from benchmarks.quality.samplers import TITLES
 
 RESULTS = Path(__file__).parents[1] / "results" / "lab"
@@ -340,11 +341,11 @@ def _digits(study: Row) -> Iterable[str]:
     table = []
     for sampler in CORE:
         for steps in sorted({row["steps"] for row in rows_of}):
-            cells = [r for r in rows_of if (r["sampler"], r["steps"]) == (sampler, steps)]
-            chosen = sorted(r["chosen"]["recommended"] for r in cells)
-            oracle = {m: sorted(_oracle(r, m) for r in cells) for m in ("raw", "images")}
-            changes, _ = _judged(cells, "recommended", "raw")
-            clamped, _ = _judged(cells, "recommended", "images")
+            here = [r for r in rows_of if (r["sampler"], r["steps"]) == (sampler, steps)]
+            chosen = sorted(r["chosen"]["recommended"] for r in here)
+            oracle = {m: sorted(_oracle(r, m) for r in here) for m in ("raw", "images")}
+            changes, _ = _judged(here, "recommended", "raw")
+            clamped, _ = _judged(here, "recommended", "images")
             table.append(
                 (
                     f"{TITLES[sampler]}, {steps} steps",

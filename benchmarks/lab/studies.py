@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.files import load_json, save_json
 from benchmarks.lab.criteria import (
     NormRecorder,
     energy_distance,
@@ -19,7 +20,6 @@ from benchmarks.lab.criteria import (
 from benchmarks.lab.linear import Imperfection, frechet, output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality import data as datasets
-from benchmarks.quality.files import load_json, save_json
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS_FULL
 from benchmarks.quality.runner import Bench
@@ -312,7 +312,7 @@ def search(bar: Bar, num_samples: int = 1024, seeds: int = 2) -> Json:
                 "best_skip": min(named, key=named.__getitem__),
                 "best": min(named.values()),
                 "chosen": {
-                    name: {"skip": skip, "distance": named[skip]}
+                    name: {"skip": skip, "distance": named[int(skip)]}
                     for name, skip in chosen.skips.items()
                 }
                 | {

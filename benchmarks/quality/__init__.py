@@ -1,21 +1,29 @@
 """What the loss does to samples: one experiment runner, from a README run to the paper's networks.
 
-``python -m benchmarks.quality run digits`` is the README's main job; every larger experiment is
+`python -m benchmarks.quality run digits` is the README's main job; every larger experiment is
 another preset of the same runner.  The rooms, each about one thing:
 
-=================  =================================================================
-``data``           real images as one uint8 tensor
-``networks``       ε-models, small and large
-``objectives``     what a network is trained on, and what is put on it afterwards
-``streams``        the random numbers that all objectives share
-``training``       one training run that survives being killed
-``samplers``       diffusers' samplers, set up alike
-``features``       the feature space in which samples are compared with data
-``metrics``        the distances (torchmetrics)
-``presets``        the experiments, as data
-``runner``         objective x seed -> network -> sampler x steps -> one JSON per cell
-``statistics``     improvements over plain training, paired by seed, with intervals
-``report``         the table and the pictures of one run
-``page``           ``docs/evidence.md``, from the committed results
-=================  =================================================================
+==============  ====================================================================
+`data`          real images as one uint8 tensor
+`networks`      ε-models, small and large
+`objectives`    what a network is trained on, and what is put on it afterwards
+`streams`       the random numbers that all objectives share
+`budget`        how a network is trained
+`checkpoint`    the state of a training under way
+`training`      one training run that survives being killed
+`samplers`      diffusers' samplers, set up alike
+`features`      the feature space in which samples are compared with data
+`metrics`       the distances (torchmetrics)
+`presets`       the experiments, as data
+`settings`      what all results of a run depend on
+`layout`        the folder of a run
+`plan`          what a run has to do
+`runner`        objective x seed -> network -> sampler x steps -> one JSON per cell
+`record`        a run's results in one record
+`statistics`    improvements over plain training, paired by seed, with intervals
+`tables`        results as tables
+`pictures`      the pictures of one run
+`report`        the report of one run
+`evidence`      the pages of the site, from the committed records
+==============  ====================================================================
 """

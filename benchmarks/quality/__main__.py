@@ -1,4 +1,4 @@
-"""``python -m benchmarks.quality``."""
+"""`python -m benchmarks.quality`."""
 
 from benchmarks.quality.cli import main
 

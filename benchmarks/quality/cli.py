@@ -1,24 +1,45 @@
-"""The command line: ``python -m benchmarks.quality``."""
+"""The command line: `python -m benchmarks.quality`."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from benchmarks.quality.page import write_page
 from benchmarks.quality.presets import PRESETS, Preset
-from benchmarks.quality.report import keep, write_report
-from benchmarks.quality.runner import estimate, plan, run
 
-HELP = "\n".join(f"  {name:12} {preset.about}" for name, preset in PRESETS.items())
+HELP = "\n".join(f"  {name:13} {preset.about}" for name, preset in PRESETS.items())
 
 
 @click.group(help="What the loss does to samples.\n\n\b\nPresets:\n" + HELP)
 def main() -> None:
     """Group the commands."""
+
+
+@contextmanager
+def _in_one_line(again: str) -> Iterator[None]:
+    """Say what went wrong in one line where a user can mend it, and how to go on."""
+    from benchmarks.quality.layout import InUseError
+
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise click.ClickException(
+            "a worker process died, perhaps for want of memory; what is done is kept, and "
+            f"`{again} --workers 1` goes on from there"
+        ) from error
+    except OSError as error:
+        raise click.ClickException(f"{error}\n`{again}` goes on where it was.") from error
+    except (ValueError, ModuleNotFoundError, FloatingPointError, InUseError) as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped. What is done is kept, and `{again}` goes on from there.", err=True)
+        raise SystemExit(130) from None
 
 
 def _preset(name: str, seeds: str | None) -> Preset:
@@ -32,6 +53,8 @@ def _preset(name: str, seeds: str | None) -> Preset:
 
 
 def _describe(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
+    from benchmarks.quality.plan import estimate, plan
+
     todo = plan(preset, root)
     seconds = estimate(preset, todo, data) / workers
     click.echo(
@@ -44,6 +67,33 @@ def _describe(preset: Preset, root: Path, workers: int, data: Path | None) -> No
         f"  estimated time       {seconds / 60:.1f} minutes with {workers} process(es), "
         "at the speed that this machine has now"
     )
+
+
+def _run(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
+    first = int(os.environ.get("RANK", "0")) == 0
+    began = time.perf_counter()
+    if first:
+        click.echo(
+            f"Preparing {preset.name} in {root}: the images, the network that measures distances, "
+            "and how far real images are from real ones."
+        )
+    # After the line above: importing torch's friends takes seconds.
+    from benchmarks.quality.plan import plan
+    from benchmarks.quality.report import FILES, write_report
+    from benchmarks.quality.runner import run
+
+    complete = root.is_dir() and plan(preset, root).cost == 0
+    run(preset, root, workers=workers, data_folder=data)
+    if not first:
+        return
+    click.echo(write_report(preset, root, data))
+    if complete:
+        click.echo(f"{root} was complete already; only its report was written again:")
+    else:
+        click.echo(f"Complete after {(time.perf_counter() - began) / 60:.1f} minutes, in {root}:")
+    for name, purpose in FILES.items():
+        if (root / name).exists():
+            click.echo(f"  {name:18} {purpose}")
 
 
 @main.command("run")
@@ -65,18 +115,11 @@ def run_command(
     chosen = _preset(preset, seeds)
     root = out or Path("runs") / preset
     processes = workers or min(chosen.workers, os.cpu_count() or 1)
-    if dry_run:
-        _describe(chosen, root, processes, data)
-        return
-    began = time.perf_counter()
-    try:
-        run(chosen, root, workers=processes, data_folder=data)
-        if int(os.environ.get("RANK", "0")) == 0:
-            click.echo(write_report(chosen, root, data))
-            minutes = (time.perf_counter() - began) / 60
-            click.echo(f"Wrote {root} in {minutes:.1f} minutes.")
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        raise click.ClickException(str(error)) from error
+    given = {"--out": out, "--seeds": seeds, "--data": data}
+    words = [f" {name} {value}" for name, value in given.items() if value is not None]
+    again = f"python -m benchmarks.quality run {preset}" + "".join(words)
+    with _in_one_line(again):
+        (_describe if dry_run else _run)(chosen, root, processes, data)
 
 
 @main.command("keep")
@@ -92,23 +135,24 @@ def run_command(
 )
 def keep_command(preset: str, out: Path | None, seeds: str | None, folder: Path) -> None:
     """Copy the results of PRESET, finished or not, to where they are committed."""
-    try:
-        kept = keep(_preset(preset, seeds), out or Path("runs") / preset, folder)
-    except FileNotFoundError as error:
-        raise click.ClickException(str(error)) from error
-    for path in kept:
-        click.echo(f"Wrote {path}.")
+    from benchmarks.quality.report import keep
+
+    with _in_one_line(f"python -m benchmarks.quality keep {preset}"):
+        for path in keep(_preset(preset, seeds), out or Path("runs") / preset, folder):
+            click.echo(f"Wrote {path}.")
 
 
 @main.command("page")
 @click.option(
-    "--to",
+    "--docs",
     type=click.Path(path_type=Path),
-    default=Path("docs/evidence.md"),
+    default=Path("docs"),
     show_default=True,
-    help="The page; its figures go to assets/evidence beside it.",
+    help="Folder of the pages; their figures go to assets/evidence in it.",
 )
-def page_command(to: Path) -> None:
-    """Write the evidence page from the committed results."""
-    write_page(to)
-    click.echo(f"Wrote {to}.")
+def page_command(docs: Path) -> None:
+    """Write the evidence pages from the committed results."""
+    from benchmarks.quality.evidence import write_pages
+
+    for path in write_pages(docs):
+        click.echo(f"Wrote {path}.")

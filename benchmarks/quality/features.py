@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from benchmarks.files import load_tensors, save_tensors
 from benchmarks.quality.data import ImageSet, to_model_range
-from benchmarks.quality.files import load_tensors, save_tensors
 
 
 class FeatureSpec(Protocol):
     """A recipe for a feature network."""
 
     def build(self, data: ImageSet, folder: Path, device: torch.device) -> FeatureNetwork:
-        """Return the network; train it, or load it from ``folder`` where it was trained before."""
+        """Return the network; train it, or load it from `folder` where it was trained before."""
         ...
 
 
 class FeatureNetwork(nn.Module):
-    """Maps uint8 images ``[B, C, H, W]`` to features ``[B, num_features]``.
+    """Maps uint8 images `[B, C, H, W]` to features `[B, num_features]`.
 
     Attributes:
         num_features: Their number.
@@ -82,7 +82,7 @@ class Classifier(FeatureNetwork):
 
 @dataclass(frozen=True)
 class ClassifierFeatures(FeatureSpec):
-    """Train a :class:`Classifier` on four fifths of the data; report its accuracy on the rest."""
+    """Train a `Classifier` on four fifths of the data; report its accuracy on the rest."""
 
     num_features: int = 64
     epochs: int = 30

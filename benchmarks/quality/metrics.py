@@ -47,7 +47,7 @@ class FeatureDistances:
 
     Args:
         network: Maps images to features.
-        reference: uint8 images ``[N, C, H, W]``.
+        reference: uint8 images `[N, C, H, W]`.
         batch_size: Images per call of the network.
         gather: In a distributed run, gather the references and the images of all processes, each
             of which hands in its share.
@@ -90,7 +90,7 @@ class FeatureDistances:
             self.kernel.update(features, real=real)
 
     def compare(self, images: Tensor) -> Distances:
-        """Return the distances of images ``[N, C, H, W]`` from the reference."""
+        """Return the distances of images `[N, C, H, W]` from the reference."""
         self._update(images, real=False)
         self.kernel.subset_size = min(KERNEL_SUBSET_SIZE, self.size, len(images))
         with torch.random.fork_rng(devices=[]):
@@ -103,19 +103,36 @@ class FeatureDistances:
         return result
 
 
-def noise_floor(network: FeatureNetwork, data: Tensor, repeats: int = 5) -> dict[str, float]:
-    """Return the distances between random halves of the data, averaged over splits.
+def noise_floor(
+    network: FeatureNetwork,
+    data: Tensor,
+    held_out: Tensor | None = None,
+    images: int | None = None,
+    repeats: int = 5,
+) -> dict[str, float]:
+    """Return how far real images are from real images, averaged over random choices.
 
     What no set of samples of that size can be expected to beat.
+
+    Args:
+        network: Maps images to features.
+        data: The images that networks are trained on.
+        held_out: What samples are compared with, where it is not `data`.
+        images: How many of `data` are compared with `held_out`; without `held_out` one
+            random half of `data` is compared with the other.
+        repeats: Random choices.
     """
+    drawn = len(data) // 2 if held_out is None else min(images or len(data), len(data))
     results = []
     for repeat in range(repeats):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(repeat))
-        half, other = data[order[: len(data) // 2]], data[order[len(data) // 2 :]]
-        results.append(FeatureDistances(network, half, gather=False).compare(other))
+        some, rest = data[order[:drawn]], data[order[drawn:]]
+        reference, other = (some, rest) if held_out is None else (held_out, some)
+        results.append(FeatureDistances(network, reference, gather=False).compare(other))
     return {
         "frechet": sum(r.frechet for r in results) / repeats,
         "kernel": sum(r.kernel for r in results) / repeats,
         "repeats": repeats,
-        "images_each": len(data) // 2,
+        "images_each": drawn,
+        **({} if held_out is None else {"reference": len(held_out)}),
     }

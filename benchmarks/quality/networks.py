@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
 from s2dm_loss import NoiseSchedule
 
+if TYPE_CHECKING:  # the pages are written without diffusers, which takes seconds to import
+    from diffusers import UNet2DModel
+
 
 class NetworkSpec(Protocol):
     """A network's hyperparameters, which know how to build it."""
 
     def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
-        """Return a freshly initialised network, called ``(x, t)``."""
+        """Return a freshly initialised network, called `(x, t)`."""
         ...
 
 
@@ -45,13 +47,13 @@ class ResidualMLP(nn.Module):
     """An ε-model on flattened images.
 
     Args:
-        image_shape: ``(C, H, W)``.
+        image_shape: `(C, H, W)`.
         width: Features of every hidden layer.
         blocks: Residual blocks.
 
     Shape:
-        x ``[B, C, H, W]``; t ``[B]``, or ``[]`` for one time shared by the batch (a sampler's
-        case, in which the time embedding is computed once); returns ``[B, C, H, W]``.
+        x `[B, C, H, W]`; t `[B]`, or `[]` for one time shared by the batch (a sampler's
+        case, in which the time embedding is computed once); returns `[B, C, H, W]`.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], width: int, blocks: int) -> None:
@@ -83,7 +85,7 @@ class ResidualMLP(nn.Module):
 
 @dataclass(frozen=True)
 class MLPSpec(NetworkSpec):
-    """Hyperparameters of :class:`ResidualMLP`."""
+    """Hyperparameters of `ResidualMLP`."""
 
     width: int
     blocks: int
@@ -109,11 +111,11 @@ class UNetTensor(nn.Module):
 
 @dataclass(frozen=True)
 class UNetSpec(NetworkSpec):
-    """Hyperparameters of diffusers' ``UNet2DModel`` in the words of Ho et al. (2020).
+    """Hyperparameters of diffusers' `UNet2DModel` in the words of Ho et al. (2020).
 
     Attributes:
         channels: Channels at full resolution.
-        multipliers: Channels of each level over ``channels``; each level halves the resolution.
+        multipliers: Channels of each level over `channels`; each level halves the resolution.
         blocks: Residual blocks of a level.
         attention_at: Resolutions at which a level has self-attention (the middle always has it).
         dropout: Dropout inside the residual blocks.
@@ -131,6 +133,8 @@ class UNetSpec(NetworkSpec):
 
     def diffusers_unet(self, image_shape: tuple[int, int, int]) -> UNet2DModel:
         """Return diffusers' own module."""
+        from diffusers import UNet2DModel
+
         image_channels, size, _ = image_shape
         attends = [size // 2**level in self.attention_at for level in range(len(self.multipliers))]
         return UNet2DModel(
@@ -163,11 +167,11 @@ class PreconditionedUNet(nn.Module):
     after some hundred thousand images it has not: its samples' colours are too strong.
 
     Args:
-        unet: diffusers' U-Net on ``patch² C`` channels.
-        alphas_cumprod: ᾱ of the schedule, ``[T]``.
+        unet: diffusers' U-Net on `patch² C` channels.
+        alphas_cumprod: ᾱ of the schedule, `[T]`.
         patch: Side of the blocks of pixels that become channels.
         data_std: σ.
-        fast: bfloat16 autocast and ``torch.compile`` for the U-Net; all else stays in float32.
+        fast: bfloat16 autocast and `torch.compile` for the U-Net; all else stays in float32.
     """
 
     def __init__(
@@ -213,13 +217,13 @@ class PreconditionedUNet(nn.Module):
 
 @dataclass(frozen=True)
 class PreconditionedUNetSpec(NetworkSpec):
-    """Hyperparameters of :class:`PreconditionedUNet` on the linear schedule of the presets.
+    """Hyperparameters of `PreconditionedUNet` on the linear schedule of the presets.
 
     Attributes:
         unet: The U-Net inside, on the unshuffled image.
         patch: Side of the blocks of pixels that become channels.
         data_std: Standard deviation of the data in [-1, 1].
-        fast: bfloat16 autocast and ``torch.compile``.
+        fast: bfloat16 autocast and `torch.compile`.
     """
 
     unet: UNetSpec

@@ -1,26 +1,29 @@
 """What a network is trained on, and what can be put on a trained one.
 
-An objective is a small record; ``build`` turns it into a function from a batch to a scalar loss.
-All of them see the same images, timesteps and noise, and average over pixels and batch alike.
+An objective is one small class: its settings, its name in files and in tables, and the mathematics
+of its loss.  All of them see the same images, timesteps and noise, and average over pixels and
+batch alike.  A new one needs an arm of the preset `digits-full` besides, which puts it on the
+evidence page; a test fails as long as it has none.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from benchmarks.quality.samplers import visited
+from benchmarks.quality.samplers import TITLES, visited
 from benchmarks.quality.streams import Stream
 from s2dm_loss import NoiseSchedule, ShrunkModel, SkipStepLoss
 
 Model = Callable[[Tensor, Tensor], Tensor]
+SYMBOLS = {"tau": "τ", "strength": "λ"}
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class Batch:
     """One training batch.
 
     Attributes:
-        x0: Images in [-1, 1], ``[B, C, H, W]``.
-        t: Timesteps, int64 ``[B]``.
-        noise: ε, shaped as ``x0``.
+        x0: Images in [-1, 1], `[B, C, H, W]`.
+        t: Timesteps, int64 `[B]`.
+        noise: ε, shaped as `x0`.
         extra: Where an objective draws whatever it needs besides.
     """
 
@@ -44,195 +47,159 @@ class Batch:
         return self.extra.normal(tuple(self.x0.shape[1:]))
 
 
-class ForwardProcess(nn.Module):
-    """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, from float32 tables."""
+class Named:
+    """Settings whose name says all of them.
 
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        """Make the two tables of a schedule."""
-        super().__init__()
-        alphas_cumprod = schedule.alphas_cumprod.double()
-        self.register_buffer("signal", alphas_cumprod.sqrt().float()[:, None, None, None])
-        self.register_buffer("spread", (1 - alphas_cumprod).sqrt().float()[:, None, None, None])
+    Attributes:
+        label: The name's pattern; it can be a folder.
+        heading: The pattern of the name in tables.
+        ours: Whether it is what this library is about, and not a peer.
+    """
 
-    @override
-    def forward(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return self.get_buffer("signal")[t] * x0 + self.get_buffer("spread")[t] * noise
+    label: ClassVar[str]
+    heading: ClassVar[str]
+    ours: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """A name that says all the settings and can be a folder."""
+        return self._filled(self.label, "-{0}{2:g}")
+
+    @property
+    def title(self) -> str:
+        """The name in tables."""
+        return self._filled(self.heading, ", {1} = {2:g}")
+
+    def _filled(self, pattern: str, addition: str) -> str:
+        """Fill a pattern in, and add what it does not name where that is not the default."""
+        text = pattern.format(**vars(self))
+        for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, field.name)
+            if f"{{{field.name}" not in pattern and value != field.default:
+                text += addition.format(field.name, SYMBOLS.get(field.name, field.name), value)
+        return text
 
 
 class Loss(nn.Module):
-    """A built objective: ``loss(model, batch)`` is a scalar."""
+    """An objective on a schedule: `loss(model, batch)` is a scalar.
 
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        """Make the forward process of a schedule."""
+    Attributes:
+        objective: Whose mathematics it is.
+        parts: What the objective makes once of the schedule.
+    """
+
+    def __init__(self, objective: Objective, schedule: NoiseSchedule) -> None:
+        """Make the tables of a schedule."""
         super().__init__()
-        self.path = ForwardProcess(schedule)
+        self.objective = objective
+        self.parts = objective.parts(schedule)
+        alphas_cumprod = schedule.alphas_cumprod.double()
+        self.register_buffer("signal", alphas_cumprod.sqrt().float()[:, None, None, None])
+        self.register_buffer("spread", (1 - alphas_cumprod).sqrt().float()[:, None, None, None])
+        self.register_buffer("snr", alphas_cumprod / (1 - alphas_cumprod))
+
+    def path(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, from float32 tables."""
+        return self.get_buffer("signal")[t] * x0 + self.get_buffer("spread")[t] * noise
 
     @override
     def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss, and mse(ε, ε̂) for the loss curves, where all are comparable."""
-        predicted = model(self.path(batch.x0, batch.noise, batch.t), batch.t)
-        return self.compare(predicted, batch), F.mse_loss(predicted.detach(), batch.noise)
+        t = self.objective.times(batch, self)
+        predicted = model(self.path(batch.x0, self.objective.input_noise(batch), t), t)
+        loss = self.objective.compare(predicted, batch, self)
+        return loss, F.mse_loss(predicted.detach(), batch.noise)
 
-    def compare(self, predicted: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of a prediction; what most objectives differ in."""
+
+class Objective(Named, ABC):
+    """What a network is trained on; a subclass overrides what it does differently.
+
+    Attributes:
+        model_calls: Network evaluations per training step.
+    """
+
+    model_calls: ClassVar[int] = 1
+
+    def parts(self, _schedule: NoiseSchedule) -> nn.Module:
+        """Return what is made once of a schedule."""
+        return nn.Module()
+
+    def times(self, batch: Batch, _loss: Loss) -> Tensor:
+        """Return the timesteps to train on."""
+        return batch.t
+
+    def input_noise(self, batch: Batch) -> Tensor:
+        """Return the noise that x_t is made with."""
+        return batch.noise
+
+    def compare(self, predicted: Tensor, batch: Batch, _loss: Loss) -> Tensor:
+        """Return the loss of a prediction."""
         return F.mse_loss(predicted, batch.noise)
 
-
-class Objective(ABC):
-    """What a network is trained on."""
-
-    model_calls = 1
-    """Network evaluations per training step."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """A name that says all the settings and can be a folder."""
-
-    @property
-    @abstractmethod
-    def title(self) -> str:
-        """The name in tables."""
-
-    @abstractmethod
     def build(self, schedule: NoiseSchedule) -> Loss:
         """Return the loss on a schedule."""
+        return Loss(self, schedule)
 
 
 @dataclass(frozen=True)
 class Plain(Objective):
     """L_simple of Ho et al. (2020): mse(ε, ε̂)."""
 
-    @property
-    @override
-    def name(self) -> str:
-        return "plain"
-
-    @property
-    @override
-    def title(self) -> str:
-        return "plain L_simple"
-
-    @override
-    def build(self, schedule: NoiseSchedule) -> Loss:
-        return Loss(schedule)
+    label = "plain"
+    heading = "plain L_simple"
 
 
 @dataclass(frozen=True)
 class SkipStep(Objective):
     """This library's loss."""
 
+    label = "skip{skip}-{estimator}"
+    heading = "S²-DM k = {skip}, {estimator}"
+    ours = True
+
     skip: int
     estimator: Literal["expected", "fresh", "shared"] = "expected"
     tau: float = 0.99
 
-    @property
     @override
-    def name(self) -> str:
-        suffix = "" if self.tau == 0.99 else f"-tau{self.tau:g}"
-        return f"skip{self.skip}-{self.estimator}{suffix}"
-
-    @property
-    @override
-    def title(self) -> str:
-        suffix = "" if self.tau == 0.99 else f", τ = {self.tau:g}"
-        return f"S²-DM k = {self.skip}, {self.estimator}{suffix}"
+    def parts(self, schedule: NoiseSchedule) -> SkipStepLoss:
+        return SkipStepLoss(schedule, self.skip, tau=self.tau, estimator=self.estimator)
 
     @override
-    def build(self, schedule: NoiseSchedule) -> Loss:
-        return SkipStepComparison(schedule, self)
-
-
-class SkipStepComparison(Loss):
-    """:class:`SkipStep`, built."""
-
-    def __init__(self, schedule: NoiseSchedule, objective: SkipStep) -> None:
-        """Build the criterion with an objective's settings."""
-        super().__init__(schedule)
-        self.fresh = objective.estimator == "fresh"
-        self.criterion = SkipStepLoss(
-            schedule, objective.skip, tau=objective.tau, estimator=objective.estimator
-        )
-
-    @override
-    def compare(self, predicted: Tensor, batch: Batch) -> Tensor:
-        skip_noise = batch.more_noise() if self.fresh else None
-        return self.criterion.from_prediction(
-            predicted, batch.noise, batch.t, skip_noise=skip_noise
-        )
+    def compare(self, predicted: Tensor, batch: Batch, loss: Loss) -> Tensor:
+        zeta = batch.more_noise() if self.estimator == "fresh" else None
+        criterion: SkipStepLoss = loss.parts  # type: ignore[assignment]
+        return criterion.from_prediction(predicted, batch.noise, batch.t, skip_noise=zeta)
 
 
 @dataclass(frozen=True)
 class MinSNR(Objective):
     """Min-SNR-γ (arXiv 2303.09556): weight min(snr, γ) / snr."""
 
+    label = "min-snr-{gamma:g}"
+    heading = "Min-SNR-{gamma:g}"
+
     gamma: float = 5.0
 
-    @property
     @override
-    def name(self) -> str:
-        return f"min-snr-{self.gamma:g}"
-
-    @property
-    @override
-    def title(self) -> str:
-        return f"Min-SNR-{self.gamma:g}"
-
-    @override
-    def build(self, schedule: NoiseSchedule) -> Loss:
-        return MinSNRComparison(schedule, self.gamma)
-
-
-class MinSNRComparison(Loss):
-    """:class:`MinSNR`, built."""
-
-    def __init__(self, schedule: NoiseSchedule, gamma: float) -> None:
-        """Make the table of weights."""
-        super().__init__(schedule)
-        alphas_cumprod = schedule.alphas_cumprod.double()
-        snr = alphas_cumprod / (1 - alphas_cumprod)
-        self.register_buffer("weight", (snr.clamp(max=gamma) / snr).float())
-
-    @override
-    def compare(self, predicted: Tensor, batch: Batch) -> Tensor:
+    def compare(self, predicted: Tensor, batch: Batch, loss: Loss) -> Tensor:
+        snr = loss.get_buffer("snr")[batch.t]
         per_sample = (predicted - batch.noise).square().flatten(1).mean(1)
-        return (self.get_buffer("weight")[batch.t] * per_sample).mean()
+        return ((snr.clamp(max=self.gamma) / snr).float() * per_sample).mean()
 
 
 @dataclass(frozen=True)
 class InputPerturbation(Objective):
     """DDPM-IP (arXiv 2301.11706): x_t is made with ε + γ ξ, and the target stays ε."""
 
+    label = "ddpm-ip-{gamma:g}"
+    heading = "DDPM-IP {gamma:g}"
+
     gamma: float = 0.1
 
-    @property
     @override
-    def name(self) -> str:
-        return f"ddpm-ip-{self.gamma:g}"
-
-    @property
-    @override
-    def title(self) -> str:
-        return f"DDPM-IP {self.gamma:g}"
-
-    @override
-    def build(self, schedule: NoiseSchedule) -> Loss:
-        return PerturbedInput(schedule, self.gamma)
-
-
-class PerturbedInput(Loss):
-    """:class:`InputPerturbation`, built."""
-
-    def __init__(self, schedule: NoiseSchedule, gamma: float) -> None:
-        """Keep the perturbation's size."""
-        super().__init__(schedule)
-        self.gamma = gamma
-
-    @override
-    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-        perturbed = batch.noise + self.gamma * batch.more_noise()
-        predicted = model(self.path(batch.x0, perturbed, batch.t), batch.t)
-        return self.compare(predicted, batch), F.mse_loss(predicted.detach(), batch.noise)
+    def input_noise(self, batch: Batch) -> Tensor:
+        return batch.noise + self.gamma * batch.more_noise()
 
 
 @dataclass(frozen=True)
@@ -243,6 +210,9 @@ class SequenceAware(Objective):
     e_s that is fresh for j ≥ 1.
     """
 
+    label = "sa-dpm-{window}"
+    heading = "SA-DPM K = {window}"
+
     window: int = 2
     strength: float = 1.0
 
@@ -251,100 +221,61 @@ class SequenceAware(Objective):
     def model_calls(self) -> int:  # type: ignore[override]
         return self.window
 
-    @property
-    @override
-    def name(self) -> str:
-        return f"sa-dpm-{self.window}"
-
-    @property
-    @override
-    def title(self) -> str:
-        return f"SA-DPM K = {self.window}"
-
     @override
     def build(self, schedule: NoiseSchedule) -> Loss:
-        return ResidualSum(schedule, self)
+        return ResidualSum(self, schedule)
 
 
 class ResidualSum(Loss):
-    """:class:`SequenceAware`, built."""
+    """`SequenceAware`, which calls the network for several timesteps."""
 
-    def __init__(self, schedule: NoiseSchedule, objective: SequenceAware) -> None:
-        """Keep the window and the strength."""
-        super().__init__(schedule)
-        self.window = objective.window
-        self.strength = objective.strength
+    objective: SequenceAware
 
     @override
     def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         # One call on the stacked timesteps, so that a distributed model is called once per step.
-        offsets = range(self.window)
-        noise = [batch.noise] + [batch.more_noise() for _ in offsets[1:]]
-        times = [(batch.t - j).clamp(min=0) for j in offsets]
+        window, strength = self.objective.window, self.objective.strength
+        noise = [batch.noise] + [batch.more_noise() for _ in range(1, window)]
+        times = [(batch.t - j).clamp(min=0) for j in range(window)]
         inputs = [self.path(batch.x0, e, s) for e, s in zip(noise, times, strict=True)]
-        predicted = model(torch.cat(inputs), torch.cat(times))
-        residuals = torch.cat(noise) - predicted
-        first = residuals[: len(batch.t)]
-        valid = [(batch.t >= j)[:, None, None, None] for j in offsets]
-        pairs = zip(valid, residuals.split(len(batch.t)), strict=True)
-        total = torch.stack([torch.where(keep, r, 0.0) for keep, r in pairs]).sum(0)
-        loss = first.square().mean() + self.strength / self.window**2 * total.square().mean()
-        return loss, first.detach().square().mean()
+        residuals = torch.cat(noise) - model(torch.cat(inputs), torch.cat(times))
+        parts = residuals.unflatten(0, (window, len(batch.t)))
+        valid = torch.stack([batch.t >= j for j in range(window)])[..., None, None, None]
+        total = torch.where(valid, parts, 0.0).sum(0)
+        loss = parts[0].square().mean() + strength / window**2 * total.square().mean()
+        return loss, parts[0].detach().square().mean()
 
 
 @dataclass(frozen=True)
 class SampledTimesteps(Objective):
     """L_simple on the timesteps that one sampler visits, and on no others."""
 
+    label = "only-{sampler}-{steps}"
+    heading = "only the {steps} timesteps of {sampler}"
+
     steps: int
     sampler: str = "ddim"
 
     @property
     @override
-    def name(self) -> str:
-        return f"only-{self.sampler}-{self.steps}"
-
-    @property
-    @override
     def title(self) -> str:
-        return f"only {self.sampler.upper()}'s {self.steps} timesteps"
+        return f"only {TITLES[self.sampler]}'s {self.steps} timesteps"
 
     @override
-    def build(self, schedule: NoiseSchedule) -> Loss:
-        return SampledOnly(schedule, self)
-
-
-class SampledOnly(Loss):
-    """:class:`SampledTimesteps`, built."""
-
-    def __init__(self, schedule: NoiseSchedule, objective: SampledTimesteps) -> None:
-        """Find the timesteps that the sampler visits."""
-        super().__init__(schedule)
-        self.num_train_timesteps = len(schedule.alphas_cumprod)
-        times = visited(objective.sampler, schedule, objective.steps)
-        self.register_buffer("times", times)
+    def parts(self, schedule: NoiseSchedule) -> nn.Module:
+        tables = nn.Module()
+        tables.register_buffer("times", visited(self.sampler, schedule, self.steps))
+        return tables
 
     @override
-    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+    def times(self, batch: Batch, loss: Loss) -> Tensor:
         # The common draw of t chooses among the visited ones: the stream stays in step.
-        times = self.get_buffer("times")
-        t = times[batch.t * len(times) // self.num_train_timesteps]
-        predicted = model(self.path(batch.x0, batch.noise, t), t)
-        return self.compare(predicted, batch), F.mse_loss(predicted.detach(), batch.noise)
+        times = loss.parts.get_buffer("times")
+        return times[batch.t * len(times) // len(loss.get_buffer("snr"))]
 
 
-class Correction(ABC):
+class Correction(Named, ABC):
     """What is put on a trained network, without training."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """A name that says all the settings and can be a folder."""
-
-    @property
-    @abstractmethod
-    def title(self) -> str:
-        """The name in tables."""
 
     @abstractmethod
     def apply(self, model: nn.Module, schedule: NoiseSchedule) -> nn.Module:
@@ -353,22 +284,14 @@ class Correction(ABC):
 
 @dataclass(frozen=True)
 class Gain(Correction):
-    """s(t)·ε̂, with the gain s(t) that :class:`SkipStep` would have taught the network."""
+    """s(t)·ε̂, with the gain s(t) that `SkipStep` would have taught the network."""
+
+    label = "gain{skip}"
+    heading = "gain k = {skip}"
+    ours = True
 
     skip: int
     tau: float = 0.99
-
-    @property
-    @override
-    def name(self) -> str:
-        suffix = "" if self.tau == 0.99 else f"-tau{self.tau:g}"
-        return f"gain{self.skip}{suffix}"
-
-    @property
-    @override
-    def title(self) -> str:
-        suffix = "" if self.tau == 0.99 else f", τ = {self.tau:g}"
-        return f"gain k = {self.skip}{suffix}"
 
     @override
     def apply(self, model: nn.Module, schedule: NoiseSchedule) -> nn.Module:
@@ -379,17 +302,10 @@ class Gain(Correction):
 class EpsilonScaling(Correction):
     """ε̂ / λ with a constant λ (arXiv 2308.15321)."""
 
+    label = "scaling{factor:g}"
+    heading = "Epsilon Scaling λ = {factor:g}"
+
     factor: float
-
-    @property
-    @override
-    def name(self) -> str:
-        return f"scaling{self.factor:g}"
-
-    @property
-    @override
-    def title(self) -> str:
-        return f"Epsilon Scaling λ = {self.factor:g}"
 
     @override
     def apply(self, model: nn.Module, schedule: NoiseSchedule) -> nn.Module:
@@ -431,3 +347,9 @@ class Method:
         if self.correction is None:
             return self.objective.title
         return f"{self.objective.title} + {self.correction.title}"
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether this is another's method against the same plain training."""
+        ours = self.objective.ours or (self.correction is not None and self.correction.ours)
+        return not ours and (self.correction is not None or not isinstance(self.objective, Plain))

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 RESAMPLES = 10_000
+FLOOR_MARGIN = 1.25
+"""A distance of less than this many floors says nothing of the samples."""
 
 
 class Cell(NamedTuple):
@@ -78,7 +80,7 @@ class Results:
     """The rows of one run's record, by method, cell and seed.
 
     Args:
-        record: What :func:`benchmarks.quality.runner.collect` returns.
+        record: What `benchmarks.quality.runner.collect` returns.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
@@ -115,6 +117,29 @@ class Results:
         """Return a measure by seed; empty where there is none."""
         return self._values.get(measure or self.primary, {}).get((method, cell), {})
 
+    @property
+    def floor(self) -> float:
+        """The Fréchet distance at which as many real images as there are samples would lie.
+
+        Of two sets of n and m real images it is proportional to 1/n + 1/m, and one pair of sets
+        was measured.
+        """
+        measured = self.record["floor"]
+        each = measured["images_each"]
+        other = measured.get("reference", each)
+        reference = measured.get("reference", 2 * each)  # without, all images are the reference
+        samples = self.record["settings"]["samples"]
+        share = (1 / samples + 1 / reference) / (1 / each + 1 / other)
+        return float(measured["frechet"] * share)
+
+    def at_floor(self, method: str, cell: Cell, measure: str | None = None) -> bool:
+        """Return whether a method's mean distance is as small as that of real images."""
+        measure = measure or self.primary
+        values = self.values(method, cell, measure)
+        if not values or not measure.endswith("frechet"):
+            return False
+        return float(np.mean(list(values.values()))) < FLOOR_MARGIN * self.floor
+
     def improvements(
         self, method: str, cell: Cell, measure: str | None = None, baseline: str = "plain"
     ) -> dict[int, float]:
@@ -122,6 +147,19 @@ class Results:
         ours = self.values(method, cell, measure)
         theirs = self.values(baseline, cell, measure)
         return {seed: 100 * (1 - ours[seed] / theirs[seed]) for seed in ours if seed in theirs}
+
+    def difference(
+        self, method: str, cells: Iterable[Cell], measure: str, baseline: str = "plain"
+    ) -> Interval | None:
+        """Return d_baseline - d, averaged over cells within each seed; positive is better.
+
+        For the kernel distance, which is near 0 or below where samples are good.
+        """
+        per_cell = []
+        for cell in cells:
+            ours, theirs = (self.values(name, cell, measure) for name in (method, baseline))
+            per_cell.append({seed: theirs[seed] - ours[seed] for seed in ours if seed in theirs})
+        return _over_seeds(per_cell)
 
     def improvement(
         self,
@@ -134,12 +172,12 @@ class Results:
 
         Only seeds that have every cell count; None where there are none.
         """
-        per_cell = [self.improvements(method, cell, measure, baseline) for cell in cells]
-        if not per_cell:
-            return None
-        seeds = set.intersection(*(set(found) for found in per_cell))
-        if not seeds:
-            return None
-        return interval(
-            float(np.mean([found[seed] for found in per_cell])) for seed in sorted(seeds)
-        )
+        return _over_seeds([self.improvements(method, c, measure, baseline) for c in cells])
+
+
+def _over_seeds(per_cell: list[dict[int, float]]) -> Interval | None:
+    """Return the interval of the mean over cells, for the seeds that have them all."""
+    seeds = set.intersection(*map(set, per_cell)) if per_cell else set()
+    if not seeds:
+        return None
+    return interval(float(np.mean([found[seed] for found in per_cell])) for seed in sorted(seeds))

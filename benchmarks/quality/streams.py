@@ -55,11 +55,11 @@ class Stream:
         self.device = device
 
     def integers(self, high: int) -> Tensor:
-        """Return uniform integers in ``[0, high)``, shape ``[B]``."""
+        """Return uniform integers in `[0, high)`, shape `[B]`."""
         drawn = torch.randint(high, (self.batch_size,), generator=self.source)
         return drawn[self.rows].to(self.device)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
-        """Return standard normal numbers, shape ``[B, *shape]``."""
+        """Return standard normal numbers, shape `[B, *shape]`."""
         drawn = torch.randn(self.batch_size, *shape, generator=self.source)
         return drawn[self.rows].to(self.device)

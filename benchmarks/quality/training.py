@@ -1,14 +1,13 @@
 """One training run that survives being killed.
 
-A checkpoint holds everything that the next step depends on, the random streams included, so a
-resumed run ends with the weights it would have had without the interruption.
+A checkpoint holds the random streams too, so a resumed run ends with the weights it would have had
+without the interruption.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,44 +16,14 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from benchmarks.files import load_tensors, save_json, save_tensors
+from benchmarks.quality.budget import Budget
+from benchmarks.quality.checkpoint import newest_state, remove_states, save_state
 from benchmarks.quality.data import ImageSet, to_model_range
-from benchmarks.quality.files import load_tensors, save_json, save_tensors
 from benchmarks.quality.networks import NetworkSpec
 from benchmarks.quality.objectives import Batch, Objective
 from benchmarks.quality.streams import Purpose, Stream, generator
 from s2dm_loss import NoiseSchedule
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How a network is trained; the same for every objective.
-
-    Attributes:
-        steps: Optimiser steps.
-        batch_size: Images per step, over all processes.
-        learning_rate: Adam's.
-        anneal: Let the learning rate fall to zero along a cosine.
-        ema_decay: Decay of the averaged weights, which are the ones that sample.
-        grad_clip: Bound of the gradient's norm; None for none.
-        flip: Mirror images at random.
-        log_every: Steps per point of the loss curve.
-        checkpoint_every: Steps between checkpoints.
-        warmup: Steps over which the learning rate rises from zero.
-        keep_at: Shares of the steps after which the whole state is kept for good, as
-            ``state-<percent>.pt``: to compare a network with its younger self, and to branch from.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    anneal: bool = True
-    ema_decay: float = 0.999
-    grad_clip: float | None = None
-    flip: bool = False
-    log_every: int = 100
-    checkpoint_every: int = 1000
-    warmup: int = 0
-    keep_at: tuple[float, ...] = ()
 
 
 class Progress(Protocol):
@@ -89,8 +58,8 @@ def train(
         schedule: The noise schedule.
         network: The ε-model.
         budget: The training budget.
-        folder: Where this run's files go: ``checkpoint.pt`` while it is under way, then
-            ``weights.pt`` and ``training.json``.
+        folder: Where this run's files go: checkpoints while it is under way, then `weights.pt`
+            and `training.json`.
         accelerator: Device and processes.
         progress: Called with the number of steps just done.
 
@@ -103,13 +72,14 @@ def train(
         model = network.build(data.shape)
         if not (weights_path.exists() and record_path.exists()):
             run = _Run(model, objective, seed, data, schedule, budget, accelerator)
-            run.advance(folder / "checkpoint.pt", progress)
+            run.advance(folder, progress)
             model = run.averaged()
             if accelerator.is_main_process:
                 save_tensors(weights_path, model.state_dict())
                 save_json(record_path, run.record())
-                (folder / "checkpoint.pt").unlink(missing_ok=True)
             accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        remove_states(folder)
     model.load_state_dict(load_tensors(weights_path))
     return model.to(accelerator.device).eval().requires_grad_(False)
 
@@ -168,16 +138,16 @@ class _Run:
             "objective": self.objective.name,
             "steps": self.step,
             "seconds": round(self.seconds, 2),
-            "milliseconds_per_step": round(1e3 * self.seconds / max(self.step, 1), 3),
             "processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device),
             "curve": self.curve,
         }
 
-    def advance(self, checkpoint: Path, progress: Progress) -> None:
-        """Go on from the checkpoint, where there is one, to the end."""
-        if checkpoint.exists():
-            self._restore(load_tensors(checkpoint))
+    def advance(self, folder: Path, progress: Progress) -> None:
+        """Go on from the folder's checkpoint, where there is one, to the end."""
+        state = newest_state(folder)
+        if state is not None:
+            self._restore(state)
         kept = {round(self.budget.steps * at): round(100 * at) for at in self.budget.keep_at}
         began = time.perf_counter()
         while self.step < self.budget.steps:
@@ -188,9 +158,9 @@ class _Run:
                 now = time.perf_counter()
                 self.seconds, began = self.seconds + now - began, now
                 if self.accelerator.is_main_process:
-                    save_tensors(checkpoint, self._state())
+                    save_state(folder, self._state())
             if (percent := kept.get(self.step)) is not None and self.accelerator.is_main_process:
-                save_tensors(checkpoint.with_name(f"state-{percent}.pt"), self._state())
+                save_tensors(folder / f"state-{percent}.pt", self._state())
             progress(1)
         self.seconds += time.perf_counter() - began
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def min_snr_loss(device: torch.device, gamma: float = 5.0) -> Loss:
 
 def released_loss(
     device: torch.device, skip: int = SKIP, tau: float = TAU
-) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | Loss:
+) -> Callable[..., Tensor]:
     """Eq. 13 with a fresh target, written out as the released code has it.
 
     A second noise tensor, two squared errors, a boolean mask for each branch, and the two branches
@@ -152,12 +153,12 @@ def gradient_first_loss(device: torch.device) -> Loss:
 
     class GradientFirst(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, eps_hat: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        def forward(ctx: Any, eps_hat: Tensor, noise: Tensor, t: Tensor) -> Tensor:
             loss, ctx.gradient = both(eps_hat, noise, t)
             return loss
 
         @staticmethod
-        def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
             return ctx.gradient.mul_(grad), None, None
 
     return GradientFirst.apply

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # as torch's own pages do
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -237,13 +238,25 @@ def _bytes(tensor: Tensor) -> int:
     return elements * tensor.element_size()
 
 
+def gradient_error(loss: Callable[..., Tensor], arguments: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Return how far the gradient of ε̂ is from float64's, over the largest entry of that."""
+    eps_hat, noise, t = arguments
+    gradients = []
+    for dtype in (eps_hat.dtype, torch.float64):
+        leaf = eps_hat.detach().to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf, noise.to(dtype), t), leaf)
+        gradients.append(gradient.double())
+    error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+    return float(error)
+
+
 def kernels(work: Callable[[], object]) -> int:
     """Return how many kernels, copies and fills the GPU ran for `work`."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
+    on_device = DeviceType.CUDA
     return sum(event.device_type == on_device for event in profiler.events() or [])
 
 

@@ -1,0 +1,118 @@
+"""Files that are either whole or absent, however a run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_whole(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
+    """Let `write` fill a neighbour of `path`, then move it there in one step.
+
+    Args:
+        path: Where the file belongs.
+        write: Called with the path to write to.
+        keep: Where a file that is at `path` already moves to.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk; what was at `path` is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays, since writers such as matplotlib's read the format from it.
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(partial)
+        # Onto the disk before the name: else a power cut can leave the name and half the content.
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
+        partial.replace(path)
+    except OSError as error:
+        kept = "the one that was there is kept" if path.exists() else "nothing was written"
+        raise OSError(f"cannot write {path}: {error.strerror or error}; {kept}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what `write_whole` left behind in processes that were killed."""
+    for path in folder.rglob(".*"):
+        found = re.match(r"\.(\d+)\.", path.name)
+        if found and path.is_file() and not _is_alive(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is there, and somebody else's
+        return True
+    return True
+
+
+def save_tensors(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
+    """Write a dictionary of tensors and plain values."""
+
+    def write(partial: Path) -> None:
+        try:
+            torch.save(content, partial)
+        except RuntimeError as error:  # torch's writer says so of any trouble with the disk
+            raise OSError(str(error).splitlines()[0]) from error
+
+    write_whole(path, write, keep)
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Read what `save_tensors` wrote, onto the CPU.
+
+    Raises:
+        ValueError: If the file is damaged, or holds anything but tensors and plain values.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file fails in many ways
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read ({cause}); remove it to have it made again"
+        ) from error
+    return content
+
+
+def save_json(path: Path, content: Any) -> None:
+    """Write indented JSON."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def load_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); remove it to have it made again"
+        ) from error
+
+
+def save_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a run's record: JSON, one result to a line, so that a difference can be read."""
+    rows = record["rows"]
+    shell = json.dumps({**record, "rows": []}, indent=1, ensure_ascii=False)
+    listed = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+    text = shell.replace('"rows": []', f'"rows": [\n{listed}\n ]' if rows else '"rows": []')
+    write_whole(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))

@@ -1,0 +1,79 @@
+"""The measured figures, read and put into words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+Results = dict[str, Any]  # one device's JSON
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+LARGE = 2**20
+HEAD_ORDER = ("mse", "mse_lifted", "min_snr", "expected", "shared", "fresh", "released")
+
+
+def head_share(figures: Results) -> float:
+    """Return what `expected` adds to the plain step, by the head's own times."""
+    times = figures["head"]["microseconds"]
+    share: float = (times["expected"][1] - times["mse"][1]) / figures["microseconds"]["mse"][1]
+    return share
+
+
+def bandwidth_shares(results: Results, cell: Results, name: str) -> tuple[float, float]:
+    """Return (bytes moved, least bytes possible) ÷ (time · copy bandwidth).
+
+    The least is to read ε̂ and ε and to write one gradient.
+    """
+    row = next(
+        row
+        for row in reversed(results["counts"]["figures"])
+        if row["contender"] == name and row["dtype"] == cell["dtype"]
+    )
+    counted = row["bytes"] if cell["mode"] == "eager" else row["compiled_bytes"]
+    least = useful_rate(cell, name) / copy_rate(results)
+    return counted / row["data_bytes"] / 3 * least, least
+
+
+def by_shape(results: Results, dtype: str) -> Iterable[tuple[tuple[int, ...], dict[str, Results]]]:
+    """Group the counts of one dtype by shape, then by contender."""
+    groups: dict[tuple[int, ...], dict[str, Results]] = {}
+    for row in results["counts"]["figures"]:
+        if row["dtype"] == dtype:
+            groups.setdefault(tuple(row["shape"]), {})[row["contender"]] = row
+    return groups.items()
+
+
+def quartiles(values: list[float], digits: int) -> str:
+    """Return the median, and in brackets the quartiles."""
+    low, middle, high = (f"{value:.{digits}f}" for value in values)
+    return f"{middle} ({low}, {high})"
+
+
+def value_range(values: list[float]) -> str:
+    """Return the least and the greatest."""
+    low, high = (f"{value:.{2 if value < 10 else 1}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """Return a shape such as 64×4×64×64."""
+    return "×".join(map(str, shape))
+
+
+def duration(microseconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    if microseconds < 1e3:
+        return f"{microseconds:.0f} µs"
+    return f"{microseconds / 1e3:.1f} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.2f} s"
+
+
+def copy_rate(results: Results) -> float:
+    """Return the bytes a second of a copy, read and written."""
+    rate: float = results["bandwidth"]["figures"]["copy_bytes_per_second"][1]
+    return rate
+
+
+def useful_rate(cell: Results, name: str) -> float:
+    """Return the bytes a second that count: ε̂ and ε read and one gradient written."""
+    size = {"float32": 4, "bfloat16": 2}[cell["dtype"]] * math.prod(cell["shape"])
+    return 3 * size / (cell["microseconds"][name][1] / 1e6)

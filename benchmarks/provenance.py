@@ -1,0 +1,68 @@
+"""What a result was made with, and on what: versions, commit, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("s2dm-loss", "torch", "diffusers", "accelerate", "torchmetrics", "scikit-learn")
+
+
+def versions() -> dict[str, str | None]:
+    """Return what a result depends on besides its settings."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["commit"] = git("rev-parse", "HEAD") or None
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what times were measured on."""
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        facts |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def git(*arguments: str) -> str:
+    """Return what git prints in this repository, or nothing where there is no git."""
+    return output("git", "-C", str(ROOT), *arguments)
+
+
+def output(*command: str) -> str:
+    """Return what a command prints, or nothing where there is no such command."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

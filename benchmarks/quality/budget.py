@@ -1,0 +1,37 @@
+"""How a network is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a network is trained; the same for every objective.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Images per step, over all processes.
+        learning_rate: Adam's.
+        anneal: Let the learning rate fall to zero along a cosine.
+        ema_decay: Decay of the averaged weights, which are the ones that sample.
+        grad_clip: Bound of the gradient's norm; None for none.
+        flip: Mirror images at random.
+        log_every: Steps per point of the loss curve.
+        checkpoint_every: Steps between checkpoints.
+        warmup: Steps over which the learning rate rises from zero.
+        keep_at: Shares of the steps after which the whole state is kept for good, as
+            `state-<percent>.pt`: to compare a network with its younger self, and to branch from.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    anneal: bool = True
+    ema_decay: float = 0.999
+    grad_clip: float | None = None
+    flip: bool = False
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    warmup: int = 0
+    keep_at: tuple[float, ...] = ()

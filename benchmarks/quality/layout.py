@@ -1,0 +1,116 @@
+"""The folder of a run: where each file lies, whose it is, and who is at work in it.
+
+    settings.json                              what all cells depend on
+    lock                                       held while a run is at work
+    features.pt                                the feature network
+    floor.json                                 distances between sets of real images
+    models/<objective>/seed<n>/                weights.pt, training.json; checkpoints meanwhile
+    cells/<method>/seed<n>/<sampler>-<steps>.json    one result, and .pt with its first samples
+    results.json, table.md, *.png              the report
+
+Each file appears whole or not at all, and whatever is there is not done again; so a run that was
+killed goes on where it was by being started again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from benchmarks.files import load_json, save_json
+from benchmarks.quality.objectives import Method, Objective
+from benchmarks.quality.presets import Preset
+from benchmarks.quality.settings import differences
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run keeps its files."""
+
+    root: Path
+
+    @property
+    def settings(self) -> Path:
+        """What all cells depend on."""
+        return self.root / "settings.json"
+
+    @property
+    def floor(self) -> Path:
+        """The distances between sets of real images."""
+        return self.root / "floor.json"
+
+    def model(self, objective: Objective, seed: int) -> Path:
+        """Return the folder of one training run."""
+        return self.root / "models" / objective.name / f"seed{seed}"
+
+    def cell(self, method: Method, seed: int, sampler: str, steps: int) -> Path:
+        """Return the file of one result."""
+        return self.root / "cells" / method.name / f"seed{seed}" / f"{sampler}-{steps}.json"
+
+
+class InUseError(RuntimeError):
+    """Another run is at work in the folder."""
+
+
+@contextmanager
+def claimed(preset: Preset, root: Path, *, first: bool) -> Iterator[None]:
+    """Hold a folder for a preset; a run that leaves nothing behind leaves no folder either.
+
+    Args:
+        preset: Whose results the folder is for.
+        root: The folder.
+        first: Whether this is the process that writes; the others of a distributed run only wait.
+
+    Raises:
+        ValueError: If the folder is a file, or holds results made with other settings.
+        OSError: If the folder cannot be written.
+        InUseError: If another run is at work in it.
+    """
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"out: expected a folder, and {root} is a file")
+    made = [path for path in (root, *root.parents) if not path.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    if not first:
+        yield
+        return
+    lock = FileLock(root / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InUseError(
+            f"out: another run is at work in {root}; wait for it, or choose another folder"
+        ) from error
+    try:
+        _check_settings(preset, root)
+        yield
+    finally:
+        _remove_what_is_empty(root, made)
+        lock.release()
+
+
+def _check_settings(preset: Preset, root: Path) -> None:
+    path = Layout(root).settings
+    if not path.exists():
+        save_json(path, preset.settings)
+        return
+    stored = load_json(path)
+    differing = differences(stored, preset.settings)
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"out: {root} holds results of other settings ({', '.join(differing)}): {key} is "
+            f"{stored.get(key)!r} there and {preset.settings[key]!r} here; choose another folder"
+        )
+
+
+def _remove_what_is_empty(root: Path, made: list[Path]) -> None:
+    """Remove the folders that this run made, if nothing but its claim is in them."""
+    if root in made and {path.name for path in root.iterdir()} <= {"lock", "settings.json"}:
+        for path in root.iterdir():
+            path.unlink()
+        for folder in made:
+            folder.rmdir()

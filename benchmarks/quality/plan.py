@@ -1,0 +1,135 @@
+"""What a run has to do, what is done of it, and what the rest would take."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality import data as datasets
+from benchmarks.quality.checkpoint import newest_state
+from benchmarks.quality.layout import Layout
+from benchmarks.quality.objectives import Objective
+from benchmarks.quality.presets import Arm, Preset
+from benchmarks.quality.samplers import sample
+from s2dm_loss import NoiseSchedule
+
+BACKWARD_COST = 2
+"""A backward pass costs about two forward passes; progress is counted in forward passes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm at one seed: a training, unless it is done, and its cells."""
+
+    arm: Arm
+    seed: int
+
+    def cells(self) -> Iterator[tuple[str, int]]:
+        """Yield (sampler, steps)."""
+        yield from itertools.product(self.arm.samplers, self.arm.steps)
+
+
+def jobs(preset: Preset) -> list[Job]:
+    """Return all jobs, the most important first: every seed of an arm before the next arm."""
+    return [Job(arm, seed) for arm in preset.arms for seed in preset.seeds]
+
+
+def training_cost(preset: Preset, objective: Objective) -> float:
+    """Return a training's cost in forward passes of one image."""
+    budget = preset.budget
+    return budget.steps * budget.batch_size * objective.model_calls * (1 + BACKWARD_COST)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do.
+
+    Attributes:
+        trainings: Networks to train, those that are under way included.
+        network_steps: Steps of a network left, forward and backward.
+        cells: Results to make.
+        sampling_calls: Calls of a network for a batch of `samples`.
+        cost: Everything, in forward passes of one image.
+        done: What is done already, in the same unit.
+    """
+
+    trainings: int
+    network_steps: int
+    cells: int
+    sampling_calls: int
+    cost: float
+    done: float
+
+
+def plan(preset: Preset, root: Path) -> Plan:
+    """Return what a run would have to do; reads the folder and starts nothing."""
+    layout = Layout(root)
+    trainings = network_steps = cells = sampling_calls = 0
+    cost = done = 0.0
+    seen = set()
+    for job in jobs(preset):
+        method, seed = job.arm.method, job.seed
+        if (method.objective, seed) not in seen:
+            seen.add((method.objective, seed))
+            folder = layout.model(method.objective, seed)
+            whole = training_cost(preset, method.objective)
+            left = 0 if (folder / "training.json").exists() else preset.budget.steps
+            if left and (state := newest_state(folder)) is not None:
+                left -= state["step"]
+            trainings += left > 0
+            network_steps += left * method.objective.model_calls
+            cost += whole * left / preset.budget.steps
+            done += whole * (1 - left / preset.budget.steps)
+        for sampler, steps in job.cells():
+            if layout.cell(method, seed, sampler, steps).exists():
+                done += preset.samples * steps
+            else:
+                cells += 1
+                sampling_calls += steps
+                cost += preset.samples * steps
+    return Plan(trainings, network_steps, cells, sampling_calls, cost, done)
+
+
+def estimate(preset: Preset, todo: Plan, data_folder: Path | None = None) -> float:
+    """Return the seconds that one process would need for a plan, from a few steps and calls."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = datasets.load(preset.data, data_folder).shape
+    model = preset.network.build(shape).to(device)
+    schedule = NoiseSchedule.linear(1000)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    images = torch.randn(preset.budget.batch_size, *shape, device=device)
+    times = torch.zeros(len(images), dtype=torch.long, device=device)
+    start = torch.randn(min(preset.sample_batch, preset.samples), *shape, device=device)
+
+    def one_step() -> None:
+        model(images, times).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def one_call() -> None:
+        sample(model, "ddim", schedule, 1, start, torch.Generator())
+
+    threads = torch.get_num_threads()
+    if preset.workers > 1:
+        torch.set_num_threads(1)
+    try:
+        per_step = _seconds(one_step, device)
+        per_image = _seconds(one_call, device) / len(start)
+    finally:
+        torch.set_num_threads(threads)
+    return todo.network_steps * per_step + todo.sampling_calls * preset.samples * per_image
+
+
+def _seconds(action: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
+    action()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / repeats

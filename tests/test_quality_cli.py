@@ -1,0 +1,176 @@
+"""What a user can do wrong on the command line is answered in one line, with how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from quality_tools import ONE_ARM, TINY
+
+from benchmarks.lab.__main__ import main as lab
+from benchmarks.lab.studies import STUDIES
+from benchmarks.quality import cli, report, runner
+from benchmarks.quality.presets import PRESETS
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
+    """Call the command line in an empty folder, with a tiny run for `digits`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "digits", replace(ONE_ARM, name="digits"))
+    return lambda *arguments: CliRunner().invoke(cli.main, list(map(str, arguments)))
+
+
+def is_one_line(said: Result, line: str) -> None:
+    assert said.exit_code == 1, said.output
+    assert isinstance(said.exception, SystemExit)  # and not what was raised inside
+    errors = [text for text in said.output.splitlines() if text.startswith("Error: ")]
+    assert len(errors) == 1
+    assert line in errors[0]
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_data_set_that_needs_a_folder_says_so_and_leaves_none(
+    call: Call, tmp_path: Path, dry: list[str]
+) -> None:
+    is_one_line(call("run", "cifar10", *dry), "cifar10 is read from a local folder; name it with -")
+    is_one_line(call("run", "cifar10", "--data", "nowhere", *dry), "there is no folder nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_failed_keeps_what_was_there(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    is_one_line(call("run", "cifar10", "--out", "mine"), "name it with --data")
+    assert (tmp_path / "mine/notes.txt").read_text() == "keep"
+    # Failed after something was made: that stays.
+    assert call("run", "digits").exit_code == 0
+    is_one_line(call("run", "digits", "--seeds", "0", "--out", "mine/notes.txt"), "is a file")
+    assert (tmp_path / "runs/digits/results.json").exists()
+
+
+def test_an_out_that_is_a_file_or_lies_in_one(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    is_one_line(
+        call("run", "digits", "--out", "file"), "out: expected a folder, and file is a file"
+    )
+    is_one_line(call("run", "digits", "--out", "file/inside"), "Not a directory: 'file/inside'")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_out_that_cannot_be_written(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    is_one_line(call("run", "digits", "--out", "locked/out"), "Permission denied: 'locked/out'")
+
+
+def test_a_run_says_what_it_prepares_what_it_left_and_that_it_is_complete(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "digits", replace(TINY, name="digits", seeds=(0,)))
+    first = call("run", "digits")
+    assert first.exit_code == 0, first.output
+    before, _, after = first.output.partition("\nComplete after ")
+    assert before.startswith("Preparing digits in runs/digits: the images, ")
+    named = [line.split()[0] for line in after.splitlines() if line.startswith("  ")]
+    assert named == list(report.FILES)
+    assert set(named) <= {path.name for path in (tmp_path / "runs/digits").iterdir()}
+
+    again = call("run", "digits")
+    assert "runs/digits was complete already; only its report was written again:" in again.output
+    assert "Complete after" not in again.output
+    dry = call("run", "digits", "--dry-run")
+    assert "done already         100%" in dry.output
+
+
+def test_ctrl_c_says_how_to_go_on(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "sample", interrupted)
+    said = call("run", "digits", "--seeds", "0", "--out", "here")
+    assert said.exit_code == 130
+    assert "`python -m benchmarks.quality run digits --out here --seeds 0` goes on" in said.output
+    assert (tmp_path / "here/models/plain/seed0/weights.pt").exists()
+
+
+def test_a_worker_that_dies_is_reported(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(*_: object) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(runner, "_share", dead)
+    said = call("run", "digits", "--workers", "2")
+    is_one_line(said, "a worker process died, perhaps for want of memory; what is done is kept")
+
+
+WORKERS = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from dataclasses import replace
+from benchmarks.quality import cli
+from benchmarks.quality.presets import PRESETS
+from quality_tools import ONE_ARM
+
+if __name__ == "__main__":
+    PRESETS["digits"] = replace(ONE_ARM, budget=replace(ONE_ARM.budget, steps=10**6))
+    cli.main(["run", "digits", "--workers", "2", "--out", sys.argv[1]])
+"""
+
+
+def is_alive(session: int) -> bool:
+    try:
+        os.killpg(session, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_ctrl_c_ends_the_workers_at_once(tmp_path: Path) -> None:
+    """A job that would take hours is not waited for, and no process is left."""
+    here, out = Path(__file__).parent, tmp_path / "out"
+    (tmp_path / "script.py").write_text(WORKERS)
+    process = subprocess.Popen(  # noqa: S603 - this very interpreter
+        [sys.executable, tmp_path / "script.py", out, here, here.parent],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("models/plain/*/checkpoint.pt")):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert f"`python -m benchmarks.quality run digits --out {out}` goes on from there." in said
+    assert "Traceback" not in said
+    deadline = time.monotonic() + 20
+    while is_alive(process.pid):  # its session is empty as soon as Python's own helper has noticed
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_labs_help_says_what_each_study_is() -> None:
+    said = CliRunner().invoke(lab, ["--help"]).output
+    for name, study in STUDIES.items():
+        (line,) = [line for line in said.splitlines() if line.split()[:1] == [name]]
+        assert study.__doc__ is not None
+        assert study.__doc__.splitlines()[0] in line

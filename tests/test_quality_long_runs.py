@@ -1,0 +1,296 @@
+"""Kills, a full disk, a damaged checkpoint, a second process: nothing good is lost."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from filelock import FileLock
+from quality_tools import ONE_ARM, TINY
+
+from benchmarks import files
+from benchmarks.files import load_json, load_tensors, remove_partial_files, save_json, save_tensors
+from benchmarks.quality import cli, runner
+from benchmarks.quality.checkpoint import BEFORE, NEWEST, newest_state, save_state
+from benchmarks.quality.layout import InUseError, Layout
+from benchmarks.quality.objectives import Plain
+from benchmarks.quality.plan import plan
+from benchmarks.quality.presets import PRESETS
+from benchmarks.quality.record import collect
+from benchmarks.quality.runner import run
+
+KILLS = 20
+# One process imports everything once and forks a run for every kill.
+KILLER = """
+import os, random, signal, sys, time
+sys.path[:0] = sys.argv[3:]
+import torch
+torch.set_num_threads(1)  # the order of a sum depends on it, and a fork wants no other threads
+from pathlib import Path
+from benchmarks.quality import data, plan, runner
+from quality_tools import KILLED
+
+data.load(KILLED.data)  # imports what it needs once, and not in every fork
+out, draw, kills, done = Path(sys.argv[1]), random.Random(0), 0, 0
+
+def fork():
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        runner.run(KILLED, out / str(done))
+        os._exit(0)
+    return child
+
+began = time.perf_counter()
+if os.waitpid(fork(), 0)[1] != 0:
+    sys.exit("a run failed")
+whole = time.perf_counter() - began
+while kills < int(sys.argv[2]):
+    done += plan.plan(KILLED, out / str(done)).cost == 0
+    child = fork()
+    time.sleep(draw.uniform(0, whole / 2))
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    kills += os.WIFSIGNALED(status)
+    if not os.WIFSIGNALED(status) and status != 0:
+        sys.exit("a run failed")
+if os.waitpid(fork(), 0)[1] != 0:
+    sys.exit("a run failed")
+"""
+
+
+def what_was_made(preset: Any, root: Path) -> dict[str, Any]:
+    """Every weight, sample and result of a run, less what depends on the clock."""
+    made: dict[str, Any] = {}
+    for path in sorted([*root.glob("models/**/*.pt"), *root.glob("cells/**/*.pt")]):
+        tensors = load_tensors(path)
+        made[str(path.relative_to(root))] = {k: v.numpy().tobytes() for k, v in tensors.items()}
+    for path in sorted(root.glob("cells/**/*.json")):
+        cell = load_json(path)
+        del cell["sampling_seconds"], cell["metric_seconds"]
+        made[str(path.relative_to(root))] = cell
+    record = collect(preset, root)
+    for runs in record["trainings"].values():
+        for training in runs.values():
+            del training["seconds"]
+    return {**made, "record": record}
+
+
+def test_a_run_killed_at_twenty_random_moments_makes_the_same(tmp_path: Path) -> None:
+    from quality_tools import KILLED
+
+    here = Path(__file__).parent
+    subprocess.run(  # noqa: S603 - this very interpreter
+        [sys.executable, "-c", KILLER, tmp_path / "killed", str(KILLS), here, here.parent],
+        check=True,
+    )
+    first, *killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
+    whole = what_was_made(KILLED, first)  # of the run that nobody killed
+    assert sum(name.endswith("weights.pt") for name in whole) == 2
+    assert sum(name.endswith(".json") for name in whole) == 4
+    assert killed
+    for root in killed:
+        assert what_was_made(KILLED, root) == whole
+        # Nothing of the kills is left lying about.
+        assert not list(root.rglob(".[0-9]*"))
+        assert not list(root.rglob("checkpoint*"))
+        assert not list(root.glob("cells/*/*/*/"))
+
+
+def stopped_at(preset: Any, root: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Train up to a step, as far as a run that is stopped there gets; return the model's folder."""
+    with monkeypatch.context() as patched:
+
+        def stop(bench: Any, objective: Any, seed: int, advance: Any) -> Any:
+            done = 0
+
+            def count(cost: float) -> None:
+                nonlocal done
+                done += 1
+                if done == step:
+                    raise KeyboardInterrupt
+
+            return model(bench, objective, seed, count)
+
+        model = runner.Bench.model
+        patched.setattr(runner.Bench, "model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(preset, root)
+    return Layout(root).model(Plain(), 0)
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "text"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    root = tmp_path / "damaged"
+    folder = stopped_at(ONE_ARM, root, 11, monkeypatch)
+    newest, before = folder / NEWEST, folder / BEFORE
+    assert (load_tensors(newest)["step"], load_tensors(before)["step"]) == (10, 5)
+    content = newest.read_bytes()
+    newest.write_bytes({"half": content[: len(content) // 2], "empty": b"", "text": b"x"}[damage])
+    assert plan(ONE_ARM, root).network_steps == 12 - 5
+    run(ONE_ARM, root)
+    said = capsys.readouterr().out
+    assert f"{newest} cannot be read (" in said
+    assert f"Going on from {before}, step 5." in said
+    run(ONE_ARM, tmp_path / "whole")
+    assert what_was_made(ONE_ARM, root) == what_was_made(ONE_ARM, tmp_path / "whole")
+    assert not list(folder.glob("checkpoint*"))
+
+
+def test_without_a_checkpoint_that_can_be_read_the_user_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped_at(ONE_ARM, tmp_path, 6, monkeypatch)
+    (folder / NEWEST).write_bytes(b"nothing")
+    monkeypatch.setitem(PRESETS, "digits", ONE_ARM)
+    said = CliRunner().invoke(cli.main, ["run", "digits", "--out", str(tmp_path)])
+    assert said.exit_code == 1
+    assert f"Error: {folder / NEWEST} cannot be read (" in said.output
+    assert "remove it to have it made again" in said.output
+    assert "Traceback" not in said.output
+
+
+FULL = """
+import resource, signal, sys
+sys.path[:0] = sys.argv[3:]
+from benchmarks.quality import cli
+from benchmarks.quality.presets import PRESETS
+from quality_tools import ONE_ARM
+PRESETS["digits"] = ONE_ARM
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+cli.main(["run", "digits", "--workers", "1", "--out", sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits on the size of files")
+def test_a_full_disk_ends_a_run_in_one_line_and_keeps_the_last_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on the size of files stands for the disk: a checkpoint no longer fits."""
+    folder = stopped_at(ONE_ARM, tmp_path, 6, monkeypatch)
+    good = (folder / NEWEST).read_bytes()
+    here = Path(__file__).parent
+    done = subprocess.run(  # noqa: S603 - this very interpreter
+        [sys.executable, "-c", FULL, tmp_path, str(len(good) // 2), here, here.parent],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert len(lines) == 1
+    assert f"cannot write {folder / NEWEST}: " in lines[0]
+    assert "the one that was there is kept" in lines[0]
+    assert f"`python -m benchmarks.quality run digits --out {tmp_path}` goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (folder / NEWEST).read_bytes() == good
+    assert not list(tmp_path.rglob(".[0-9]*"))
+    run(ONE_ARM, tmp_path)  # once there is room
+    run(ONE_ARM, tmp_path / "whole")
+    assert what_was_made(ONE_ARM, tmp_path) == what_was_made(ONE_ARM, tmp_path / "whole")
+
+
+def test_torchs_own_complaint_about_the_disk_is_an_oserror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tensors(tmp_path / "a.pt", {"x": torch.zeros(1)})
+
+    def full(content: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nat")
+
+    monkeypatch.setattr(files.torch, "save", full)
+    with pytest.raises(
+        OSError, match=r"cannot write .*a\.pt: Pytorch.* write failed; the one that"
+    ):
+        save_tensors(tmp_path / "a.pt", {"x": torch.ones(1)})
+    with pytest.raises(OSError, match="nothing was written"):
+        save_tensors(tmp_path / "b.pt", {"x": torch.ones(1)})
+    assert load_tensors(tmp_path / "a.pt")["x"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_second_process_in_the_folder_is_told_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped_at(ONE_ARM, tmp_path, 6, monkeypatch)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setitem(PRESETS, "digits", ONE_ARM)
+    with FileLock(tmp_path / "lock"):
+        with pytest.raises(InUseError, match="another run is at work in"):
+            run(TINY, tmp_path)
+        said = CliRunner().invoke(cli.main, ["run", "digits", "--out", str(tmp_path)])
+    assert said.exit_code == 1
+    assert f"Error: out: another run is at work in {tmp_path}; wait for it" in said.output
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+    assert newest_state(folder) is not None
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("a checkpoint ran code",))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"step": 1, "model": Harmful()}, tmp_path / NEWEST)
+    with pytest.raises(ValueError, match="cannot be read"):
+        newest_state(tmp_path)
+    (tmp_path / NEWEST).write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(ValueError, match="cannot be read"):
+        newest_state(tmp_path)
+    assert "ran code" not in capsys.readouterr().out
+
+
+def test_a_run_killed_just_before_it_tidied_up_is_tidied_up(tmp_path: Path) -> None:
+    run(ONE_ARM, tmp_path)
+    folder = Layout(tmp_path).model(Plain(), 0)
+    (folder / NEWEST).write_bytes(b"left")
+    (tmp_path / "cells/plain/seed0/ddim-2").mkdir()
+    (tmp_path / "cells/plain/seed0/ddim-2/0.pt").write_bytes(b"left")
+    (tmp_path / "cells/plain/seed0/deis-2.json").unlink()
+    run(ONE_ARM, tmp_path)
+    assert not (folder / NEWEST).exists()
+    assert not (tmp_path / "cells/plain/seed0/ddim-2").exists()
+    assert (tmp_path / "cells/plain/seed0/ddim-2.json").exists()
+
+
+def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    assert newest_state(tmp_path) is None
+    for step in (1, 2, 3):
+        save_state(tmp_path, {"step": step})
+    assert [load_tensors(tmp_path / name)["step"] for name in (NEWEST, BEFORE)] == [3, 2]
+    (tmp_path / NEWEST).unlink()  # killed between the two renames
+    state = newest_state(tmp_path)
+    assert state is not None
+    assert state["step"] == 2
+
+
+def test_what_dead_processes_left_is_removed_and_what_living_ones_write_is_not(
+    tmp_path: Path,
+) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+    (tmp_path / "cells").mkdir()
+    names = [f".{dead}.a.pt", f".{os.getpid()}.a.pt", ".hidden", "a.pt"]
+    for name in names:
+        (tmp_path / "cells" / name).touch()
+    remove_partial_files(tmp_path)
+    assert {path.name for path in (tmp_path / "cells").iterdir()} == set(names[1:])
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    save_json(tmp_path / "a.json", {"x": 1})
+    (tmp_path / "a.json").write_text('{"x": ')
+    with pytest.raises(ValueError, match=r"a\.json cannot be read \(.*\); remove it to have it"):
+        load_json(tmp_path / "a.json")
