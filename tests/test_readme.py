@@ -7,42 +7,58 @@ import pytest
 
 pytest.importorskip("scipy", reason="the evidence's statistics need the extra `quality`")
 from benchmarks.quality.statistics import Cell, Results
+from benchmarks.quality.tables import distance_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks/results/quality"
-ROWS = {
-    "trained, k = 9 (the paper's default)": "skip9-expected",
-    "trained, k = 49": "skip49-expected",
-    "trained, k = 99": "skip99-expected",
-    "no training, gain k = 49": "plain+gain49",
-    "no training, gain k = 99": "plain+gain99",
-}
 CELLS = [Cell(name, steps) for name in ("ddim", "pndm", "deis") for steps in (10, 20, 50, 100)]
+TEN_STEPS = [Cell("ddim", 10)]
 
 
-@pytest.mark.parametrize("title", ROWS)
-def test_evidence_in_the_readme_is_that_of_the_record(title):
-    results = Results(json.loads((RESULTS / "digits-full.json").read_text()))
-    shown = []
-    for measure in ("raw_frechet", "images_frechet"):
-        for cells in ([Cell("ddim", 10)], CELLS):
-            found = results.improvement(ROWS[title], cells, measure)
-            assert found.count == 5
-            shown.append(f"{found.mean:+.1f} % [{found.low:+.1f}, {found.high:+.1f}]")
-    assert f"| {title} | {' | '.join(shown)} |" in README
+def results_of(name: str) -> Results:
+    return Results(json.loads((RESULTS / f"{name}.json").read_text()))
 
 
-def test_the_digits_table_in_the_readme_is_that_of_the_record():
-    results = Results(json.loads((RESULTS / "digits.json").read_text()))
-    for sampler, title in (("ddim", "DDIM"), ("pndm", "PNDM"), ("deis", "DEIS")):
-        for steps in (10, 20, 50):
-            cell = Cell(sampler, steps)
-            row = f"| {title}, {steps} steps | {results.values('plain', cell)[0]:.3f} |"
-            for method in ("skip9-expected", "skip99-expected"):
-                better = results.improvements(method, cell)[0]
-                row += f" {results.values(method, cell)[0]:.3f} ({better:+.1f} %) |"
-            assert row in README
+@pytest.mark.parametrize(
+    ("preset", "method", "cells", "measure"),
+    [
+        ("digits-full", "skip9-expected", CELLS, "images_frechet"),
+        ("digits-full", "skip99-expected", TEN_STEPS, "images_frechet"),
+        ("digits-full", "skip99-expected", CELLS, "images_frechet"),
+        ("digits-full", "plain+gain99", TEN_STEPS, "images_frechet"),
+        ("digits-full", "min-snr-5", CELLS, "images_frechet"),
+        ("textures", "skip99-expected", CELLS, "images_frechet"),
+        ("textures", "skip99-expected", CELLS, "raw_frechet"),
+    ],
+)
+def test_evidence_in_the_readme_is_that_of_the_record(preset, method, cells, measure):
+    found = results_of(preset).improvement(method, cells, measure)
+    assert found.count == 5
+    assert f"{found.mean:+.1f} % [{found.low:+.1f}, {found.high:+.1f}]" in README
+
+
+def test_what_the_readme_says_in_words_is_so():
+    """No effect at k = 9; help and harm at k = 99; Min-SNR above every skip."""
+    results = results_of("digits-full")
+
+    def sign(method, cells):
+        return results.improvement(method, cells, "images_frechet").sign
+
+    assert sign("skip9-expected", CELLS) == 0
+    assert sign("skip99-expected", TEN_STEPS) == sign("plain+gain99", TEN_STEPS) == 1
+    assert sign("skip99-expected", CELLS) == -1
+    best = results.improvement("min-snr-5", CELLS, "images_frechet").low
+    for method in results.methods:
+        if method.startswith("skip"):
+            assert results.improvement(method, CELLS, "images_frechet").high < best
+
+
+@pytest.mark.parametrize("measure", ["images_frechet", "raw_frechet"])
+def test_the_digits_tables_in_the_readme_are_those_of_the_record(measure):
+    cells = [Cell(name, steps) for name in ("ddim", "pndm", "deis") for steps in (10, 20, 50)]
+    methods = ["plain", "skip9-expected", "skip99-expected"]
+    assert distance_table(results_of("digits"), methods, cells, measure) in README
 
 
 def test_the_command_that_ci_runs_is_in_the_readme():
