@@ -4,8 +4,11 @@
 """
 
 import contextlib
+import functools
 import logging
 import random
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from s2dm_loss import NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.sd_scripts import loss_of, skip_step
 from s2dm_loss.testing import check_swap
 from tests.doubles import sd_scripts_double as double
+from tests.helpers.docs_diff import apply_docs_diff
 from tests.helpers.sd_scripts_checkout import load_sd_scripts
 
 PLAIN = {
@@ -269,6 +273,49 @@ def test_the_schedule_is_rebuilt_in_float64(kind):
         scheduler = kind().get_noise_scheduler(args, torch.device("cpu"))
         found = loss_of(args, scheduler).schedule
         assert torch.equal(found.log_alphas_cumprod, schedule.log_alphas_cumprod)
+
+
+def loop_of(source, start, end):
+    """The lines of a script's loop from `start` up to `end`, as a program of their own."""
+    lines = source.splitlines()
+    first = next(index for index, line in enumerate(lines) if line.strip().startswith(start))
+    last = next(index for index in range(first, len(lines)) if lines[index].strip().startswith(end))
+    return textwrap.dedent("\n".join(lines[first:last]))
+
+
+@pytest.mark.parametrize("script", ["sdxl_train", "train_db", "fine_tune"])
+@pytest.mark.parametrize("name", ["plain", "zero terminal snr, v", "min snr", "huber", "masked"])
+def test_the_pages_diff_in_the_scripts_with_a_loop(script, name):
+    """The scripts' own lines from the noise to the loss, as they are and after the diff."""
+    (module,) = load_sd_scripts(script)
+    if name == "masked" and script == "fine_tune":
+        pytest.skip("the script has no masks")
+    args = SimpleNamespace(**{**PLAIN, **OPTIONS[name]})
+    plain = Path(module.__file__).read_text()
+    swapped = apply_docs_diff("sd_scripts.md", f"{script}.py", plain)
+
+    def loss(model, tau=None):
+        batch = make_batch(double.NetworkTrainer, masked=args.masked_loss)
+        namespace = {
+            **vars(module),
+            "args": args,
+            "accelerator": Accelerator(),
+            "batch": batch,
+            "latents": 0.18215 * batch["latents"],
+            "weight_dtype": torch.float32,
+            "unet": lambda x, t, *more: (
+                model(x, t) if script == "sdxl_train" else SimpleNamespace(sample=model(x, t))
+            ),
+            **dict.fromkeys(("text_embedding", "vector_embedding", "encoder_hidden_states")),
+            "loss_of": functools.partial(loss_of, tau=tau),
+        }
+        source = plain if tau is None else swapped
+        made = loop_of(source, "noise_scheduler = DDPMScheduler(", "if accelerator.is_main")
+        step = loop_of(source, "noise, noisy_latents, timesteps =", "accelerator.backward(loss)")
+        exec(compile(f"{made}\n{step}", script, "exec"), namespace)  # noqa: S102
+        return namespace["loss"]
+
+    check_swap(loss, loss, rtol=1e-6)
 
 
 def test_says_what_it_does(kind, caplog):
