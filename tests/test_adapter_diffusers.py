@@ -670,6 +670,8 @@ def test_wrong_calls():
         ["unconditional_image_generation/train_unconditional.py", "--prediction_type sample"],
         ["dreambooth/train_dreambooth.py --with_prior_preservation"],
         ["dreambooth/train_dreambooth_sd3.py"],
+        ["dreambooth/train_dreambooth_flux.py"],
+        ["controlnet/train_controlnet_sd3.py"],
     ],
     ids=lambda titles: titles[-1],
 )
@@ -679,6 +681,14 @@ def test_the_diffs_of_the_page_apply(titles):
     for suffix in ["", *titles[1:]]:
         source = apply_docs_diff("diffusers.md", f"{script} {suffix}".strip(), source)
     compile(source, script, "exec")
+
+
+@pytest.mark.skipif(ROOT is None, reason="set S2DM_DIFFUSERS_ROOT: no package has the scripts")
+def test_the_lora_script_of_flux_has_the_same_lines():
+    folder = Path(ROOT) / "examples" / "dreambooth"
+    source = (folder / "train_dreambooth_lora_flux.py").read_text()
+    diff = "examples/dreambooth/train_dreambooth_flux.py"
+    compile(apply_docs_diff("diffusers.md", diff, source), "lora", "exec")
 
 
 # Flow matching, in the form of SD3's and Flux's scripts.
