@@ -110,6 +110,10 @@ PATCHES = [
     Patch("edm", "edm.md", ("edm: training/training_loop.py",)),
     Patch("edm2", "edm.md", ("edm2: training/training_loop.py",)),
     Patch("score_sde_pytorch", "score_sde.md", ("run_lib.py",)),
+    *(
+        Patch("OneTrainer", "more_trainers.md", (f"OneTrainer: modules/modelSetup/{name}.py",))
+        for name in ("BaseStableDiffusionSetup", "BaseStableDiffusionXLSetup")
+    ),
     Patch("ddim", "ddim.md", ("functions/losses.py",)),
 ]
 
