@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from s2dm_loss import NoiseSchedule, Schedule, SkipSet, SkipStepLoss, epsilon_from_output
+from s2dm_loss import NoiseSchedule, Schedule, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.prediction import PredictionType
 
@@ -43,11 +43,14 @@ def skip_step(
 
         mse    the plain loss, as without the adapter: in ε, or in x_0 with `predict_xstart`
         vb     the variance's own loss, untouched, where the variance is learned
-        skip   the skip term, mse(c ε̂, ζ); 0 where no skip is valid
-        loss   τ mse + (1-τ) skip (+ vb); mse (+ vb) where no skip is valid
+        skip   what S²-DM adds to the plain loss; 0 where no skip is valid
+        loss   mse + skip (+ vb)
 
-    (arXiv 2401.01520, Eq. 13.) The model is called once, and with the estimators "expected" and
-    "shared" no further random number is drawn.
+    mse + skip is Eq. 13 of arXiv 2401.01520 on the scale of the model's output, without the
+    constant that no gradient sees: the trainer's `loss-second-moment` sampler draws each timestep
+    as often as its loss is large, and the constant is large where there is nothing to learn. The
+    model is called once, and with the estimators "expected" and "shared" no further random number
+    is drawn.
 
     Args:
         diffusion: A `GaussianDiffusion` or `SpacedDiffusion` of guided-diffusion.
@@ -57,7 +60,7 @@ def skip_step(
             earlier timestep that respacing left out stands for the latest one kept before it.
         tau: τ in [0, 1].
         estimator: "expected", "fresh" or "shared".
-        max_c2: Upper bound on c²; see `coefficients`. The cosine schedule needs it.
+        max_c2: Upper bound on c²; see `SkipStepLoss.from_output`. The cosine schedule needs it.
 
     Raises:
         TypeError: if `diffusion` is not a diffusion of guided-diffusion.
@@ -77,6 +80,7 @@ def skip_step(
         tau=tau,
         estimator=estimator,
         reduction="none",
+        prediction_type=_PREDICTS[plain.model_mean_type.name],
         max_c2=max_c2,
     )
     return extended  # type: ignore[no-any-return]
@@ -126,17 +130,15 @@ class SkipStepMixin:
         output = recorder.output
         if this.model_var_type.name in _LEARNED_VARIANCES:
             output = output[:, : x_start.shape[1]]
-        predicts: PredictionType = "epsilon" if this.model_mean_type.name == "EPSILON" else "sample"
-        eps_hat = epsilon_from_output(output, recorder.x_t, t, criterion.schedule, predicts)
-        if skip_noise is None and criterion.estimator == "fresh":
-            skip_noise = torch.randn_like(noise)
-        paper = criterion.terms(eps_hat, noise, t, skip_noise=skip_noise)
-        # The plain term stays the trainer's own: at τ = 1 the loss is its loss bit for bit, and
-        # with `predict_xstart` it remains in x_0, where c and ζ have no meaning.
-        loss = paper.tau * terms["mse"] + (1 - paper.tau) * paper.skip
+        target = noise if criterion.prediction_type == "epsilon" else x_start
+        squared = criterion.from_output(output, target, recorder.x_t, t, skip_noise=skip_noise)
+        # Elsewhere, and at τ = 1, the loss stays the trainer's own, bit for bit.
+        acts = criterion.coefficients_at(t).tau < 1
+        loss = torch.where(acts, squared, terms["mse"])
+        skip = loss - terms["mse"]
         if "vb" in terms:
             loss = loss + terms["vb"]
-        return {**terms, "skip": paper.skip, "loss": loss}
+        return {**terms, "skip": skip, "loss": loss}
 
     @override
     def __repr__(self) -> str:
@@ -193,6 +195,7 @@ class _OriginalTimesteps(SkipSet):
         return f"{self.skip_set!r} in original timesteps"
 
 
+_PREDICTS: dict[str, PredictionType] = {"EPSILON": "epsilon", "START_X": "sample"}
 _LEARNED_VARIANCES = ("LEARNED", "LEARNED_RANGE")
 _ATTRIBUTES = (
     "training_losses",
@@ -219,7 +222,7 @@ def _check_diffusion(diffusion: Any) -> None:
             f"{diffusion.loss_type.name}: a variational bound has no squared error to put the "
             "skip term beside"
         )
-    if diffusion.model_mean_type.name not in ("EPSILON", "START_X"):
+    if diffusion.model_mean_type.name not in _PREDICTS:
         raise ValueError(
             "the model of diffusion must predict EPSILON or START_X, got model_mean_type "
             f"{diffusion.model_mean_type.name}: to read ε̂ from it would divide by β_t"

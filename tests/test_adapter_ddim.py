@@ -15,6 +15,7 @@ from torch import nn
 
 from s2dm_loss import NoiseSchedule, SkipSet, SkipStepLoss, coefficients
 from s2dm_loss.adapters.ddim import ddim_loss, ddim_timesteps
+from s2dm_loss.testing import check_swap
 from tests.doubles import ddim_double
 from tests.helpers.ddim_checkout import load_ddim
 
@@ -90,6 +91,20 @@ def test_tau_one_is_the_trainers_loss_over_the_full_grid(trainer, schedule, esti
         assert torch.equal(x_ours, x_theirs)
         assert torch.equal(t_ours, t_theirs)
         assert t_ours.dtype == t_theirs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_swap(trainer, schedule):
+    """Gradients at τ = 0.99 are near the plain ones, also at the end of "jsd", where ᾱ is 0."""
+    x0, t, e = make_batch()
+    b = make_betas(trainer, schedule)
+    report = check_swap(
+        lambda model: trainer.noise_estimation_loss(model, x0, t, e, b),
+        lambda model, tau: ddim_loss(9, tau=tau)(model, x0, t, e, b),
+        rtol=2e-6,
+    )
+    assert report.calls == 1
+    assert report.times.tolist() == t.tolist()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from s2dm_loss import NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss, schedule_of
+from s2dm_loss.testing import check_swap
 from tests.helpers.diffusers_parts import (
     SCHEDULERS,
     Script,
@@ -100,6 +101,39 @@ def test_tau_one_is_the_untouched_script(name, beta_schedule, zero_snr):
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)
         assert torch.equal(our_rng, rng)
         assert our_model.calls == 1
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_swap(prediction_type, beta_schedule, zero_snr):
+    """A script's step at the ends of every schedule, at τ = 1 and at τ = 0.99."""
+    scheduler = make_scheduler(
+        beta_schedule=beta_schedule,
+        rescale_betas_zero_snr=zero_snr,
+        prediction_type=prediction_type,
+    )
+    timesteps = torch.tensor([0, 8, 9, 300, 700, 998, 999])
+    latents = torch.randn(7, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def step(model, tau=None):
+        noise = torch.randn_like(latents)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        v = velocity(scheduler, latents, noise, timesteps)
+        target = {"epsilon": noise, "v_prediction": v, "sample": latents}[prediction_type]
+        model_pred = model(noisy, timesteps)
+        if tau is None:
+            return F.mse_loss(model_pred.float(), target.float(), reduction="mean")
+        skip_loss = SkipLoss.from_scheduler(
+            scheduler, skip_set=9, tau=tau, prediction_type=by_name(prediction_type)
+        )
+        return skip_loss(model_pred, target, noisy, timesteps)
+
+    report = check_swap(step, step, rtol=1e-6)
+    assert report.calls == 1
+    if prediction_type != "epsilon":
+        assert report.ratio.min() > 0.97
+        assert report.ratio.max() < 1.03
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -670,6 +704,8 @@ def test_wrong_calls():
         ["unconditional_image_generation/train_unconditional.py", "--prediction_type sample"],
         ["dreambooth/train_dreambooth.py --with_prior_preservation"],
         ["dreambooth/train_dreambooth_sd3.py"],
+        ["dreambooth/train_dreambooth_flux.py"],
+        ["controlnet/train_controlnet_sd3.py"],
     ],
     ids=lambda titles: titles[-1],
 )
@@ -679,6 +715,14 @@ def test_the_diffs_of_the_page_apply(titles):
     for suffix in ["", *titles[1:]]:
         source = apply_docs_diff("diffusers.md", f"{script} {suffix}".strip(), source)
     compile(source, script, "exec")
+
+
+@pytest.mark.skipif(ROOT is None, reason="set S2DM_DIFFUSERS_ROOT: no package has the scripts")
+def test_the_lora_script_of_flux_has_the_same_lines():
+    folder = Path(ROOT) / "examples" / "dreambooth"
+    source = (folder / "train_dreambooth_lora_flux.py").read_text()
+    diff = "examples/dreambooth/train_dreambooth_flux.py"
+    compile(apply_docs_diff("diffusers.md", diff, source), "lora", "exec")
 
 
 # Flow matching, in the form of SD3's and Flux's scripts.

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from s2dm_loss import NoiseSchedule, SkipSet, SkipStepLoss, coefficients
 from s2dm_loss.adapters.guided_diffusion import SkipStepMixin, skip_step
+from s2dm_loss.testing import check_swap
 from tests.helpers.distributed import run_distributed
 from tests.helpers.docs_diff import apply_docs_diff
 from tests.helpers.guided_diffusion_parts import (
@@ -108,7 +109,7 @@ def test_epsilon_models_get_the_cores_loss(estimator):
         mapped = plain._wrap_model(model) if config["spaced"] else model
         scaled = plain._scale_timesteps(t)
         eps_hat = mapped(plain.q_sample(x, t, noise=noise), scaled)[:, :2]
-        core = reference.from_prediction(eps_hat, noise, t, **given)
+        core = reference.from_output(eps_hat, noise, x, t, **given)
         bound = plain.training_losses(model, x, t, noise=noise).get("vb", torch.zeros(()))
         torch.testing.assert_close(terms["loss"], core + bound, rtol=1e-5, atol=1e-6)
         expected = torch.autograd.grad(core.sum() + bound.sum(), list(model.parameters()))
@@ -118,9 +119,10 @@ def test_epsilon_models_get_the_cores_loss(estimator):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("estimator", ["expected", "shared", "fresh"])
 @pytest.mark.parametrize("variance", ["FIXED_LARGE", "LEARNED_RANGE"])
-def test_predict_xstart_keeps_its_loss_in_x0_and_converts_only_the_skip_term(
+def test_predict_xstart_is_eq_13_times_the_weight_of_the_trainers_own_loss(
     schedule, estimator, variance
 ):
+    """In float64 and as the paper writes it: both terms, less what they are at their least."""
     plain = make_diffusion(mean="START_X", variance=variance, schedule=schedule)
     model = make_model(plain, dropout=0.0)
     x, t = make_batch(plain)
@@ -131,27 +133,76 @@ def test_predict_xstart_keeps_its_loss_in_x0_and_converts_only_the_skip_term(
     )
 
     a_bar = torch.tensor(plain.alphas_cumprod)
+    odds = ((1 - a_bar) / a_bar)[t]  # mse(x_0) = odds mse(ε̂, ε)
     earlier = (t - 9).clamp(min=0)
-    c = torch.where(t >= 9, (a_bar[earlier] / a_bar[t] - 1).clamp(max=100).sqrt(), 0.0)
-    tau = torch.where(t >= 9, 0.99, 1.0)
+    c2 = (a_bar[earlier] / a_bar[t] - 1).clamp(max=100).minimum(100 / odds)
+    c = torch.where(t >= 9, c2, 0.0).sqrt().view(-1, 1, 1, 1)
+    tau = torch.where(t >= 9, 0.99, 1.0).view(-1, 1, 1, 1)
     root_a, root_b = (s[t].view(-1, 1, 1, 1) for s in (a_bar.sqrt(), (1 - a_bar).sqrt()))
-    x_t = plain.q_sample(x, t, noise=noise).double()
-    prediction = model(x_t.float(), t)[:, :2].double()
+    prediction = model(plain.q_sample(x, t, noise=noise), t)[:, :2].double()
+    x_t = root_a * x + root_b * noise  # float32 keeps nothing of x_0 beside the last timestep's ε
     eps_hat = (x_t - root_a * prediction) / root_b
-    scaled = c.view(-1, 1, 1, 1) * eps_hat
-    if estimator == "expected":
-        skip = scaled.square().mean((1, 2, 3)) + 1
-    else:
-        skip = (scaled - (zeta if given else noise)).square().mean((1, 2, 3))
-    skip = torch.where(t >= 9, skip, 0.0)
+    target = {"expected": 0.0, "shared": noise, "fresh": zeta}[estimator]
+    unknown = 1.0 if estimator == "expected" else 0.0
+
+    def eq_13(eps_hat):
+        skip = (c * eps_hat - target).square() + unknown
+        return (tau * (eps_hat - noise).square() + (1 - tau) * skip).mean((1, 2, 3))
+
+    best = (tau * noise + (1 - tau) * c * target) / (tau + (1 - tau) * c.square())
+    loss = odds * (eq_13(eps_hat) - eq_13(best))
     base = (prediction - x).square().mean((1, 2, 3))
-    loss = tau * base + (1 - tau) * skip
     torch.testing.assert_close(terms["mse"].double(), base, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(terms["skip"].double(), skip, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["skip"].double(), loss - base, rtol=1e-3, atol=2e-5)
     bound = plain.training_losses(model, x, t, noise=noise).get("vb", torch.zeros(()))
-    torch.testing.assert_close(terms["loss"].double(), loss + bound, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(terms["loss"].double(), loss + bound, rtol=1e-4, atol=1e-5)
     expected = torch.autograd.grad(loss.sum() + bound.sum(), list(model.parameters()))
     torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_swap(mean, schedule):
+    x = torch.randn(6, 2, 6, 6)
+    t = torch.tensor([0, 8, 9, 300, 700, 998])
+
+    def loss(model, tau=None):
+        plain = make_diffusion(mean=mean, schedule=schedule)
+        diffusion = plain if tau is None else skip_step(plain, 9, tau=tau)
+        return diffusion.training_losses(model, x, t)["loss"]
+
+    report = check_swap(loss, loss, rtol=0.0)  # bit for bit at τ = 1
+    assert report.calls == 1
+
+
+@pytest.mark.parametrize("skip", [9, 49])
+def test_the_importance_sampler_draws_as_it_does_for_the_plain_loss(monkeypatch, skip):
+    """It draws t as often as the loss there is large, and no constant may count as loss.
+
+    The best denoiser of white data, of variance 0.02, has nearly all of its loss at small t.
+    """
+    monkeypatch.setattr(np, "int", int, raising=False)  # gone since NumPy 1.24
+    from guided_diffusion.resample import LossSecondMomentResampler
+
+    x = 0.02**0.5 * torch.randn(1000, 1, 16, 16)
+    plain = make_diffusion()
+    a_bar = torch.tensor(plain.alphas_cumprod, dtype=torch.float32).view(-1, 1, 1, 1)
+
+    def best(x_t, t):
+        a = a_bar[t]
+        return (1 - a).sqrt() * x_t / (0.02 * a + 1 - a)
+
+    def late_draws(diffusion):
+        torch.manual_seed(0)
+        losses = diffusion.training_losses(best, x, torch.arange(1000))["loss"]
+        sampler = LossSecondMomentResampler(diffusion, history_per_term=1, uniform_prob=0.0)
+        sampler.update_with_all_losses(range(1000), losses.tolist())
+        weights = sampler.weights()
+        return weights[500:].sum() / weights.sum()
+
+    expected = late_draws(plain)
+    assert expected == pytest.approx(0.0024, rel=0.1)
+    assert late_draws(skip_step(plain, skip)) < expected + 0.002
 
 
 @pytest.mark.parametrize("spaced", [False, True])
@@ -184,7 +235,17 @@ def test_replays_the_released_loss(case, spaced):
     expected = tensor("grad_model_output")
     # The released loss reads float32 ᾱ where guided-diffusion's β are float64.
     assert (gradient - expected).norm() <= 1e-6 * expected.norm()
-    assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
+    # The constant is left out: what the released loss is at its best prediction.
+    noise, zeta = tensor("noise").double(), tensor("skip_noise").double()
+    criterion = diffusion.skip_step_loss
+    square = criterion.coefficients_at(torch.tensor(case["timesteps"])).complete_square()
+    shape = (-1, *[1] * (noise.ndim - 1))
+    best = square.gain.view(shape) * noise + square.skip_gain.view(shape) * zeta
+    least = SkipStepLoss(criterion.schedule, case["skip"], tau=case["tau"], estimator="fresh")
+    least = least.from_prediction(
+        best, noise, torch.tensor(case["timesteps"]), skip_noise=zeta
+    ).item()
+    assert loss.item() == pytest.approx(case["loss"] - least, rel=2e-6)
     torch.testing.assert_close(seen[0], tensor("x_t"), rtol=1e-5, atol=1e-5)
 
 
@@ -210,8 +271,7 @@ def test_loss_is_the_sum_of_its_logged_terms():
     adapted = skip_step(make_diffusion(variance="LEARNED_RANGE"), 9)
     x, t = make_batch(adapted)
     terms = adapted.training_losses(make_model(adapted), x, t)
-    tau = torch.where(t >= 9, 0.99, 1.0)
-    expected = tau * terms["mse"] + (1 - tau) * terms["skip"] + terms["vb"]
+    expected = terms["mse"] + terms["skip"] + terms["vb"]
     torch.testing.assert_close(terms["loss"], expected)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss, coefficients
 from s2dm_loss.adapters import score_sde as adapter
+from s2dm_loss.testing import check_swap
 from tests.doubles import score_sde_double
 from tests.helpers.score_sde_checkout import load_score_sde
 
@@ -90,6 +91,26 @@ def test_tau_one_is_the_trainers_sde_loss_over_the_full_grid(trainer, kind, esti
         )
         theirs = trainer.get_sde_loss_fn(*arguments)
         assert_same_run(run(ours, model, data()), run(theirs, model, data()), model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["get_sde_loss_fn", "discrete"])
+def test_the_swap(trainer, kind, name):
+    """Gradients at τ = 0.99 are near the plain ones from the first time to the last."""
+    sde = getattr(trainer, kind)()
+    options = {"allow_ve": True} if kind == "VESDE" else {}
+    if name == "discrete":
+        if kind == "subVPSDE":
+            pytest.skip("it has no discrete form")
+        name, options = f"get_{'smld' if kind == 'VESDE' else 'ddpm'}_loss_fn", {}
+    report = check_swap(
+        lambda model: getattr(trainer, name)(sde, True)(model, data(128)),
+        lambda model, tau: getattr(adapter, name)(sde, True, tau=tau, **options)(model, data(128)),
+        rtol=1e-6,
+    )
+    assert report.calls == 1
+    assert report.ratio.min() > 0.97
+    assert report.ratio.max() < 1.02
 
 
 @pytest.mark.parametrize("estimator", ["expected", "shared"])

@@ -1,10 +1,12 @@
-"""What the page on other trainers uses of denoising-diffusion-pytorch, as its source documents it.
+"""What the adapter uses of denoising-diffusion-pytorch, as its source documents it.
 
-`GaussianDiffusion` with its three objectives, float32 buffers, loss weights and Min-SNR; `Unet`
-stands for any network with its call signature. Written from the behaviour at commit
-faed4db28e724735323fa91c70aa9b28a6e1cbac.
+`GaussianDiffusion` with its three objectives, float32 buffers, loss weights, Min-SNR, noise offset
+and self-conditioning; `Unet` stands for any network with its call signature. Written from the
+behaviour at commit faed4db28e724735323fa91c70aa9b28a6e1cbac, and compared with it where a checkout
+is at hand.
 """
 
+import random
 from typing import NamedTuple
 
 import torch
@@ -17,17 +19,20 @@ class ModelPrediction(NamedTuple):
 
 
 class Unet(nn.Module):
-    def __init__(self, dim: int, *, dim_mults=(1,), channels: int = 3, flash_attn=False) -> None:
+    def __init__(
+        self, dim: int, *, dim_mults=(1,), channels: int = 3, self_condition=False, flash_attn=False
+    ) -> None:
         del dim_mults, flash_attn
         super().__init__()
         self.channels = self.out_dim = channels
-        self.self_condition = False
+        self.self_condition = self_condition
         self.net = nn.Sequential(
             nn.Conv2d(channels, dim, 3, padding=1), nn.SiLU(), nn.Conv2d(dim, channels, 1)
         )
 
     def forward(self, x: Tensor, time: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-        del x_self_cond
+        if x_self_cond is not None:
+            x = x + 0.1 * x_self_cond
         return self.net(x) * (1 + time.reshape(-1, 1, 1, 1) / 1000)
 
 
@@ -40,12 +45,15 @@ class GaussianDiffusion(nn.Module):
         timesteps: int = 1000,
         objective: str = "pred_v",
         beta_schedule: str = "sigmoid",
+        offset_noise_strength: float = 0.0,
         min_snr_loss_weight: bool = False,
         min_snr_gamma: float = 5,
     ) -> None:
         super().__init__()
         self.model, self.image_size, self.objective = model, image_size, objective
         self.num_timesteps = timesteps
+        self.self_condition = model.self_condition
+        self.offset_noise_strength = offset_noise_strength
         betas = {"linear": _linear, "cosine": _cosine, "sigmoid": _sigmoid}[beta_schedule](
             timesteps
         )
@@ -80,10 +88,16 @@ class GaussianDiffusion(nn.Module):
         return ModelPrediction((x - alpha * x_start) / sigma, x_start)
 
     def p_losses(self, x_start, t, noise=None, offset_noise_strength=None, loss_reduction="mean"):
-        del offset_noise_strength
         noise = torch.randn_like(x_start) if noise is None else noise
+        offset = offset_noise_strength or self.offset_noise_strength
+        if offset:
+            noise += offset * torch.randn(x_start.shape[:2]).reshape(*x_start.shape[:2], 1, 1)
         alpha, sigma = self._alpha_sigma(t)
-        output = self.model(self.q_sample(x_start=x_start, t=t, noise=noise), t, None)
+        x_t, condition = self.q_sample(x_start=x_start, t=t, noise=noise), None
+        if self.self_condition and random.random() < 0.5:  # noqa: S311 - as the trainer draws it
+            with torch.no_grad():
+                condition = self.model_predictions(x_t, t).pred_x_start
+        output = self.model(x_t, t, condition)
         target = {
             "pred_noise": noise,
             "pred_x0": x_start,

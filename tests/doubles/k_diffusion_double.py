@@ -9,15 +9,19 @@ from torch import Tensor, nn
 
 
 class Denoiser(nn.Module):
-    def __init__(self, inner_model: nn.Module, sigma_data: float = 1.0, weighting="karras") -> None:
+    def __init__(
+        self, inner_model: nn.Module, sigma_data: float = 1.0, weighting="karras", scales=1
+    ) -> None:
         super().__init__()
-        self.inner_model, self.sigma_data = inner_model, sigma_data
+        self.inner_model, self.sigma_data, self.scales = inner_model, sigma_data, scales
         if weighting == "karras":
             self.weighting = torch.ones_like
         elif weighting == "snr":
             self.weighting = lambda sigma: sigma_data**2 / (sigma**2 + sigma_data**2)
-        else:
-            self.weighting = weighting
+        else:  # "soft-min-snr"
+            self.weighting = lambda sigma: (
+                (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2) ** 2
+            )
 
     def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = (sigma**2 + self.sigma_data**2).sqrt()

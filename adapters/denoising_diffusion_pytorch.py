@@ -1,0 +1,169 @@
+"""The loss in lucidrains/denoising-diffusion-pytorch: one line after the diffusion is made.
+
+    diffusion = GaussianDiffusion(model, image_size=128, timesteps=1000)
+    diffusion = skip_step(diffusion, skip_set=9)
+
+The trainer's own `p_losses` runs, on a changed output of the model: noise offset,
+self-conditioning, immiscible noise and Min-SNR weights are what they are without the adapter. The
+trainer is not imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import Tensor
+from typing_extensions import override
+
+from s2dm_loss.adapters.changed_output import changed_output, check_tau
+from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
+from s2dm_loss.functional import along
+from s2dm_loss.loss import SkipStepLoss
+from s2dm_loss.prediction import PredictionType
+from s2dm_loss.schedule import NoiseSchedule
+from s2dm_loss.skip_set import SkipSet
+
+__all__ = ["SkipStepMixin", "skip_step"]
+
+Diffusion = TypeVar("Diffusion")
+
+_OBJECTIVES: dict[str, PredictionType] = {
+    "pred_noise": "epsilon",
+    "pred_x0": "sample",
+    "pred_v": "v_prediction",
+}
+_ATTRIBUTES = ("p_losses", "model", "model_predictions", "betas", "objective", "loss_weight")
+# Whose p_losses takes a squared error of `self.model(x_t, t, ...)`.
+_KNOWN = ("GaussianDiffusion", "GaussianDiffusion1D")
+
+
+def skip_step(
+    diffusion: Diffusion,
+    skip_set: SkipSet | int | Iterable[int] = 9,
+    *,
+    tau: float = DEFAULT_TAU,
+    estimator: Estimator = "expected",
+    max_c2: float = DEFAULT_MAX_C2,
+) -> Diffusion:
+    """Give `diffusion` the S²-DM loss, and return it.
+
+    It is the same object, of a class that extends its own: `forward` and `p_losses` have the S²-DM
+    loss on the scale of the trainer's (without the constant that no gradient sees), samplers and
+    the keys of its `state_dict` stay as they are. The model is called as often as before.
+
+    Args:
+        diffusion: A `GaussianDiffusion` or `GaussianDiffusion1D`, of any objective and schedule.
+        skip_set: The skips, in timesteps.
+        tau: τ in (0, 1]; 1 is the trainer's own loss, bit for bit.
+        estimator: "expected", "fresh" or "shared".
+        max_c2: Upper bound on c²; see `SkipStepLoss.from_output`.
+
+    Raises:
+        TypeError: if `diffusion` is none of the trainer's, or is in continuous time.
+        ValueError: if it has a loss of another kind, or the S²-DM loss already.
+    """
+    _check_diffusion(diffusion)
+    check_tau(tau)
+    extended: Any = diffusion
+    base: Any = type(extended)
+    criterion = SkipStepLoss(
+        NoiseSchedule.from_betas(extended.betas),
+        skip_set,
+        tau=tau,
+        estimator=estimator,
+        prediction_type=_OBJECTIVES[extended.objective],
+        max_c2=max_c2,
+    )
+    extended.__class__ = _extend(base)
+    extended.skip_step_loss = criterion
+    return diffusion
+
+
+class SkipStepMixin:
+    """What `skip_step` puts in front of a diffusion's class."""
+
+    skip_step_loss: SkipStepLoss
+    _predicts_for_itself: bool = False
+
+    def p_losses(
+        self, x_start: Tensor, t: Tensor, *args: Any, loss_reduction: str = "mean", **kwargs: Any
+    ) -> Tensor:
+        """Return the loss; the arguments are the trainer's.
+
+        Args:
+            x_start: Clean data of shape [B, ...].
+            t: Integer timesteps of shape [B].
+            args: Further arguments of the trainer's `p_losses`.
+            loss_reduction: "mean", or "none" for shape [B].
+            kwargs: Further arguments of the trainer's `p_losses`.
+        """
+        this: Any = self
+        plain: Any = super()
+        weights: list[Tensor] = []
+
+        def change(_module: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self._predicts_for_itself:
+                return None
+            changed, weight = changed_output(self.skip_step_loss, output, inputs[0], t)
+            weights.append(weight)
+            return changed
+
+        hook = this.model.register_forward_hook(change)
+        try:
+            losses: Tensor = plain.p_losses(x_start, t, *args, loss_reduction="none", **kwargs)
+        finally:
+            hook.remove()
+        losses = losses * along(weights[0], losses)
+        # GaussianDiffusion1D can be asked for the loss of each element.
+        return losses if loss_reduction == "none" or losses.ndim > 1 else losses.mean()
+
+    def model_predictions(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as the trainer does: self-conditioning asks for it in the middle of a loss."""
+        plain: Any = super()
+        self._predicts_for_itself = True
+        try:
+            return plain.model_predictions(*args, **kwargs)
+        finally:
+            self._predicts_for_itself = False
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle would not find it by name.
+        return _restore, (type(self).__bases__[1], self.__dict__)
+
+
+def _check_diffusion(diffusion: Any) -> None:
+    name = type(diffusion).__name__
+    if isinstance(diffusion, SkipStepMixin):
+        raise ValueError(f"diffusion must have its plain loss, got a {name}")
+    missing = [attribute for attribute in _ATTRIBUTES if not hasattr(diffusion, attribute)]
+    if missing:
+        raise TypeError(
+            "diffusion must be a GaussianDiffusion of denoising-diffusion-pytorch with discrete "
+            f"timesteps, got a {name} without {', '.join(missing)}"
+        )
+    owner: Any = next(kind for kind in type(diffusion).__mro__ if "p_losses" in vars(kind))
+    if owner.__name__ not in _KNOWN:
+        raise ValueError(
+            f"diffusion must have the p_losses of {' or '.join(_KNOWN)}, got that of "
+            f"{owner.__name__}, which is no squared error of the model's output alone"
+        )
+    if "loss_reduction" not in inspect.signature(owner.p_losses).parameters:
+        raise ValueError(
+            "diffusion.p_losses must take loss_reduction, as it does from "
+            "denoising-diffusion-pytorch 2.3 on: without it there is no loss of each sample"
+        )
+
+
+@functools.cache
+def _extend(plain: Any) -> Any:
+    return type(f"SkipStep{plain.__name__}", (SkipStepMixin, plain), {})
+
+
+def _restore(plain: Any, state: dict[str, Any]) -> Any:
+    extended = object.__new__(_extend(plain))
+    extended.__dict__.update(state)
+    return extended

@@ -1,0 +1,179 @@
+"""diffusers: the gain s(t) on a trained pipeline, with no training.
+
+with shrink_pipeline(pipe, skip_set=99):
+    images = pipe(num_inference_steps=10).images
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from typing_extensions import Self, override
+
+from s2dm_loss.adapters.diffusers_scheduler import prediction_type_of, schedule_of
+from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
+from s2dm_loss.prediction import read_output
+from s2dm_loss.schedule import NoiseSchedule
+from s2dm_loss.shrink import ShrunkModel
+from s2dm_loss.skip_set import Skips
+
+__all__ = ["PipelineGain", "shrink_pipeline"]
+
+
+def shrink_pipeline(
+    pipe: Any,
+    skip_set: Skips,
+    *,
+    tau: float = DEFAULT_TAU,
+    estimator: Estimator = "expected",
+    max_c2: float = DEFAULT_MAX_C2,
+    component: str | None = None,
+) -> PipelineGain:
+    """Give a trained pipeline the gain s(t) that the loss would have taught it, with no training.
+
+    Each noise prediction of the pipeline's denoiser becomes s(t) ε̂, until the returned handle is
+    removed; in a `with` statement, until its end:
+
+        with shrink_pipeline(pipe, skip_set=99):
+            images = pipe(num_inference_steps=10).images
+
+    Nothing of it is saved by `pipe.save_pretrained`. It is the elementwise gain of each call, so
+    classifier-free guidance on a doubled batch works as ever.
+
+    Args:
+        pipe: A diffusers pipeline with a `scheduler` and a denoiser, `unet` or `transformer`.
+        skip_set: The skips, as for `SkipStepLoss`; a larger skip is a smaller s(t).
+        tau: τ in [0, 1].
+        estimator: "expected" and "fresh" have the same gain, "shared" another.
+        max_c2: Upper bound on c²; see `coefficients`.
+        component: Name of the denoiser, if it is neither `unet` nor `transformer`.
+
+    Returns:
+        The handle that takes the gain off again.
+
+    Raises:
+        TypeError: if `pipe` is no pipeline.
+        ValueError: if its scheduler has no gain (flow matching, EDM), or it has one already.
+    """
+    return PipelineGain(
+        pipe, skip_set, tau=tau, estimator=estimator, max_c2=max_c2, component=component
+    )
+
+
+class PipelineGain:
+    """What `shrink_pipeline` returns: the gain on a pipeline's denoiser, until it is removed.
+
+    Attributes:
+        active: Whether the gain is on.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        skip_set: Skips,
+        *,
+        tau: float = DEFAULT_TAU,
+        estimator: Estimator = "expected",
+        max_c2: float = DEFAULT_MAX_C2,
+        component: str | None = None,
+    ) -> None:
+        """Put the gain on; the arguments are those of `shrink_pipeline`."""
+        denoiser = _denoiser(pipe, component)
+        schedule = schedule_of(pipe.scheduler)
+        if not isinstance(schedule, NoiseSchedule):
+            raise ValueError(
+                "pipe must have a scheduler with alphas_cumprod, got a "
+                f"{type(pipe.scheduler).__name__}: the gain is not offered for flow matching, "
+                "whose transformers do not agree on whether a timestep is σ or 1000 σ"
+            )
+        if denoiser in _SHRUNK:
+            raise ValueError(
+                f"pipe has a gain on its {type(denoiser).__name__} already, and two would "
+                "multiply: remove the first handle"
+            )
+        self._settings: dict[str, Any] = {
+            "model": denoiser,
+            "schedule": schedule,
+            "skip_set": skip_set,
+            "tau": tau,
+            "estimator": estimator,
+            "max_c2": max_c2,
+        }
+        self._shrunk = ShrunkModel(
+            **self._settings, prediction_type=prediction_type_of(pipe.scheduler)
+        )
+        self._pipe = pipe
+        self._denoiser = denoiser
+        # torch.compile wraps a module; the wrapped one knows the names of the arguments.
+        inner = getattr(denoiser, "_orig_mod", denoiser)
+        self._signature = inspect.signature(inner.forward)
+        self._hook = denoiser.register_forward_hook(self._shrink, with_kwargs=True)
+        _SHRUNK.add(denoiser)
+        self.active: bool = True
+
+    def remove(self) -> None:
+        """Take the gain off; once is enough, twice does no harm."""
+        if self.active:
+            self._hook.remove()
+            _SHRUNK.discard(self._denoiser)
+            self.active = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _shrink(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        call = self._signature.bind(*args, **kwargs).arguments
+        x_t = call["sample"] if "sample" in call else call["hidden_states"]
+        prediction = read_output(output)
+        variance = str(self._pipe.scheduler.config.get("variance_type")).startswith("learned")
+        learned_variance = variance or prediction.shape[1] == 2 * x_t.shape[1]
+        # Inpainting and image conditions are concatenated behind the noisy channels.
+        x_t = x_t[:, : prediction.shape[1] // 2 if learned_variance else prediction.shape[1]]
+        # A pipeline's scheduler, and with it the prediction type, can be exchanged.
+        prediction_type = prediction_type_of(self._pipe.scheduler)
+        if prediction_type != self._shrunk.prediction_type:
+            self._shrunk = ShrunkModel(**self._settings, prediction_type=prediction_type)
+        return self._shrunk.shrink(output, x_t, call["timestep"])
+
+    @override
+    def __repr__(self) -> str:
+        state = "active" if self.active else "removed"
+        gain = self._shrunk
+        return (
+            f"PipelineGain({gain.schedule!r}, {gain.skip_set!r}, tau={gain.tau}, "
+            f"estimator={gain.estimator!r}, {type(self._denoiser).__name__}, {state})"
+        )
+
+
+# Denoisers that have a gain.
+_SHRUNK: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _denoiser(pipe: Any, component: str | None) -> nn.Module:
+    if not hasattr(pipe, "scheduler"):
+        raise TypeError(
+            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
+        )
+    names = ("unet", "transformer") if component is None else (component,)
+    for name in names:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ValueError(
+        f"pipe must have a denoiser named {' or '.join(names)}, got a {type(pipe).__name__}: "
+        "name it with component="
+    )

@@ -1,0 +1,94 @@
+"""diffusers: what a scheduler says of the noise and of the network's output.
+
+Trainers that are built on diffusers' schedulers read them through here as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from s2dm_loss.continuous import ContinuousSchedule
+from s2dm_loss.schedule import NoiseSchedule, Schedule
+
+__all__ = ["PredictionType", "prediction_type_of", "schedule_of"]
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+_CONFIGURED = ("epsilon", "v_prediction", "sample")
+
+# More than the relative difference of ᾱ between diffusers' float32 tables and the same schedule in
+# float64; measured over its schedulers and schedules it stays below 4e-5.
+_FLOAT32_ROUNDING = 1e-4
+
+
+def schedule_of(scheduler: Any) -> Schedule:
+    """Return the schedule that a diffusers scheduler noises with, as this library's own.
+
+    Where the config's `beta_schedule` gives the scheduler's table to float32 rounding, it is
+    rebuilt in float64, since c at k = 1 loses four digits in float32; else the table is taken as
+    it is. Zero terminal SNR is ᾱ = 0 at the end, also where the scheduler writes 2^-24 for it.
+
+    Raises:
+        TypeError: if `scheduler` is no diffusers scheduler.
+        ValueError: if it has no variance-preserving path; the message gives the reason.
+    """
+    name = type(scheduler).__name__
+    config = getattr(scheduler, "config", None)
+    if config is None or not callable(getattr(scheduler, "set_timesteps", None)):
+        raise TypeError(f"scheduler must be a diffusers scheduler, got a {name}")
+    if name.startswith("FlowMatch"):
+        return ContinuousSchedule.flow()
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        reason = (
+            "EDM trains on σ and float timesteps, which have no skip in timesteps"
+            if name.startswith("EDM")
+            else "without ᾱ there is no transition from t - k to t to take the skip from"
+        )
+        raise ValueError(
+            f"scheduler must have alphas_cumprod (DDPM, DDIM, PNDM, ...), got a {name}: {reason}"
+        )
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        raise ValueError(
+            f"scheduler must noise with its alphas_cumprod, got a {name} set to flow matching: "
+            "give the FlowMatch scheduler that the model trains with"
+        )
+    # A copy: add_noise moves the scheduler's own table between devices.
+    table = torch.as_tensor(table).detach().to("cpu", torch.float64, copy=True)
+    if config.get("rescale_betas_zero_snr"):
+        table[-1] = 0.0
+    exact = _rebuilt(config, table.numel())
+    if exact is not None and table[-1] == 0:  # also where a trainer has rescaled the table itself
+        exact = exact.rescale_zero_terminal_snr()
+    if exact is not None and torch.allclose(
+        exact.alphas_cumprod, table, rtol=_FLOAT32_ROUNDING, atol=0.0
+    ):
+        return exact
+    return NoiseSchedule.from_alphas_cumprod(table)
+
+
+def prediction_type_of(scheduler: Any) -> PredictionType:
+    """Return what `scheduler.config` says the model predicts, "epsilon" where it says nothing."""
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type not in _CONFIGURED:
+        raise ValueError(
+            f"scheduler.config.prediction_type must be one of {', '.join(map(repr, _CONFIGURED))}, "
+            f"got {prediction_type!r}"
+        )
+    return prediction_type  # type: ignore[no-any-return]
+
+
+def _rebuilt(config: Any, num_train_timesteps: int) -> NoiseSchedule | None:
+    """The schedule that a scheduler's config names, in float64; None if it is not one of ours."""
+    named = config.get("beta_schedule", "squaredcos_cap_v2")  # UnCLIP knows no other
+    betas = config.get("trained_betas")
+    if betas is not None:
+        return NoiseSchedule.from_betas(betas)
+    if named in ("linear", "scaled_linear"):
+        build = getattr(NoiseSchedule, named)
+        exact: NoiseSchedule = build(num_train_timesteps, config["beta_start"], config["beta_end"])
+        return exact
+    if named == "squaredcos_cap_v2":
+        return NoiseSchedule.cosine(num_train_timesteps)
+    return None

@@ -1,0 +1,74 @@
+"""The changed output: a trainer's own squared error of it, times its weight, is the S²-DM loss."""
+
+import pytest
+import torch
+
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss.adapters.changed_output import changed_output
+from s2dm_loss.prediction import PREDICTION_TYPES
+
+SCHEDULES = {
+    "zero terminal snr": NoiseSchedule.linear(1000).rescale_zero_terminal_snr(),
+    "cosine": NoiseSchedule.cosine(1000),
+    "flow": ContinuousSchedule.flow(),
+}
+
+
+def make_batch(schedule):
+    t = torch.tensor([0, 8, 9, 300, 999])
+    if schedule.timesteps is None:
+        t = torch.tensor([0.001, 0.01, 0.02, 0.5, 1.0], dtype=torch.float64)
+    output, target, x_t, zeta = torch.randn(4, 5, 2, 4, 4, dtype=torch.float64)
+    return output.requires_grad_(), target, x_t, zeta, t
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("estimator", ["expected", "shared", "fresh"])
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("tau", [0.1, 0.99])
+def test_value_and_gradient_are_those_of_from_output(prediction_type, estimator, name, tau):
+    output, target, x_t, _, t = make_batch(SCHEDULES[name])
+    criterion = SkipStepLoss(
+        SCHEDULES[name],
+        0.01 if name == "flow" else 9,
+        tau=tau,
+        estimator=estimator,
+        prediction_type=prediction_type,
+        reduction="none",
+    )
+    torch.manual_seed(0)
+    expected = criterion.from_output(output, target, x_t, t)
+    torch.manual_seed(0)  # the estimator "fresh" draws once
+    changed, weight = changed_output(criterion, output, x_t, t)
+    found = weight * (changed - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss.sum(), output)[0] for loss in (found, expected)),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_at_tau_one_nothing_is_changed(prediction_type):
+    schedule = NoiseSchedule.linear(1000)
+    output, _, x_t, _, t = make_batch(schedule)
+    criterion = SkipStepLoss(schedule, 9, tau=1.0, prediction_type=prediction_type)
+    changed, weight = changed_output(criterion, output, x_t, t)
+    assert torch.equal(changed, output)
+    assert torch.equal(weight, torch.ones_like(weight))
+
+
+def test_half_precision_is_lifted():
+    schedule = NoiseSchedule.linear(1000)
+    output, _, x_t, _, t = make_batch(schedule)
+    criterion = SkipStepLoss(schedule, 9, prediction_type="v_prediction")
+    changed, weight = changed_output(criterion, output.half(), x_t.half(), t)
+    assert changed.dtype == weight.dtype == torch.float32
+
+
+def test_refuses_tau_zero():
+    schedule = NoiseSchedule.linear(1000)
+    output, _, x_t, _, t = make_batch(schedule)
+    with pytest.raises(ValueError, match=r"tau must be above 0 .* got 0"):
+        changed_output(SkipStepLoss(schedule, 9, tau=0.0), output, x_t, t)
