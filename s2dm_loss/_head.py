@@ -9,14 +9,15 @@ the head costs. It moves the data seven times and makes one new tensor of its si
     backward    residual *= a factor         reads one, writes one: it has become the gradient
 
 `F.mse_loss` moves the data eight times and makes three such tensors, two of which it holds at once.
-Compiled, the head moves the data five times: ε̂ and ε in, twice, and the gradient out.
+Compiled, the head moves the data five times: ε̂ and ε in, twice, and the gradient out. Of half types
+a CPU needs copies in float32, of which the head holds two at once, as `F.mse_loss` does.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,12 +37,14 @@ REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 
 
 def mean_square(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return mean values² over every axis but the batch, of shape [B] and in `dtype`."""
-    if _needs_plain_operators(values):
-        squares = values.to(dtype).square()
-        # Without einops: a compiled loss would check at each call all that einops looks up.
-        return squares.mean(_data_axes(squares)) if squares.ndim > 1 else squares
-    return _sum_of_squares(values, dtype) * _one_over_count(values)
+    """Return mean values² over every axis but the batch, of shape [B] and in `dtype`.
+
+    It goes into constants, which a coefficient of zero switches off: where the squares are more
+    than `dtype` holds, it is the largest number, since zero times that is zero.
+    """
+    if _needs_plain_operators(values, values):
+        return _finite(_plain_mean_square(values, dtype))
+    return _finite(_sum_of_squares(values, dtype)) * _one_over_count(values)
 
 
 def completed_square(
@@ -66,17 +69,17 @@ def completed_square(
     """
     if weights is not None:
         per_sample = completed_square(eps_hat, weight, constant, noise_constant, *target)
-        return _reduce_batch(per_sample * weights.to(per_sample.dtype), reduction)
-    if not _needs_plain_operators(weight, constant, noise_constant, *target):
-        return _apply_completed_square(
-            eps_hat, weight, constant, noise_constant, reduction, *target
-        )
+        (weights,) = _placed_like(per_sample, weights.to(per_sample.dtype))
+        return _reduce_batch(per_sample * weights, reduction)
+    constants = (weight, constant, noise_constant, *target)
+    if not _needs_plain_operators(eps_hat, *constants):
+        return _CompletedSquare.apply(eps_hat, constants, reduction)  # type: ignore[no-untyped-call, no-any-return]
     plain = functools.partial(_plain_completed_square, reduction=reduction)
     if _is_better_made_twice():
         # Left to itself, the compiler writes the residual for the backward pass to read. Made there
         # again, from ε̂ and ε that are there anyway, the head moves the data 5 times and not 7.
         plain = functools.partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False)
-    return plain(eps_hat, weight, constant, noise_constant, *target)
+    return plain(eps_hat, *_placed_like(eps_hat, *constants))
 
 
 def _plain_completed_square(
@@ -87,7 +90,11 @@ def _plain_completed_square(
     *target: Tensor,
     reduction: Reduction,
 ) -> Tensor:
-    loss = weight * mean_square(_residual(eps_hat, *target), weight.dtype)
+    residual = eps_hat
+    for gain, noise in _pairs(target):
+        # Not `_residual`: `torch.func.linearize` ends the process at an `addcmul` with a value.
+        residual = residual - _along(gain, noise) * noise
+    loss = weight * _plain_mean_square(residual, weight.dtype)
     if constant is not None:
         loss = loss + constant
     if noise_constant is not None:
@@ -95,72 +102,89 @@ def _plain_completed_square(
     return _reduce_batch(loss, reduction)
 
 
+def _plain_mean_square(values: Tensor, dtype: torch.dtype) -> Tensor:
+    squares = values.to(dtype).square()
+    # Without einops: a compiled loss would check at each call all that einops looks up.
+    return squares.mean(_data_axes(squares)) if squares.ndim > 1 else squares
+
+
 class _CompletedSquare(torch.autograd.Function):
     """The square whose residual becomes its gradient, in place.
 
     Autograd's own would keep the residual until it has made the gradient beside it, and would
     record each step of the arithmetic on [B], which is most of what a small batch costs.
+
+    What needs no gradient comes as one tuple, since autograd's care for each argument costs time.
+    Nothing is changed in place before the backward pass: selective checkpointing may keep the
+    output of any operator here, and refuses one that was changed since.
     """
 
     @staticmethod
     @override
     def forward(
-        ctx: Any,
-        eps_hat: Tensor,
-        weight: Tensor,
-        constant: Tensor | None,
-        noise_constant: Tensor | None,
-        reduction: Reduction,
-        *target: Tensor,
+        ctx: Any, eps_hat: Tensor, constants: tuple[Tensor, ...], reduction: Reduction
     ) -> Tensor:
+        weight, constant, noise_constant, *target = constants
         mean = _one_over_count(eps_hat)
         # First, while ε is read from memory in any case: the residual finds it in the cache then.
         if noise_constant is not None:
-            noise_sum = _sum_of_squares(target[1], weight.dtype)
+            noise_sum = _finite(_sum_of_squares(target[1], weight.dtype))
             constant = _add_product(constant, noise_constant, noise_sum, mean)
-        residual = _residual(eps_hat, *target)
+        if eps_hat.is_cpu and eps_hat.dtype != weight.dtype and not _is_watched():
+            residual = _lifted_residual(eps_hat, weight.dtype, *target)
+        else:
+            residual = _residual(eps_hat, *target)
+        over_batch = max(len(eps_hat), 1) if reduction == "mean" else 1
+        scale = weight * (2 * mean / over_batch)
         # The residual is no saved tensor, since it is there to be overwritten. A second backward
         # through the same graph makes it again from the saved ones.
-        ctx.residual, ctx.dtype, ctx.factor = residual, eps_hat.dtype, 2 * mean
-        if reduction == "mean":
-            ctx.factor /= max(len(eps_hat), 1)
-        ctx.save_for_backward(weight, eps_hat, *target)
+        ctx.residual, ctx.scale, ctx.dtype = residual, scale, eps_hat.dtype
+        ctx.save_for_backward(eps_hat, scale, *target)
         loss = _add_product(constant, weight, _sum_of_squares(residual, weight.dtype), mean)
         return _reduce_batch(loss, reduction)
 
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, eps_hat, *target = ctx.saved_tensors
-        factor = _along(grads[0] * weight * ctx.factor, eps_hat)
-        residual, ctx.residual = ctx.residual, None
+        (grad,) = grads
+        # Compiled autograd has one graph for every call, which knows saved tensors alone.
+        residual = None if torch.compiler.is_compiling() else ctx.residual
         if residual is None or torch.is_grad_enabled():
-            gradient = _residual(eps_hat, *target) * factor
+            eps_hat, scale, *target = ctx.saved_tensors
+            gradient = _residual(eps_hat, *target) * _along(grad * scale, eps_hat)
         else:
+            ctx.residual = None
+            factor = _along(grad * ctx.scale, residual)
             try:
                 gradient = residual.mul_(factor)
             except RuntimeError:
                 # Several gradients at once (`is_grads_batched`) do not fit into one residual.
                 gradient = residual * factor
-        return gradient.to(ctx.dtype), None, None, None, None, *[None] * len(target)
-
-
-# `Function.apply` without its search for function transforms, which has been made by then.
-_apply_completed_square: Callable[..., Tensor] = super(
-    torch.autograd.Function, _CompletedSquare
-).apply
+        return gradient if gradient.dtype == ctx.dtype else gradient.to(ctx.dtype), None, None
 
 
 def _residual(eps_hat: Tensor, *target: Tensor) -> Tensor:
     residual = eps_hat
-    for gain, noise in zip(target[::2], target[1::2], strict=True):
+    for gain, noise in _pairs(target):
         residual = torch.addcmul(residual, noise, _along(gain, noise), value=-1)
     return residual
 
 
+def _lifted_residual(eps_hat: Tensor, dtype: torch.dtype, *target: Tensor) -> Tensor:
+    # A CPU's operators copy what is of another dtype. Out of place there would be three at once.
+    residual = eps_hat.to(dtype)
+    for gain, noise in _pairs(target):
+        residual.addcmul_(noise, _along(gain, noise), value=-1)
+    return residual
+
+
+def _pairs(target: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(target[::2], target[1::2], strict=True)
+
+
 def _along(per_sample: Tensor, data: Tensor) -> Tensor:
     # As `functional.along` does, without the time to parse a pattern.
-    return per_sample.view(-1, *[1] * (data.ndim - 1))
+    return per_sample.view((-1, *(1,) * (data.ndim - 1)))
 
 
 def _data_axes(data: Tensor) -> tuple[int, ...]:
@@ -172,28 +196,65 @@ def _one_over_count(data: Tensor) -> float:
     return 1 / count if count else math.nan
 
 
-# On a CPU a norm adds up one by one in the dtype of its result, which over 2 · 10⁵ float32 values
-# is wrong by 4e-6. Samples longer than this are summed in shorter pieces, their channels, unless
-# another memory format makes that slow.
-_LONG_SUM = 2**15
+# On a CPU a norm adds up in the dtype of its result, in 8 lanes where memory is dense and one by
+# one elsewhere, which over 2^24 float32 values is wrong by 1e-3. Samples longer than these stay
+# below 1e-6 as a sum of pieces. What was a half type has few digits, which round less evenly.
+_LONG_SUM = 2**14
+_LONG_HALF_SUM = 2**11
+_PIECE = 2**8
+_CHUNK = 2**18  # values whose squares may be written, where memory is not dense
 
 
 def _sum_of_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return Σ values² of each sample, without writing the squares."""
     if values.ndim == 1:
         return values.to(dtype).square()
-    norm: Tensor
-    axes, long = _data_axes(values), values.shape[1:].numel() > _LONG_SUM
-    if long and values.ndim > 2 and values.device.type == "cpu" and values.is_contiguous():
-        norm = torch.linalg.vector_norm(values, dim=axes[1:], dtype=dtype)
-        return norm.square_().sum(1)
-    norm = torch.linalg.vector_norm(values, dim=axes, dtype=dtype)
-    return norm.square_()
+    if not values.is_cpu:
+        norm: Tensor = torch.linalg.vector_norm(values, dim=_data_axes(values), dtype=dtype)
+        return norm * norm
+    longest = _LONG_SUM
+    if values.dtype != dtype:
+        values, longest = values.to(dtype), _LONG_HALF_SUM
+    count, strides = values.shape[1:].numel(), values.stride()
+    if strides[0] != count or 0 in strides:
+        longest = _PIECE
+    if count <= longest:
+        norm = torch.linalg.vector_norm(values, dim=_data_axes(values))
+        return norm * norm
+    if not values.is_contiguous():
+        # A sum is the same in the order in which memory has the values.
+        axes = sorted(_data_axes(values), key=values.stride, reverse=True)
+        values = values.permute(0, *axes)
+        if not values[:1].is_contiguous():
+            return _sum_of_chunks(values)
+    pieces, rest = divmod(count, _PIECE)
+    if rest:
+        values = values.view(len(values), count)
+        last = torch.linalg.vector_norm(values[:, -rest:], dim=1, keepdim=True)
+        values = values[:, :-rest]
+    norms = torch.linalg.vector_norm(values.view(len(values), pieces, _PIECE), dim=2)
+    if rest:
+        norms = torch.cat([norms, last], dim=1)
+    norm = torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64)
+    return (norm * norm).to(dtype)
+
+
+def _sum_of_chunks(values: Tensor) -> Tensor:
+    """Return Σ values² where a norm is slow or not exact: expanded axes, cropped images."""
+    axes = _data_axes(values)
+    longest = max(axes, key=values.size)
+    chunks = min(-(-values.numel() // _CHUNK), values.shape[longest])
+    sums = [chunk.square().sum(axes) for chunk in values.tensor_split(chunks, longest)]
+    return torch.stack(sums).sum(0)
+
+
+def _finite(sums: Tensor) -> Tensor:
+    return sums.clamp(max=torch.finfo(sums.dtype).max)
 
 
 def _add_product(base: Tensor | None, first: Tensor, second: Tensor, scale: float) -> Tensor:
     if base is None:
-        return torch.mul(first, second).mul_(scale)
+        return torch.mul(first, second) * scale
     return torch.addcmul(base, first, second, value=scale)
 
 
@@ -201,6 +262,11 @@ def _reduce_batch(per_sample: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "none":
         return per_sample
     return per_sample.mean() if reduction == "mean" else per_sample.sum()
+
+
+def _is_watched() -> bool:
+    """Whether something looks at each operator, such as selective checkpointing."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_better_made_twice() -> bool:
@@ -212,15 +278,39 @@ def _is_better_made_twice() -> bool:
     )
 
 
-def _needs_plain_operators(*constants: Tensor | None) -> bool:
+def _needs_plain_operators(eps_hat: Tensor, *constants: Tensor | None) -> bool:
     """Whether more is asked than the gradient of ε̂, or another than autograd asks.
 
     Plain operators answer whatever transform stands around them (torch.func, forward mode, batched
-    gradients), and the compiler fuses them by itself.
+    gradients) and whatever tensors are made of (DTensor), and the compiler fuses them by itself.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or any(tensor is not None and tensor.requires_grad for tensor in constants)
+        or _is_made_of_tensors(eps_hat)
+    )
+
+
+def _is_made_of_tensors(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, a quantised tensor or the like."""
+    return type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__")
+
+
+def _placed_like(data: Tensor, *tensors: Any) -> tuple[Any, ...]:
+    """Return `tensors`, those of shape [B] on every device of the mesh where `data` is a DTensor.
+
+    Each device makes the coefficients from t, of the whole batch, whatever part of ε̂ lies there.
+    DTensor is known by its attributes: its module takes long to import, and has moved.
+    """
+    mesh = getattr(data, "device_mesh", None)
+    if mesh is None:
+        return tensors
+    kind: Any = type(data)
+    return tuple(
+        tensor
+        if tensor is None or tensor.ndim != 1 or hasattr(tensor, "device_mesh")
+        else kind.from_local(tensor, mesh, run_check=False)
+        for tensor in tensors
     )

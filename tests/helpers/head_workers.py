@@ -1,0 +1,44 @@
+"""What each process of tests/test_head_dtensor.py does."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from s2dm_loss import NoiseSchedule, SkipStepLoss
+
+CASES = [
+    (estimator, reduction, weigh)
+    for estimator in ("expected", "shared")
+    for reduction in ("mean", "sum", "none")
+    for weigh in (False, True)
+]
+
+
+def losses_in_every_placement(_rank: int, batch: dict[str, torch.Tensor]) -> dict[Any, Any]:
+    """Return loss and gradient, in whole, by placement and case; "whole" has plain tensors."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    placements = {"replicated": Replicate(), "batch": Shard(0), "channels": Shard(1)}
+    results: dict[Any, Any] = {}
+    for case in CASES:
+        results["whole", case] = loss_and_gradient(case, batch, lambda tensor: tensor)
+        for name, placement in placements.items():
+            loss, gradient = loss_and_gradient(
+                case, batch, lambda tensor, at=placement: distribute_tensor(tensor, mesh, [at])
+            )
+            results[name, case] = loss.full_tensor(), gradient.full_tensor()
+    return results
+
+
+def loss_and_gradient(case: Any, batch: dict[str, torch.Tensor], place: Any) -> Any:
+    estimator, reduction, weigh = case
+    criterion = SkipStepLoss(
+        NoiseSchedule.linear(1000), 9, estimator=estimator, reduction=reduction
+    )
+    eps_hat = place(batch["eps_hat"].clone()).requires_grad_()
+    weights = batch["weights"] if weigh else None
+    loss = criterion.from_prediction(eps_hat, place(batch["noise"]), batch["t"], weights=weights)
+    loss.sum().backward()
+    return loss.detach(), eps_hat.grad
