@@ -85,7 +85,9 @@ class SkipStepDenoiserLoss:
 
     def __init__(self, plain: Any, criterion: SkipStepLoss, ramp: _Ramp) -> None:
         """Keep the trainer's loss, the criterion, and the ramp that gives the time of a σ."""
-        self.plain, self.criterion, self.ramp = plain, criterion, ramp
+        self.plain: Any = plain
+        self.criterion: SkipStepLoss = criterion
+        self.ramp: _Ramp = ramp
 
     def __call__(self, net: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of each element; the arguments are those of the trainer's loss.
@@ -135,7 +137,9 @@ class _Ramp:
     """The sampler's σ as a path in t, and back."""
 
     def __init__(self, sigma_min: float, sigma_max: float, rho: float) -> None:
-        self.low, self.high, self.rho = sigma_min ** (1 / rho), sigma_max ** (1 / rho), rho
+        self.low: float = sigma_min ** (1 / rho)
+        self.high: float = sigma_max ** (1 / rho)
+        self.rho: float = rho
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), (self.low + t * (self.high - self.low)) ** self.rho
