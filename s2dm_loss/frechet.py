@@ -11,13 +11,14 @@ has none in first order, and is hardly noisier (Quenouille's jackknife; the same
 FID∞ takes, Chong and Forsyth, arXiv 1911.07023).
 
 The intervals come from influence functions. The derivative of the overlap tr (C_x C_y)^½ by C_x is
-T/2 with T the map that carries the one Gaussian to the other, T C_x T = C_y, and by C_y it is T⁻¹/2.
-To first order a difference of distances is so a mean over samples plus a mean over data: a few
+T/2 with T the map that carries the one Gaussian to the other, T C_x T = C_y, and T⁻¹/2 by C_y. To
+first order a difference of distances is so a mean over samples plus a mean over data: three
 eigenproblems for each set, and no resampling.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -153,18 +154,23 @@ class FrechetComparison:
 
 
 class _Gaussian:
-    """Mean, covariance and a factor L of it, C = L Lᵀ, of coordinates [N, P + 1]."""
+    """Mean and covariance of coordinates [N, P + 1]."""
 
     def __init__(self, coordinates: Tensor) -> None:
         along = coordinates[:, :-1]
         self.mean = along.mean(0)
         centered = along - self.mean
-        covariance = centered.T @ centered / (len(along) - 1)
-        values, vectors = torch.linalg.eigh(covariance)
-        self.factor: Tensor = vectors * values.clamp(min=0).sqrt()
-        self.trace = float(covariance.diagonal().sum())
+        self.covariance: Tensor = centered.T @ centered / (len(along) - 1)
+        self.trace = float(self.covariance.diagonal().sum())
         # Of what lies outside the axes only the root mean square is followed.
         self.outside = float(coordinates[:, -1].square().mean().sqrt())
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """A factor L of the covariance, C = L Lᵀ."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        factor: Tensor = vectors * values.clamp(min=0).sqrt()
+        return factor
 
 
 class _Pair:
@@ -172,7 +178,9 @@ class _Pair:
 
     def __init__(self, samples: _Gaussian, data: _Gaussian) -> None:
         self.samples, self.data = samples, data
-        left, overlap, right = torch.linalg.svd(samples.factor.T @ data.factor)
+        # With L Lᵀ = C_y, Lᵀ C_x L = V Σ² Vᵀ: the overlap is tr Σ, and T = L V Σ⁻¹ Vᵀ Lᵀ.
+        squares, vectors = torch.linalg.eigh(data.factor.T @ samples.covariance @ data.factor)
+        overlap = squares.clamp(min=0).sqrt()
         self.distance = (
             float((samples.mean - data.mean).square().sum())
             + samples.trace
@@ -181,10 +189,11 @@ class _Pair:
             + (samples.outside - data.outside) ** 2
         )
         # In directions that one of the two does not have the map is none.
-        there = overlap > 1e-10 * overlap[0]
+        there = squares > 1e-12 * squares[-1]
         root = torch.where(there, overlap, 1.0).rsqrt() * there
-        self._to_data = data.factor @ (right.T * root)  # times its transpose: T
-        self._to_samples = samples.factor @ (left * root)  # times its transpose: T⁻¹
+        basis = data.factor @ vectors
+        self._to_data = basis * root  # times its transpose: T
+        self._to_samples = samples.covariance @ basis * root**3  # times its transpose: T⁻¹
 
     def influences(self, samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
         """Return what each sample and each datum adds to the distance, up to a constant."""

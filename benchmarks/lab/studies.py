@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.lab.coverage import coverage, whole_search
 from benchmarks.lab.criteria import (
     NormRecorder,
     energy_distance,
@@ -34,7 +35,7 @@ SAMPLERS = ("ddim", "pndm", "deis", "dpm++2m")
 CORE = ("ddim", "pndm", "deis")
 STEPS = (5, 10, 20, 50, 100)
 SHOWN = (9, 29, 49, 69, 99, 124, 149, 199, 249)
-"""The skips that ``GainSearch`` tries by default."""
+"""The skips that the searches of the studies compare."""
 TAUS = (0.9, 0.95, 0.99, 0.995, 0.999)
 
 
@@ -246,7 +247,7 @@ class Chosen:
         seed: int,
         others: bool = True,
     ) -> None:
-        """Run the search over the default skips."""
+        """Run the search over ``SHOWN``."""
         recorder = NormRecorder(model)
         norms: list[dict[int, float]] = []
         kept: list[Tensor] = []
@@ -263,19 +264,20 @@ class Chosen:
             SCHEDULE,
             run,
             data,
+            skips=SHOWN,
             num_samples=num_samples,
             batch_size=num_samples,
             seed=seed,
         )
-        skips = (0, *search.skips)
+        skips = (0, *SHOWN)
         self.cost = search.cost
         # Asking for the cost runs the sampler once, on a single sample that is not compared.
         kept.clear()
         norms.clear()
         self.recommendation = search.recommend()
         self.skips = {
-            "fréchet": self.recommendation.best.skip,
-            "recommended": self.recommendation.skip or 0,
+            "fréchet": int(self.recommendation.best.strength),
+            "recommended": int(self.recommendation.strength or 0),
         }
         if not others:
             return
@@ -321,7 +323,6 @@ def search(bar: Bar, num_samples: int = 1024, seeds: int = 2) -> Json:
                         "distance": float(distance[-1]),
                     }
                 },
-                "interval": list(chosen.recommendation.skip_interval),
             }
         )
     return {"num_samples": num_samples, "rows": rows}
@@ -430,7 +431,6 @@ def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples:
             for skip in (0, *SHOWN)
         },
         "chosen": chosen.skips,
-        "interval": list(chosen.recommendation.skip_interval),
         "norm line": {
             "lambda": [float(chosen.line[0]), float(chosen.line[-1])],
             **judge(LineScaled(model, chosen.line)),
@@ -445,5 +445,7 @@ STUDIES: dict[str, Callable[[Bar], Json]] = {
     "mixtures": mixtures,
     "search": search,
     "false_alarms": false_alarms,
+    "coverage": coverage,
+    "whole_search": whole_search,
     "digits": digits,
 }
