@@ -64,8 +64,8 @@ class CorrectionSearch:
     ...     Model(), sample, data, standard_corrections(schedule), num_samples=1024
     ... )
     >>> print(search.cost)
-    37 x 512 to choose, then 5 candidates x 1024 samples: 94 sampler runs of 10 model calls each, \
-940 model calls and 24064 samples in all
+    38 x 512 to choose, then 5 candidates x 1024 samples: 96 sampler runs of 10 model calls each, \
+960 model calls and 24576 samples in all
     >>> best = search.recommend()
     >>> model, noise = best(Model(), torch.randn(8, 2))
 

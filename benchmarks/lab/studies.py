@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.lab.coverage import coverage, whole_search
 from benchmarks.lab.criteria import (
     NormRecorder,
+    accumulated_norm_line,
     energy_distance,
     norm_mismatch,
     norm_ratio_line,
@@ -25,7 +27,15 @@ from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS_FULL
 from benchmarks.quality.runner import Bench
 from benchmarks.quality.samplers import sample
-from s2dm_loss import GainSearch, NoiseSchedule, ShrunkModel, gain
+from s2dm_loss import (
+    CorrectionSearch,
+    GainSearch,
+    NoiseSchedule,
+    ScaledModel,
+    ShrunkModel,
+    gain,
+    standard_corrections,
+)
 
 Json = dict[str, Any]
 Bar = Callable[[list[Any]], Iterable[Any]]
@@ -233,6 +243,10 @@ def mixtures(bar: Bar, count: int = 1024, seed: int = 0) -> Json:
     }
 
 
+LINES = {"norm line": norm_ratio_line, "accumulated norm line": accumulated_norm_line}
+"""Ways to a λ(t) from one plain run, with no search."""
+
+
 class Chosen:
     """One :class:`GainSearch`, and what the other criteria choose from the very same samples."""
 
@@ -289,7 +303,9 @@ class Chosen:
         )
         mismatches = [norm_mismatch(n, true) for n in norms]
         self.skips["norm"] = skips[min(range(len(skips)), key=mismatches.__getitem__)]
-        self.line = norm_ratio_line(norms[0], true, SCHEDULE.num_train_timesteps)
+        self.lines = {
+            name: fit(norms[0], true, SCHEDULE.num_train_timesteps) for name, fit in LINES.items()
+        }
 
 
 def search(bar: Bar, num_samples: int = 1024, seeds: int = 2) -> Json:
@@ -302,9 +318,9 @@ def search(bar: Bar, num_samples: int = 1024, seeds: int = 2) -> Json:
         draw = torch.Generator().manual_seed(1000 + seed)
         data = Mixture.gaussian(variances).draw(num_samples, draw).float()
         chosen = Chosen(model, data, sampler, steps, num_samples=num_samples, seed=seed)
-        table = torch.cat([gains((0, *SHOWN)), 1 / chosen.line[None]])
+        table = torch.cat([gains((0, *SHOWN)), *(1 / line[None] for line in chosen.lines.values())])
         distance = frechet(output_variances(variances, table, SCHEDULE, sampler, steps), variances)
-        named = dict(zip((0, *SHOWN), distance[:-1].tolist(), strict=True))
+        named = dict(zip((0, *SHOWN), distance.tolist(), strict=False))
         rows.append(
             {
                 "sampler": sampler,
@@ -318,10 +334,10 @@ def search(bar: Bar, num_samples: int = 1024, seeds: int = 2) -> Json:
                     for name, skip in chosen.skips.items()
                 }
                 | {
-                    "norm line": {
-                        "lambda": [float(chosen.line[0]), float(chosen.line[-1])],
-                        "distance": float(distance[-1]),
-                    }
+                    name: {"lambda": [float(line[0]), float(line[-1])], "distance": float(d)}
+                    for (name, line), d in zip(
+                        chosen.lines.items(), distance[-len(LINES) :], strict=True
+                    )
                 },
             }
         )
@@ -353,21 +369,6 @@ def false_alarms(bar: Bar, repeats: int = 100, num_samples: int = 256) -> Json:
         "alarms": sum(1 for skip in alarms if skip),
         "recommended": sorted(alarms),
     }
-
-
-class LineScaled(nn.Module):
-    """ε̂ / λ(t)."""
-
-    def __init__(self, model: nn.Module, line: Tensor) -> None:
-        """Wrap ``model``; ``line`` is λ, ``[T]``."""
-        super().__init__()
-        self.model = model
-        self.line = line.float()
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the scaled prediction."""
-        epsilon: Tensor = self.model(x, t) / self.line[int(t)]
-        return epsilon
 
 
 @torch.inference_mode()
@@ -415,12 +416,17 @@ def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples:
     fresh = torch.Generator().manual_seed(77 + seed)
     start = torch.randn(num_samples, *images.shape[1:], generator=fresh)
 
-    def judge(shrunk: nn.Module) -> dict[str, float]:
-        samples = sample(shrunk, sampler, SCHEDULE, steps, start, torch.Generator())
+    def judge(
+        shrunk: nn.Module, noise: Callable[[Tensor], Tensor] = torch.clone
+    ) -> dict[str, float]:
+        samples = sample(shrunk, sampler, SCHEDULE, steps, noise(start), torch.Generator())
         return {
             "raw": feature_distance(bench, samples),
             "images": feature_distance(bench, datasets.to_uint8(samples)),
         }
+
+    def bench_features(samples: Tensor) -> Tensor:
+        return bench.distances.network(datasets.to_uint8(samples))
 
     return {
         "seed": seed,
@@ -431,10 +437,56 @@ def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples:
             for skip in (0, *SHOWN)
         },
         "chosen": chosen.skips,
-        "norm line": {
-            "lambda": [float(chosen.line[0]), float(chosen.line[-1])],
-            **judge(LineScaled(model, chosen.line)),
+        "lines": {
+            name: {
+                "lambda": [float(line[0]), float(line[-1])],
+                **judge(ScaledModel(model, SCHEDULE, line.__getitem__)),
+            }
+            for name, line in chosen.lines.items()
         },
+        "grid": {
+            f"{c.name} {s:g}": judge(
+                c.correct_model(model, s), partial(c.correct_noise, strength=s)
+            )
+            for c in standard_corrections(SCHEDULE)
+            for s in c.strengths
+        },
+        "searches": {
+            name: _searched(model, images, features, judge, sampler, steps, num_samples, seed)
+            for name, features in (
+                ("raw values", None),
+                ("classifier features of 8-bit images", bench_features),
+            )
+        },
+    }
+
+
+def _searched(
+    model: nn.Module,
+    images: Tensor,
+    features: Callable[[Tensor], Tensor] | None,
+    judge: Callable[[nn.Module, Callable[[Tensor], Tensor]], dict[str, float]],
+    sampler: str,
+    steps: int,
+    num_samples: int,
+    seed: int,
+) -> Json:
+    """Return what the search over all corrections recommends, and how that is judged."""
+    found = CorrectionSearch(
+        model,
+        lambda m, noise: sample(m, sampler, SCHEDULE, steps, noise, torch.Generator()),
+        images,
+        standard_corrections(SCHEDULE),
+        features=features,
+        num_samples=num_samples,
+        batch_size=num_samples,
+        seed=seed,
+    ).recommend()
+    plain, best = found.candidates[0].distance, found.best
+    return {
+        "recommended": "none" if found.recommended is None else found.recommended.label,
+        "relative": [best.difference / plain, best.low / plain, best.high / plain],
+        "judged": judge(found.correct_model(model), found.correct_noise),
     }
 
 
