@@ -23,7 +23,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss._checks import check_batch, check_choice, check_number, describe
+from s2dm_loss._checks import (
+    check_batch,
+    check_choice,
+    check_number,
+    check_per_sample,
+    describe,
+)
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU
 from s2dm_loss.prediction import (
     PREDICTION_TYPES,
@@ -322,7 +328,7 @@ class ScaledModel(nn.Module):
                 f"model must predict in the shape of x_t, {tuple(x_t.shape)}, or with a learned "
                 f"variance in twice its channels, got {describe(prediction)}"
             )
-        t = self._batch_of_times(t, x_t)
+        t = check_per_sample("t", self._batch_of_times(t, x_t), "x_t", x_t)
         dtype = torch.promote_types(torch.promote_types(mean.dtype, x_t.dtype), torch.float32)
         ones = " 1" * (x_t.ndim - 1)
         s = rearrange(self.scale(t).to(x_t.device, dtype), "b -> b" + ones)

@@ -129,11 +129,12 @@ class FrechetComparison:
         """Compare all sets with the first."""
         distance = torch.tensor(self._distances, dtype=torch.float64, device="cpu")
         difference = distance - distance[0]
-        covariance = sum(
+        # Of the mean over samples plus that over data, which are independent.
+        parts = [
             (torch.stack(influences) - influences[0]).cov() / len(influences[0])
             for influences in zip(*self._influences, strict=True)
-        )
-        covariance = torch.as_tensor(covariance).reshape(len(distance), len(distance))
+        ]
+        covariance = (parts[0] + parts[1]).reshape(len(distance), len(distance))
         error = covariance.diagonal().sqrt()
         values, vectors = torch.linalg.eigh(covariance)
         normal = torch.randn(
@@ -141,7 +142,7 @@ class FrechetComparison:
         )
         noise = (normal * values.clamp(min=0).sqrt()) @ vectors.T
         # One bound for all: the largest of their standardised deviations.
-        largest = torch.where(error > 0, noise / error, 0.0).abs().amax(1)
+        largest = (noise / error.masked_fill(error == 0, torch.inf)).abs().amax(1)
         reach = torch.quantile(largest, CONFIDENCE) * error
         winners = (difference + noise).argmin(1)
         return Differences(
@@ -190,7 +191,7 @@ class _Pair:
         )
         # In directions that one of the two does not have the map is none.
         there = squares > 1e-12 * squares[-1]
-        root = torch.where(there, overlap, 1.0).rsqrt() * there
+        root = overlap.masked_fill(~there, 1.0).rsqrt() * there
         basis = data.factor @ vectors
         self._to_data = basis * root  # times its transpose: T
         self._to_samples = samples.covariance @ basis * root**3  # times its transpose: T⁻¹
