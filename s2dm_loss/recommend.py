@@ -7,8 +7,9 @@ the total spread, and the norms of ε̂ by which Epsilon Scaling explains itself
 page "Which gain?" of the docs.
 
 Of many strengths the best looks better than it is. So a scan chooses, a coarse one and then a finer
-one about the best, on one half of the data; and what it chose is compared with no correction on the
-other half and on fresh noise.
+one about the best, on a third of the data; and what it chose is compared with no correction on the
+rest and on fresh noise. So is half of it: near no correction what is won grows with the strength as
+its error does, further out by less, so that half a strength is the surer one.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class CorrectionSearch:
     ...     Model(), sample, data, standard_corrections(schedule), num_samples=1024
     ... )
     >>> print(search.cost)
-    38 x 512 to choose, then 5 candidates x 1024 samples: 96 sampler runs of 10 model calls each, \
-960 model calls and 24576 samples in all
+    38 x 512 to choose, then 9 candidates x 1024 samples: 112 sampler runs of 10 model calls each, \
+1120 model calls and 28672 samples in all
     >>> best = search.recommend()
     >>> model, noise = best(Model(), torch.randn(8, 2))
 
@@ -99,13 +100,13 @@ class CorrectionSearch:
             data: Data of shape [N, ...], what the samples should look like: a few thousand, and
                 all that there are if `features` is fast.
             corrections: What to try: `standard_corrections(schedule)`, or some of your own.
-            scan: Whether to choose a strength of each correction by a scan, on half the data and
-                half as many samples, and to report the chosen ones. If not, every strength is
-                reported.
+            scan: Whether to choose a strength of each correction by a scan, on a third of the data
+                and half as many samples, and to report the chosen ones and half of each. If not,
+                every strength is reported.
             features: Maps samples or data [B, ...] to [B, D], in which they are then compared; by
                 default the values themselves. Above 128 dimensions, and with fewer than four
                 samples for each, the distance follows as many axes in which the data vary most,
-                found on half the data, and the rest as one.
+                found on a third of the data, and the rest as one.
             num_samples: Samples per candidate, at least 32.
             batch_size: Noise in one call of `sample`, and images in one call of `features`.
             noise_shape: Shape of one sample's noise, where it is not that of the data (a latent
@@ -162,7 +163,7 @@ class CorrectionSearch:
             count = len(self.corrections)
             # The finer scan tries two strengths of each correction.
             scanned = 1 + strengths + 2 * count if self.scan else 0
-            candidates = 1 + (count if self.scan else strengths)
+            candidates = 1 + (2 * count if self.scan else strengths)
             runs = sum(
                 number * -(-samples // self.batch_size)
                 for number, samples in (
@@ -201,7 +202,7 @@ class CorrectionSearch:
             if self.scan:
                 stage = _Stage(self, axes, chooser, self._scan_samples, seeds[1], ticks)
                 scan = self._scanned(stage)
-                chosen = [_best_of(scan, correction) for correction in self.corrections]
+                chosen = [c for correction in self.corrections for c in _chosen(scan, correction)]
             else:
                 chosen = [(c, strength) for c in self.corrections for strength in c.strengths]
             stage = _Stage(self, axes, judge, self.num_samples, seeds[2], ticks)
@@ -246,14 +247,14 @@ class CorrectionSearch:
 
     def _data_for(self, order: Tensor, seed: int) -> tuple[Axes, Tensor, Tensor]:
         """Return the axes, and the data's coordinates for choosing and for reporting."""
-        half = len(order) // 2
-        first, second = order[:half], order[half:]
+        third = len(order) // 3
+        first, second = order[:third], order[third:]
         dimensions = self._values(self.data[:1]).shape[1]
         counts = [self.num_samples, len(second)]
         counts += [self._scan_samples, len(first)] if self.scan else []
         count = max(1, min(MAX_AXES, min(counts) // SAMPLES_PER_AXIS))
         if not self.scan:
-            # Nothing is chosen on the first half but the axes, if they must be found.
+            # Nothing is chosen on the first part but the axes, if they must be found.
             second = order if dimensions <= count else second
         axes = Axes(torch.cat(list(self._data_values(first[:AXES_ROWS]))), count, seed)
         chooser, judge = (
@@ -435,6 +436,10 @@ def _drawn(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (), generator=generator, device="cpu"))
 
 
-def _best_of(scan: Sequence[ScanPoint], correction: Correction) -> tuple[Correction, float]:
+def _chosen(scan: Sequence[ScanPoint], correction: Correction) -> list[tuple[Correction, float]]:
+    """Return the best strength of a correction, and before it half of that."""
     points = [point for point in scan if point.correction is correction]
-    return correction, min(points, key=lambda point: point.distance).strength
+    best = min(points, key=lambda point: point.distance).strength
+    half = correction.between(*sorted((correction.none, best)))
+    strengths = [best] if half in (correction.none, best) else [half, best]
+    return [(correction, strength) for strength in strengths]
