@@ -174,7 +174,7 @@ def test_the_scan_and_the_report_share_neither_noise_nor_data():
     assert len(scanned) == 32
     assert len(reported) == 64
     assert not scanned & reported
-    # After one row for its size and the axes' look, the chooser's third and the judge's rest in batches.
+    # After one row and the axes' look come the chooser's third and the judge's rest, in batches.
     numbers = set(numbers.flatten().tolist())
     rows = [set(part.flatten().tolist()) for part in compared]
     *_, first, second, third, fourth, fifth = [part for part in rows if part <= numbers]

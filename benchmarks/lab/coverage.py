@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,26 @@ from s2dm_loss import (
 from s2dm_loss.frechet import FrechetComparison
 
 SCHEDULE = NoiseSchedule.linear(1000)
+
+
+class Cells(NamedTuple):
+    """Sampling steps, numbers of samples, those also measured at the boundary, and repeats."""
+
+    steps: tuple[int, ...]
+    counts: tuple[int, ...]
+    boundary: tuple[int, ...]
+    repeats: int
+
+
 STRENGTHS = (-49, 9, 49, 99)
 """The skips compared, below 0 for the inverse of the gain."""
-SIZES = (2, 16, 64, 128)
-COUNTS = (512, 1024, 2048, 4096)
-STEPS = (10, 20, 50, 100)
-REPEATS = {2: 400, 16: 400, 64: 200, 128: 200}
+CELLS = {
+    2: Cells((10, 20, 50, 100), (512, 1024, 2048, 4096), (512, 4096), 400),
+    16: Cells((10, 20, 50, 100), (512, 1024, 2048, 4096), (512, 4096), 400),
+    64: Cells((10, 50, 100), (512, 1024, 4096), (512,), 200),
+    128: Cells((10, 50, 100), (512, 1024, 4096), (512,), 200),
+}
+"""What is measured for each number of axes."""
 POOL = 65_536
 
 
@@ -180,26 +194,28 @@ def repeated(drawn: Population, count: int, repeats: int, seed: int = 0) -> dict
     }
 
 
-def coverage(bar: Any) -> dict[str, Any]:
+def coverage(bar: Any, law: str) -> dict[str, Any]:
     """Joint coverage, false alarms at a boundary, and power, of the statistic of the search."""
-    pools = {steps: ring_pool(steps) for steps in STEPS}
+    pools: dict[int, Tensor] = {}
     rows = []
     cells = [
-        (law, size, steps, count)
-        for law in ("gaussian", "mixture")
-        for size in SIZES
-        for steps in STEPS
-        for count in COUNTS
+        (size, steps, count)
+        for size, measured in CELLS.items()
+        for steps in measured.steps
+        for count in measured.counts
     ]
-    for cell, (law, size, steps, count) in enumerate(bar(cells)):
-        drawn = population(law, size, steps, pools[steps])
-        repeats = REPEATS[size]
+    for cell, (size, steps, count) in enumerate(bar(cells)):
+        if law == "mixture" and steps not in pools:
+            pools[steps] = ring_pool(steps)
+        drawn = population(law, size, steps, pools.get(steps))
+        repeats = CELLS[size].repeats
+        seed = cell * 10_000 + (5_000_000 if law == "mixture" else 0)
         row = {"law": law, "size": size, "steps": steps, "count": count, "repeats": repeats}
-        row |= repeated(drawn, count, repeats, seed=cell * 10_000)
-        # Where the smallest gain changes nothing; the slow cells of many samples are left out.
-        if count == COUNTS[0] or (count == COUNTS[-1] and size < SIZES[-1]):
+        row |= repeated(drawn, count, repeats, seed=seed)
+        if count in CELLS[size].boundary:
+            # Where the smallest gain changes nothing.
             boundary = drawn.at_the_boundary(1 + STRENGTHS.index(9))
-            row["boundary"] = repeated(boundary, count, repeats, seed=cell * 10_000 + 5_000)
+            row["boundary"] = repeated(boundary, count, repeats, seed=seed + 5_000)
         rows.append(row)
     return {"strengths": STRENGTHS, "data": "as many as samples", "rows": rows}
 

@@ -117,7 +117,7 @@ def _page(studies: dict[str, Row]) -> Iterable[str]:
     yield from _strength(studies["strength"])
     yield "## Which gain for my model? The criteria compared\n"
     yield from _search(studies["search"], studies["false_alarms"])
-    yield from _coverage(studies["coverage"])
+    yield from _coverage([studies["coverage_gaussian"], studies["coverage_mixture"]])
     yield from _whole_search(studies["whole_search"])
     yield from _digits(studies["digits"])
     yield from _searches(studies["digits"])
@@ -306,8 +306,8 @@ def _search(study: Row, alarms: Row) -> Iterable[str]:
     )
 
 
-def _coverage(study: Row) -> Iterable[str]:
-    cells = study["rows"]
+def _coverage(laws: Sequence[Row]) -> Iterable[str]:
+    cells = [row for law in laws for row in law["rows"]]
     counts = sorted({row["count"] for row in cells})
     steps = sorted({row["steps"] for row in cells})
     lowest = min(row["joint"] / row["repeats"] for row in cells)
@@ -317,12 +317,12 @@ def _coverage(study: Row) -> Iterable[str]:
         "with the spread, so a difference of two distances is biased against the larger gain. The "
         "search removes it by two halves, and its intervals come from influence functions. Here "
         f"the truth is exact: DDIM with {', '.join(map(str, steps))} steps and an exact model, "
-        f"k = {', '.join(map(str, study['strengths']))} (below 0 the inverse of the gain) against "
+        f"k = {', '.join(map(str, laws[0]['strengths']))} (below 0 the inverse of the gain) against "
         "none, as many data as samples; Gaussian axes of variance 1/√i, in the mixture with a ring "
         f"of eight Gaussians for the first two. {min(r['repeats'] for r in cells)} to "
         f"{max(r['repeats'] for r in cells)} repeats a cell. The four intervals are to hold "
         f"together in 95 %. The lowest of {len(cells)} cells is {lowest:.1%}; the table pools the "
-        "four numbers of steps. A false alarm is a gain called better than none that is not, where "
+        "numbers of steps. A false alarm is a gain called better than none that is not, where "
         "the data are scaled so that k = 9 changes nothing and the others harm.\n"
     )
     rows, power = [], []
@@ -357,14 +357,15 @@ def _coverage(study: Row) -> Iterable[str]:
         rows,
     )
     yield (
-        "Power: in how many of the repeats a gain is recommended, with n = "
-        f"{' / '.join(map(str, counts))}. With many steps there is little to win, and in few "
+        "Power: in how many of the repeats a gain is recommended, by ascending n. With many steps there is little to win, and in few "
         "dimensions little to see it by:\n"
     )
     yield markdown_table(["recommended", *(f"{number} steps" for number in steps)], power)
 
 
 def _pooled(rows: Sequence[Row], name: str) -> str:
+    if not rows:
+        return ""
     return f"{sum(row[name] for row in rows) / sum(row['repeats'] for row in rows):.1%}"
 
 

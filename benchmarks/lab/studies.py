@@ -497,7 +497,8 @@ STUDIES: dict[str, Callable[[Bar], Json]] = {
     "mixtures": mixtures,
     "search": search,
     "false_alarms": false_alarms,
-    "coverage": coverage,
+    "coverage_gaussian": partial(coverage, law="gaussian"),
+    "coverage_mixture": partial(coverage, law="mixture"),
     "whole_search": whole_search,
     "digits": digits,
 }
