@@ -17,9 +17,10 @@ from s2dm_loss.corrections import (
     standard_corrections,
 )
 from s2dm_loss.functional import LossTerms, skip_step_loss
+from s2dm_loss.gain_search import GainSearch
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
-from s2dm_loss.recommend import CorrectionSearch, GainSearch
+from s2dm_loss.recommend import CorrectionSearch
 from s2dm_loss.recommendation import Candidate, Recommendation, ScanPoint, SearchCost
 from s2dm_loss.schedule import ContinuousSchedule, NoiseSchedule, Schedule
 from s2dm_loss.shrink import ShrunkModel, epsilon_scaling, gain

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -23,12 +24,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from s2dm_loss._checks import check_batch, check_count, describe
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU
-from s2dm_loss.corrections import Correction, SkipGain
+from s2dm_loss.corrections import Correction
 from s2dm_loss.frechet import MAX_AXES, SAMPLES_PER_AXIS, Axes, FrechetComparison
-from s2dm_loss.prediction import PredictionType
 from s2dm_loss.recommendation import Candidate, Recommendation, ScanPoint, SearchCost
-from s2dm_loss.schedule import Schedule
 
 # Rows of data that are enough to find the axes in which they vary most.
 AXES_ROWS = 4096
@@ -195,20 +193,25 @@ class CorrectionSearch:
         ticks = iter(progress(list(range(self.cost.runs))))
         root = torch.Generator("cpu").manual_seed(self.seed)
         order = torch.randperm(len(self.data), generator=root, device="cpu")
-        seeds = [_drawn(root) for _ in range(4)]
+        first, second = order[: len(order) // 3], order[len(order) // 3 :]
+        seeds = [_drawn(root) for _ in range(3)]
         with torch.no_grad():
-            axes, chooser, judge = self._data_for(order, seeds[0])
+            seen = torch.cat(list(self._data_values(first[:AXES_ROWS])))
             scan: tuple[ScanPoint, ...] = ()
             if self.scan:
-                stage = _Stage(self, axes, chooser, self._scan_samples, seeds[1], ticks)
+                axes = self._axes(seen, self._scan_samples, len(first), seeds[0])
+                stage = _Stage(self, axes, first, self._scan_samples, seeds[1], ticks)
                 scan = self._scanned(stage)
                 chosen = [c for correction in self.corrections for c in _chosen(scan, correction)]
             else:
                 chosen = [(c, strength) for c in self.corrections for strength in c.strengths]
-            stage = _Stage(self, axes, judge, self.num_samples, seeds[2], ticks)
+            axes = self._axes(seen, self.num_samples, len(second), seeds[0])
+            if not self.scan and axes.axes is None:
+                second = order  # nothing was chosen on the first part
+            stage = _Stage(self, axes, second, self.num_samples, seeds[2], ticks)
             for candidate in ((None, 0.0), *chosen):
                 stage.add(*candidate)
-        for _ in ticks:  # the scan may have needed fewer runs than stated
+        for _ in islice(ticks, self.cost.runs):  # the scan may have needed fewer than stated
             pass
         columns = (column.tolist() for column in stage.comparison.differences())
         return Recommendation(
@@ -245,27 +248,18 @@ class CorrectionSearch:
             scan += points
         return tuple(scan)
 
-    def _data_for(self, order: Tensor, seed: int) -> tuple[Axes, Tensor, Tensor]:
-        """Return the axes, and the data's coordinates for choosing and for reporting."""
-        third = len(order) // 3
-        first, second = order[:third], order[third:]
-        dimensions = self._values(self.data[:1]).shape[1]
-        counts = [self.num_samples, len(second)]
-        counts += [self._scan_samples, len(first)] if self.scan else []
-        count = max(1, min(MAX_AXES, min(counts) // SAMPLES_PER_AXIS))
-        if not self.scan:
-            # Nothing is chosen on the first part but the axes, if they must be found.
-            second = order if dimensions <= count else second
-        axes = Axes(torch.cat(list(self._data_values(first[:AXES_ROWS]))), count, seed)
-        chooser, judge = (
-            torch.cat([axes(values) for values in self._data_values(rows)])
-            for rows in (first, second)
-        )
-        return axes, chooser, judge
+    def _axes(self, seen: Tensor, samples: int, data: int, seed: int) -> Axes:
+        """Return as many axes as that many samples and data can tell."""
+        return Axes(seen, max(1, min(MAX_AXES, min(samples, data) // SAMPLES_PER_AXIS)), seed)
 
     def _data_values(self, rows: Tensor) -> Iterator[Tensor]:
         for part in torch.split(rows.to(self.data.device), self.batch_size):
-            yield self._values(self.data[part])
+            values = self._values(self.data[part])
+            if not bool(values.isfinite().all()):
+                raise ValueError(
+                    "features must return finite values for the data, got NaN or infinity"
+                )
+            yield values
 
     def _values(self, samples: Tensor) -> Tensor:
         """Return what is compared of samples or data, float64 [B, D] on the CPU."""
@@ -304,91 +298,21 @@ class CorrectionSearch:
         )
 
 
-class GainSearch(CorrectionSearch):
-    """The search over the gain of S²-DM alone: `GainSearch(model, schedule, sample, data)`.
-
-    >>> from s2dm_loss import GainSearch, NoiseSchedule
-    >>> class Model(torch.nn.Module):
-    ...     def forward(self, x_t, t):
-    ...         return x_t
-    >>> def sample(model, noise):
-    ...     return model(noise, torch.full((len(noise),), 999))
-    >>> data = torch.randn(2000, 3, generator=torch.Generator().manual_seed(1)) * 0.5
-    >>> schedule = NoiseSchedule.linear(1000)
-    >>> search = GainSearch(Model(), schedule, sample, data, skips=[49, 99, 149], tau=0.9)
-    >>> print(search.recommend().strength)
-    99
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        schedule: Schedule,
-        sample: Callable[[nn.Module, Tensor], Tensor],
-        data: Tensor,
-        *,
-        skips: Sequence[int] | Sequence[float] | None = None,
-        tau: float = DEFAULT_TAU,
-        prediction_type: PredictionType = "epsilon",
-        max_c2: float = DEFAULT_MAX_C2,
-        features: Callable[[Tensor], Tensor] | None = None,
-        num_samples: int = 2048,
-        batch_size: int = 256,
-        noise_shape: Sequence[int] | None = None,
-        seed: int = 0,
-    ) -> None:
-        """Set the search up; nothing is run yet.
-
-        Args:
-            model: As for `CorrectionSearch`, like all arguments that are not named here.
-            schedule: The schedule that the model was trained on.
-            sample: The sampler.
-            data: The data.
-            skips: The skips k to compare, all of which are reported; -k is the inverse of the gain
-                with k. By default a scan in both directions chooses one.
-            tau: τ in (0, 1), held fixed: k and τ are nearly one parameter.
-            prediction_type: What the model predicts.
-            max_c2: Upper bound on c²; see `coefficients`.
-            features: The features.
-            num_samples: Samples per candidate.
-            batch_size: Samples in one batch.
-            noise_shape: Shape of one sample's noise.
-            seed: The seed.
-
-        Raises:
-            TypeError, ValueError: if an argument is not as said; the message names it.
-        """
-        correction = SkipGain(
-            schedule, skips, tau=tau, prediction_type=prediction_type, max_c2=max_c2
-        )
-        super().__init__(
-            model,
-            sample,
-            data,
-            [correction],
-            scan=skips is None,
-            features=features,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            noise_shape=noise_shape,
-            seed=seed,
-        )
-
-
 class _Stage:
-    """One set of noise and of data, on which candidates are compared."""
+    """One set of noise and some rows of the data, on which candidates are compared."""
 
     def __init__(
         self,
         search: CorrectionSearch,
         axes: Axes,
-        data: Tensor,
+        rows: Tensor,
         count: int,
         seed: int,
         ticks: Iterator[Any],
     ) -> None:
         self._search, self._axes, self._ticks = search, axes, ticks
         self._count, self._seed = count, seed
+        data = torch.cat([axes(values) for values in search._data_values(rows)])
         self.comparison = FrechetComparison(data, count, seed)
         self._is_first = True
 

@@ -27,7 +27,7 @@ from s2dm_loss import (
     gain,
     standard_corrections,
 )
-from s2dm_loss.recommend import MAX_AXES
+from s2dm_loss.frechet import MAX_AXES, FrechetComparison
 
 LINEAR = NoiseSchedule.linear(1000)
 LAST = torch.tensor([999])
@@ -174,7 +174,7 @@ def test_the_scan_and_the_report_share_neither_noise_nor_data():
     assert len(scanned) == 32
     assert len(reported) == 64
     assert not scanned & reported
-    # After one row and the axes' look come the chooser's third and the judge's rest, in batches.
+    # After the axes' look come the chooser's third and the judge's rest, in batches.
     numbers = set(numbers.flatten().tolist())
     rows = [set(part.flatten().tolist()) for part in compared]
     *_, first, second, third, fourth, fifth = [part for part in rows if part <= numbers]
@@ -182,11 +182,18 @@ def test_the_scan_and_the_report_share_neither_noise_nor_data():
     assert not (first | second) & (third | fourth | fifth)
 
 
-def test_all_data_are_used_where_nothing_is_chosen():
-    search = search_for(99, data=data_for(99, count=700))
-    order = torch.randperm(700)
-    _, _, judge = search._data_for(order, 0)
-    assert len(judge) == 700
+@pytest.mark.parametrize(("skips", "used"), [([99], 700), (None, 467)])
+def test_all_data_are_used_where_nothing_is_chosen(skips, used, monkeypatch):
+    sizes = []
+
+    class Recorded(FrechetComparison):
+        def __init__(self, data, num_samples, seed):
+            sizes.append(len(data))
+            super().__init__(data, num_samples, seed)
+
+    monkeypatch.setattr("s2dm_loss.recommend.FrechetComparison", Recorded)
+    search_for(99, data=data_for(99, count=700), skips=skips, num_samples=64).recommend()
+    assert sizes[-1] == used
 
 
 def test_exact_model_of_a_gaussian_under_ddim():
@@ -233,7 +240,7 @@ def test_exact_model_of_a_gaussian_under_ddim():
         assert candidate.low <= truth <= candidate.high
 
 
-def test_images_are_compared_along_their_leading_axes():
+def test_images_are_compared_along_their_leading_axes(monkeypatch):
     # 3072 values, whose spread is in a few directions: no 3072² eigenproblem.
     scale = 0.8 ** torch.arange(3072.0)
     turn = torch.linalg.qr(torch.randn(3072, 64, generator=torch.Generator().manual_seed(0))).Q.T
@@ -243,10 +250,16 @@ def test_images_are_compared_along_their_leading_axes():
         return ((one_call(model, noise).flatten(1) * scale)[:, :64] @ turn).reshape(-1, 3, 32, 32)
 
     search = search_for(99, sample=sample, data=data, num_samples=600, batch_size=200)
-    axes, _, judge = search._data_for(torch.arange(1200), 0)
-    assert axes.axes.shape == (3072, MAX_AXES)
-    assert judge.shape == (800, MAX_AXES + 1)
+    compared = []
+
+    class Recorded(FrechetComparison):
+        def add(self, samples):
+            compared.append(tuple(samples.shape))
+            return super().add(samples)
+
+    monkeypatch.setattr("s2dm_loss.recommend.FrechetComparison", Recorded)
     result = search.recommend()
+    assert compared == [(600, MAX_AXES + 1)] * 4
     assert result.strength == 99
     expected = (1 - s_of(99)) ** 2 * float(scale.square().sum())
     assert result.candidates[0].distance == pytest.approx(expected, rel=0.2)
@@ -514,5 +527,7 @@ def test_what_the_sampler_and_the_features_return_is_checked():
         with_sampler(lambda model, noise: None).recommend()
     with pytest.raises(ValueError, match="finite"):
         with_sampler(lambda model, noise: noise * math.nan).recommend()
-    with pytest.raises(ValueError, match=r"features must return a tensor of shape \[1, D\]"):
+    with pytest.raises(ValueError, match=r"features must return a tensor of shape \[256, D\]"):
         with_sampler(one_call, features=lambda values: values.mean()).recommend()
+    with pytest.raises(ValueError, match="features must return finite values for the data"):
+        with_sampler(one_call, features=lambda values: values.log()).recommend()

@@ -102,8 +102,9 @@ def _coverage(laws: Sequence[Row]) -> Iterable[str]:
         f"with a ring of eight Gaussians for the first two. {min(r['repeats'] for r in cells)} to "
         f"{max(r['repeats'] for r in cells)} repeats a cell. The four intervals are to hold "
         f"together in 95 %. The lowest of {len(cells)} cells is {lowest:.1%}, where 200 "
-        "repeats alone make a cell uncertain by 1.5 %; the table pools the numbers of steps. A false alarm is a gain called better than none that is not, where "
-        "the data are scaled so that k = 9 changes nothing and the others harm.\n"
+        "repeats alone make a cell uncertain by 1.5 %; the table pools the numbers of steps. A "
+        "false alarm is a gain called better than none that is not, at the boundary: with the data "
+        "scaled so that k = 9 changes nothing and the others harm.\n"
     )
     rows, power = [], []
     for law, size in dict.fromkeys((row["law"], row["size"]) for row in cells):
