@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU
