@@ -269,7 +269,7 @@ class CorrectionSearch:
                 f"features must return a tensor of shape [{len(samples)}, D] for "
                 f"{describe(samples)}, got {describe(values)}"
             )
-        return values.detach().flatten(1).to("cpu", torch.float64)
+        return values.detach().flatten(1).cpu().double()
 
     def _samples(self, model: nn.Module, noise: Tensor) -> Tensor:
         samples = self.sample(model, noise)
