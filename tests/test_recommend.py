@@ -113,7 +113,9 @@ def test_the_scan_goes_both_ways_and_refines(skip):
     result = search_for(skip, skips=None).recommend()
     assert result.strength == skip
     assert [point.strength for point in result.scan[1:9]] == list(SkipGain(LINEAR).strengths)
-    assert skip in [point.strength for point in result.scan[9:]]
+    below, above = (point.strength for point in result.scan[9:])
+    assert skip in (below, above)
+    assert below < min(result.scan[1:9], key=lambda point: point.distance).strength < above
     # Half of it is the surer one, and is reported too.
     assert [c.strength for c in result.candidates] == [0, skip // 2, skip]
 

@@ -143,7 +143,8 @@ def test_a_set_that_is_not_finite_takes_no_part():
     whole, partly = found
     assert partly.distance[2] == torch.inf
     assert partly.best_share[2] == 0
-    assert torch.allclose(partly.low[:2], whole.low, rtol=0.1)
+    # One comparison is left, whose bound is 1.96 standard deviations.
+    assert torch.allclose(partly.low[:2], whole.low, rtol=0.04)
 
 
 def test_axes_lose_nothing():
