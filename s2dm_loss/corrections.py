@@ -218,7 +218,7 @@ class ScoreRescaling(PredictionScaling):
     def __init__(
         self,
         schedule: Schedule,
-        strengths: Sequence[float] = (0.75, 0.9, 0.97, 1.03, 1.1, 1.2, 1.4),
+        strengths: Sequence[float] = (0.75, 0.9, 0.97, 1.03, 1.15, 1.4, 2.0),
         *,
         psi: float = 1.0,
         prediction_type: PredictionType = "epsilon",
@@ -263,7 +263,7 @@ def standard_corrections(
     SkipGain(-99, -49, -19, 19, 49, 99, 149, 199)
     ConstantScaling(0.97, 0.985, 0.995, 1.005, 1.015, 1.03, 1.06)
     StartScaling(0.9, 0.95, 0.98, 1.03, 1.1, 1.2, 1.35)
-    ScoreRescaling(0.75, 0.9, 0.97, 1.03, 1.1, 1.2, 1.4)
+    ScoreRescaling(0.75, 0.9, 0.97, 1.03, 1.15, 1.4, 2)
     """
     return (
         SkipGain(schedule, prediction_type=prediction_type),

@@ -230,7 +230,7 @@ def whole_search(bar: Any, repeats: int = 200, num_samples: int = 512) -> dict[s
     model = ExactModel(Mixture.gaussian(variances), SCHEDULE)
     corrections = standard_corrections(SCHEDULE)
     rows = []
-    for null, steps in bar([(True, 10), (False, 10), (False, 20), (False, 50)]):
+    for null, steps in bar([(True, 10), (False, 10), (False, 20)]):
         plain = _outputs(variances, None, 0.0, steps)
         data_variances = plain if null else variances
         holds, alarms, recommended, left = 0, 0, dict.fromkeys(["none"], 0), []
