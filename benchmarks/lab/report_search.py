@@ -39,14 +39,14 @@ def signed(share: float) -> str:
 
 def search_sections(studies: Mapping[str, Row]) -> Iterable[str]:
     """Yield the sections on the criteria, the statistic and the search."""
-    yield from _search(studies["search"], studies["false_alarms"])
+    yield from _search(studies["search"])
     yield from _coverage([studies["coverage_gaussian"], studies["coverage_mixture"]])
     yield from _whole_search(studies["whole_search"])
     yield from _digits(studies["digits"])
     yield from _searches(studies["digits"])
 
 
-def _search(study: Row, alarms: Row) -> Iterable[str]:
+def _search(study: Row) -> Iterable[str]:
     yield (
         "[`GainSearch`](which_gain.md) samples with several k from the same noise and compares "
         "the samples with data. On the exact model above the right answer is known. With "
@@ -79,10 +79,6 @@ def _search(study: Row, alarms: Row) -> Iterable[str]:
             "worse than plain",
         ],
         rows,
-    )
-    yield (
-        f"Where no gain helps (PNDM with {alarms['steps']} steps, {alarms['num_samples']} samples) "
-        f"one was recommended in {alarms['alarms']} of {alarms['repeats']} searches.\n"
     )
 
 
