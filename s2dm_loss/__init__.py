@@ -7,35 +7,51 @@
 from s2dm_loss._version import __version__
 from s2dm_loss.coefficients import Coefficients, CompletedSquare, coefficients
 from s2dm_loss.continuous import ContinuousSchedule
+from s2dm_loss.corrections import (
+    ConstantScaling,
+    Correction,
+    PredictionScaling,
+    ScaledModel,
+    ScoreRescaling,
+    SkipGain,
+    StartScaling,
+    standard_corrections,
+)
 from s2dm_loss.functional import LossTerms, skip_step_loss
+from s2dm_loss.gain_search import GainSearch
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.output import RegressionTarget
 from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
-from s2dm_loss.recommend import (
-    GainCandidate,
-    GainRecommendation,
-    GainSearch,
-    GainSearchCost,
-)
+from s2dm_loss.recommend import CorrectionSearch
+from s2dm_loss.recommendation import Candidate, Recommendation, ScanPoint, SearchCost
 from s2dm_loss.schedule import NoiseSchedule, Schedule
 from s2dm_loss.shrink import ShrunkModel, epsilon_scaling, gain
 from s2dm_loss.skip_set import SkipSet
 
 __all__ = [
+    "Candidate",
     "Coefficients",
     "CompletedSquare",
+    "ConstantScaling",
     "ContinuousSchedule",
-    "GainCandidate",
-    "GainRecommendation",
+    "Correction",
+    "CorrectionSearch",
     "GainSearch",
-    "GainSearchCost",
     "LossTerms",
     "NoiseSchedule",
+    "PredictionScaling",
+    "Recommendation",
     "RegressionTarget",
+    "ScaledModel",
+    "ScanPoint",
     "Schedule",
+    "ScoreRescaling",
+    "SearchCost",
     "ShrunkModel",
+    "SkipGain",
     "SkipSet",
     "SkipStepLoss",
+    "StartScaling",
     "__version__",
     "coefficients",
     "epsilon_from_output",
@@ -43,4 +59,5 @@ __all__ = [
     "gain",
     "output_from_epsilon",
     "skip_step_loss",
+    "standard_corrections",
 ]

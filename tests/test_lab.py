@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from benchmarks.lab import report, studies
+from benchmarks.lab import coverage, report, studies
 from benchmarks.lab.criteria import (
     NormRecorder,
+    accumulated_norm_line,
     energy_distance,
     norm_mismatch,
     norm_ratio_line,
@@ -204,6 +205,62 @@ def test_norm_criteria():
     assert norm_mismatch({0: 1.1, 500: 2.0}, training) == pytest.approx(0.1 / math.sqrt(2))
     line = norm_ratio_line({t: n * (1 + 1e-4 * t) for t, n in training.items()}, training, 1000)
     torch.testing.assert_close(line, 1 + 1e-4 * torch.arange(1000).double())
+
+
+def test_the_line_of_an_accumulated_error_is_found():
+    times = [0, 100, 400, 700, 900]
+    slope, offset = 2e-5, 1.003
+    # Sampling starts at 900 with no error, and each step adds λ(u) - 1.
+    gathered = {t: sum(slope * u + offset - 1 for u in times if u > t) for t in times}
+    line = accumulated_norm_line(
+        {t: 5 * (1 + error) for t, error in gathered.items()}, dict.fromkeys(times, 5.0), 1000
+    )
+    torch.testing.assert_close(line, offset + slope * torch.arange(1000).double())
+
+
+@pytest.mark.parametrize("law", ["gaussian", "mixture"])
+def test_the_truth_of_the_coverage_study(law):
+    pool = coverage.ring_pool(5, 4096)
+    drawn = coverage.population(law, 4, 5, pool)
+    truth = drawn.distances()
+    data, samples = drawn.draw(200_000, draw())
+    assert samples.shape == (1 + len(coverage.STRENGTHS), 200_000, 5)
+    for rows, expected in zip(samples[..., :-1], truth, strict=True):
+        covariances = rows.T.cov(), data[:, :-1].T.cov()
+        overlap = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.sqrt().sum()
+        distance = (rows.mean(0) - data[:, :-1].mean(0)).square().sum() - 2 * overlap
+        distance = distance + sum(c.trace() for c in covariances)
+        assert float(distance) == pytest.approx(float(expected), rel=0.02)
+
+
+def test_the_boundary_is_where_the_smallest_gain_changes_nothing():
+    pool = coverage.ring_pool(5, 4096)
+    smallest = 1 + coverage.STRENGTHS.index(9)
+    for law in ("gaussian", "mixture"):
+        drawn = coverage.population(law, 4, 5, pool).at_the_boundary(smallest)
+        distances = drawn.distances() - drawn.distances()[0]
+        assert float(distances[smallest]) == pytest.approx(0, abs=1e-12)
+        assert all(float(d) > 1e-6 for k, d in enumerate(distances) if k not in (0, smallest))
+
+
+def test_the_pool_is_what_the_sampler_returns():
+    pool = coverage.ring_pool(5, 64)
+    noise = torch.randn(64, 2, generator=draw(5), dtype=torch.float64)
+    model = ShrunkModel(ExactModel(Mixture.ring(), LINEAR), LINEAR, 99)
+    expected = sample(model, "ddim", LINEAR, 5, noise, draw())
+    torch.testing.assert_close(pool[1 + coverage.STRENGTHS.index(99)], expected)
+
+
+def test_repeats_are_counted():
+    drawn = coverage.population("gaussian", 2, 10)
+    found = coverage.repeated(drawn, 512, 20)
+    assert found["truth"] == [
+        float(f"{d:.4g}") for d in (drawn.distances()[1:] - drawn.distances()[0])
+    ]
+    assert 15 <= found["joint"] <= 20
+    assert found["alarms"] == 0
+    assert sum(found["recommended"].values()) == 20
+    assert found["recommended"][99] > 10  # the best of the four
 
 
 def test_sliced_distance_of_a_shift():

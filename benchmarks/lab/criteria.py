@@ -77,12 +77,38 @@ def norm_mismatch(sampling: Mapping[int, float], training: Mapping[int, float]) 
 def norm_ratio_line(
     sampling: Mapping[int, float], training: Mapping[int, float], num_train_timesteps: int
 ) -> Tensor:
-    """Return λ(t), ``[T]``: the straight line nearest to the ratio of the two norms.
+    """Return λ(t), ``[T]``: the straight line nearest to the ratio of the two norms at each step.
 
-    The other use of the measure: one plain run, and λ(t) = a t + b for dividing ε̂ with no search.
+    A use of the measure of our own: it mends at each step the whole error that has gathered by
+    then, as if none of it had been mended before.
     """
-    times = torch.tensor(sorted(sampling), dtype=torch.float64)
-    ratios = torch.tensor([sampling[t] / training[t] for t in sorted(sampling)]).double()
-    design = torch.stack([times, torch.ones_like(times)], dim=1)
-    slope, offset = torch.linalg.lstsq(design, ratios[:, None]).solution.flatten()
+    times, ratios = _ratios(sampling, training)
+    slope, offset = _fitted(torch.stack([times, torch.ones_like(times)], dim=1), ratios)
     return slope * torch.arange(num_train_timesteps).double() + offset
+
+
+def accumulated_norm_line(
+    sampling: Mapping[int, float], training: Mapping[int, float], num_train_timesteps: int
+) -> Tensor:
+    """Return λ(t) = k t + b, ``[T]``, fitted to the error that gathers along the trajectory.
+
+    What Epsilon Scaling's authors do with the measure: the ratio of the norms at t, less 1, is the
+    sum of the errors λ(u) - 1 of all steps u before it, so that k and b are fitted to the sums.
+    """
+    times, ratios = _ratios(sampling, training)
+    # Sampling runs down: what comes before t is all u > t.
+    before = (times[None, :] > times[:, None]).double()
+    design = torch.stack([before @ times, before.sum(1)], dim=1)
+    slope, offset = _fitted(design, ratios - 1)
+    return 1 + slope * torch.arange(num_train_timesteps).double() + offset
+
+
+def _ratios(sampling: Mapping[int, float], training: Mapping[int, float]) -> tuple[Tensor, Tensor]:
+    times = sorted(sampling)
+    ratios = [sampling[t] / training[t] for t in times]
+    return torch.tensor(times).double(), torch.tensor(ratios).double()
+
+
+def _fitted(design: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    slope, offset = torch.linalg.lstsq(design, values[:, None]).solution.flatten()
+    return slope, offset

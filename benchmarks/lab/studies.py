@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.files import load_json, save_json
+from benchmarks.lab.coverage import coverage, whole_search
 from benchmarks.lab.criteria import (
     NormRecorder,
+    accumulated_norm_line,
     energy_distance,
     norm_mismatch,
     norm_ratio_line,
@@ -24,7 +27,15 @@ from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS_FULL
 from benchmarks.quality.runner import Bench
 from benchmarks.quality.samplers import sample
-from s2dm_loss import GainSearch, NoiseSchedule, ShrunkModel, gain
+from s2dm_loss import (
+    CorrectionSearch,
+    GainSearch,
+    NoiseSchedule,
+    ScaledModel,
+    ShrunkModel,
+    gain,
+    standard_corrections,
+)
 
 Json = dict[str, Any]
 Bar = Callable[[list[Any]], Iterable[Any]]
@@ -34,7 +45,7 @@ SAMPLERS = ("ddim", "pndm", "deis", "dpm++2m")
 CORE = ("ddim", "pndm", "deis")
 STEPS = (5, 10, 20, 50, 100)
 SHOWN = (9, 29, 49, 69, 99, 124, 149, 199, 249)
-"""The skips that ``GainSearch`` tries by default."""
+"""The skips that the searches of the studies compare."""
 TAUS = (0.9, 0.95, 0.99, 0.995, 0.999)
 
 
@@ -232,6 +243,10 @@ def mixtures(bar: Bar, count: int = 1024, seed: int = 0) -> Json:
     }
 
 
+LINES = {"norm line": norm_ratio_line, "accumulated norm line": accumulated_norm_line}
+"""Ways to a λ(t) from one plain run, with no search."""
+
+
 class Chosen:
     """One :class:`GainSearch`, and what the other criteria choose from the very same samples."""
 
@@ -244,9 +259,8 @@ class Chosen:
         *,
         num_samples: int,
         seed: int,
-        others: bool = True,
     ) -> None:
-        """Run the search over the default skips."""
+        """Run the search over ``SHOWN``."""
         recorder = NormRecorder(model)
         norms: list[dict[int, float]] = []
         kept: list[Tensor] = []
@@ -263,22 +277,21 @@ class Chosen:
             SCHEDULE,
             run,
             data,
+            skips=SHOWN,
             num_samples=num_samples,
             batch_size=num_samples,
             seed=seed,
         )
-        skips = (0, *search.skips)
+        skips = (0, *SHOWN)
         self.cost = search.cost
         # Asking for the cost runs the sampler once, on a single sample that is not compared.
         kept.clear()
         norms.clear()
         self.recommendation = search.recommend()
         self.skips = {
-            "fréchet": self.recommendation.best.skip,
-            "recommended": self.recommendation.skip or 0,
+            "fréchet": int(self.recommendation.best.strength),
+            "recommended": int(self.recommendation.strength or 0),
         }
-        if not others:
-            return
         values = data.flatten(1).double()
         energies = [energy_distance(x.flatten(1).double(), values) for x in kept]
         self.skips["energy"] = skips[min(range(len(skips)), key=energies.__getitem__)]
@@ -287,7 +300,9 @@ class Chosen:
         )
         mismatches = [norm_mismatch(n, true) for n in norms]
         self.skips["norm"] = skips[min(range(len(skips)), key=mismatches.__getitem__)]
-        self.line = norm_ratio_line(norms[0], true, SCHEDULE.num_train_timesteps)
+        self.lines = {
+            name: fit(norms[0], true, SCHEDULE.num_train_timesteps) for name, fit in LINES.items()
+        }
 
 
 def search(bar: Bar, num_samples: int = 1024, seeds: int = 2) -> Json:
@@ -300,9 +315,9 @@ def search(bar: Bar, num_samples: int = 1024, seeds: int = 2) -> Json:
         draw = torch.Generator().manual_seed(1000 + seed)
         data = Mixture.gaussian(variances).draw(num_samples, draw).float()
         chosen = Chosen(model, data, sampler, steps, num_samples=num_samples, seed=seed)
-        table = torch.cat([gains((0, *SHOWN)), 1 / chosen.line[None]])
+        table = torch.cat([gains((0, *SHOWN)), *(1 / line[None] for line in chosen.lines.values())])
         distance = frechet(output_variances(variances, table, SCHEDULE, sampler, steps), variances)
-        named = dict(zip((0, *SHOWN), distance[:-1].tolist(), strict=True))
+        named = dict(zip((0, *SHOWN), distance.tolist(), strict=False))
         rows.append(
             {
                 "sampler": sampler,
@@ -316,57 +331,14 @@ def search(bar: Bar, num_samples: int = 1024, seeds: int = 2) -> Json:
                     for name, skip in chosen.skips.items()
                 }
                 | {
-                    "norm line": {
-                        "lambda": [float(chosen.line[0]), float(chosen.line[-1])],
-                        "distance": float(distance[-1]),
-                    }
+                    name: {"lambda": [float(line[0]), float(line[-1])], "distance": float(d)}
+                    for (name, line), d in zip(
+                        chosen.lines.items(), distance[-len(LINES) :], strict=True
+                    )
                 },
-                "interval": list(chosen.recommendation.skip_interval),
             }
         )
     return {"num_samples": num_samples, "rows": rows}
-
-
-def false_alarms(bar: Bar, repeats: int = 100, num_samples: int = 256) -> Json:
-    """How often a gain is recommended where none helps: PNDM with 20 steps on a Gaussian."""
-    variances = torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
-    sampler, steps = "pndm", 20
-    table = gains((0, *SHOWN))
-    distance = frechet(output_variances(variances, table, SCHEDULE, sampler, steps), variances)
-    model = ExactModel(Mixture.gaussian(variances), SCHEDULE)
-    alarms = []
-    for seed in bar(list(range(repeats))):
-        draw = torch.Generator().manual_seed(10_000 + seed)
-        data = Mixture.gaussian(variances).draw(num_samples, draw).float()
-        chosen = Chosen(
-            model, data, sampler, steps, num_samples=num_samples, seed=seed, others=False
-        )
-        alarms.append(chosen.skips["recommended"])
-    return {
-        "variances": variances.tolist(),
-        "sampler": sampler,
-        "steps": steps,
-        "num_samples": num_samples,
-        "repeats": repeats,
-        "exact": dict(zip((0, *SHOWN), distance.tolist(), strict=True)),
-        "alarms": sum(1 for skip in alarms if skip),
-        "recommended": sorted(alarms),
-    }
-
-
-class LineScaled(nn.Module):
-    """ε̂ / λ(t)."""
-
-    def __init__(self, model: nn.Module, line: Tensor) -> None:
-        """Wrap ``model``; ``line`` is λ, ``[T]``."""
-        super().__init__()
-        self.model = model
-        self.line = line.float()
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the scaled prediction."""
-        epsilon: Tensor = self.model(x, t) / self.line[int(t)]
-        return epsilon
 
 
 @torch.inference_mode()
@@ -382,7 +354,7 @@ def feature_distance(bench: Bench, samples: Tensor) -> float:
 def digits(
     bar: Bar,
     root: Path = Path("runs/digits-full"),
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    seeds: tuple[int, ...] = (0,),
     num_samples: int = 1024,
 ) -> Json:
     """The criteria on trained networks, judged by a classifier's features on fresh noise.
@@ -414,12 +386,17 @@ def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples:
     fresh = torch.Generator().manual_seed(77 + seed)
     start = torch.randn(num_samples, *images.shape[1:], generator=fresh)
 
-    def judge(shrunk: nn.Module) -> dict[str, float]:
-        samples = sample(shrunk, sampler, SCHEDULE, steps, start, torch.Generator())
+    def judge(
+        shrunk: nn.Module, noise: Callable[[Tensor], Tensor] = torch.clone
+    ) -> dict[str, float]:
+        samples = sample(shrunk, sampler, SCHEDULE, steps, noise(start), torch.Generator())
         return {
             "raw": feature_distance(bench, samples),
             "images": feature_distance(bench, datasets.to_uint8(samples)),
         }
+
+    def bench_features(samples: Tensor) -> Tensor:
+        return bench.distances.network(datasets.to_uint8(samples))
 
     return {
         "seed": seed,
@@ -430,11 +407,56 @@ def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples:
             for skip in (0, *SHOWN)
         },
         "chosen": chosen.skips,
-        "interval": list(chosen.recommendation.skip_interval),
-        "norm line": {
-            "lambda": [float(chosen.line[0]), float(chosen.line[-1])],
-            **judge(LineScaled(model, chosen.line)),
+        "lines": {
+            name: {
+                "lambda": [float(line[0]), float(line[-1])],
+                **judge(ScaledModel(model, SCHEDULE, line.__getitem__)),
+            }
+            for name, line in chosen.lines.items()
         },
+        "grid": {
+            f"{c.name} {s:g}": judge(
+                c.correct_model(model, s), partial(c.correct_noise, strength=s)
+            )
+            for c in standard_corrections(SCHEDULE)
+            for s in c.strengths
+        },
+        "searches": {
+            name: _searched(model, images, features, judge, sampler, steps, num_samples, seed)
+            for name, features in (
+                ("raw values", None),
+                ("classifier features of 8-bit images", bench_features),
+            )
+        },
+    }
+
+
+def _searched(
+    model: nn.Module,
+    images: Tensor,
+    features: Callable[[Tensor], Tensor] | None,
+    judge: Callable[[nn.Module, Callable[[Tensor], Tensor]], dict[str, float]],
+    sampler: str,
+    steps: int,
+    num_samples: int,
+    seed: int,
+) -> Json:
+    """Return what the search over all corrections recommends, and how that is judged."""
+    found = CorrectionSearch(
+        model,
+        lambda m, noise: sample(m, sampler, SCHEDULE, steps, noise, torch.Generator()),
+        images,
+        standard_corrections(SCHEDULE),
+        features=features,
+        num_samples=num_samples,
+        batch_size=num_samples,
+        seed=seed,
+    ).recommend()
+    plain, best = found.candidates[0].distance, found.best
+    return {
+        "recommended": "none" if found.recommended is None else found.recommended.label,
+        "relative": [best.difference / plain, best.low / plain, best.high / plain],
+        "judged": judge(found.correct_model(model), found.correct_noise),
     }
 
 
@@ -444,6 +466,8 @@ STUDIES: dict[str, Callable[[Bar], Json]] = {
     "imperfect": imperfect,
     "mixtures": mixtures,
     "search": search,
-    "false_alarms": false_alarms,
+    "coverage_gaussian": partial(coverage, law="gaussian"),
+    "coverage_mixture": partial(coverage, law="mixture"),
+    "whole_search": whole_search,
     "digits": digits,
 }

@@ -1,0 +1,308 @@
+"""Whether the search's intervals hold, where the truth is known to all digits.
+
+A repeat draws data and start noise anew and compares the samples of several gains by the statistic
+of ``GainSearch``.  A sampler of an exact model acts on independent parts of the data one by one, so
+its samples are put together from two kinds of parts: Gaussian axes, on which it is a factor
+(``linear``), and a ring of eight Gaussians in the plane, for which it is run once on a pool of
+noise.  Rows of the pool are drawn with replacement: the pool is the population, its moments the
+truth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.lab.linear import output_variances
+from benchmarks.lab.mixtures import ExactModel, Mixture
+from benchmarks.quality.samplers import sample
+from s2dm_loss import (
+    Correction,
+    CorrectionSearch,
+    NoiseSchedule,
+    PredictionScaling,
+    SkipGain,
+    StartScaling,
+    standard_corrections,
+)
+from s2dm_loss.frechet import FrechetComparison
+
+SCHEDULE = NoiseSchedule.linear(1000)
+
+
+class Cells(NamedTuple):
+    """Sampling steps, numbers of samples, those also measured at the boundary, and repeats."""
+
+    steps: tuple[int, ...]
+    counts: tuple[int, ...]
+    boundary: tuple[int, ...]
+    repeats: int
+
+
+STRENGTHS = (-49, 9, 49, 99)
+"""The skips compared, below 0 for the inverse of the gain."""
+CELLS = {
+    2: Cells((10, 20, 50, 100), (512, 1024, 2048, 4096), (512, 4096), 400),
+    16: Cells((10, 20, 50, 100), (512, 1024, 2048, 4096), (512, 4096), 400),
+    64: Cells((10, 50, 100), (512, 1024, 4096), (512,), 200),
+    128: Cells((10, 50, 100), (512, 1024, 4096), (512,), 200),
+}
+"""What is measured for each number of axes."""
+POOL = 65_536
+
+
+def scales() -> Tensor:
+    """Return s(t) of no gain and of each of ``STRENGTHS``, ``[K, 1000]``."""
+    correction = SkipGain(SCHEDULE, STRENGTHS)
+    times = torch.arange(SCHEDULE.num_train_timesteps)
+    plain = torch.ones(len(times), dtype=torch.float64)
+    return torch.stack([plain, *(correction.scale(times, k) for k in STRENGTHS)])
+
+
+@dataclass(frozen=True)
+class Population:
+    """Data of independent parts, and what a sampler makes of noise.
+
+    Attributes:
+        variances: The Gaussian axes' variances, ``[D]``.
+        outputs: The samples' variances along them, ``[K, D]``.
+        ring: The mixture of the first two axes; None where all are Gaussian.
+        pool: The sampler's output there, ``[K, POOL, 2]``.
+        data_scale: Factor on the data.
+    """
+
+    variances: Tensor
+    outputs: Tensor
+    ring: Mixture | None = None
+    pool: Tensor | None = None
+    data_scale: float = 1.0
+
+    def distances(self, data_scale: float | None = None) -> Tensor:
+        """Return the true Fréchet distances, ``[K]``."""
+        spread, overlap = self._parts()
+        scale = self.data_scale if data_scale is None else data_scale
+        total = self.variances.sum()
+        if self.ring is not None:
+            total = total + self.ring.covariance.trace()
+        return spread + scale**2 * total - 2 * scale * overlap
+
+    def at_the_boundary(self, index: int) -> Population:
+        """Return the population whose data are scaled so that one strength changes nothing.
+
+        The distance is quadratic in the scale of the data, and its square is common to all
+        strengths.
+        """
+        spread, overlap = self._parts()
+        scale = (spread[index] - spread[0]) / (2 * (overlap[index] - overlap[0]))
+        return Population(self.variances, self.outputs, self.ring, self.pool, float(scale))
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Return |μ|² + tr C and tr (C_x C_y)^½ of every strength, for data of mean 0."""
+        spread = self.outputs.sum(1)
+        overlap = (self.outputs * self.variances).sqrt().sum(1)
+        if self.ring is not None and self.pool is not None:
+            centered = self.pool - self.pool.mean(1, keepdim=True)
+            covariance = centered.mT @ centered / self.pool.shape[1]
+            product = torch.linalg.eigvals(covariance @ self.ring.covariance).real
+            spread = spread + self.pool.square().sum(2).mean(1)
+            overlap = overlap + product.sqrt().sum(1)
+        return spread, overlap
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return data ``[count, D + 1]`` and paired samples ``[K, count, D + 1]``."""
+        size = len(self.variances)
+
+        def normal() -> Tensor:
+            return torch.randn(count, size, generator=generator, dtype=torch.float64)
+
+        data = [normal() * self.variances.sqrt()]
+        samples = [normal() * self.outputs.sqrt()[:, None]]
+        if self.ring is not None and self.pool is not None:
+            data.insert(0, self.ring.draw(count, generator))
+            rows = torch.randint(self.pool.shape[1], (count,), generator=generator)
+            samples.insert(0, self.pool[:, rows])
+        # The last column is what lies outside the axes: nothing.
+        data.append(torch.zeros(count, 1, dtype=torch.float64))
+        samples.append(torch.zeros(len(self.outputs), count, 1, dtype=torch.float64))
+        return self.data_scale * torch.cat(data, 1), torch.cat(samples, 2)
+
+
+def ring_pool(steps: int, size: int = POOL) -> Tensor:
+    """Return DDIM's output on the ring for every strength, from the same noise."""
+    ring = Mixture.ring()
+    correction = SkipGain(SCHEDULE, STRENGTHS)
+    model = ExactModel(ring, SCHEDULE)
+    noise = torch.randn(size, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    models = [model, *(correction.correct_model(model, k) for k in STRENGTHS)]
+    draw = torch.Generator()
+    return torch.stack([sample(m, "ddim", SCHEDULE, steps, noise, draw).clone() for m in models])
+
+
+def population(law: str, size: int, steps: int, pool: Tensor | None = None) -> Population:
+    """Return a population of ``size`` axes, the i-th Gaussian one of variance 1 / √i."""
+    variances = torch.arange(1, size + 1, dtype=torch.float64).rsqrt()
+    if law == "gaussian":
+        outputs = output_variances(variances, scales(), SCHEDULE, "ddim", steps)
+        return Population(variances, outputs)
+    variances = variances[: size - 2]
+    outputs = output_variances(variances, scales(), SCHEDULE, "ddim", steps)
+    return Population(
+        variances, outputs, Mixture.ring(), ring_pool(steps) if pool is None else pool
+    )
+
+
+def repeated(drawn: Population, count: int, repeats: int, seed: int = 0) -> dict[str, Any]:
+    """Compare ``repeats`` times, and count how often the intervals hold.
+
+    Returns:
+        ``joint``: repeats in which every interval holds the truth.  ``alarms``: repeats in which a
+        strength that does not help is called better than none beyond doubt.  ``recommended``: how
+        often which strength is.  ``bias``: of the estimate, over its standard deviation, the
+        largest of the strengths.  ``reach``: half an interval over that standard deviation, the
+        smallest.
+    """
+    truth = drawn.distances()
+    truth = truth - truth[0]
+    holds, alarms, recommended = 0, 0, dict.fromkeys((0, *STRENGTHS), 0)
+    errors, reaches = [], []
+    for number in range(seed, seed + repeats):
+        data, samples = drawn.draw(count, torch.Generator().manual_seed(number))
+        comparison = FrechetComparison(data, count, number)
+        for rows in samples:
+            comparison.add(rows)
+        found = comparison.differences()
+        holds += bool(((found.low <= truth) & (truth <= found.high)).all())
+        sure = found.high < 0
+        alarms += bool((sure & (truth > -1e-12)).any())  # 0 but for rounding
+        best = int(torch.where(sure, found.distance, torch.inf).argmin()) if sure.any() else 0
+        recommended[(0, *STRENGTHS)[best]] += 1
+        errors.append(found.difference - truth)
+        reaches.append((found.high - found.low) / 2)
+    error, reach = torch.stack(errors)[:, 1:], torch.stack(reaches)[:, 1:]
+    deviation = error.std(0)
+    return {
+        "truth": [float(f"{value:.4g}") for value in truth[1:]],
+        "joint": holds,
+        "alarms": alarms,
+        "recommended": recommended,
+        "bias": round(float((error.mean(0) / deviation).abs().max()), 3),
+        "reach": round(float((reach.mean(0) / deviation).min()), 3),
+    }
+
+
+def coverage(bar: Any, law: str) -> dict[str, Any]:
+    """Joint coverage, false alarms at a boundary, and power, of the statistic of the search."""
+    pools: dict[int, Tensor] = {}
+    rows = []
+    cells = [
+        (size, steps, count)
+        for size, measured in CELLS.items()
+        for steps in measured.steps
+        for count in measured.counts
+    ]
+    for cell, (size, steps, count) in enumerate(bar(cells)):
+        if law == "mixture" and steps not in pools:
+            pools[steps] = ring_pool(steps)
+        drawn = population(law, size, steps, pools.get(steps))
+        repeats = CELLS[size].repeats
+        seed = cell * 10_000 + (5_000_000 if law == "mixture" else 0)
+        row = {"law": law, "size": size, "steps": steps, "count": count, "repeats": repeats}
+        row |= repeated(drawn, count, repeats, seed=seed)
+        if count in CELLS[size].boundary:
+            # Where the smallest gain changes nothing.
+            boundary = drawn.at_the_boundary(1 + STRENGTHS.index(9))
+            row["boundary"] = repeated(boundary, count, repeats, seed=seed + 5_000)
+        rows.append(row)
+    return {"strengths": STRENGTHS, "data": "as many as samples", "rows": rows}
+
+
+def whole_search(bar: Any, repeats: int = 200, num_samples: int = 512) -> dict[str, Any]:
+    """The whole search over all corrections: do its intervals hold after a scan has chosen?
+
+    Gaussian data in four dimensions.  At the null the data have the very spread of the samples, so
+    that every correction harms.
+    """
+    variances = torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
+    model = ExactModel(Mixture.gaussian(variances), SCHEDULE)
+    corrections = standard_corrections(SCHEDULE)
+    rows = []
+    for null, steps in bar([(True, 10), (False, 10), (False, 20)]):
+        plain = _outputs(variances, None, 0.0, steps)
+        data_variances = plain if null else variances
+        holds, alarms, recommended, left = 0, 0, dict.fromkeys(["none"], 0), []
+        best = min(
+            float(_gap(_outputs(variances, c, s, steps), data_variances))
+            for c in corrections
+            for s in c.strengths
+        )
+        for seed in range(repeats):
+            draw = torch.Generator().manual_seed(20_000 + seed)
+            data = Mixture.gaussian(data_variances).draw(2 * num_samples, draw).float()
+            found = CorrectionSearch(
+                model,
+                partial(_ddim, steps=steps),
+                data,
+                corrections,
+                num_samples=num_samples,
+                batch_size=num_samples,
+                seed=seed,
+            ).recommend()
+            truths = {
+                c.label: float(
+                    _gap(_outputs(variances, c.correction, c.strength, steps), data_variances)
+                )
+                for c in found.candidates
+            }
+            distance = truths["none"]
+            holds += all(
+                c.low - 1e-9 <= truths[c.label] - distance <= c.high + 1e-9
+                for c in found.candidates
+            )
+            chosen = found.recommended
+            alarms += chosen is not None and truths[chosen.label] >= distance
+            name = "none" if chosen is None else type(chosen.correction).__name__
+            recommended[name] = recommended.get(name, 0) + 1
+            left.append(distance if chosen is None else truths[chosen.label])
+        rows.append(
+            {
+                "null": null,
+                "steps": steps,
+                "plain": distance,
+                "best_of_coarse_grid": best,
+                "joint": holds,
+                "alarms": int(alarms),
+                "recommended": recommended,
+                "mean_distance": sum(left) / repeats,
+            }
+        )
+    return {
+        "variances": variances.tolist(),
+        "num_samples": num_samples,
+        "data": 2 * num_samples,
+        "repeats": repeats,
+        "rows": rows,
+    }
+
+
+def _ddim(model: nn.Module, noise: Tensor, steps: int) -> Tensor:
+    return sample(model, "ddim", SCHEDULE, steps, noise, torch.Generator())
+
+
+def _outputs(
+    variances: Tensor, correction: Correction | None, strength: float, steps: int
+) -> Tensor:
+    """Return the variances of DDIM's output with a correction, exactly."""
+    times = torch.arange(SCHEDULE.num_train_timesteps)
+    table = torch.ones(1, len(times), dtype=torch.float64)
+    if isinstance(correction, PredictionScaling):
+        table = correction.scale(times, strength)[None]
+    outputs = output_variances(variances, table, SCHEDULE, "ddim", steps)[0]
+    return outputs * strength**2 if isinstance(correction, StartScaling) else outputs
+
+
+def _gap(outputs: Tensor, variances: Tensor) -> Tensor:
+    return (outputs.sqrt() - variances.sqrt()).square().sum()

@@ -1,0 +1,392 @@
+"""Corrections of a trained model without training, each with one strength.
+
+A correction turns what a sampler is given, a model and its start noise, into another model and
+noise. What is here multiplies the noise prediction ε̂ by a factor s(t), or the start noise:
+
+    SkipGain          s(t) of S²-DM with the skip k; for -k its inverse
+    ConstantScaling   1 / λ: Epsilon Scaling (Ning et al., arXiv 2308.15321)
+    ScoreRescaling    (ψ + σ²) / (ψ/k + σ²): Temporal Score Rescaling (arXiv 2510.01184)
+    StartScaling      the start noise times a constant
+
+All of them change how far the samples lie apart, and all work in both directions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from typing_extensions import override
+
+from s2dm_loss._checks import (
+    check_batch,
+    check_choice,
+    check_number,
+    check_per_sample,
+    describe,
+)
+from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU
+from s2dm_loss.prediction import (
+    PREDICTION_TYPES,
+    PredictionType,
+    output_from_epsilon,
+    read_output,
+)
+from s2dm_loss.schedule import Schedule
+from s2dm_loss.shrink import gain
+
+# Shares of the schedule for the coarse scan. On T = 1000 timesteps they are the skips 19, 49, …
+GAIN_SHARES = (-0.1, -0.05, -0.02, 0.02, 0.05, 0.1, 0.15, 0.2)
+
+
+class Correction:
+    """A change of (model, noise) with one strength. A subclass overrides one method or both.
+
+    >>> from s2dm_loss import Correction
+    >>> class Shift(Correction):
+    ...     name, none, strengths = "start noise plus", 0.0, (-0.2, -0.1, 0.1, 0.2)
+    ...     def correct_noise(self, noise, strength):
+    ...         return noise + strength
+    >>> Shift()(torch.nn.Identity(), torch.zeros(2), 0.1)
+    (Identity(), tensor([0.1000, 0.1000]))
+
+    Attributes:
+        name: How it is called in a table, followed by the strength.
+        none: The strength at which nothing is changed.
+        strengths: Those of a coarse scan, ascending, without `none`.
+    """
+
+    name: str = "correction"
+    none: float = 1.0
+    strengths: tuple[float, ...] = ()
+
+    def __call__(
+        self, model: nn.Module, noise: Tensor, strength: float
+    ) -> tuple[nn.Module, Tensor]:
+        """Return the model and the start noise for a sampler."""
+        return self.correct_model(model, strength), self.correct_noise(noise, strength)
+
+    def correct_model(self, model: nn.Module, strength: float) -> nn.Module:
+        """Return the model for a sampler, here unchanged."""
+        del strength
+        return model
+
+    def correct_noise(self, noise: Tensor, strength: float) -> Tensor:
+        """Return the start noise for a sampler, here unchanged."""
+        del strength
+        return noise
+
+    def between(self, low: float, high: float) -> float:
+        """Return a strength between two, for the finer scan; one of them if there is none."""
+        return (low + high) / 2
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{s:g}' for s in self.strengths)})"
+
+
+class PredictionScaling(Correction):
+    """Multiplies ε̂ by a factor s(t): a subclass says which, in `scale`."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        strengths: Sequence[float],
+        *,
+        prediction_type: PredictionType = "epsilon",
+    ) -> None:
+        """Take the schedule that the model was trained on.
+
+        Args:
+            schedule: The schedule.
+            strengths: Strengths of the coarse scan.
+            prediction_type: What the model predicts.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said; the message names it.
+        """
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"schedule must be a NoiseSchedule or another Schedule, got {schedule!r}"
+            )
+        self.schedule = schedule
+        self.prediction_type: PredictionType = prediction_type
+        self.strengths = _ascending(strengths, self.none)
+
+    def scale(self, t: Tensor, strength: float) -> Tensor:
+        """Return s(t), float64, of the shape of t."""
+        raise NotImplementedError
+
+    @override
+    def correct_model(self, model: nn.Module, strength: float) -> nn.Module:
+        if strength == self.none:
+            return model
+        scale = partial(self.scale, strength=strength)
+        return ScaledModel(model, self.schedule, scale, prediction_type=self.prediction_type)
+
+
+class SkipGain(PredictionScaling):
+    """The gain s(t) that S²-DM's loss with the skip k teaches; for a strength of -k its inverse.
+
+    1 / s(t) = 1 + (1-τ)/τ c²(t) grows with k almost alike at all t, so k and τ are nearly one
+    parameter: τ is held, and k is the strength.
+    """
+
+    name: str = "gain, k ="
+    none: float = 0
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        strengths: Sequence[float] | None = None,
+        *,
+        tau: float = DEFAULT_TAU,
+        prediction_type: PredictionType = "epsilon",
+        max_c2: float = DEFAULT_MAX_C2,
+    ) -> None:
+        """Take the schedule that the model was trained on.
+
+        Args:
+            schedule: The schedule.
+            strengths: The skips: ints on a discrete schedule, floats in continuous time, below 0
+                for the inverse. By default eight, from -10 % to 20 % of the schedule.
+            tau: τ in (0, 1).
+            prediction_type: What the model predicts.
+            max_c2: Upper bound on c²; see `coefficients`.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said; the message names it.
+        """
+        if tau in (0, 1):
+            raise ValueError(f"tau must lie in (0, 1): 1 is no gain and 0 no model, got {tau!r}")
+        if strengths is None:
+            strengths = _default_skips(schedule)
+        super().__init__(schedule, strengths, prediction_type=prediction_type)
+        self.tau = tau
+        self.max_c2 = max_c2
+        # Checks tau, max_c2 and the skips.
+        dtype = torch.long if schedule.timesteps is not None else None
+        for skip in self.strengths:
+            self.scale(torch.zeros(1, dtype=dtype, device="cpu"), skip)
+
+    @override
+    def scale(self, t: Tensor, strength: float) -> Tensor:
+        s = gain(self.schedule, abs(strength), t=t, tau=self.tau, max_c2=self.max_c2)
+        return s if strength > 0 else 1 / s
+
+    @override
+    def between(self, low: float, high: float) -> float:
+        middle = (low + high) / 2
+        return middle if self.schedule.timesteps is None else round(middle)
+
+
+class ConstantScaling(PredictionScaling):
+    """ε̂ / λ with one λ: Epsilon Scaling (Ning et al., arXiv 2308.15321)."""
+
+    name: str = "ε̂ / λ, λ ="
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        strengths: Sequence[float] = (0.97, 0.985, 0.995, 1.005, 1.015, 1.03, 1.06),
+        *,
+        prediction_type: PredictionType = "epsilon",
+    ) -> None:
+        """Arguments as for `PredictionScaling`; a strength is λ."""
+        super().__init__(schedule, strengths, prediction_type=prediction_type)
+        _check_positive(self.strengths)
+
+    @override
+    def scale(self, t: Tensor, strength: float) -> Tensor:
+        return torch.full_like(t, 1 / strength, dtype=torch.float64)
+
+
+class ScoreRescaling(PredictionScaling):
+    """ε̂ (ψ + σ²) / (ψ/k + σ²): Temporal Score Rescaling (arXiv 2510.01184).
+
+    It acts at small t, where σ² = (1-ᾱ)/ᾱ is below ψ, and there by the factor k.
+    """
+
+    name: str = "score rescaling, k ="
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        strengths: Sequence[float] = (0.75, 0.9, 0.97, 1.03, 1.15, 1.4, 2.0),
+        *,
+        psi: float = 1.0,
+        prediction_type: PredictionType = "epsilon",
+    ) -> None:
+        """Arguments as for `PredictionScaling`; a strength is k, and psi is ψ."""
+        super().__init__(schedule, strengths, prediction_type=prediction_type)
+        _check_positive(self.strengths)
+        self.psi: float = check_number("psi", psi, 0.0, float("inf"), open_ends=True)
+
+    @override
+    def scale(self, t: Tensor, strength: float) -> Tensor:
+        a, b = self.schedule.alpha_sigma(t)
+        signal, noise = self.psi * a.square(), b.square()
+        return (signal + noise) / (signal / strength + noise)
+
+
+class StartScaling(Correction):
+    """The start noise times a constant."""
+
+    name: str = "start noise times"
+
+    def __init__(
+        self, strengths: Sequence[float] = (0.9, 0.95, 0.98, 1.03, 1.1, 1.2, 1.35)
+    ) -> None:
+        """Take the constants of the coarse scan."""
+        self.strengths = _ascending(strengths, self.none)
+        _check_positive(self.strengths)
+
+    @override
+    def correct_noise(self, noise: Tensor, strength: float) -> Tensor:
+        return noise * strength
+
+
+def standard_corrections(
+    schedule: Schedule, *, prediction_type: PredictionType = "epsilon"
+) -> tuple[Correction, ...]:
+    """Return the corrections of this module with their default strengths.
+
+    >>> from s2dm_loss import NoiseSchedule, standard_corrections
+    >>> for correction in standard_corrections(NoiseSchedule.linear(1000)):
+    ...     print(correction)
+    SkipGain(-99, -49, -19, 19, 49, 99, 149, 199)
+    ConstantScaling(0.97, 0.985, 0.995, 1.005, 1.015, 1.03, 1.06)
+    StartScaling(0.9, 0.95, 0.98, 1.03, 1.1, 1.2, 1.35)
+    ScoreRescaling(0.75, 0.9, 0.97, 1.03, 1.15, 1.4, 2)
+    """
+    return (
+        SkipGain(schedule, prediction_type=prediction_type),
+        ConstantScaling(schedule, prediction_type=prediction_type),
+        StartScaling(),
+        ScoreRescaling(schedule, prediction_type=prediction_type),
+    )
+
+
+class ScaledModel(nn.Module):
+    """A trained model whose noise prediction is s(t) ε̂ in place of ε̂, for any s(t).
+
+    It is called as the model is, `scaled(x_t, t, ...)`, and returns what the model returns. A
+    learned variance beside the prediction (2C channels) is left as it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        scale: Callable[[Tensor], Tensor],
+        *,
+        prediction_type: PredictionType = "epsilon",
+    ) -> None:
+        """Wrap `model`.
+
+        Args:
+            model: The trained network, called `model(x_t, t, ...)`.
+            schedule: The schedule that it was trained on.
+            scale: s, float64 of shape [B] for times of shape [B].
+            prediction_type: What the model predicts.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said.
+        """
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {describe(model)}")
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        self.model = model
+        self.schedule = schedule
+        self.scale = scale
+        self.prediction_type: PredictionType = prediction_type
+
+    @override
+    def forward(self, x_t: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
+        """Call the model and scale its prediction, as `ShrunkModel` does."""
+        return self.rescale(self.model(x_t, t, *args, **kwargs), x_t, t)
+
+    def rescale(self, output: Any, x_t: Tensor, t: Tensor | float) -> Any:
+        """Scale the prediction in an output that `model(x_t, t)` has given.
+
+        Any output is affine in ε̂, so that of s ε̂ is s · output + (1 - s) · the output of ε̂ = 0.
+        At ᾱ = 0 x_t is all noise, no v or x_0 can say otherwise, and the output stays as it is.
+        """
+        check_batch("x_t", x_t)
+        prediction = read_output(output)
+        with_variance = prediction.ndim > 1 and prediction.shape[1] == 2 * x_t.shape[1]
+        mean, *variance = prediction.chunk(2, dim=1) if with_variance else (prediction,)
+        if mean.shape != x_t.shape:
+            raise ValueError(
+                f"model must predict in the shape of x_t, {tuple(x_t.shape)}, or with a learned "
+                f"variance in twice its channels, got {describe(prediction)}"
+            )
+        t = check_per_sample("t", self._batch_of_times(t, x_t), "x_t", x_t)
+        dtype = torch.promote_types(torch.promote_types(mean.dtype, x_t.dtype), torch.float32)
+        ones = " 1" * (x_t.ndim - 1)
+        s = rearrange(self.scale(t).to(x_t.device, dtype), "b -> b" + ones)
+        scaled = s * mean.to(dtype)
+        if self.prediction_type not in ("epsilon", "score"):
+            zero = torch.zeros_like(x_t, dtype=dtype)
+            silent = output_from_epsilon(zero, x_t, t, self.schedule, self.prediction_type)
+            has_signal = rearrange(self.schedule.alpha_sigma(t)[0] > 0, "b -> b" + ones)
+            scaled = torch.where(has_signal, scaled + (1 - s) * silent, mean.to(dtype))
+        mean = scaled.to(prediction.dtype)
+        return _replaced(output, torch.cat([mean, *variance], dim=1) if variance else mean)
+
+    def _batch_of_times(self, t: Tensor | float, x_t: Tensor) -> Tensor:
+        t = torch.as_tensor(t, device=x_t.device)
+        if self.schedule.timesteps is not None and t.is_floating_point():
+            t = t.round().long()
+        return t.flatten().expand(len(x_t)) if t.numel() == 1 else t
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.schedule!r}, {self.scale!r}, prediction_type={self.prediction_type!r}"
+
+
+def _replaced(output: Any, prediction: Tensor) -> Any:
+    """Return `output`, of the type it came in, with what `read_output` reads of it replaced."""
+    if isinstance(output, Tensor):
+        return prediction
+    if isinstance(getattr(output, "sample", None), Tensor):
+        if hasattr(output, "_replace"):
+            return output._replace(sample=prediction)
+        output = copy.copy(output)
+        output.sample = prediction
+        return output
+    if hasattr(output, "_fields"):
+        return type(output)(prediction, *output[1:])
+    return type(output)([prediction, *output[1:]])
+
+
+def _ascending(strengths: Sequence[float], none: float) -> tuple[float, ...]:
+    for strength in strengths:
+        check_number("strengths", strength, -torch.inf, torch.inf, open_ends=True)
+    found = tuple(sorted(strengths))
+    if not found or len(set(found)) < len(found) or none in found:
+        raise ValueError(
+            f"strengths must be at least one, distinct, and without {none:g}, which is no "
+            f"correction, got {tuple(strengths)!r}"
+        )
+    return found
+
+
+def _check_positive(strengths: tuple[float, ...]) -> None:
+    if strengths[0] <= 0:
+        raise ValueError(f"strengths must be positive, got {strengths[0]!r}")
+
+
+def _default_skips(schedule: Schedule) -> tuple[float, ...]:
+    if not isinstance(schedule, Schedule) or schedule.timesteps is None:
+        return GAIN_SHARES
+    count = schedule.timesteps.numel()
+    sizes = {(max(1, round(abs(share) * count) - 1), share > 0) for share in GAIN_SHARES}
+    return tuple(size if positive else -size for size, positive in sizes)

@@ -1,0 +1,265 @@
+"""Corrections: their factors from the papers' formulas, and a scaled model of every kind."""
+
+import copy
+import pickle
+from collections import namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from s2dm_loss import (
+    ConstantScaling,
+    ContinuousSchedule,
+    Correction,
+    NoiseSchedule,
+    PredictionScaling,
+    ScaledModel,
+    ScoreRescaling,
+    ShrunkModel,
+    SkipGain,
+    StartScaling,
+    epsilon_from_output,
+    output_from_epsilon,
+    standard_corrections,
+)
+
+LINEAR = NoiseSchedule.linear(1000)
+BAR = LINEAR.alphas_cumprod
+TIMES = torch.tensor([0, 99, 500, 999])
+
+
+class Fixed(nn.Module):
+    """Returns what it was made with."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x_t, t):
+        return self.output
+
+
+def half(t):
+    return torch.full_like(t, 0.5, dtype=torch.float64)
+
+
+def test_the_gain_and_its_inverse():
+    correction = SkipGain(LINEAR, [-99, 49], tau=0.9)
+    lam = torch.tensor(
+        [1 + 1 / 9 * (float(BAR[t - 99] / BAR[t]) - 1) if t >= 99 else 1.0 for t in TIMES]
+    )
+    torch.testing.assert_close(correction.scale(TIMES, 99), 1 / lam.double())
+    torch.testing.assert_close(correction.scale(TIMES, -99), lam.double())
+
+
+def test_constant_scaling_divides():
+    scale = ConstantScaling(LINEAR, [1.25]).scale(TIMES, 1.25)
+    assert scale.tolist() == [0.8] * 4
+
+
+@pytest.mark.parametrize("psi", [0.1, 1.0])
+def test_score_rescaling(psi):
+    squared = (1 - BAR[TIMES]) / BAR[TIMES]  # σ²
+    expected = (psi + squared) / (psi / 0.7 + squared)
+    scale = ScoreRescaling(LINEAR, [0.7], psi=psi).scale(TIMES, 0.7)
+    torch.testing.assert_close(scale, expected)
+    # It acts where there is little noise, by the factor k, and not at all in pure noise.
+    assert float(scale[0]) == pytest.approx(0.7, abs=0.01)
+    silent = NoiseSchedule.linear(1000).rescale_zero_terminal_snr()
+    assert ScoreRescaling(silent, [0.7]).scale(torch.tensor([999]), 0.7).tolist() == [1.0]
+
+
+def test_start_scaling_leaves_the_model():
+    model, noise = nn.Identity(), torch.randn(3, 2)
+    corrected, scaled = StartScaling([1.5])(model, noise, 1.5)
+    assert corrected is model
+    assert torch.equal(scaled, 1.5 * noise)
+
+
+def test_corrections_of_the_model_leave_the_noise():
+    model, noise = nn.Identity(), torch.randn(3, 2)
+    for correction in standard_corrections(LINEAR):
+        if isinstance(correction, PredictionScaling):
+            corrected, same = correction(model, noise, correction.strengths[0])
+            assert same is noise
+            assert isinstance(corrected, ScaledModel)
+            assert correction.correct_model(model, correction.none) is model
+
+
+def test_the_standard_ones_go_both_ways():
+    for schedule in (LINEAR, ContinuousSchedule.flow()):
+        for correction in standard_corrections(schedule, prediction_type="sample"):
+            assert min(correction.strengths) < correction.none < max(correction.strengths)
+            assert list(correction.strengths) == sorted(correction.strengths)
+    gains = SkipGain(LINEAR).strengths
+    assert gains == (-99, -49, -19, 19, 49, 99, 149, 199)
+    assert SkipGain(NoiseSchedule.linear(20)).strengths == (-1, 1, 2, 3)
+    assert SkipGain(ContinuousSchedule.flow()).strengths[-1] == 0.2
+
+
+def test_between_is_a_skip_where_skips_are_integers():
+    between = SkipGain(LINEAR).between(19, 50)
+    assert between == 34
+    assert isinstance(between, int)
+    assert SkipGain(ContinuousSchedule.flow()).between(0.1, 0.2) == pytest.approx(0.15)
+    assert StartScaling().between(1.0, 1.1) == pytest.approx(1.05)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "score"])
+def test_a_scaled_model_scales_the_noise(prediction_type):
+    x_t, epsilon = torch.randn(2, 4, 3, dtype=torch.float64)
+    output = output_from_epsilon(epsilon, x_t, TIMES, LINEAR, prediction_type)
+    model = ScaledModel(Fixed(output), LINEAR, half, prediction_type=prediction_type)
+    scaled = epsilon_from_output(model(x_t, TIMES), x_t, TIMES, LINEAR, prediction_type)
+    torch.testing.assert_close(scaled, 0.5 * epsilon, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", ["flow", "sample"])
+def test_a_scaled_model_in_continuous_time(prediction_type):
+    flow = ContinuousSchedule.flow()
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    x_t, epsilon = torch.randn(2, 3, 2, dtype=torch.float64)
+    output = output_from_epsilon(epsilon, x_t, t, flow, prediction_type)
+    model = ScaledModel(Fixed(output), flow, half, prediction_type=prediction_type)
+    scaled = epsilon_from_output(model(x_t, t), x_t, t, flow, prediction_type)
+    torch.testing.assert_close(scaled, 0.5 * epsilon, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "score"])
+def test_the_gain_is_that_of_shrunk_model(prediction_type):
+    x_t, output = torch.randn(2, 4, 3)
+    correction = SkipGain(LINEAR, [99], prediction_type=prediction_type)
+    scaled = correction.correct_model(Fixed(output), 99)
+    shrunk = ShrunkModel(Fixed(output), LINEAR, 99, prediction_type=prediction_type)
+    torch.testing.assert_close(scaled(x_t, TIMES), shrunk(x_t, TIMES), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_pure_noise_stays_as_it_is(prediction_type):
+    silent = LINEAR.rescale_zero_terminal_snr()
+    output = torch.randn(2, 3)
+    model = ScaledModel(Fixed(output), silent, half, prediction_type=prediction_type)
+    scaled = model(torch.randn(2, 3), torch.tensor([999, 500]))
+    assert torch.equal(scaled[0], output[0])
+    assert scaled.isfinite().all()
+    assert not torch.equal(scaled[1], output[1])
+
+
+Plain = namedtuple("Plain", "prediction extra")
+Named = namedtuple("Named", "extra sample")
+
+
+@dataclass
+class Output:
+    sample: torch.Tensor
+    other: str = "kept"
+
+
+def test_outputs_come_back_as_they_came():
+    x_t, out = torch.randn(2, 4, 3)
+    kinds = {
+        "tensor": (out, lambda got: got),
+        "tuple": ((out, 7), lambda got: got[0]),
+        "list": ([out, 7], lambda got: got[0]),
+        "named": (Plain(out, 7), lambda got: got.prediction),
+        "named sample": (Named(7, out), lambda got: got.sample),
+        "object": (Output(out), lambda got: got.sample),
+    }
+    for output, read in kinds.values():
+        got = ScaledModel(Fixed(output), LINEAR, half)(x_t, TIMES)
+        assert type(got) is type(output)
+        assert torch.equal(read(got), 0.5 * out)
+        if isinstance(got, Named):
+            assert got.extra == 7
+        if isinstance(got, Output):
+            assert got.other == "kept"
+            assert torch.equal(output.sample, out)  # the model's own is left alone
+
+
+def test_a_learned_variance_is_left_alone():
+    x_t, mean, variance = torch.randn(3, 4, 3, 2)
+    got = ScaledModel(Fixed(torch.cat([mean, variance], 1)), LINEAR, half)(x_t, TIMES)
+    assert torch.equal(got, torch.cat([0.5 * mean, variance], 1))
+
+
+def test_times_of_a_sampling_loop():
+    x_t, out = torch.randn(2, 4, 3)
+    correction = SkipGain(LINEAR, [99])
+    model = correction.correct_model(Fixed(out), 99)
+    expected = correction.scale(torch.tensor([500]), 99).float() * out
+    for t in (500, torch.tensor(500), torch.tensor([500]), 499.7, torch.full((4,), 500)):
+        torch.testing.assert_close(model(x_t, t), expected)
+
+
+def test_the_dtype_is_the_models():
+    x_t = torch.randn(4, 3, dtype=torch.bfloat16)
+    assert ScaledModel(Fixed(x_t), LINEAR, half)(x_t, TIMES).dtype == torch.bfloat16
+
+
+def test_models_and_corrections_can_be_copied_and_kept():
+    x_t = torch.randn(4, 3)
+    for correction in standard_corrections(LINEAR):
+        strength = correction.strengths[0]
+        model, noise = correction(Fixed(x_t), x_t, strength)
+        for again in (copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):  # noqa: S301
+            assert torch.equal(again(model)(x_t, TIMES), model(x_t, TIMES))
+            assert torch.equal(again(correction).correct_noise(x_t, strength), noise)
+
+
+def test_one_of_a_users_own():
+    class Clipped(Correction):
+        name, none, strengths = "clipped at", float("inf"), (1.0, 2.0)
+
+        def correct_noise(self, noise, strength):
+            return noise.clamp(-strength, strength)
+
+    model, noise = Clipped()(nn.Identity(), torch.tensor([3.0, -0.5]), 1.0)
+    assert isinstance(model, nn.Identity)
+    assert noise.tolist() == [1.0, -0.5]
+    assert repr(Clipped()) == "Clipped(1, 2)"
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda: StartScaling([]), ValueError, "strengths must be at least one"),
+        (lambda: StartScaling([1.0]), ValueError, "without 1, which is no correction"),
+        (lambda: StartScaling([1.1, 1.1]), ValueError, "distinct"),
+        (lambda: StartScaling([-1.1]), ValueError, "strengths must be positive, got -1.1"),
+        (lambda: StartScaling([float("nan")]), ValueError, "strengths must lie in"),
+        (lambda: StartScaling(["1"]), TypeError, "strengths must be a real number"),
+        (lambda: ConstantScaling(LINEAR, [0.0]), ValueError, "strengths must be positive"),
+        (lambda: ConstantScaling("linear"), TypeError, "schedule must be"),
+        (lambda: ConstantScaling(LINEAR, prediction_type="eps"), ValueError, "prediction_type"),
+        (lambda: ScoreRescaling(LINEAR, psi=0.0), ValueError, "psi must lie in"),
+        (lambda: ScoreRescaling(LINEAR, [-1.0]), ValueError, "strengths must be positive"),
+        (lambda: SkipGain(LINEAR, [0]), ValueError, "without 0"),
+        (lambda: SkipGain(LINEAR, [-1000]), ValueError, "below 1000"),
+        (lambda: SkipGain(LINEAR, [0.1]), TypeError, "int skips"),
+        (lambda: SkipGain(LINEAR, tau=1), ValueError, "tau must lie in"),
+        (lambda: SkipGain(LINEAR, tau=2.0), ValueError, "tau must lie in"),
+        (lambda: SkipGain(LINEAR, max_c2=-1.0), ValueError, "max_c2 must lie in"),
+        (lambda: SkipGain("linear"), TypeError, "schedule must be"),
+        (lambda: ScaledModel(3, LINEAR, half), TypeError, "model must be an nn.Module"),
+        (
+            lambda: ScaledModel(nn.Identity(), LINEAR, half, prediction_type="eps"),
+            ValueError,
+            "prediction_type",
+        ),
+    ],
+)
+def test_a_bad_argument_is_named(make, error, said):
+    with pytest.raises(error, match=said):
+        make()
+
+
+def test_a_bad_call_is_named():
+    x_t = torch.randn(4, 3, 2)
+    with pytest.raises(ValueError, match="model must predict in the shape of x_t"):
+        ScaledModel(Fixed(torch.zeros(4, 5, 2)), LINEAR, half)(x_t, TIMES)
+    with pytest.raises(ValueError, match="t must have shape"):
+        ScaledModel(Fixed(x_t), LINEAR, half)(x_t, TIMES[:2])
+    with pytest.raises(ValueError, match="t must have shape"):
+        ScaledModel(Fixed(x_t), LINEAR, half)(x_t, TIMES[:, None])

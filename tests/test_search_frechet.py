@@ -1,0 +1,176 @@
+"""The statistic of the search: no bias, influences that are derivatives, intervals that hold."""
+
+import pytest
+import torch
+
+from s2dm_loss.frechet import (
+    Axes,
+    FrechetComparison,
+    _Gaussian,
+    _Pair,
+)
+
+
+def normal(count, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, size, generator=generator, dtype=torch.float64)
+
+
+def inside(values):
+    """Coordinates with nothing outside the axes."""
+    return torch.cat([values, values.new_zeros(len(values), 1)], dim=1)
+
+
+def plug_in(samples, data):
+    """|μ_x - μ_y|² + tr (C_x + C_y - 2 (C_x C_y)^½), by the eigenvalues of the product."""
+    covariances = samples.T.cov(), data.T.cov()
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
+    shift = samples.mean(0) - data.mean(0)
+    return float(shift.square().sum() + sum(c.trace() for c in covariances) - 2 * roots.sum())
+
+
+def scaled_pair(size, count, seed, scale=1.3):
+    """Samples N(0, scale² V) and data N(0, V) in a turned basis; the true distance."""
+    deviations = torch.linspace(0.2, 1.5, size, dtype=torch.float64)
+    turn = torch.linalg.qr(normal(size, size, 99)).Q
+    samples = normal(count, size, seed) * deviations * scale
+    data = normal(count, size, seed + 10_000) * deviations
+    return samples @ turn, data @ turn, float((scale - 1) ** 2 * deviations.square().sum())
+
+
+def test_the_distance_of_two_gaussians():
+    samples, data, _ = scaled_pair(5, 300, 0)
+    pair = _Pair(_Gaussian(inside(samples + 0.4)), _Gaussian(inside(data)))
+    assert pair.distance == pytest.approx(plug_in(samples + 0.4, data), rel=1e-10)
+
+
+def test_directions_that_one_side_does_not_have():
+    samples, data, _ = scaled_pair(4, 300, 0)
+    flat = data.clone()
+    flat[:, 1] = 0.0  # a pixel that is always black
+    pair = _Pair(_Gaussian(inside(samples)), _Gaussian(inside(flat)))
+    assert pair.distance == pytest.approx(plug_in(samples, flat), rel=1e-6)
+    assert all(part.isfinite().all() for part in pair.influences(inside(samples), inside(flat)))
+    both = FrechetComparison(inside(flat), 300, 0)
+    both.add(inside(samples))
+    both.add(inside(1.1 * samples))
+    assert torch.stack(both.differences()).isfinite().all()
+
+
+def test_what_lies_outside_the_axes_counts_as_one_spread():
+    samples, data, _ = scaled_pair(3, 300, 0)
+    away = normal(300, 1, 5).abs(), 2 * normal(300, 1, 6).abs()
+    pair = _Pair(
+        _Gaussian(torch.cat([samples, away[0]], 1)), _Gaussian(torch.cat([data, away[1]], 1))
+    )
+    roots = [float(part.square().mean().sqrt()) for part in away]
+    expected = plug_in(samples, data) + (roots[0] - roots[1]) ** 2
+    assert pair.distance == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_influence_is_what_leaving_the_row_out_changes(side):
+    count = 20_000
+    samples, data, _ = scaled_pair(3, count, 1)
+    sets = [torch.cat([values + 0.2, values.norm(dim=1)[:, None]], 1) for values in (samples, data)]
+    sets[0] = sets[0] * 0.8
+    pair = _Pair(*(_Gaussian(values) for values in sets))
+    influence = pair.influences(*sets)[side]
+    for row in (0, 7, 512):
+        left = [torch.cat([v[:row], v[row + 1 :]]) if i == side else v for i, v in enumerate(sets)]
+        change = _Pair(*(_Gaussian(values) for values in left)).distance - pair.distance
+        expected = -float(influence[row] - influence.mean()) / (count - 1)
+        assert change == pytest.approx(expected, abs=0.02 * float(influence.std()) / count)
+
+
+def test_the_bias_is_gone():
+    """16 axes and 64 samples: the plug-in distance is too large by more than the distance."""
+    size, count, repeats = 16, 64, 60
+    plain, corrected = [], []
+    for seed in range(repeats):
+        samples, data, truth = scaled_pair(size, count, 100 * seed)
+        comparison = FrechetComparison(inside(data), count, seed)
+        corrected.append(comparison.add(inside(samples)))
+        plain.append(plug_in(samples, data))
+    plain, corrected = torch.tensor(plain), torch.tensor(corrected)
+    error = float(corrected.std()) / repeats**0.5
+    assert float(plain.mean()) - truth > 10 * error
+    assert abs(float(corrected.mean()) - truth) < 3 * error
+
+
+def test_sorted_data_are_as_good_as_shuffled_ones():
+    # Halves by order would be the two classes, each far from the samples.
+    classes = torch.cat([normal(500, 2, 0) - 3, normal(500, 2, 1) + 3])
+    shuffled = classes[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
+    samples = torch.cat([normal(500, 2, 2) - 3, normal(500, 2, 3) + 3])
+    distances = [
+        FrechetComparison(inside(data), 1000, 0).add(inside(samples))
+        for data in (classes, shuffled)
+    ]
+    assert abs(distances[0] - distances[1]) < 0.05
+
+
+def test_intervals_hold_together():
+    """Axes of variance v, samples s √v z: the difference to s = 0.9 is known."""
+    deviations = torch.tensor([1.0, 0.7, 0.4, 0.2], dtype=torch.float64)
+    scales = (0.9, 0.95, 1.0, 1.1)
+    truth = torch.tensor([(s - 1) ** 2 for s in scales]).double() * deviations.square().sum()
+    truth = truth - truth[0]
+    held, repeats = 0, 150
+    for seed in range(repeats):
+        noise = normal(256, 4, seed) * deviations
+        comparison = FrechetComparison(inside(normal(400, 4, seed + 500) * deviations), 256, seed)
+        for scale in scales:
+            comparison.add(inside(scale * noise))
+        found = comparison.differences()
+        held += bool(((found.low <= truth) & (truth <= found.high)).all())
+        assert found.low[0] == found.high[0] == 0
+        assert float(found.best_share.sum()) == pytest.approx(1)
+    # 95 % are promised; the standard deviation of the count is 2.7.
+    assert 135 <= held < 150
+
+
+def test_a_set_that_is_not_finite_takes_no_part():
+    samples, data, _ = scaled_pair(3, 200, 0)
+    found = []
+    for broken in (False, True):
+        comparison = FrechetComparison(inside(data), 200, 0)
+        comparison.add(inside(samples))
+        comparison.add(inside(samples * torch.tensor([0.7, 1.0, 1.2])))
+        if broken:
+            assert comparison.add(inside(samples * torch.inf)) == torch.inf
+        found.append(comparison.differences())
+    whole, partly = found
+    assert partly.distance[2] == torch.inf
+    assert partly.best_share[2] == 0
+    # One comparison is left, whose bound is 1.96 standard deviations.
+    widths = partly.high[1] - partly.low[1], whole.high[1] - whole.low[1]
+    assert float(widths[0]) == pytest.approx(float(widths[1]), rel=0.04)
+
+
+def test_axes_lose_nothing():
+    scale = torch.linspace(0, -6, 40).double().exp()
+    turn = torch.linalg.qr(normal(40, 40, 3)).Q
+    values = (normal(500, 40, 0) * scale) @ turn + 1.0
+    axes = Axes(values, 8, seed=0)
+    coordinates = axes(values)
+    assert coordinates.shape == (500, 9)
+    centered = values - values.mean(0)
+    assert torch.allclose(coordinates.square().sum(1), centered.square().sum(1))
+    # The leading axes hold what the eight largest principal axes hold.
+    largest = torch.linalg.eigvalsh(values.T.cov())[-8:].sum()
+    assert float(coordinates[:, :-1].T.cov().trace()) == pytest.approx(float(largest), rel=1e-3)
+
+
+def test_few_dimensions_stay_as_they_are():
+    values = normal(50, 6, 0)
+    coordinates = Axes(values, 6, seed=0)(values)
+    assert torch.allclose(coordinates, inside(values - values.mean(0)))
+
+
+def test_the_axes_leave_the_global_random_state_alone():
+    torch.manual_seed(3)
+    expected = torch.randn(2)
+    torch.manual_seed(3)
+    Axes(normal(100, 30, 0), 5, seed=1)
+    assert torch.equal(torch.randn(2), expected)
