@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.lab.report_search import CORE, Row, oracle, search_sections, signed
+from benchmarks.lab.report_search import CORE, Row, judged_best, search_sections, signed
 from benchmarks.quality.files import load_json, write_whole
 from benchmarks.quality.report import COLORS, STYLE, markdown_table, save_figure
 from benchmarks.quality.samplers import TITLES
@@ -68,7 +68,7 @@ def _best_skip_figure(gaussian: Row, digits: Row) -> Figure:
         trained = [r for r in digits["rows"] if r["sampler"] == sampler]
         axes.plot(
             [r["steps"] * (1 + 0.03 * (r["seed"] - 2)) for r in trained],
-            [oracle(r, "raw") for r in trained],
+            [judged_best(r, "raw") for r in trained],
             linestyle="",
             marker="o",
             markersize=4,
