@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.files import load_json, write_whole
-from benchmarks.lab.report_search import CORE, Row, oracle, search_sections, signed
+from benchmarks.lab.report_search import CORE, Row, judged_best, search_sections, signed
 from benchmarks.pages.figures import COLORS, STYLE, save_figure
 from benchmarks.pages.tables import markdown_table
 from benchmarks.quality.samplers import TITLES
@@ -69,7 +69,7 @@ def _best_skip_figure(gaussian: Row, digits: Row) -> Figure:
         trained = [r for r in digits["rows"] if r["sampler"] == sampler]
         axes.plot(
             [r["steps"] * (1 + 0.03 * (r["seed"] - 2)) for r in trained],
-            [oracle(r, "raw") for r in trained],
+            [judged_best(r, "raw") for r in trained],
             linestyle="",
             marker="o",
             markersize=4,

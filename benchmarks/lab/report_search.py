@@ -27,7 +27,7 @@ SEARCHES = {"raw values": "raw", "classifier features of 8-bit images": "images"
 Row = dict[str, Any]
 
 
-def oracle(row: Row, measure: str) -> int:
+def judged_best(row: Row, measure: str) -> int:
     """Return the skip that the classifier's features find best."""
     return int(min(row["judged"], key=lambda skip: row["judged"][skip][measure]))
 
@@ -194,7 +194,7 @@ def _searches(study: Row) -> Iterable[str]:
         "on raw values and one with `features=` the classifier's of 8-bit images, which is what "
         "the judge uses; both judged on fresh noise beside the best of the "
         f"{len(cells[0]['grid'])} strengths of the coarse scan, found by brute force on that very "
-        "noise. Changes against plain, mean over the seeds:\n"
+        "noise. Changes against plain, mean over the seeds where there are several:\n"
     )
     rows = []
     for sampler in CORE:
@@ -236,7 +236,8 @@ def _digits(study: Row) -> Iterable[str]:
     seeds = len({row["seed"] for row in rows_of})
     yield "### On trained networks\n"
     yield (
-        f"The plain networks of the digits, {seeds} seeds, DDIM, PNDM and DEIS with 10, 20 and 50 "
+        f"The plain networks of the digits, {seeds} {'seed' if seeds == 1 else 'seeds'}, DDIM, "
+        "PNDM and DEIS with 10, 20 and 50 "
         f"steps. Each criterion saw {study['num_samples']} samples and the data, nothing else; "
         "its choice is then judged by the Fréchet distance of classifier features on fresh noise "
         f"({study['judged_on']} samples), beside the best that a search with those features "
@@ -253,7 +254,7 @@ def _digits(study: Row) -> Iterable[str]:
     best = ["the best on the grid"]
     for measure in ("raw", "images"):
         changes = [
-            row["judged"][str(oracle(row, measure))][measure] / row["judged"]["0"][measure] - 1
+            row["judged"][str(judged_best(row, measure))][measure] / row["judged"]["0"][measure] - 1
             for row in rows_of
         ]
         best += [signed(fmean(changes)), signed(max(changes)), ""]
@@ -275,7 +276,7 @@ def _digits(study: Row) -> Iterable[str]:
         for steps in sorted({row["steps"] for row in rows_of}):
             here = [r for r in rows_of if (r["sampler"], r["steps"]) == (sampler, steps)]
             chosen = sorted(r["chosen"]["recommended"] for r in here)
-            best_skips = {m: sorted(oracle(r, m) for r in here) for m in ("raw", "images")}
+            best_skips = {m: sorted(judged_best(r, m) for r in here) for m in ("raw", "images")}
             changes, _ = _judged(here, "recommended", "raw")
             saved, _ = _judged(here, "recommended", "images")
             table.append(
@@ -312,7 +313,7 @@ def _judged(rows: Sequence[Row], name: str, measure: str) -> tuple[list[float], 
             else judged[str(row["chosen"][name])][measure]
         )
         changes.append(value / judged["0"][measure] - 1)
-        regrets.append(value / judged[str(oracle(row, measure))][measure] - 1)
+        regrets.append(value / judged[str(judged_best(row, measure))][measure] - 1)
     return changes, regrets
 
 
