@@ -241,7 +241,7 @@ def _digits(study: Row) -> Iterable[str]:
         f"steps. Each criterion saw {study['num_samples']} samples and the data, nothing else; "
         "its choice is then judged by the Fréchet distance of classifier features on fresh noise "
         f"({study['judged_on']} samples), beside the best that a search with those features "
-        "finds. Raw: samples as the sampler returns them. 8-bit: the same as image files hold them.\n"
+        "finds. Raw: samples as the sampler returns them. 8-bit: the same as files hold them.\n"
     )
     yield "![Best skip by sampling steps](assets/lab/best_skip.svg)\n"
     table = []
