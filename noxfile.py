@@ -19,9 +19,10 @@ OLDEST = ("torch==2.4.0", "einops==0.8.0", "typing-extensions==4.8.0", "numpy==1
 OLDEST_PYTHON = PYTHONS[0]
 # The tests that need no trainer and no part of benchmarks/.
 CORE = (
-    *("coefficients", "distributed", "errors", "from_output", "fuzz", "golden", "loss"),
-    *("minimiser", "numerics", "prediction", "public_api", "recommend", "schedule", "shrink"),
-    *("skip_set", "tables", "testing", "tracing", "weighting"),
+    *("coefficients", "corrections", "distributed", "errors", "from_output", "fuzz", "golden"),
+    *("loss", "minimiser", "mixed_precision", "numerics", "prediction", "public_api", "recommend"),
+    *("schedule", "search_frechet", "shrink", "skip_set", "tables", "testing", "tracing"),
+    "weighting",
 )
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")
 # Exact versions of everything, as the repository was last tested.

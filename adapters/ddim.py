@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from s2dm_loss import NoiseSchedule, SkipSet, SkipStepLoss
-from s2dm_loss._checks import as_float64, check_all, check_choice, check_count
+from s2dm_loss.checks import as_float64, check_all, check_choice, check_count
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.functional import along
 

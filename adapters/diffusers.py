@@ -18,23 +18,27 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from s2dm_loss._checks import check_batch, check_like, check_per_sample, describe
-from s2dm_loss._head import Reduction
-from s2dm_loss.adapters.diffusers_pipeline import PipelineGain, shrink_pipeline
+from s2dm_loss.adapters.diffusers_pipeline import (
+    PipelineGain,
+    correct_pipeline,
+    shrink_pipeline,
+)
 from s2dm_loss.adapters.diffusers_scheduler import (
     PredictionType,
     prediction_type_of,
     schedule_of,
 )
+from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.continuous import ContinuousSchedule
+from s2dm_loss.functional import Reduction
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.output import RegressionTarget
 from s2dm_loss.schedule import NoiseSchedule, Schedule
 from s2dm_loss.skip_set import Skips
 from s2dm_loss.weighting import Weighting
 
-__all__ = ["PipelineGain", "SkipLoss", "schedule_of", "shrink_pipeline"]
+__all__ = ["PipelineGain", "SkipLoss", "correct_pipeline", "schedule_of", "shrink_pipeline"]
 
 
 class SkipLoss(nn.Module):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -16,12 +18,13 @@ from typing_extensions import Self, override
 
 from s2dm_loss.adapters.diffusers_scheduler import prediction_type_of, schedule_of
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
-from s2dm_loss.prediction import read_output
+from s2dm_loss.prediction import PredictionType, read_output
+from s2dm_loss.recommendation import Recommendation
 from s2dm_loss.schedule import NoiseSchedule
-from s2dm_loss.shrink import ShrunkModel
+from s2dm_loss.shrink import ScaledModel, ShrunkModel
 from s2dm_loss.skip_set import Skips
 
-__all__ = ["PipelineGain", "shrink_pipeline"]
+__all__ = ["PipelineGain", "correct_pipeline", "shrink_pipeline"]
 
 
 def shrink_pipeline(
@@ -60,8 +63,51 @@ def shrink_pipeline(
         ValueError: if its scheduler has no gain (flow matching, EDM), or it has one already.
     """
     return PipelineGain(
-        pipe, skip_set, tau=tau, estimator=estimator, max_c2=max_c2, component=component
+        pipe,
+        partial(
+            ShrunkModel,
+            schedule=_schedule(pipe),
+            skip_set=skip_set,
+            tau=tau,
+            estimator=estimator,
+            max_c2=max_c2,
+        ),
+        component,
     )
+
+
+def correct_pipeline(
+    pipe: Any, recommendation: Recommendation, *, component: str | None = None
+) -> PipelineGain:
+    """Put what a search has recommended on a pipeline's denoiser, until the handle is removed.
+
+        with correct_pipeline(pipe, recommendation):
+            images = pipe(latents=recommendation.correct_noise(latents)).images
+
+    A recommendation about the start noise acts through `latents` alone; one of none does nothing.
+
+    Args:
+        pipe: A diffusers pipeline with a `scheduler` and a denoiser, `unet` or `transformer`.
+        recommendation: What `CorrectionSearch` or `GainSearch` has found.
+        component: Name of the denoiser, if it is neither `unet` nor `transformer`.
+
+    Raises:
+        TypeError: if `pipe` is no pipeline.
+        ValueError: if its scheduler or its prediction type is not that of the search, or it has a
+            gain already.
+    """
+
+    def corrected(denoiser: nn.Module, prediction_type: PredictionType) -> nn.Module:
+        model = recommendation.correct_model(denoiser)
+        if isinstance(model, ScaledModel) and model.prediction_type != prediction_type:
+            raise ValueError(
+                f"recommendation is for prediction_type {model.prediction_type!r}, and the "
+                f"pipeline's is {prediction_type!r}"
+            )
+        return model
+
+    _schedule(pipe)
+    return PipelineGain(pipe, corrected, component)
 
 
 class PipelineGain:
@@ -72,46 +118,30 @@ class PipelineGain:
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        skip_set: Skips,
-        *,
-        tau: float = DEFAULT_TAU,
-        estimator: Estimator = "expected",
-        max_c2: float = DEFAULT_MAX_C2,
-        component: str | None = None,
+        self, pipe: Any, make: Callable[..., nn.Module], component: str | None = None
     ) -> None:
-        """Put the gain on; the arguments are those of `shrink_pipeline`."""
+        """Put the gain on.
+
+        Args:
+            pipe: The pipeline.
+            make: Called `make(denoiser, prediction_type=...)`, returns a `ShrunkModel` or a
+                `ScaledModel`, or the denoiser where nothing is to be changed.
+            component: Name of the denoiser.
+        """
         denoiser = _denoiser(pipe, component)
-        schedule = schedule_of(pipe.scheduler)
-        if not isinstance(schedule, NoiseSchedule):
-            raise ValueError(
-                "pipe must have a scheduler with alphas_cumprod, got a "
-                f"{type(pipe.scheduler).__name__}: the gain is not offered for flow matching, "
-                "whose transformers do not agree on whether a timestep is σ or 1000 σ"
-            )
         if denoiser in _SHRUNK:
             raise ValueError(
                 f"pipe has a gain on its {type(denoiser).__name__} already, and two would "
                 "multiply: remove the first handle"
             )
-        self._settings: dict[str, Any] = {
-            "model": denoiser,
-            "schedule": schedule,
-            "skip_set": skip_set,
-            "tau": tau,
-            "estimator": estimator,
-            "max_c2": max_c2,
-        }
-        self._shrunk = ShrunkModel(
-            **self._settings, prediction_type=prediction_type_of(pipe.scheduler)
-        )
+        self._make = make
+        self._scaled: Any = make(denoiser, prediction_type=prediction_type_of(pipe.scheduler))
         self._pipe = pipe
         self._denoiser = denoiser
         # torch.compile wraps a module; the wrapped one knows the names of the arguments.
         inner = getattr(denoiser, "_orig_mod", denoiser)
         self._signature = inspect.signature(inner.forward)
-        self._hook = denoiser.register_forward_hook(self._shrink, with_kwargs=True)
+        self._hook = denoiser.register_forward_hook(self._rescale, with_kwargs=True)
         _SHRUNK.add(denoiser)
         self.active: bool = True
 
@@ -133,9 +163,11 @@ class PipelineGain:
     ) -> None:
         self.remove()
 
-    def _shrink(
+    def _rescale(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        if self._scaled is self._denoiser:
+            return output
         call = self._signature.bind(*args, **kwargs).arguments
         x_t = call["sample"] if "sample" in call else call["hidden_states"]
         prediction = read_output(output)
@@ -145,29 +177,39 @@ class PipelineGain:
         x_t = x_t[:, : prediction.shape[1] // 2 if learned_variance else prediction.shape[1]]
         # A pipeline's scheduler, and with it the prediction type, can be exchanged.
         prediction_type = prediction_type_of(self._pipe.scheduler)
-        if prediction_type != self._shrunk.prediction_type:
-            self._shrunk = ShrunkModel(**self._settings, prediction_type=prediction_type)
-        return self._shrunk.shrink(output, x_t, call["timestep"])
+        if prediction_type != self._scaled.prediction_type:
+            self._scaled = self._make(self._denoiser, prediction_type=prediction_type)
+        return self._scaled.rescale(output, x_t, call["timestep"])
 
     @override
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
-        gain = self._shrunk
-        return (
-            f"PipelineGain({gain.schedule!r}, {gain.skip_set!r}, tau={gain.tau}, "
-            f"estimator={gain.estimator!r}, {type(self._denoiser).__name__}, {state})"
-        )
+        kind, what = type(self._denoiser).__name__, "nothing"
+        if self._scaled is not self._denoiser:
+            what = self._scaled.extra_repr()
+        return f"PipelineGain({what}, {kind}, {state})"
 
 
 # Denoisers that have a gain.
 _SHRUNK: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _denoiser(pipe: Any, component: str | None) -> nn.Module:
+def _schedule(pipe: Any) -> NoiseSchedule:
     if not hasattr(pipe, "scheduler"):
         raise TypeError(
             f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
         )
+    schedule = schedule_of(pipe.scheduler)
+    if not isinstance(schedule, NoiseSchedule):
+        raise ValueError(
+            "pipe must have a scheduler with alphas_cumprod, got a "
+            f"{type(pipe.scheduler).__name__}: the gain is not offered for flow matching, "
+            "whose transformers do not agree on whether a timestep is σ or 1000 σ"
+        )
+    return schedule
+
+
+def _denoiser(pipe: Any, component: str | None) -> nn.Module:
     names = ("unet", "transformer") if component is None else (component,)
     for name in names:
         module = getattr(pipe, name, None)

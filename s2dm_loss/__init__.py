@@ -11,7 +11,6 @@ from s2dm_loss.corrections import (
     ConstantScaling,
     Correction,
     PredictionScaling,
-    ScaledModel,
     ScoreRescaling,
     SkipGain,
     StartScaling,
@@ -25,7 +24,7 @@ from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
 from s2dm_loss.recommend import CorrectionSearch
 from s2dm_loss.recommendation import Candidate, Recommendation, ScanPoint, SearchCost
 from s2dm_loss.schedule import NoiseSchedule, Schedule
-from s2dm_loss.shrink import ShrunkModel, epsilon_scaling, gain
+from s2dm_loss.shrink import ScaledModel, ShrunkModel, epsilon_scaling, gain
 from s2dm_loss.skip_set import SkipSet
 
 __all__ = [

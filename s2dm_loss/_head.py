@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ if _CHECKPOINTS_COMPILE:
     from torch.utils.checkpoint import checkpoint
 
 Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
 def mean_square(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -259,9 +259,14 @@ def _add_product(base: Tensor | None, first: Tensor, second: Tensor, scale: floa
 
 
 def _reduce_batch(per_sample: Tensor, reduction: Reduction) -> Tensor:
-    if reduction == "none":
-        return per_sample
-    return per_sample.mean() if reduction == "mean" else per_sample.sum()
+    return _REDUCE[reduction](per_sample)
+
+
+_REDUCE: dict[Reduction, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "none": lambda per_sample: per_sample,
+}
 
 
 def _is_watched() -> bool:

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from s2dm_loss._checks import check_choice, check_number, describe
+from s2dm_loss.checks import check_choice, check_number, describe
 from s2dm_loss.schedule import Schedule, check_schedule, wide_dtype
 from s2dm_loss.skip_set import Skips, SkipSet
 

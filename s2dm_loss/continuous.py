@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
-from s2dm_loss._checks import check_number, describe
+from s2dm_loss.checks import check_number, describe
 from s2dm_loss.schedule import log_one_minus_exp, wide_dtype
 
 

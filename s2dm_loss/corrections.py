@@ -13,32 +13,24 @@ All of them change how far the samples lie apart, and all work in both direction
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss._checks import (
-    check_batch,
+from s2dm_loss.checks import (
     check_choice,
     check_number,
-    check_per_sample,
-    describe,
 )
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU
 from s2dm_loss.prediction import (
     PREDICTION_TYPES,
     PredictionType,
-    output_from_epsilon,
-    read_output,
 )
-from s2dm_loss.schedule import Schedule
-from s2dm_loss.shrink import gain
+from s2dm_loss.schedule import Schedule, check_schedule
+from s2dm_loss.shrink import ScaledModel, gain
 
 # Shares of the schedule for the coarse scan. On T = 1000 timesteps they are the skips 19, 49, …
 GAIN_SHARES = (-0.1, -0.05, -0.02, 0.02, 0.05, 0.1, 0.15, 0.2)
@@ -111,13 +103,9 @@ class PredictionScaling(Correction):
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        if not isinstance(schedule, Schedule):
-            raise TypeError(
-                f"schedule must be a NoiseSchedule or another Schedule, got {schedule!r}"
-            )
-        self.schedule = schedule
+        self.schedule: Schedule = check_schedule(schedule)
         self.prediction_type: PredictionType = prediction_type
-        self.strengths = _ascending(strengths, self.none)
+        self.strengths: tuple[float, ...] = _ascending(strengths, self.none)
 
     def scale(self, t: Tensor, strength: float) -> Tensor:
         """Return s(t), float64, of the shape of t."""
@@ -244,7 +232,7 @@ class StartScaling(Correction):
         self, strengths: Sequence[float] = (0.9, 0.95, 0.98, 1.03, 1.1, 1.2, 1.35)
     ) -> None:
         """Take the constants of the coarse scan."""
-        self.strengths = _ascending(strengths, self.none)
+        self.strengths: tuple[float, ...] = _ascending(strengths, self.none)
         _check_positive(self.strengths)
 
     @override
@@ -271,100 +259,6 @@ def standard_corrections(
         StartScaling(),
         ScoreRescaling(schedule, prediction_type=prediction_type),
     )
-
-
-class ScaledModel(nn.Module):
-    """A trained model whose noise prediction is s(t) ε̂ in place of ε̂, for any s(t).
-
-    It is called as the model is, `scaled(x_t, t, ...)`, and returns what the model returns. A
-    learned variance beside the prediction (2C channels) is left as it is.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        schedule: Schedule,
-        scale: Callable[[Tensor], Tensor],
-        *,
-        prediction_type: PredictionType = "epsilon",
-    ) -> None:
-        """Wrap `model`.
-
-        Args:
-            model: The trained network, called `model(x_t, t, ...)`.
-            schedule: The schedule that it was trained on.
-            scale: s, float64 of shape [B] for times of shape [B].
-            prediction_type: What the model predicts.
-
-        Raises:
-            TypeError, ValueError: if an argument is not as said.
-        """
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {describe(model)}")
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        self.model = model
-        self.schedule = schedule
-        self.scale = scale
-        self.prediction_type: PredictionType = prediction_type
-
-    @override
-    def forward(self, x_t: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        """Call the model and scale its prediction, as `ShrunkModel` does."""
-        return self.rescale(self.model(x_t, t, *args, **kwargs), x_t, t)
-
-    def rescale(self, output: Any, x_t: Tensor, t: Tensor | float) -> Any:
-        """Scale the prediction in an output that `model(x_t, t)` has given.
-
-        Any output is affine in ε̂, so that of s ε̂ is s · output + (1 - s) · the output of ε̂ = 0.
-        At ᾱ = 0 x_t is all noise, no v or x_0 can say otherwise, and the output stays as it is.
-        """
-        check_batch("x_t", x_t)
-        prediction = read_output(output)
-        with_variance = prediction.ndim > 1 and prediction.shape[1] == 2 * x_t.shape[1]
-        mean, *variance = prediction.chunk(2, dim=1) if with_variance else (prediction,)
-        if mean.shape != x_t.shape:
-            raise ValueError(
-                f"model must predict in the shape of x_t, {tuple(x_t.shape)}, or with a learned "
-                f"variance in twice its channels, got {describe(prediction)}"
-            )
-        t = check_per_sample("t", self._batch_of_times(t, x_t), "x_t", x_t)
-        dtype = torch.promote_types(torch.promote_types(mean.dtype, x_t.dtype), torch.float32)
-        ones = " 1" * (x_t.ndim - 1)
-        s = rearrange(self.scale(t).to(x_t.device, dtype), "b -> b" + ones)
-        scaled = s * mean.to(dtype)
-        if self.prediction_type not in ("epsilon", "score"):
-            zero = torch.zeros_like(x_t, dtype=dtype)
-            silent = output_from_epsilon(zero, x_t, t, self.schedule, self.prediction_type)
-            has_signal = rearrange(self.schedule.alpha_sigma(t)[0] > 0, "b -> b" + ones)
-            scaled = torch.where(has_signal, scaled + (1 - s) * silent, mean.to(dtype))
-        mean = scaled.to(prediction.dtype)
-        return _replaced(output, torch.cat([mean, *variance], dim=1) if variance else mean)
-
-    def _batch_of_times(self, t: Tensor | float, x_t: Tensor) -> Tensor:
-        t = torch.as_tensor(t, device=x_t.device)
-        if self.schedule.timesteps is not None and t.is_floating_point():
-            t = t.round().long()
-        return t.flatten().expand(len(x_t)) if t.numel() == 1 else t
-
-    @override
-    def extra_repr(self) -> str:
-        return f"{self.schedule!r}, {self.scale!r}, prediction_type={self.prediction_type!r}"
-
-
-def _replaced(output: Any, prediction: Tensor) -> Any:
-    """Return `output`, of the type it came in, with what `read_output` reads of it replaced."""
-    if isinstance(output, Tensor):
-        return prediction
-    if isinstance(getattr(output, "sample", None), Tensor):
-        if hasattr(output, "_replace"):
-            return output._replace(sample=prediction)
-        output = copy.copy(output)
-        output.sample = prediction
-        return output
-    if hasattr(output, "_fields"):
-        return type(output)(prediction, *output[1:])
-    return type(output)([prediction, *output[1:]])
 
 
 def _ascending(strengths: Sequence[float], none: float) -> tuple[float, ...]:

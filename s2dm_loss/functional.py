@@ -8,8 +8,9 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from s2dm_loss._checks import check_batch, check_choice, check_like, check_per_sample
-from s2dm_loss._head import REDUCTIONS, Reduction, completed_square, mean_square
+from s2dm_loss._head import REDUCTIONS, completed_square, mean_square
+from s2dm_loss._head import Reduction as Reduction
+from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from s2dm_loss._checks import (
+from s2dm_loss._head import REDUCTIONS, Reduction, completed_square
+from s2dm_loss._loss_tables import LossTables
+from s2dm_loss.checks import (
     FixedSettings,
     check_batch,
     check_choice,
@@ -17,8 +19,6 @@ from s2dm_loss._checks import (
     check_per_sample,
     describe,
 )
-from s2dm_loss._head import REDUCTIONS, Reduction, completed_square
-from s2dm_loss._loss_tables import LossTables
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,

@@ -25,7 +25,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from s2dm_loss._checks import check_batch, check_choice, check_like, check_per_sample, describe
+from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample, describe
 from s2dm_loss.schedule import Schedule
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "score"]

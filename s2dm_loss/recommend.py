@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss._checks import check_batch, check_count, describe
+from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.corrections import Correction
 from s2dm_loss.frechet import MAX_AXES, SAMPLES_PER_AXIS, Axes, FrechetComparison
 from s2dm_loss.recommendation import Candidate, Recommendation, ScanPoint, SearchCost

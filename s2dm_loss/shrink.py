@@ -8,6 +8,7 @@ constant λ is known as Epsilon Scaling (Ning et al., arXiv 2308.15321); here λ
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss._checks import (
+from s2dm_loss._tables import TimeTable
+from s2dm_loss.checks import (
     FixedSettings,
     check_batch,
     check_choice,
     check_per_sample,
     describe,
 )
-from s2dm_loss._tables import TimeTable
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator, coefficients
 from s2dm_loss.functional import along
 from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, output_scales, read_output
@@ -70,55 +71,29 @@ def epsilon_scaling(
     return gain(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2).reciprocal()
 
 
-class ShrunkModel(FixedSettings, nn.Module):
-    """A trained model whose noise prediction is s(t) ε̂ in place of ε̂, with no training.
+class _Rescaled(FixedSettings, nn.Module):
+    """A trained model whose noise prediction is s(t) ε̂ in place of ε̂; a subclass says which s."""
 
-    It is called as the model is, `shrunk(x_t, t, ...)`, and returns what the model returns, so it
-    takes the model's place in any sampling loop. A learned variance beside the prediction (2C
-    channels) is left as it is.
-
-    >>> from s2dm_loss import NoiseSchedule, ShrunkModel
-    >>> class Model(nn.Module):
-    ...     def forward(self, x_t, t):
-    ...         return torch.ones_like(x_t)
-    >>> shrunk = ShrunkModel(Model(), NoiseSchedule.linear(1000), skip_set=99)
-    >>> shrunk(torch.zeros(2, 1), torch.tensor([0, 999])).flatten()
-    tensor([1.0000, 0.9456])
-    """
-
-    _fixed = frozenset({"schedule", "skip_set", "tau", "estimator", "prediction_type", "max_c2"})
+    _fixed = frozenset({"schedule", "prediction_type"})
 
     def __init__(
-        self,
-        model: nn.Module,
-        schedule: Schedule,
-        skip_set: Skips,
-        *,
-        tau: float = DEFAULT_TAU,
-        estimator: Estimator = "expected",
-        prediction_type: PredictionType = "epsilon",
-        max_c2: float = DEFAULT_MAX_C2,
+        self, model: nn.Module, schedule: Schedule, prediction_type: PredictionType
     ) -> None:
-        """Wrap `model`; the other arguments are those of `SkipStepLoss`.
-
-        Raises:
-            TypeError, ValueError: if an argument is not as said.
-        """
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {describe(model)}")
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         self.model = model
         self.schedule: Schedule = check_schedule(schedule)
-        self.skip_set: SkipSet = SkipSet.wrap(skip_set)
-        self.tau = tau
-        self.estimator: Estimator = estimator
         self.prediction_type: PredictionType = prediction_type
-        self.max_c2 = max_c2
-        # Checks tau, max_c2 and the skips.
         timesteps = self.schedule.timesteps
+        # Checks what the subclass has been given.
         self._scales_at(torch.zeros(1, device="cpu") if timesteps is None else timesteps[:1])
         self._scales = TimeTable(self._scales_at, timesteps)
+
+    def _scale_and_excess(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return s and s - 1 at times t, in float64."""
+        raise NotImplementedError
 
     @override
     def forward(self, x_t: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +115,7 @@ class ShrunkModel(FixedSettings, nn.Module):
         scale, shift = self._at(x_t, t)
         return _scaled(self.model(x_t, t, *args, **kwargs), x_t, scale, shift)
 
-    def shrink(self, output: Any, x_t: Tensor, t: Tensor | float) -> Any:
+    def rescale(self, output: Any, x_t: Tensor, t: Tensor | float) -> Any:
         """Scale the prediction in an output that `model(x_t, t)` has given."""
         return _scaled(output, x_t, *self._at(x_t, t))
 
@@ -164,15 +139,7 @@ class ShrunkModel(FixedSettings, nn.Module):
         ratio is 0, x_t is all noise, and no x_0 or v can say that ε̂ is a little less than x_t: the
         output stays as it is.
         """
-        at_t = coefficients(
-            self.schedule,
-            self.skip_set,
-            t=t,
-            tau=self.tau,
-            estimator=self.estimator,
-            max_c2=self.max_c2,
-        )
-        s, less = at_t.gain, at_t.gain_excess
+        s, less = self._scale_and_excess(t)
         scales = output_scales(self.prediction_type, *self.schedule.alpha_sigma(t))
         if scales.shift is None:
             return s, None
@@ -196,10 +163,63 @@ class ShrunkModel(FixedSettings, nn.Module):
             return super().__getattr__(name)
         except AttributeError as error:
             raise AttributeError(
-                f"a ShrunkModel has no {name!r}: it takes the model's place in a sampling loop. "
-                "For a diffusers pipeline, which asks more of its denoiser, there is "
+                f"a {type(self).__name__} has no {name!r}: it takes the model's place in a "
+                "sampling loop. For a diffusers pipeline, which asks for more, there is "
                 "s2dm_loss.adapters.diffusers.shrink_pipeline"
             ) from error
+
+
+class ShrunkModel(_Rescaled):
+    """A trained model whose noise prediction is s(t) ε̂ in place of ε̂, with no training.
+
+    It is called as the model is, `shrunk(x_t, t, ...)`, and returns what the model returns, so it
+    takes the model's place in any sampling loop. A learned variance beside the prediction (2C
+    channels) is left as it is.
+
+    >>> from s2dm_loss import NoiseSchedule, ShrunkModel
+    >>> class Model(nn.Module):
+    ...     def forward(self, x_t, t):
+    ...         return torch.ones_like(x_t)
+    >>> shrunk = ShrunkModel(Model(), NoiseSchedule.linear(1000), skip_set=99)
+    >>> shrunk(torch.zeros(2, 1), torch.tensor([0, 999])).flatten()
+    tensor([1.0000, 0.9456])
+    """
+
+    _fixed = _Rescaled._fixed | {"skip_set", "tau", "estimator", "max_c2"}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        skip_set: Skips,
+        *,
+        tau: float = DEFAULT_TAU,
+        estimator: Estimator = "expected",
+        prediction_type: PredictionType = "epsilon",
+        max_c2: float = DEFAULT_MAX_C2,
+    ) -> None:
+        """Wrap `model`; the other arguments are those of `SkipStepLoss`.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said.
+        """
+        self.skip_set: SkipSet = SkipSet.wrap(skip_set)
+        self.tau = tau
+        self.estimator: Estimator = estimator
+        self.max_c2 = max_c2
+        super().__init__(model, schedule, prediction_type)
+
+    @override
+    def _scale_and_excess(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        at_t = coefficients(
+            self.schedule,
+            self.skip_set,
+            t=t,
+            tau=self.tau,
+            estimator=self.estimator,
+            max_c2=self.max_c2,
+        )
+        return at_t.gain, at_t.gain_excess
 
     @override
     def extra_repr(self) -> str:
@@ -207,6 +227,47 @@ class ShrunkModel(FixedSettings, nn.Module):
             f"{self.schedule!r}, {self.skip_set!r}, tau={self.tau}, estimator={self.estimator!r}, "
             f"prediction_type={self.prediction_type!r}"
         )
+
+
+class ScaledModel(_Rescaled):
+    """A trained model whose noise prediction is s(t) ε̂ in place of ε̂, for any s(t).
+
+    It is called as the model is, `scaled(x_t, t, ...)`, and returns what the model returns. A
+    learned variance beside the prediction (2C channels) is left as it is.
+    """
+
+    _fixed = _Rescaled._fixed | {"scale"}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        scale: Callable[[Tensor], Tensor],
+        *,
+        prediction_type: PredictionType = "epsilon",
+    ) -> None:
+        """Wrap `model`.
+
+        Args:
+            model: The trained network, called `model(x_t, t, ...)`.
+            schedule: The schedule that it was trained on.
+            scale: s, float64 of the shape of t.
+            prediction_type: What the model predicts.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as said.
+        """
+        self.scale = scale
+        super().__init__(model, schedule, prediction_type)
+
+    @override
+    def _scale_and_excess(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.scale(t)
+        return s, s - 1
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.schedule!r}, {self.scale!r}, prediction_type={self.prediction_type!r}"
 
 
 def _scaled(output: Any, x_t: Tensor, scale: Tensor, shift: Tensor | None) -> Any:

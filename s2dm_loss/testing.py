@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss._checks import check_number, describe
+from s2dm_loss.checks import check_number, describe
 from s2dm_loss.coefficients import DEFAULT_TAU
+from s2dm_loss.loss import SkipStepLoss
+from s2dm_loss.prediction import epsilon_from_output
 
 # A τ at which even a small skip moves the target by much more than float32 rounding.
 _STRONG_TAU = 0.5
@@ -75,9 +77,10 @@ def check_swap(
 ) -> SwapReport:
     """Raise AssertionError unless a swap does what it should, and return what was measured.
 
-    It finds a prediction type or a scale that is not the trainer's, a wrong order of arguments, a
-    loss that explodes or dies at an end of the schedule, a schedule that runs the wrong way or does
-    not act, and a model that is called more often than before.
+    It finds a scale that is not the trainer's, a v that is taken for noise, a wrong order of
+    arguments, a loss that explodes or dies at an end of the schedule, a schedule that runs the
+    wrong way or does not act, and a model that is called more often than before. A swap by
+    `from_output` or `regression_target` needs `check_target` too.
 
     Args:
         trainers_loss: Calls the model it is given, once, and returns the trainer's own loss: a
@@ -136,6 +139,44 @@ def check_swap(
             f"of this batch below the skip?\n{report}"
         )
     return report
+
+
+def check_target(criterion: SkipStepLoss, target: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Raise AssertionError unless a criterion reads standard noise out of a trainer's target.
+
+    What `check_swap` cannot see: at τ = 1 `from_output` and `regression_target` are the trainer's
+    loss whatever prediction type and schedule they were made for. The ε in a target on x_t, by the
+    criterion's own account, has variance 1 at every t only if both are the trainer's. Noise that
+    a trainer changed (an offset, perturbed inputs) is to be switched off for it.
+
+    Args:
+        criterion: The loss that the adapter makes.
+        target: What the trainer compares the network's output with, of shape [B, ...]; a thousand
+            values a sample or more.
+        x_t: The network's noisy input, of the same shape.
+        t: Times of shape [B] as the criterion is given them, from all over the schedule.
+
+    Returns:
+        The variance at each t, of shape [B].
+
+    Raises:
+        AssertionError: if a variance is not 1 to within its statistical error.
+    """
+    epsilon = epsilon_from_output(
+        target.double(), x_t.double(), t, criterion.schedule, criterion.prediction_type
+    )
+    variance = epsilon.flatten(1).square().mean(dim=1)
+    # Four standard deviations of a mean square, and what float32 inputs lose next to the data.
+    tolerance = 4 * (2 / target[0].numel()) ** 0.5 + 0.01
+    bad = ~((variance - 1).abs() <= tolerance)
+    if bool(bad.any()):
+        rows = [f"{float(t[i]):10.4g}   {float(variance[i]):.4g}" for i in bad.nonzero().flatten()]
+        raise AssertionError(
+            f"the noise in target must have variance 1 to within {tolerance:.2g}: "
+            f"{criterion.prediction_type!r} on {criterion.schedule!r} is not what the trainer "
+            "trains. Got\n      time   variance\n" + "\n".join(rows)
+        )
+    return variance
 
 
 class _Probe(nn.Module):

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from s2dm_loss._checks import check_number, describe
+from s2dm_loss.checks import check_number, describe
 
 WeightingName = Literal[
     "uniform", "min_snr", "soft_min_snr", "truncated_snr", "p2", "debiased", "sigmoid"

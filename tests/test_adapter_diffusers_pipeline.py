@@ -1,13 +1,24 @@
 """The gain on diffusers' own pipelines, and the timesteps that its schedulers visit."""
 
+import contextlib
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from s2dm_loss import NoiseSchedule, SkipSet, gain
-from s2dm_loss.adapters.diffusers import SkipLoss, shrink_pipeline
+from s2dm_loss import (
+    Candidate,
+    NoiseSchedule,
+    Recommendation,
+    SearchCost,
+    SkipGain,
+    SkipSet,
+    StartScaling,
+    gain,
+)
+from s2dm_loss.adapters.diffusers import SkipLoss, correct_pipeline, shrink_pipeline
 from tests.helpers.diffusers_parts import (
     diffusers,
     make_scheduler,
@@ -304,7 +315,7 @@ def test_it_says_whether_it_is_active(unet):
     handle = shrink_pipeline(pipe, skip_set=99)
     assert repr(handle) == (
         "PipelineGain(NoiseSchedule.linear(1000), SkipSet(99), tau=0.99, estimator='expected', "
-        "UNet2DModel, active)"
+        "prediction_type='epsilon', UNet2DModel, active)"
     )
     with pytest.raises(ValueError, match="a gain on its UNet2DModel already"):
         shrink_pipeline(pipe, skip_set=9)
@@ -336,3 +347,38 @@ def test_what_is_refused(unet):
     with pytest.raises(ValueError, match="EDM trains on σ"):
         shrink_pipeline(edm, skip_set=9)
     shrink_pipeline(pipe, skip_set=9).remove()  # none of the above left a gain behind
+
+
+def recommending(correction, strength):
+    """What a search returns that has found one correction to be surely better."""
+    none = Candidate(None, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    better = Candidate(correction, strength, 0.5, -0.5, -0.6, -0.4, 1.0)
+    return Recommendation((none, better), (), SearchCost(*[1] * COST_FIELDS))
+
+
+COST_FIELDS = len(dataclasses.fields(SearchCost))
+
+
+def images_of(pipe, handle=None):
+    with handle or contextlib.nullcontext():
+        generator = torch.Generator().manual_seed(0)
+        return pipe(2, generator, num_inference_steps=3, output_type="np", return_dict=False)[0]
+
+
+def test_what_a_search_recommends_on_a_pipeline(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    pipe.set_progress_bar_config(disable=True)
+    found = recommending(SkipGain(NoiseSchedule.linear(1000), [99]), 99)
+    corrected = images_of(pipe, correct_pipeline(pipe, found))
+    assert (corrected == images_of(pipe, shrink_pipeline(pipe, 99))).all()
+    plain = images_of(pipe)
+    assert not (corrected == plain).all()
+    # The start noise is the caller's to correct: through `latents`.
+    start = recommending(StartScaling([1.2]), 1.2)
+    assert (images_of(pipe, correct_pipeline(pipe, start)) == plain).all()
+    assert torch.equal(start.correct_noise(torch.ones(2)), torch.full((2,), 1.2))
+    other = recommending(
+        SkipGain(NoiseSchedule.linear(1000), [99], prediction_type="v_prediction"), 99
+    )
+    with pytest.raises(ValueError, match="is for prediction_type 'v_prediction'"):
+        correct_pipeline(pipe, other)

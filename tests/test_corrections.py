@@ -257,7 +257,7 @@ def test_a_bad_argument_is_named(make, error, said):
 
 def test_a_bad_call_is_named():
     x_t = torch.randn(4, 3, 2)
-    with pytest.raises(ValueError, match="model must predict in the shape of x_t"):
+    with pytest.raises(ValueError, match="model output must have the shape of x_t"):
         ScaledModel(Fixed(torch.zeros(4, 5, 2)), LINEAR, half)(x_t, TIMES)
     with pytest.raises(ValueError, match="t must have shape"):
         ScaledModel(Fixed(x_t), LINEAR, half)(x_t, TIMES[:2])

@@ -85,7 +85,7 @@ def test_forward_stays_on_a_fake_gpu(name, estimator, kind):
         x = torch.empty(SHAPE, device="cuda")
         for loss in calls_of(losses, x, times(schedule, "cuda"), x):
             assert loss.device.type == "cuda"
-        assert shrunk.shrink(x, x, times(LINEAR, "cuda")).device.type == "cuda"
+        assert shrunk.rescale(x, x, times(LINEAR, "cuda")).device.type == "cuda"
 
 
 def test_a_value_would_be_noticed():

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, epsilon_from_output
-from s2dm_loss.testing import check_swap
+from s2dm_loss.testing import check_swap, check_target
 
 LINEAR = NoiseSchedule.linear(1000)
 COSINE = NoiseSchedule.cosine(1000)
@@ -183,3 +183,48 @@ def test_another_reduction_and_no_dependence():
         check_swap(lambda model: torch.zeros(()), per_sample)
     with pytest.raises(TypeError, match="a loss must be a tensor"):
         check_swap(lambda model: 1.0, per_sample)
+
+
+WIDE = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(6)) * 0.5
+MIDDLE = torch.tensor([20, 100, 250, 400, 550, 700, 850, 990])
+
+
+def target_and_input(schedule, kind, t):
+    trainer = Trainer(schedule, kind, t)
+    noise = torch.randn(WIDE.shape, generator=torch.Generator().manual_seed(7))
+    x_t = trainer.a * WIDE + trainer.b * noise
+    target = {
+        "epsilon": noise,
+        "v_prediction": trainer.a * noise - trainer.b * WIDE,
+        "sample": WIDE,
+        "flow": noise - WIDE,
+    }[kind]
+    return target, x_t
+
+
+KINDS = ["epsilon", "v_prediction", "sample"]
+
+
+@pytest.mark.parametrize("assumed", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_tells_its_prediction_type(kind, assumed):
+    """Which `check_swap` cannot: `from_output` is the trainer's loss whatever it is told."""
+    target, x_t = target_and_input(LINEAR, kind, MIDDLE)
+    criterion = SkipStepLoss(LINEAR, prediction_type=assumed)
+    if assumed == kind:
+        assert check_target(criterion, target, x_t, MIDDLE).shape == (8,)
+        return
+    with pytest.raises(AssertionError, match=f"{assumed}.* is not what the trainer trains"):
+        check_target(criterion, target, x_t, MIDDLE)
+
+
+def test_a_target_tells_its_schedule():
+    target, x_t = target_and_input(COSINE, "v_prediction", MIDDLE)
+    with pytest.raises(AssertionError, match=r"NoiseSchedule\.linear\(1000\) is not what"):
+        check_target(SkipStepLoss(LINEAR, prediction_type="v_prediction"), target, x_t, MIDDLE)
+    sigma = MIDDLE / 1000
+    target, x_t = target_and_input(FLOW, "flow", sigma)
+    criterion = SkipStepLoss(FLOW, 0.01, prediction_type="flow")
+    check_target(criterion, target, x_t, sigma)
+    with pytest.raises(AssertionError, match="variance 1"):  # time the wrong way
+        check_target(criterion, target, x_t, 1 - sigma)

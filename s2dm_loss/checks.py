@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions.
+"""Argument checks shared by the public functions and the adapters.
 
 Each error names the argument, what came, and what was expected. The checks of tensors read no
 values, so they cost no host sync.
