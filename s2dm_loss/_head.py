@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -44,7 +44,8 @@ def mean_square(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if _needs_plain_operators(values, values):
         return _finite(_plain_mean_square(values, dtype))
-    return _finite(_sum_of_squares(values, dtype)) * _one_over_count(values)
+    count = values.shape[1:].numel()
+    return _finite(_sum_of_squares(values, count, dtype)) * (1 / count if count else math.nan)
 
 
 def completed_square(
@@ -125,10 +126,11 @@ class _CompletedSquare(torch.autograd.Function):
         ctx: Any, eps_hat: Tensor, constants: tuple[Tensor, ...], reduction: Reduction
     ) -> Tensor:
         weight, constant, noise_constant, *target = constants
-        mean = _one_over_count(eps_hat)
+        count = eps_hat.shape[1:].numel()
+        mean = 1 / count if count else math.nan
         # First, while ε is read from memory in any case: the residual finds it in the cache then.
         if noise_constant is not None:
-            noise_sum = _finite(_sum_of_squares(target[1], weight.dtype))
+            noise_sum = _finite(_sum_of_squares(target[1], count, weight.dtype))
             constant = _add_product(constant, noise_constant, noise_sum, mean)
         if eps_hat.is_cpu and eps_hat.dtype != weight.dtype and not _is_watched():
             residual = _lifted_residual(eps_hat, weight.dtype, *target)
@@ -140,7 +142,7 @@ class _CompletedSquare(torch.autograd.Function):
         # through the same graph makes it again from the saved ones.
         ctx.residual, ctx.scale, ctx.dtype = residual, scale, eps_hat.dtype
         ctx.save_for_backward(eps_hat, scale, *target)
-        loss = _add_product(constant, weight, _sum_of_squares(residual, weight.dtype), mean)
+        loss = _add_product(constant, weight, _sum_of_squares(residual, count, weight.dtype), mean)
         return _reduce_batch(loss, reduction)
 
     @staticmethod
@@ -178,8 +180,9 @@ def _lifted_residual(eps_hat: Tensor, dtype: torch.dtype, *target: Tensor) -> Te
     return residual
 
 
-def _pairs(target: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(target[::2], target[1::2], strict=True)
+def _pairs(target: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    gains_and_noises = iter(target)
+    return zip(gains_and_noises, gains_and_noises, strict=True)
 
 
 def _along(per_sample: Tensor, data: Tensor) -> Tensor:
@@ -191,11 +194,6 @@ def _data_axes(data: Tensor) -> tuple[int, ...]:
     return tuple(range(1, data.ndim))
 
 
-def _one_over_count(data: Tensor) -> float:
-    count = data.shape[1:].numel()
-    return 1 / count if count else math.nan
-
-
 # On a CPU a norm adds up in the dtype of its result, in 8 lanes where memory is dense and one by
 # one elsewhere, which over 2^24 float32 values is wrong by 1e-3. Samples longer than these stay
 # below 1e-6 as a sum of pieces. What was a half type has few digits, which round less evenly.
@@ -205,8 +203,8 @@ _PIECE = 2**8
 _CHUNK = 2**18  # values whose squares may be written, where memory is not dense
 
 
-def _sum_of_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return Σ values² of each sample, without writing the squares."""
+def _sum_of_squares(values: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Return Σ values² of each sample, which has `count` of them, without writing the squares."""
     if values.ndim == 1:
         return values.to(dtype).square()
     if not values.is_cpu:
@@ -215,8 +213,7 @@ def _sum_of_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
     longest = _LONG_SUM
     if values.dtype != dtype:
         values, longest = values.to(dtype), _LONG_HALF_SUM
-    count, strides = values.shape[1:].numel(), values.stride()
-    if strides[0] != count or 0 in strides:
+    if not values.is_contiguous() and (values.stride(0) != count or 0 in values.stride()):
         longest = _PIECE
     if count <= longest:
         norm = torch.linalg.vector_norm(values, dim=_data_axes(values))
@@ -249,7 +246,8 @@ def _sum_of_chunks(values: Tensor) -> Tensor:
 
 
 def _finite(sums: Tensor) -> Tensor:
-    return sums.clamp(max=torch.finfo(sums.dtype).max)
+    """Return the largest number for infinity. What is not a number stays so."""
+    return sums.nan_to_num(nan=math.nan)
 
 
 def _add_product(base: Tensor | None, first: Tensor, second: Tensor, scale: float) -> Tensor:
@@ -289,13 +287,15 @@ def _needs_plain_operators(eps_hat: Tensor, *constants: Tensor | None) -> bool:
     Plain operators answer whatever transform stands around them (torch.func, forward mode, batched
     gradients) and whatever tensors are made of (DTensor), and the compiler fuses them by itself.
     """
-    return (
+    plain = (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or any(tensor is not None and tensor.requires_grad for tensor in constants)
         or _is_made_of_tensors(eps_hat)
     )
+    for tensor in constants:  # in half the time of `any`
+        plain = plain or (tensor is not None and tensor.requires_grad)
+    return plain
 
 
 def _is_made_of_tensors(tensor: Tensor) -> bool:
