@@ -48,6 +48,15 @@ class CompletedSquare(NamedTuple):
 
     L = weight · mse(ε̂, gain · ε + skip_gain · ζ)
         + constant + noise_constant · mean ε² + skip_constant · mean ζ² + cross_constant · mean εζ
+
+    Attributes:
+        weight: A, what the squared error counts.
+        gain: s, on ε in the target.
+        constant: What is added as it stands.
+        noise_constant: What mean ε² counts.
+        skip_gain: g, on ζ in the target; for the estimator "fresh".
+        skip_constant: What mean ζ² counts.
+        cross_constant: What mean εζ counts.
     """
 
     weight: Tensor

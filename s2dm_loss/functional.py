@@ -28,6 +28,11 @@ class LossTerms(NamedTuple):
     """The two terms of the loss as the paper writes them, each of shape [B].
 
     loss = tau · simple + (1 - tau) · skip, with tau = 1 and skip = 0 where no skip is valid.
+
+    Attributes:
+        simple: The plain loss, mse(ε̂, ε).
+        skip: The skip term, mse(c ε̂, ζ).
+        tau: τ, and 1 where no skip is valid.
     """
 
     simple: Tensor
