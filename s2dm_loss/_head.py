@@ -70,7 +70,7 @@ def completed_square(
     """
     if weights is not None:
         per_sample = completed_square(eps_hat, weight, constant, noise_constant, *target)
-        (weights,) = _placed_like(per_sample, weights.to(per_sample.dtype))
+        (weights,) = placed_like(per_sample, weights.to(per_sample.dtype))
         return _reduce_batch(per_sample * weights, reduction)
     constants = (weight, constant, noise_constant, *target)
     if not _needs_plain_operators(eps_hat, *constants):
@@ -80,7 +80,7 @@ def completed_square(
         # Left to itself, the compiler writes the residual for the backward pass to read. Made there
         # again, from ε̂ and ε that are there anyway, the head moves the data 5 times and not 7.
         plain = functools.partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False)
-    return plain(eps_hat, *_placed_like(eps_hat, *constants))
+    return plain(eps_hat, *placed_like(eps_hat, *constants))
 
 
 def _plain_completed_square(
@@ -303,7 +303,7 @@ def _is_made_of_tensors(tensor: Tensor) -> bool:
     return type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__")
 
 
-def _placed_like(data: Tensor, *tensors: Any) -> tuple[Any, ...]:
+def placed_like(data: Tensor, *tensors: Any) -> tuple[Any, ...]:
     """Return `tensors`, those of shape [B] on every device of the mesh where `data` is a DTensor.
 
     Each device makes the coefficients from t, of the whole batch, whatever part of ε̂ lies there.

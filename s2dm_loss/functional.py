@@ -8,7 +8,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from s2dm_loss._head import REDUCTIONS, completed_square, mean_square
+from s2dm_loss._head import REDUCTIONS, completed_square, mean_square, placed_like
 from s2dm_loss._head import Reduction as Reduction
 from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample
 from s2dm_loss.coefficients import (
@@ -105,6 +105,7 @@ def completed_square_loss(
     if skip_noise is not None and skip_gain is not None:
         target += [skip_gain, skip_noise]
         if skip_constant is not None and cross_constant is not None:
+            skip_constant, cross_constant = placed_like(skip_noise, skip_constant, cross_constant)
             constant = skip_constant * mean_square(skip_noise, weight.dtype)
             constant = constant + cross_constant * _mean(noise.to(weight.dtype) * skip_noise)
     return completed_square(

@@ -9,7 +9,7 @@ from s2dm_loss import NoiseSchedule, SkipStepLoss
 
 CASES = [
     (estimator, reduction, weigh)
-    for estimator in ("expected", "shared")
+    for estimator in ("expected", "shared", "fresh")
     for reduction in ("mean", "sum", "none")
     for weigh in (False, True)
 ]
@@ -39,6 +39,9 @@ def loss_and_gradient(case: Any, batch: dict[str, torch.Tensor], place: Any) -> 
     )
     eps_hat = place(batch["eps_hat"].clone()).requires_grad_()
     weights = batch["weights"] if weigh else None
-    loss = criterion.from_prediction(eps_hat, place(batch["noise"]), batch["t"], weights=weights)
+    noise, zeta = place(batch["noise"]), None
+    if estimator == "fresh":
+        zeta = place(batch["noise"].flip(0).clone())
+    loss = criterion.from_prediction(eps_hat, noise, batch["t"], weights=weights, skip_noise=zeta)
     loss.sum().backward()
     return loss.detach(), eps_hat.grad
