@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -180,9 +180,9 @@ def _lifted_residual(eps_hat: Tensor, dtype: torch.dtype, *target: Tensor) -> Te
     return residual
 
 
-def _pairs(target: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    gains_and_noises = iter(target)
-    return zip(gains_and_noises, gains_and_noises, strict=True)
+def _pairs(target: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    # Not one iterator twice, which torch 2.4's compiler pairs wrongly.
+    return zip(target[::2], target[1::2], strict=True)
 
 
 def _along(per_sample: Tensor, data: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ def placed_like(data: Tensor, *tensors: Any) -> tuple[Any, ...]:
     Each device makes the coefficients from t, of the whole batch, whatever part of ε̂ lies there.
     DTensor is known by its attributes: its module takes long to import, and has moved.
     """
-    mesh = getattr(data, "device_mesh", None)
+    mesh = None if type(data) is Tensor else getattr(data, "device_mesh", None)
     if mesh is None:
         return tensors
     kind: Any = type(data)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -139,7 +139,9 @@ class Coefficients:
 
     def bounded(self, max_c2: Tensor) -> Coefficients:
         """Return it with c² <= `max_c2`, of the shape of t."""
-        return replace(self, c=self.c.minimum(max_c2.sqrt()), c2=self.c2.minimum(max_c2))
+        # Not `dataclasses.replace`, which torch 2.4 does not compile.
+        c, c2 = self.c.minimum(max_c2.sqrt()), self.c2.minimum(max_c2)
+        return Coefficients(self.tau, c, c2, self.estimator)
 
 
 _SMALLEST_WEIGHT = 1e-30

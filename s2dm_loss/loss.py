@@ -170,7 +170,8 @@ class SkipStepLoss(FixedSettings, nn.Module):
         Raises:
             TypeError, ValueError: if an argument or the model's output is not as said.
         """
-        if isinstance(model, Tensor):
+        # torch 2.4's compiler cannot ask it of a function.
+        if not torch.compiler.is_compiling() and isinstance(model, Tensor):
             raise TypeError(
                 f"model must be callable, got {describe(model)}: a prediction that is made already "
                 "goes to `from_prediction(eps_hat, noise, t)`"
