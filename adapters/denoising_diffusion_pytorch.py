@@ -10,7 +10,6 @@ trainer is not imported.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from typing_extensions import override
 
+from s2dm_loss.adapters import extend, reduce_extended
 from s2dm_loss.adapters.changed_output import changed_output, check_tau
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.functional import along
@@ -77,7 +77,7 @@ def skip_step(
         prediction_type=_OBJECTIVES[extended.objective],
         max_c2=max_c2,
     )
-    extended.__class__ = _extend(base)
+    extended.__class__ = extend(SkipStepMixin, base)
     extended.skip_step_loss = criterion
     return diffusion
 
@@ -132,7 +132,7 @@ class SkipStepMixin:
     @override
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made at run time, so pickle would not find it by name.
-        return _restore, (type(self).__bases__[1], self.__dict__)
+        return reduce_extended(self)
 
 
 def _check_diffusion(diffusion: Any) -> None:
@@ -156,14 +156,3 @@ def _check_diffusion(diffusion: Any) -> None:
             "diffusion.p_losses must take loss_reduction, as it does from "
             "denoising-diffusion-pytorch 2.3 on: without it there is no loss of each sample"
         )
-
-
-@functools.cache
-def _extend(plain: Any) -> Any:
-    return type(f"SkipStep{plain.__name__}", (SkipStepMixin, plain), {})
-
-
-def _restore(plain: Any, state: dict[str, Any]) -> Any:
-    extended = object.__new__(_extend(plain))
-    extended.__dict__.update(state)
-    return extended

@@ -10,7 +10,6 @@ the package works as the installed one does.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from s2dm_loss import NoiseSchedule, Schedule, SkipSet, SkipStepLoss
+from s2dm_loss.adapters import extend, reduce_extended
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.prediction import PredictionType
 
@@ -73,7 +73,7 @@ def skip_step(
         skip_set = _OriginalTimesteps(skip_set, plain)
     extended: Any = copy.copy(plain)
     base: Any = type(plain)
-    extended.__class__ = _extend(base)
+    extended.__class__ = extend(SkipStepMixin, base)
     extended.skip_step_loss = SkipStepLoss(
         NoiseSchedule.from_alphas_cumprod(plain.alphas_cumprod),
         skip_set,
@@ -146,7 +146,7 @@ class SkipStepMixin:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made at run time, so pickle would not find it by name.
-        return _restore, (type(self).__bases__[1], self.__dict__)
+        return reduce_extended(self)
 
 
 class _Recorder:
@@ -227,14 +227,3 @@ def _check_diffusion(diffusion: Any) -> None:
             "the model of diffusion must predict EPSILON or START_X, got model_mean_type "
             f"{diffusion.model_mean_type.name}: to read ε̂ from it would divide by β_t"
         )
-
-
-@functools.cache
-def _extend(plain: Any) -> Any:
-    return type(f"SkipStep{plain.__name__}", (SkipStepMixin, plain), {})
-
-
-def _restore(plain: Any, state: dict[str, Any]) -> Any:
-    extended = object.__new__(_extend(plain))
-    extended.__dict__.update(state)
-    return extended

@@ -12,7 +12,6 @@ ask `loss_of` for the loss and change their target with its `regression_target`.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from s2dm_loss.adapters import extend
 from s2dm_loss.adapters.diffusers_scheduler import schedule_of
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.functional import along
@@ -127,7 +127,7 @@ def skip_step(
     }
     # A wrong option is found now, on the trainer's T, and not after its models are loaded.
     SkipStepLoss(NoiseSchedule.scaled_linear(1000), **options)
-    extended.__class__ = _extend(base)
+    extended.__class__ = extend(SkipStepMixin, base)
     extended.skip_step_options = options
     return trainer
 
@@ -202,8 +202,3 @@ def _check_loss_type(args: Any) -> None:
             "loss_type must be 'l2', 'huber' or 'smooth_l1', got 'l1': S²-DM is a squared error, "
             "and l1 has no part of one"
         )
-
-
-@functools.cache
-def _extend(plain: Any) -> Any:
-    return type(f"SkipStep{plain.__name__}", (SkipStepMixin, plain), {})
