@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.quality.budget import Budget
+from benchmarks.quality.corrections import Gain
 from benchmarks.quality.features import ClassifierFeatures
 from benchmarks.quality.networks import MLPSpec
-from benchmarks.quality.objectives import Gain, Plain, SkipStep
+from benchmarks.quality.objectives import Plain, SkipStep
 from benchmarks.quality.presets import DIGITS, arm
 
 TINY = replace(

@@ -16,7 +16,7 @@ from benchmarks.files import load_json, load_tensors
 from benchmarks.quality.data import load_digits
 from benchmarks.quality.objectives import Batch, Loss, Objective, Plain, SkipStep
 from benchmarks.quality.streams import Purpose, Stream, generator
-from benchmarks.quality.training import train
+from benchmarks.quality.training import averaged_at, kept_state, train
 from s2dm_loss import NoiseSchedule
 
 
@@ -150,3 +150,30 @@ def test_streams_are_different() -> None:
         for part in range(3)
     ]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_a_branch_of_the_same_loss_ends_where_the_run_ends(tmp_path: Path) -> None:
+    """Weights, averages, optimiser and random streams all go on from the branching point."""
+    budget = replace(TINY.budget, anneal=True, flip=True, keep_at=(0.5, 0.75))
+    whole = a_run(tmp_path / "whole", Plain(), budget=budget).state_dict()
+    told: list[int] = []
+    branch = kept_state(tmp_path / "whole", 75)
+    again = a_run(
+        tmp_path / "same", Plain(), budget=budget, branch=branch, progress=told.append
+    ).state_dict()
+    assert sum(told) == budget.steps // 4
+    for name, weights in whole.items():
+        torch.testing.assert_close(again[name], weights, rtol=0, atol=0)
+    other = a_run(tmp_path / "other", SkipStep(99, tau=0.5), budget=budget, branch=branch)
+    assert any(not torch.equal(w, whole[name]) for name, w in other.state_dict().items())
+
+
+def test_the_averaged_weights_of_a_younger_network(tmp_path: Path) -> None:
+    budget = replace(TINY.budget, anneal=False, keep_at=(0.5,))
+    shorter = replace(budget, steps=budget.steps // 2, keep_at=())
+    a_run(tmp_path / "whole", Plain(), budget=budget)
+    wanted = a_run(tmp_path / "short", Plain(), budget=shorter).state_dict()
+    model = TINY.network.build((1, 8, 8))
+    averaged_at(tmp_path / "whole", 50, model)
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(weights, wanted[name], rtol=0, atol=0)

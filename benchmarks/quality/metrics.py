@@ -123,12 +123,15 @@ def noise_floor(
         repeats: Random choices.
     """
     drawn = len(data) // 2 if held_out is None else min(images or len(data), len(data))
+    fixed = None if held_out is None else FeatureDistances(network, held_out, gather=False)
     results = []
     for repeat in range(repeats):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(repeat))
         some, rest = data[order[:drawn]], data[order[drawn:]]
-        reference, other = (some, rest) if held_out is None else (held_out, some)
-        results.append(FeatureDistances(network, reference, gather=False).compare(other))
+        if fixed is not None:
+            results.append(fixed.compare(some))
+        else:
+            results.append(FeatureDistances(network, some, gather=False).compare(rest))
     return {
         "frechet": sum(r.frechet for r in results) / repeats,
         "kernel": sum(r.kernel for r in results) / repeats,

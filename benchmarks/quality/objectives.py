@@ -1,16 +1,16 @@
-"""What a network is trained on, and what can be put on a trained one.
+"""What a network is trained on.
 
 An objective is one small class: its settings, its name in files and in tables, and the mathematics
 of its loss.  All of them see the same images, timesteps and noise, and average over pixels and
-batch alike.  A new one needs an arm of the preset `digits-full` besides, which puts it on the
-evidence page; a test fails as long as it has none.
+batch alike.  A new one needs an arm of a preset on the digits besides, which puts it on an evidence
+page; a test fails as long as it has none.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from benchmarks.quality.corrections import Correction
+from benchmarks.quality.named import Named
 from benchmarks.quality.samplers import TITLES, visited
 from benchmarks.quality.streams import Stream
-from s2dm_loss import NoiseSchedule, ShrunkModel, SkipStepLoss
+from s2dm_loss import NoiseSchedule, SkipStepLoss
 
 Model = Callable[[Tensor, Tensor], Tensor]
-SYMBOLS = {"tau": "τ", "strength": "λ"}
 
 
 @dataclass(frozen=True)
@@ -45,39 +46,6 @@ class Batch:
     def more_noise(self) -> Tensor:
         """Return standard normal noise of the batch's shape from the extra stream."""
         return self.extra.normal(tuple(self.x0.shape[1:]))
-
-
-class Named:
-    """Settings whose name says all of them.
-
-    Attributes:
-        label: The name's pattern; it can be a folder.
-        heading: The pattern of the name in tables.
-        ours: Whether it is what this library is about, and not a peer.
-    """
-
-    label: ClassVar[str]
-    heading: ClassVar[str]
-    ours: ClassVar[bool] = False
-
-    @property
-    def name(self) -> str:
-        """A name that says all the settings and can be a folder."""
-        return self._filled(self.label, "-{0}{2:g}")
-
-    @property
-    def title(self) -> str:
-        """The name in tables."""
-        return self._filled(self.heading, ", {1} = {2:g}")
-
-    def _filled(self, pattern: str, addition: str) -> str:
-        """Fill a pattern in, and add what it does not name where that is not the default."""
-        text = pattern.format(**vars(self))
-        for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            value = getattr(self, field.name)
-            if f"{{{field.name}" not in pattern and value != field.default:
-                text += addition.format(field.name, SYMBOLS.get(field.name, field.name), value)
-        return text
 
 
 class Loss(nn.Module):
@@ -147,6 +115,21 @@ class Plain(Objective):
 
     label = "plain"
     heading = "plain L_simple"
+
+
+@dataclass(frozen=True)
+class Summed(Objective):
+    """The same summed over an image's values, as the code of Ho et al. and of DDIM has it.
+
+    For Adam the factor is nothing; where the gradient's norm is clipped at 1 it is a lot.
+    """
+
+    label = "plain-sum"
+    heading = "plain, summed over pixels"
+
+    @override
+    def compare(self, predicted: Tensor, batch: Batch, _loss: Loss) -> Tensor:
+        return F.mse_loss(predicted, batch.noise) * batch.noise[0].numel()
 
 
 @dataclass(frozen=True)
@@ -274,82 +257,38 @@ class SampledTimesteps(Objective):
         return times[batch.t * len(times) // len(loss.get_buffer("snr"))]
 
 
-class Correction(Named, ABC):
-    """What is put on a trained network, without training."""
-
-    @abstractmethod
-    def apply(self, model: nn.Module, schedule: NoiseSchedule) -> nn.Module:
-        """Return the corrected network."""
-
-
-@dataclass(frozen=True)
-class Gain(Correction):
-    """s(t)·ε̂, with the gain s(t) that `SkipStep` would have taught the network."""
-
-    label = "gain{skip}"
-    heading = "gain k = {skip}"
-    ours = True
-
-    skip: int
-    tau: float = 0.99
-
-    @override
-    def apply(self, model: nn.Module, schedule: NoiseSchedule) -> nn.Module:
-        return ShrunkModel(model, schedule, self.skip, tau=self.tau)
-
-
-@dataclass(frozen=True)
-class EpsilonScaling(Correction):
-    """ε̂ / λ with a constant λ (arXiv 2308.15321)."""
-
-    label = "scaling{factor:g}"
-    heading = "Epsilon Scaling λ = {factor:g}"
-
-    factor: float
-
-    @override
-    def apply(self, model: nn.Module, schedule: NoiseSchedule) -> nn.Module:
-        return Scaled(model, self.factor)
-
-
-class Scaled(nn.Module):
-    """A network whose answer is divided by a constant."""
-
-    def __init__(self, model: nn.Module, factor: float) -> None:
-        """Wrap a network."""
-        super().__init__()
-        self.model = model
-        self.factor = factor
-
-    @override
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        noise: Tensor = self.model(x, t) / self.factor
-        return noise
-
-
 @dataclass(frozen=True)
 class Method:
-    """A row of the tables: an objective, and a correction where there is one."""
+    """A row of the tables: an objective, and a correction where there is one.
+
+    Attributes:
+        objective: What the network is trained on.
+        correction: What is put on it then.
+        percent: How much of its training the network has seen; one of the preset's `keep_at`.
+    """
 
     objective: Objective
     correction: Correction | None = None
+    percent: int = 100
 
     @property
     def name(self) -> str:
         """A name that can be a folder."""
-        if self.correction is None:
-            return self.objective.name
-        return f"{self.objective.name}+{self.correction.name}"
+        young = "" if self.percent == 100 else f"@{self.percent}"
+        correction = "" if self.correction is None else f"+{self.correction.name}"
+        return f"{self.objective.name}{young}{correction}"
 
     @property
     def title(self) -> str:
         """The name in tables."""
-        if self.correction is None:
-            return self.objective.title
-        return f"{self.objective.title} + {self.correction.title}"
+        young = "" if self.percent == 100 else f", {self.percent} % of the training"
+        correction = "" if self.correction is None else f" + {self.correction.title}"
+        return f"{self.objective.title}{young}{correction}"
 
     @property
     def is_peer(self) -> bool:
         """Whether this is another's method against the same plain training."""
+        if self.percent < 100:
+            return False
         ours = self.objective.ours or (self.correction is not None and self.correction.ours)
         return not ours and (self.correction is not None or not isinstance(self.objective, Plain))

@@ -13,7 +13,7 @@ import torch
 from benchmarks.quality import data as datasets
 from benchmarks.quality.checkpoint import newest_state
 from benchmarks.quality.layout import Layout
-from benchmarks.quality.objectives import Objective
+from benchmarks.quality.objectives import Objective, Plain
 from benchmarks.quality.presets import Arm, Preset
 from benchmarks.quality.samplers import sample
 from s2dm_loss import NoiseSchedule
@@ -39,10 +39,21 @@ def jobs(preset: Preset) -> list[Job]:
     return [Job(arm, seed) for arm in preset.arms for seed in preset.seeds]
 
 
+def branching(preset: Preset, objective: Objective) -> float | None:
+    """Return the share of the plain run's steps at which a training starts; None for none."""
+    return None if isinstance(objective, Plain) else preset.budget.branch_at
+
+
+def training_steps(preset: Preset, objective: Objective) -> int:
+    """Return how many steps a training takes itself."""
+    budget = preset.budget
+    return budget.steps - round(budget.steps * (branching(preset, objective) or 0))
+
+
 def training_cost(preset: Preset, objective: Objective) -> float:
     """Return a training's cost in forward passes of one image."""
-    budget = preset.budget
-    return budget.steps * budget.batch_size * objective.model_calls * (1 + BACKWARD_COST)
+    images = training_steps(preset, objective) * preset.budget.batch_size
+    return images * objective.model_calls * (1 + BACKWARD_COST)
 
 
 @dataclass(frozen=True)
@@ -78,13 +89,14 @@ def plan(preset: Preset, root: Path) -> Plan:
             seen.add((method.objective, seed))
             folder = layout.model(method.objective, seed)
             whole = training_cost(preset, method.objective)
-            left = 0 if (folder / "training.json").exists() else preset.budget.steps
+            steps = training_steps(preset, method.objective)
+            left = 0 if (folder / "training.json").exists() else steps
             if left and (state := newest_state(folder)) is not None:
-                left -= state["step"]
+                left = preset.budget.steps - state["step"]
             trainings += left > 0
             network_steps += left * method.objective.model_calls
-            cost += whole * left / preset.budget.steps
-            done += whole * (1 - left / preset.budget.steps)
+            cost += whole * left / steps
+            done += whole * (1 - left / steps)
         for sampler, steps in job.cells():
             if layout.cell(method, seed, sampler, steps).exists():
                 done += preset.samples * steps
@@ -112,7 +124,8 @@ def estimate(preset: Preset, todo: Plan, data_folder: Path | None = None) -> flo
         optimizer.zero_grad()
 
     def one_call() -> None:
-        sample(model, "ddim", schedule, 1, start, torch.Generator())
+        with torch.inference_mode():
+            sample(model, "ddim", schedule, 1, start, torch.Generator())
 
     threads = torch.get_num_threads()
     if preset.workers > 1:

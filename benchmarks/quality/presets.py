@@ -5,12 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from benchmarks.quality.budget import Budget
-from benchmarks.quality.features import ClassifierFeatures, FeatureSpec, InceptionFeatures
-from benchmarks.quality.networks import MLPSpec, NetworkSpec, PreconditionedUNetSpec, UNetSpec
-from benchmarks.quality.objectives import (
+from benchmarks.quality.corrections import (
+    AxisGains,
+    BandGains,
     Correction,
     EpsilonScaling,
     Gain,
+    ScoreRescaling,
+    StartScaling,
+    StepGains,
+)
+from benchmarks.quality.features import (
+    ClassifierFeatures,
+    EfficientNetFeatures,
+    FeatureSpec,
+    InceptionFeatures,
+)
+from benchmarks.quality.networks import MLPSpec, NetworkSpec, PreconditionedUNetSpec, UNetSpec
+from benchmarks.quality.objectives import (
     InputPerturbation,
     Method,
     MinSNR,
@@ -19,6 +31,7 @@ from benchmarks.quality.objectives import (
     SampledTimesteps,
     SequenceAware,
     SkipStep,
+    Summed,
 )
 
 CORE = ("ddim", "pndm", "deis")
@@ -41,9 +54,11 @@ def arm(
     correction: Correction | None = None,
     samplers: tuple[str, ...] = CORE,
     steps: tuple[int, ...] = STEPS,
+    *,
+    percent: int = 100,
 ) -> Arm:
     """Return an arm, said briefly."""
-    return Arm(Method(objective, correction), samplers, steps)
+    return Arm(Method(objective, correction, percent), samplers, steps)
 
 
 @dataclass(frozen=True)
@@ -171,6 +186,42 @@ TEXTURES = replace(
     columns=("plain", "skip9-expected", "skip49-expected", "skip99-expected"),
 )
 
+# Corrections with one strength, each at strengths on both sides of none.
+SINGLE: tuple[Correction, ...] = (
+    *(Gain(k) for k in (-49, -19, -9, 9, 19, 49, 99, 149, 199)),
+    *(EpsilonScaling(factor) for factor in (0.97, 0.985, 0.995, 1.005, 1.015, 1.03, 1.06)),
+    *(StartScaling(factor) for factor in (0.9, 0.95, 0.98, 1.03, 1.05, 1.12, 1.2, 1.3, 1.4)),
+    *(ScoreRescaling(k) for k in (0.75, 0.9, 0.97, 1.03, 1.15, 1.4, 2.0)),
+)
+FITTED: tuple[Correction, ...] = (AxisGains(), StepGains(), BandGains())
+CORRECTION_ARMS = (
+    arm(Plain(), samplers=("ddim", "deis", "pndm", "dpm++2m", "unipc"), steps=(10, 20)),
+    *(arm(Plain(), one, ("ddim", "deis"), (10, 20)) for one in (*FITTED, *SINGLE)),
+)
+DIGITS_CORRECTIONS = replace(
+    DIGITS,
+    name="digits-corrections",
+    about="corrections of a trained network on the digits, three seeds; half an hour on 2 cores",
+    seeds=(0, 1, 2),
+    arms=CORRECTION_ARMS,
+    columns=("plain",),
+)
+TEXTURES_CORRECTIONS = replace(
+    DIGITS_CORRECTIONS,
+    name="textures-corrections",
+    about="the same on the textures",
+    data="textures",
+)
+DIGITS_REDUCTION = replace(
+    DIGITS,
+    name="digits-reduction",
+    about="what a sum in place of a mean does to a clipped gradient; half an hour on 2 cores",
+    budget=replace(DIGITS.budget, grad_clip=1.0),
+    seeds=(0, 1, 2),
+    arms=(arm(Plain()), arm(Summed()), arm(SkipStep(9, "fresh")), arm(SkipStep(1, "fresh"))),
+    columns=("plain", "plain-sum", "skip9-fresh"),
+)
+
 PATCHES = Preset(
     name="patches",
     about="32 x 32 colour crops of shipped photographs, diffusers' U-Net; for a GPU",
@@ -230,6 +281,41 @@ CIFAR10 = Preset(
         "relative improvement over plain, range over samplers and steps": "3.27 % to 14.06 %",
     },
 )
+TEN, TWENTY = (10,), (20,)
+# The most important first: a run that is stopped has those. Soundness (spread at 50 steps) stands
+# before every comparison that depends on it.
+SMALL_ARMS = (
+    arm(Plain(), samplers=(*CORE, "dpm++2m", "unipc"), steps=(10, 20)),
+    arm(SkipStep(9), steps=(10, 20)),
+    arm(Plain(), Gain(9), steps=(10, 20)),
+    arm(Plain(), samplers=("ddim",), steps=(50,)),
+    *(
+        arm(Plain(), one, ("ddim",), (10, 20))
+        for one in (*map(EpsilonScaling, (0.99, 0.995, 1.005)), BandGains(), Gain(-9))
+    ),
+    arm(SkipStep(49), samplers=("ddim", "deis"), steps=TEN),
+    arm(Plain(), Gain(49), ("ddim", "deis"), TEN),
+    *(
+        arm(Plain(), one, ("ddim",), TEN)
+        for one in (
+            *map(EpsilonScaling, (0.98, 0.985, 1.01)),
+            *map(StartScaling, (0.98, 1.03)),
+            *map(ScoreRescaling, (0.9, 1.15)),
+            *map(Gain, (-19, -49, 99)),
+        )
+    ),
+    *(arm(Plain(), samplers=("ddim",), steps=(10, 50), percent=part) for part in (50, 25)),
+    *(
+        arm(Plain(), one, ("ddim",), TEN, percent=part)
+        for part in (50, 25)
+        for one in (Gain(9), EpsilonScaling(0.99))
+    ),
+    *(arm(Plain(), EpsilonScaling(factor), ("deis",), TEN) for factor in (0.99, 0.995, 1.005)),
+    *(arm(objective, samplers=("ddim-quad",), steps=TEN) for objective in (Plain(), SkipStep(9))),
+    arm(SkipStep(49), samplers=("ddim",), steps=TWENTY),
+    arm(Plain(), Gain(49), ("ddim",), TWENTY),
+    arm(Plain(), samplers=("ddim",), steps=(100,)),
+)
 CIFAR10_SMALL = Preset(
     name="cifar10-small",
     about="CIFAR10 with a network of 4.4 M parameters; data from a local folder, a day on 2 cores",
@@ -247,12 +333,28 @@ CIFAR10_SMALL = Preset(
         checkpoint_every=500,
         warmup=500,
         keep_at=(0.25, 0.5, 0.75),
+        branch_at=0.75,
     ),
-    features=ClassifierFeatures(),
+    features=EfficientNetFeatures(),
     samples=10_000,
     sample_batch=500,
-    arms=(arm(Plain(), samplers=("ddim",), steps=(10,)),),
+    arms=SMALL_ARMS,
     seeds=(0, 1),
+    workers=2,
+    columns=("plain", "skip9-expected", "skip49-expected"),
+)
+CIFAR10_TINY = replace(
+    CIFAR10_SMALL,
+    name="cifar10-tiny",
+    about="CIFAR10 with a network of 2.6 M parameters; data from a local folder, hours on 2 cores",
+    network=PreconditionedUNetSpec(
+        UNetSpec(channels=32, multipliers=(1, 2, 4), blocks=1, attention_at=(8,))
+    ),
+    budget=replace(
+        CIFAR10_SMALL.budget, steps=4_000, learning_rate=1e-3, ema_decay=0.999, warmup=200
+    ),
+    samples=2_048,
+    sample_batch=512,
 )
 CELEBA = replace(
     CIFAR10,
@@ -268,5 +370,10 @@ CELEBA = replace(
 )
 
 PRESETS = {
-    p.name: p for p in (DIGITS, DIGITS_FULL, TEXTURES, PATCHES, CIFAR10_SMALL, CIFAR10, CELEBA)
+    p.name: p
+    for p in (
+        *(DIGITS, DIGITS_FULL, TEXTURES, PATCHES),
+        *(DIGITS_CORRECTIONS, TEXTURES_CORRECTIONS, DIGITS_REDUCTION),
+        *(CIFAR10_TINY, CIFAR10_SMALL, CIFAR10, CELEBA),
+    )
 }

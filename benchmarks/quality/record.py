@@ -22,6 +22,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
     titles: dict[str, str] = {}
     trainings: dict[str, dict[str, Any]] = {}
     versions_seen: dict[str, str | None] = {}
+    fitted: dict[str, dict[str, Any]] = {}
     commits: dict[str, None] = {}  # a run that was resumed may have several; in order, once each
     for job in jobs(preset):
         method, seed = job.arm.method, job.seed
@@ -38,6 +39,10 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
                 continue
             cell = load_json(path)
             titles[method.name] = cell["title"]
+            if "fitted" in cell:
+                fitted.setdefault(method.name, {})[f"{sampler}-{steps}, seed {seed}"] = {
+                    t: [round(gain, 4) for gain in gains] for t, gains in cell["fitted"].items()
+                }
             versions_seen = cell["versions"]
             commits[versions_seen["commit"] or "unknown"] = None
             distances = [
@@ -60,4 +65,5 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         ],
         "rows": rows,
         "trainings": trainings,
+        "fitted": fitted,
     }  # fmt: skip

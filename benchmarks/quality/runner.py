@@ -30,14 +30,15 @@ from benchmarks.files import (
 )
 from benchmarks.provenance import versions
 from benchmarks.quality import data as datasets
+from benchmarks.quality.corrections import Corrected, Setting
 from benchmarks.quality.layout import Layout, claimed
 from benchmarks.quality.metrics import FeatureDistances, noise_floor
-from benchmarks.quality.objectives import Method, Objective
-from benchmarks.quality.plan import Job, jobs, plan, training_cost
+from benchmarks.quality.objectives import Method, Objective, Plain
+from benchmarks.quality.plan import Job, branching, jobs, plan, training_cost, training_steps
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.samplers import sample
 from benchmarks.quality.streams import Purpose, generator
-from benchmarks.quality.training import train
+from benchmarks.quality.training import averaged_at, kept_state, train
 from s2dm_loss import NoiseSchedule
 
 KEPT_SAMPLES = 32
@@ -65,6 +66,9 @@ class Bench:
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         self.distances = FeatureDistances(network, self.data.reference[share])
         self.versions = versions()
+        # One network for all weights that are sampled with: it is compiled once.
+        self.network = preset.network.build(self.data.shape).to(self.accelerator.device)
+        self.network.eval().requires_grad_(False)
         real = datasets.to_model_range(self.data.reference).double()
         self.data_spread = float(real.std(0).mean())
 
@@ -82,7 +86,11 @@ class Bench:
         """Return a trained network, trained here if it is not yet."""
         folder = self.layout.model(objective, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        cost = training_cost(self.preset, objective) / self.preset.budget.steps
+        cost = training_cost(self.preset, objective) / training_steps(self.preset, objective)
+        branch = None
+        if (share := branching(self.preset, objective)) is not None:
+            self.model(Plain(), seed, advance)
+            branch = kept_state(self.layout.model(Plain(), seed), round(100 * share))
         # Two workers may want the same network: the second waits, and loads it. The processes of
         # `accelerate launch` train one network together.
         alone = self.accelerator.num_processes == 1
@@ -96,6 +104,7 @@ class Bench:
                 budget=self.preset.budget,
                 folder=folder,
                 accelerator=self.accelerator,
+                branch=branch,
                 progress=lambda steps: advance(steps * cost),
             )
 
@@ -108,19 +117,31 @@ class Bench:
             _remove_batches(paths[cell])
         if not missing:
             return
-        model = self.model(method.objective, seed, advance)
-        if method.correction is not None:
-            model = method.correction.apply(model, self.schedule).to(self.accelerator.device)
+        trained = self.model(method.objective, seed, advance)
+        model = self.network
+        model.load_state_dict(trained.state_dict())
+        if method.percent < 100:
+            averaged_at(self.layout.model(method.objective, seed), method.percent, model)
         for sampler, steps in missing:
             self._measure(model, method, seed, sampler, steps)
             advance(self.preset.samples * steps)
+
+    def _corrected(
+        self, model: nn.Module, method: Method, seed: int, sampler: str, steps: int
+    ) -> Corrected:
+        if method.correction is None:
+            return Corrected(model)
+        setting = Setting(self.schedule, self.data, sampler, steps, seed)
+        corrected = method.correction.apply(model, setting)
+        return corrected._replace(model=corrected.model.to(self.accelerator.device))
 
     def _measure(
         self, model: nn.Module, method: Method, seed: int, sampler: str, steps: int
     ) -> None:
         path = self.layout.cell(method, seed, sampler, steps)
         began = time.perf_counter()
-        samples = self._samples(model, seed, sampler, steps, path.with_suffix(""))
+        corrected = self._corrected(model, method, seed, sampler, steps)
+        samples = self._samples(corrected, seed, sampler, steps, path.with_suffix(""))
         sampled = time.perf_counter()
         saved = samples if samples.dtype == torch.uint8 else datasets.to_uint8(samples)
         result: dict[str, Any] = {
@@ -134,6 +155,8 @@ class Bench:
         }
         if samples.is_floating_point():
             result["raw"] = asdict(self.distances.compare(samples))
+        if corrected.fitted is not None:
+            result["fitted"] = corrected.fitted
         result |= {
             "spread": self._spread(samples) / self.data_spread,
             "sampling_seconds": round(sampled - began, 2),
@@ -148,7 +171,7 @@ class Bench:
         self.accelerator.wait_for_everyone()
 
     def _samples(
-        self, model: nn.Module, seed: int, sampler: str, steps: int, partial: Path
+        self, corrected: Corrected, seed: int, sampler: str, steps: int, partial: Path
     ) -> Tensor:
         """Return this process's share of the samples.
 
@@ -174,7 +197,9 @@ class Bench:
                 counts[part], *self.data.shape, generator=generator(seed, Purpose.START, part)
             )
             noise = generator(seed, Purpose.SAMPLER, part)
-            x = sample(model, sampler, self.schedule, steps, start.to(accelerator.device), noise)
+            start = corrected.start * start.to(accelerator.device)
+            with torch.inference_mode():
+                x = sample(corrected.model, sampler, self.schedule, steps, start, noise)
             x = x.cpu() if self.features.takes_floats else datasets.to_uint8(x).cpu()
             if len(counts) > 1:
                 save_tensors(path, {"samples": x})

@@ -6,14 +6,14 @@ import ast
 from typing import Any
 
 from benchmarks.quality.budget import Budget
-from benchmarks.quality.features import ClassifierFeatures, InceptionFeatures
+from benchmarks.quality.features import ClassifierFeatures, EfficientNetFeatures, InceptionFeatures
 from benchmarks.quality.networks import MLPSpec, PreconditionedUNetSpec, UNetSpec
 
 RECORDS = {
     kind.__name__: kind
     for kind in (
         *(Budget, MLPSpec, UNetSpec, PreconditionedUNetSpec),
-        *(ClassifierFeatures, InceptionFeatures),
+        *(ClassifierFeatures, EfficientNetFeatures, InceptionFeatures),
     )
 }
 
@@ -72,6 +72,11 @@ def _budget(budget: Budget) -> str:
         parts.append(f"gradients clipped at {budget.grad_clip:g}")
     if budget.flip:
         parts.append("images mirrored at random")
+    if budget.branch_at is not None:
+        parts.append(
+            "every loss but the plain one from the plain run's state after "
+            f"{budget.branch_at:.0%} of the steps, with the same images, timesteps and noise"
+        )
     return ", ".join(parts) + f"; weights averaged with decay {budget.ema_decay:g} for sampling"
 
 

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     START = 3
     SAMPLER = 4
     METRIC = 5
+    FIT = 6
 
 
 def generator(seed: int, purpose: Purpose, part: int = 0) -> torch.Generator:

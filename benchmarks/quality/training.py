@@ -47,6 +47,7 @@ def train(
     budget: Budget,
     folder: Path,
     accelerator: Accelerator,
+    branch: Path | None = None,
     progress: Progress = _no_progress,
 ) -> nn.Module:
     """Train a network, or take up a run where it stopped, or load one that is done.
@@ -61,6 +62,8 @@ def train(
         folder: Where this run's files go: checkpoints while it is under way, then `weights.pt`
             and `training.json`.
         accelerator: Device and processes.
+        branch: The state of another run to start from, weights, optimiser and random streams;
+            without it a fresh network.
         progress: Called with the number of steps just done.
 
     Returns:
@@ -72,7 +75,7 @@ def train(
         model = network.build(data.shape)
         if not (weights_path.exists() and record_path.exists()):
             run = _Run(model, objective, seed, data, schedule, budget, accelerator)
-            run.advance(folder, progress)
+            run.advance(folder, branch, progress)
             model = run.averaged()
             if accelerator.is_main_process:
                 save_tensors(weights_path, model.state_dict())
@@ -82,6 +85,26 @@ def train(
         remove_states(folder)
     model.load_state_dict(load_tensors(weights_path))
     return model.to(accelerator.device).eval().requires_grad_(False)
+
+
+def kept_state(folder: Path, percent: int) -> Path:
+    """Return where a run keeps its state after a share of its steps."""
+    return folder / f"state-{percent}.pt"
+
+
+def averaged_at(folder: Path, percent: int, model: nn.Module) -> nn.Module:
+    """Give a network the averaged weights that a run had after a share of its steps.
+
+    Args:
+        folder: The run's folder.
+        percent: The share, one of the budget's `keep_at`.
+        model: A network such as the run's.
+    """
+    weights = load_tensors(kept_state(folder, percent))["ema"]["shadow_params"]
+    with torch.no_grad():
+        for parameter, average in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(average)
+    return model
 
 
 class _Run:
@@ -143,9 +166,11 @@ class _Run:
             "curve": self.curve,
         }
 
-    def advance(self, folder: Path, progress: Progress) -> None:
-        """Go on from the folder's checkpoint, where there is one, to the end."""
+    def advance(self, folder: Path, branch: Path | None, progress: Progress) -> None:
+        """Go on from the folder's checkpoint, or else from a branching point, to the end."""
         state = newest_state(folder)
+        if state is None and branch is not None:
+            state = load_tensors(branch)
         if state is not None:
             self._restore(state)
         kept = {round(self.budget.steps * at): round(100 * at) for at in self.budget.keep_at}
@@ -160,7 +185,7 @@ class _Run:
                 if self.accelerator.is_main_process:
                     save_state(folder, self._state())
             if (percent := kept.get(self.step)) is not None and self.accelerator.is_main_process:
-                save_tensors(folder / f"state-{percent}.pt", self._state())
+                save_tensors(kept_state(folder, percent), self._state())
             progress(1)
         self.seconds += time.perf_counter() - began
 

@@ -8,6 +8,7 @@ what was asked.  A method of a preset that has no results is "not measured yet".
 `conclusions`    `evidence.md`: conclusions, advice, one table
 `results`        `evidence_results.md`: every table
 `questions`      the six questions, a section of that page
+`cifar10`        `evidence_cifar10.md`: photographs, and the protocol
 `method`         `evidence_method.md`: how it was measured
 `figures`        the figures
 ===============  ==================================================
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.pages.tables import MISSING, write_page
+from benchmarks.quality.evidence.cifar10 import cifar10_page
 from benchmarks.quality.evidence.conclusions import conclusions
 from benchmarks.quality.evidence.method import how_measured
 from benchmarks.quality.evidence.records import Evidence, Sources
@@ -42,6 +44,7 @@ def write_pages(docs: Path, sources: Sources | None = None) -> list[Path]:
             "quality/evidence/results.py",
             results_page(evidence),
         ),
+        "evidence_cifar10.md": ("CIFAR10", "quality/evidence/cifar10.py", cifar10_page(evidence)),
         "evidence_method.md": (
             "How it was measured",
             "quality/evidence/method.py",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from benchmarks.pages.tables import markdown_table
+from benchmarks.quality.corrections import Gain
 from benchmarks.quality.evidence.conclusions import verdict
 from benchmarks.quality.evidence.figures import continuous_time, gain_sweep, grouped, sweeps
 from benchmarks.quality.evidence.records import (
@@ -21,7 +22,7 @@ from benchmarks.quality.evidence.records import (
     title,
     trained,
 )
-from benchmarks.quality.objectives import Gain, Plain, SkipStep
+from benchmarks.quality.objectives import Plain, SkipStep
 from benchmarks.quality.presets import LONG, STEPS
 from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.statistics import Cell, Results

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.files import load_json
 from benchmarks.pages.figures import save_figure
-from benchmarks.quality.objectives import Gain, Method, Plain, SampledTimesteps, SkipStep
+from benchmarks.quality.corrections import Gain
+from benchmarks.quality.objectives import Method, Plain, SampledTimesteps, SkipStep
 from benchmarks.quality.presets import CORE, PRESETS, STEPS
 from benchmarks.quality.statistics import Cell, Interval, Results
 
