@@ -198,5 +198,4 @@ def test_step_gains_end_where_a_long_run_ends(sampler: str) -> None:
 
     assert fitted is not None
     assert len(fitted) == 4
-    with torch.no_grad():
-        assert error(model) < 0.7 * error(Exact())
+    assert error(model) < 0.7 * error(Exact())

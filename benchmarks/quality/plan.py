@@ -124,8 +124,7 @@ def estimate(preset: Preset, todo: Plan, data_folder: Path | None = None) -> flo
         optimizer.zero_grad()
 
     def one_call() -> None:
-        with torch.inference_mode():
-            sample(model, "ddim", schedule, 1, start, torch.Generator())
+        sample(model, "ddim", schedule, 1, start, torch.Generator())
 
     threads = torch.get_num_threads()
     if preset.workers > 1:

@@ -198,8 +198,7 @@ class Bench:
             )
             noise = generator(seed, Purpose.SAMPLER, part)
             start = corrected.start * start.to(accelerator.device)
-            with torch.inference_mode():
-                x = sample(corrected.model, sampler, self.schedule, steps, start, noise)
+            x = sample(corrected.model, sampler, self.schedule, steps, start, noise)
             x = x.cpu() if self.features.takes_floats else datasets.to_uint8(x).cpu()
             if len(counts) > 1:
                 save_tensors(path, {"samples": x})

@@ -84,6 +84,7 @@ def visited(name: str, schedule: NoiseSchedule, steps: int) -> Tensor:
     return times
 
 
+@torch.inference_mode()
 def sample(
     model: Model,
     sampler: str,
@@ -105,6 +106,18 @@ def sample(
     Returns:
         Samples `[B, C, H, W]`, not clamped.
     """
+    return trajectory(model, sampler, schedule, steps, start, generator)
+
+
+def trajectory(
+    model: Model,
+    sampler: str,
+    schedule: NoiseSchedule,
+    steps: int,
+    start: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return what `sample` does, with gradients where the model asks for them."""
     scheduler = make_scheduler(sampler, schedule)
     set_steps(scheduler, sampler, steps, start.device)
     extra = {"generator": generator} if sampler == "ddpm" else {}

@@ -174,6 +174,41 @@ class Results:
         """
         return _over_seeds([self.improvements(method, c, measure, baseline) for c in cells])
 
+    def chosen_elsewhere(
+        self, methods: Iterable[str], cell: Cell, measure: str | None = None
+    ) -> dict[int, str]:
+        """Return, for each seed, the method that is nearest on average in the other seeds.
+
+        So that what is reported of a seed was not chosen on it. Methods that lack a seed are left
+        out; empty with one seed.
+        """
+        found = {name: self.values(name, cell, measure) for name in methods}
+        seeds = set().union(*(values.keys() for values in found.values()))
+        whole = {name: values for name, values in found.items() if set(values) == seeds}
+
+        def elsewhere(name: str, seed: int) -> float:
+            return float(np.mean([value for s, value in whole[name].items() if s != seed]))
+
+        if len(seeds) < 2:
+            return {}
+        return {s: min(whole, key=lambda name: elsewhere(name, s)) for s in sorted(seeds)}
+
+    def against(
+        self,
+        ours: Mapping[int, str],
+        theirs: Mapping[int, str],
+        cell: Cell,
+        measure: str | None = None,
+    ) -> Interval | None:
+        """Return the improvement of one choice of methods over another, each by seed."""
+        pairs = [
+            (self.values(ours[seed], cell, measure), self.values(theirs[seed], cell, measure), seed)
+            for seed in ours
+            if seed in theirs
+        ]
+        found = [100 * (1 - a[seed] / b[seed]) for a, b, seed in pairs if seed in a and seed in b]
+        return interval(found) if found else None
+
 
 def _over_seeds(per_cell: list[dict[int, float]]) -> Interval | None:
     """Return the interval of the mean over cells, for the seeds that have them all."""

@@ -9,6 +9,7 @@ what was asked.  A method of a preset that has no results is "not measured yet".
 `results`        `evidence_results.md`: every table
 `questions`      the six questions, a section of that page
 `cifar10`        `evidence_cifar10.md`: photographs, and the protocol
+`corrections`    `evidence_corrections.md`: corrections of a trained network
 `method`         `evidence_method.md`: how it was measured
 `figures`        the figures
 ===============  ==================================================
@@ -22,6 +23,7 @@ from pathlib import Path
 from benchmarks.pages.tables import MISSING, write_page
 from benchmarks.quality.evidence.cifar10 import cifar10_page
 from benchmarks.quality.evidence.conclusions import conclusions
+from benchmarks.quality.evidence.corrections import corrections_page
 from benchmarks.quality.evidence.method import how_measured
 from benchmarks.quality.evidence.records import Evidence, Sources
 from benchmarks.quality.evidence.results import results_page
@@ -45,6 +47,11 @@ def write_pages(docs: Path, sources: Sources | None = None) -> list[Path]:
             results_page(evidence),
         ),
         "evidence_cifar10.md": ("CIFAR10", "quality/evidence/cifar10.py", cifar10_page(evidence)),
+        "evidence_corrections.md": (
+            "Corrections compared",
+            "quality/evidence/corrections.py",
+            corrections_page(evidence),
+        ),
         "evidence_method.md": (
             "How it was measured",
             "quality/evidence/method.py",

@@ -1,0 +1,137 @@
+"""The pages on corrections and on CIFAR10, from made-up records whose answers are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.files import save_record
+from benchmarks.quality.evidence import write_pages
+from benchmarks.quality.evidence.cifar10 import PRESET, answer, over_ddim
+from benchmarks.quality.evidence.corrections import CELLS, STUDIES, names_of, verdict_of
+from benchmarks.quality.evidence.records import IMAGES, TEN, Sources
+from benchmarks.quality.presets import FITTED, PRESETS, SINGLE
+from benchmarks.quality.statistics import Cell, Results
+
+COLUMNS = [
+    "method", "seed", "sampler", "steps",
+    "raw_frechet", "raw_kernel", "images_frechet", "images_kernel", "spread",
+]  # fmt: skip
+
+
+def a_record(preset: str, factors: dict[str, float], *, spread: float = 1.01) -> dict[str, Any]:
+    """A record in which each method's distance is a factor on plain, whose seeds differ."""
+    rows: list[list[Any]] = []
+    for arm in PRESETS[preset].arms:
+        factor = factors.get(arm.method.name, 1.5)
+        for seed in PRESETS[preset].seeds:
+            for cell in [Cell(s, n) for s in arm.samplers for n in arm.steps]:
+                value = factor * (1 + seed) * factors.get(cell.sampler, 1.0)
+                distances = [value, factor, value, factor]
+                rows.append([arm.method.name, seed, *cell, *distances, spread])
+    return {
+        "preset": preset,
+        "settings": PRESETS[preset].settings,
+        "versions": {},
+        "floor": {"features": "f", "frechet": 0.1, "kernel": 0.0, "images_each": 9},
+        "paper": {},
+        "titles": {arm.method.name: arm.method.title for arm in PRESETS[preset].arms},
+        "columns": COLUMNS,
+        "rows": rows,
+        "trainings": {"plain": {"0": {}, "1": {}}},
+        "fitted": {"plain+band-gains": {"ddim-10, seed 0": {"0": [0.5], "950": [1.16]}}},
+    }
+
+
+def pages_of(folder: Path, *records: dict[str, Any]) -> dict[str, str]:
+    for record in records:
+        save_record(folder / "quality" / f"{record['preset']}.json", record)
+    written = write_pages(folder / "docs", Sources(folder / "quality", folder / "lab"))
+    return {path.name: path.read_text() for path in written}
+
+
+def test_a_strength_is_chosen_on_the_other_seeds() -> None:
+    rows = [
+        ["plain", 0, "ddim", 10, 8.0],
+        ["plain", 1, "ddim", 10, 8.0],
+        ["a", 0, "ddim", 10, 1.0],  # by far the best in seed 0 alone
+        ["a", 1, "ddim", 10, 9.0],
+        ["b", 0, "ddim", 10, 4.0],
+        ["b", 1, "ddim", 10, 6.0],
+        ["short", 0, "ddim", 10, 0.1],  # lacks a seed
+    ]
+    columns = ["method", "seed", "sampler", "steps", "images_frechet"]
+    results = Results({"columns": columns, "rows": rows, "titles": {}})
+    chosen = results.chosen_elsewhere(["plain", "a", "b", "short"], TEN)
+    assert chosen == {0: "b", 1: "a"}
+    found = results.against(chosen, {0: "plain", 1: "plain"}, TEN)
+    assert found is not None
+    assert found.mean == pytest.approx((50 - 12.5) / 2)
+    assert results.chosen_elsewhere(["short"], TEN) == {}
+
+
+@pytest.mark.parametrize("fails", [None, "raises one cell", "is no better than one strength"])
+def test_what_earns_its_place(fails: str | None, tmp_path: Path) -> None:
+    axis, *others = names_of(FITTED)
+    factors = {"plain": 1.0, names_of(SINGLE)[3]: 0.8, axis: 0.5, others[0]: 1.01}
+    if fails == "is no better than one strength":
+        factors[axis] = 0.8
+    records = [a_record(name, factors) for name in STUDIES]
+    if fails == "raises one cell":
+        for row in records[1]["rows"]:
+            if row[:1] + row[2:4] == [axis, *CELLS[3]]:
+                row[6] *= 2.2
+    measured = {STUDIES[record["preset"]]: Results(record) for record in records}
+    won, total, harmed = verdict_of(measured, axis)
+    assert total == 2 * len(CELLS) * len(STUDIES)
+    assert (won == total) == (fails is None)
+    assert harmed == (["textures, DEIS, 20 steps"] if fails == "raises one cell" else [])
+    text = pages_of(tmp_path, *records)["evidence_corrections.md"]
+    place = "in. It beats" if fails is None else "not in the library. It beats"
+    assert f"- **Gaussian gain for each axis**: {place}" in text
+    assert "- **fitted gain for each step**: not in the library. It beats" in text
+    step = text.split("fitted gain for each step**")[1]
+    assert "and harms in no cell." in step  # it adds 1 %
+    # The best strength is found, and what it wins over the plain network.
+    assert "**+20.0 % [+20.0, +20.0]** (9)" in text
+
+
+def test_the_answer_on_cifar10(tmp_path: Path) -> None:
+    factors = {"plain": 1.0, "skip9-expected": 0.97, "plain+gain9": 0.96, "deis": 0.7,
+               "unipc": 0.6, "plain+scaling0.99": 0.9, "plain@50": 2.0, "plain@50+gain9": 1.0}  # fmt: skip
+    record = a_record(PRESET, factors)
+    found = answer(Results(record))
+    assert found["loss"] is not None
+    assert found["loss"].mean == pytest.approx(3)
+    assert found["correction"] is not None
+    assert found["correction"].mean == pytest.approx(10)
+    unipc = over_ddim(Results(record), "unipc", 10)
+    assert unipc is not None
+    assert unipc.mean == pytest.approx(40)
+    text = pages_of(tmp_path, record)["evidence_cifar10.md"]
+    first = text.split("\n\n")[2]
+    for words in ("k = 9 changes", "+3.0 %", "+10.0 %", "+40.0 %", "(UniPC)"):
+        assert words in first
+    assert "the spread is within 3 % of the data's in every seed" in text
+    assert "at t ≥ 900: 1.160 to 1.160" in text
+    assert "at most 1.0 % of the distance" in text  # 0.97 against 0.96
+    half = next(line for line in text.splitlines() if line.startswith("| 50 % |"))
+    assert "+50.0 %" in half
+    assert "Of the preset, for want of time" not in text
+
+    record["rows"] = [row for row in record["rows"] if row[0] != "plain@25"]
+    text = pages_of(tmp_path, record)["evidence_cifar10.md"]
+    assert "for want of time: plain L_simple, 25 % of the training with DDIM, 10 steps" in text
+    unsound = pages_of(tmp_path, a_record(PRESET, factors, spread=1.04))["evidence_cifar10.md"]
+    assert "the spread is not within 3 % of the data's" in unsound
+
+
+def test_improvements_are_of_the_8_bit_distance() -> None:
+    record = a_record(PRESET, {"plain": 1.0, "skip9-expected": 0.5})
+    for row in record["rows"]:
+        row[4:6] = [None, None]
+    found = Results(record).improvement("skip9-expected", [TEN], IMAGES)
+    assert found is not None
+    assert found.mean == pytest.approx(50)
