@@ -99,8 +99,16 @@ def test_what_earns_its_place(fails: str | None, tmp_path: Path) -> None:
 
 
 def test_the_answer_on_cifar10(tmp_path: Path) -> None:
-    factors = {"plain": 1.0, "skip9-expected": 0.97, "plain+gain9": 0.96, "deis": 0.7,
-               "unipc": 0.6, "plain+scaling0.99": 0.9, "plain@50": 2.0, "plain@50+gain9": 1.0}  # fmt: skip
+    factors = {
+        "plain": 1.0,
+        "skip9-expected": 0.97,
+        "plain+gain9": 0.96,
+        "plain+scaling0.99": 0.9,
+        "plain@50": 2.0,
+        "plain@50+gain9": 1.0,
+        "deis": 0.7,
+        "unipc": 0.6,
+    }
     record = a_record(PRESET, factors)
     found = answer(Results(record))
     assert found["loss"] is not None
