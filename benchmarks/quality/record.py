@@ -66,4 +66,5 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         "rows": rows,
         "trainings": trainings,
         "fitted": fitted,
+        "searches": [load_json(path) for path in sorted(root.glob("search-*.json"))],
     }  # fmt: skip

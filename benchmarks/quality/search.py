@@ -1,0 +1,93 @@
+"""What the library's search recommends for a trained network, judged on fresh noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.files import load_json, save_json
+from benchmarks.quality import data as datasets
+from benchmarks.quality.objectives import Plain
+from benchmarks.quality.presets import Preset
+from benchmarks.quality.runner import Bench
+from benchmarks.quality.samplers import sample
+from benchmarks.quality.statistics import Cell
+from benchmarks.quality.streams import Purpose, generator
+from s2dm_loss import CorrectionSearch, standard_corrections
+
+DATA_ROWS = 12_000
+"""Training images that the search is given."""
+
+
+def search(
+    preset: Preset, root: Path, seed: int, cell: Cell, data_folder: Path | None = None
+) -> dict[str, Any]:
+    """Ask `CorrectionSearch` about a preset's plain network, and judge what it says.
+
+    The search sees training images and noise of its own; the judge compares samples from further
+    noise with the preset's reference, as a cell is measured.  Kept in a file of the run's folder.
+
+    Args:
+        preset: The experiment.
+        root: Its folder, where the network is trained if it is not yet.
+        seed: The network's.
+        cell: A sampler and its steps.
+        data_folder: Where a local data set lies.
+    """
+    path = root / f"search-seed{seed}-{cell.sampler}-{cell.steps}.json"
+    if path.exists():
+        stored: dict[str, Any] = load_json(path)
+        return stored
+    bench = Bench(preset, root, data_folder)
+    model = bench.network
+    model.load_state_dict(bench.model(Plain(), seed, lambda _: None).state_dict())
+    noise = generator(seed, Purpose.SAMPLER)
+
+    def run(network: Any, start: Tensor) -> Tensor:
+        return sample(network, cell.sampler, bench.schedule, cell.steps, start, noise).clone()
+
+    def features(samples: Tensor) -> Tensor:
+        found: Tensor = bench.features(datasets.to_uint8(samples).to(bench.features.device))
+        return found
+
+    question = CorrectionSearch(
+        model,
+        run,
+        datasets.to_model_range(bench.data.images[:DATA_ROWS]),
+        standard_corrections(bench.schedule),
+        features=features,
+        num_samples=1024,
+        batch_size=256,
+        seed=seed,
+    )
+    tqdm.write(str(question.cost))
+    found = question.recommend(tqdm)
+    draw = generator(seed, Purpose.START, 1_000)
+    starts = torch.randn(preset.samples, *bench.data.shape, generator=draw).split(
+        preset.sample_batch
+    )
+
+    def judged(corrected: bool) -> float:
+        network = found.correct_model(model) if corrected else model
+        change = found.correct_noise if corrected else torch.clone
+        images = [datasets.to_uint8(run(network, change(start))) for start in starts]
+        return bench.distances.compare(torch.cat(images)).frechet
+
+    best, plain = found.best, found.candidates[0].distance
+    result = {
+        "seed": seed,
+        "sampler": cell.sampler,
+        "steps": cell.steps,
+        "recommended": "none" if found.recommended is None else found.recommended.label,
+        "best": best.label,
+        "relative": [best.difference / plain, best.low / plain, best.high / plain],
+        "cost": str(question.cost),
+        "plain": judged(corrected=False),
+        "corrected": judged(corrected=True),
+    }
+    save_json(path, result)
+    return result

@@ -1,0 +1,70 @@
+"""The search of a preset: kept, judged on noise of its own, and on the page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from quality_tools import ONE_ARM
+from torch import Tensor, nn
+
+import benchmarks.quality.search as searching
+from benchmarks.files import load_json
+from benchmarks.quality import data as datasets
+from benchmarks.quality.record import collect
+from benchmarks.quality.runner import Bench, run
+from benchmarks.quality.samplers import sample
+from benchmarks.quality.search import search
+from benchmarks.quality.statistics import Cell
+from benchmarks.quality.streams import Purpose, generator
+from s2dm_loss import Correction, CorrectionSearch
+
+
+class Louder(Correction):
+    """The start noise times a constant, far from none."""
+
+    name, strengths = "louder", (1.5, 3.0)
+
+    def correct_noise(self, noise: Tensor, strength: float) -> Tensor:
+        return noise * strength
+
+
+def test_a_search_is_kept_and_judged_on_noise_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = replace(ONE_ARM, samples=48, sample_batch=32)
+    run(preset, tmp_path)
+    asked = []
+
+    def small(model: nn.Module, *args: object, **settings: object) -> CorrectionSearch:
+        asked.append(settings)
+        return CorrectionSearch(model, *args, **{**settings, "num_samples": 64})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(searching, "CorrectionSearch", small)
+    monkeypatch.setattr(searching, "standard_corrections", lambda _: (Louder(),))
+    cell = Cell("ddim", 2)
+    found = search(preset, tmp_path, 0, cell)
+    assert asked[0]["num_samples"] == 1024
+    assert "4 x 32 to choose" in found["cost"] or "5 x 32 to choose" in found["cost"]
+
+    bench = Bench(preset, tmp_path)
+    start = torch.randn(48, *bench.data.shape, generator=generator(0, Purpose.START, 1_000))
+    model = bench.model(ONE_ARM.arms[0].method.objective, 0, lambda _: None)
+
+    def distance(noise: Tensor) -> float:
+        images = sample(model, "ddim", bench.schedule, 2, noise, torch.Generator())
+        return bench.distances.compare(datasets.to_uint8(images)).frechet
+
+    assert found["plain"] == pytest.approx(distance(start), rel=1e-3)
+    if found["recommended"] == "none":
+        assert found["corrected"] == pytest.approx(found["plain"])
+    else:
+        strength = float(found["recommended"].split()[-1])
+        assert found["corrected"] == pytest.approx(distance(start * strength), rel=1e-3)
+
+    monkeypatch.setattr(searching, "Bench", None)  # all that follows reads the file
+    assert search(preset, tmp_path, 0, cell) == found
+    assert load_json(tmp_path / "search-seed0-ddim-2.json") == found
+    assert collect(preset, tmp_path)["searches"] == [found]
