@@ -41,6 +41,7 @@ def a_record(preset: str, factors: dict[str, float], *, spread: float = 1.01) ->
         "columns": COLUMNS,
         "rows": rows,
         "trainings": {"plain": {"0": {}, "1": {}}},
+        "band_spreads": {"ddim-10, seed 0": [0.5, 0.9], "ddim-10, seed 1": [0.7, 1.1]},
         "fitted": {"plain+band-gains": {"ddim-10, seed 0": {"0": [0.5], "950": [1.16]}}},
     }
 
@@ -124,6 +125,7 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
         assert words in first
     assert "the spread is within 3 % of the data's in every seed" in text
     assert "at t ≥ 900: 1.160 to 1.160" in text
+    assert "| DDIM, 10 steps | 0.60 | 1.00 |" in text
     assert "at most 1.0 % of the distance" in text  # 0.97 against 0.96
     half = next(line for line in text.splitlines() if line.startswith("| 50 % |"))
     assert "+50.0 %" in half

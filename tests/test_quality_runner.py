@@ -72,6 +72,9 @@ def test_a_cell_is_of_its_own_methods_samples(
     data = to_model_range(load_digits().images)
     wanted = samples.std(0).mean() / data.std(0).mean()
     assert cell["spread"] == pytest.approx(float(wanted), rel=1e-4)
+    # The first band is the mean of an image.
+    means = [values.mean((1, 2, 3)).std() for values in (samples, data)]
+    assert cell["band_spreads"][0] == pytest.approx(float(means[0] / means[1]), rel=1e-4)
     assert cell["raw"]["frechet"] == pytest.approx(bench.distances.compare(samples).frechet)
     saved = bench.distances.compare(to_uint8(samples))
     assert cell["images"]["frechet"] == pytest.approx(saved.frechet)

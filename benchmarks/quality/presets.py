@@ -197,6 +197,7 @@ FITTED: tuple[Correction, ...] = (AxisGains(), StepGains(), BandGains())
 CORRECTION_ARMS = (
     arm(Plain(), samplers=("ddim", "deis", "pndm", "dpm++2m", "unipc"), steps=(10, 20)),
     *(arm(Plain(), one, ("ddim", "deis"), (10, 20)) for one in (*FITTED, *SINGLE)),
+    arm(Plain(), samplers=("ddim",), steps=(50, 100)),
 )
 DIGITS_CORRECTIONS = replace(
     DIGITS,

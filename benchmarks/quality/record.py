@@ -23,6 +23,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
     trainings: dict[str, dict[str, Any]] = {}
     versions_seen: dict[str, str | None] = {}
     fitted: dict[str, dict[str, Any]] = {}
+    bands: dict[str, list[float]] = {}
     commits: dict[str, None] = {}  # a run that was resumed may have several; in order, once each
     for job in jobs(preset):
         method, seed = job.arm.method, job.seed
@@ -39,6 +40,10 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
                 continue
             cell = load_json(path)
             titles[method.name] = cell["title"]
+            if method.name == "plain" and "band_spreads" in cell:
+                bands[f"{sampler}-{steps}, seed {seed}"] = [
+                    round(value, 4) for value in cell["band_spreads"]
+                ]
             if "fitted" in cell:
                 fitted.setdefault(method.name, {})[f"{sampler}-{steps}, seed {seed}"] = {
                     t: [round(gain, 4) for gain in gains] for t, gains in cell["fitted"].items()
@@ -66,5 +71,6 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         "rows": rows,
         "trainings": trainings,
         "fitted": fitted,
+        "band_spreads": bands,
         "searches": [load_json(path) for path in sorted(root.glob("search-*.json"))],
     }  # fmt: skip

@@ -30,7 +30,7 @@ from benchmarks.files import (
 )
 from benchmarks.provenance import versions
 from benchmarks.quality import data as datasets
-from benchmarks.quality.corrections import Corrected, Setting
+from benchmarks.quality.corrections import Corrected, Frequencies, Setting
 from benchmarks.quality.layout import Layout, claimed
 from benchmarks.quality.metrics import FeatureDistances, noise_floor
 from benchmarks.quality.objectives import Method, Objective, Plain
@@ -71,6 +71,8 @@ class Bench:
         self.network.eval().requires_grad_(False)
         real = datasets.to_model_range(self.data.reference).double()
         self.data_spread = float(real.std(0).mean())
+        self.frequencies = Frequencies(self.data.shape[-1]).double()
+        self.data_band_spreads = self._band_spreads(real)
 
     def floor(self) -> dict[str, Any]:
         """Return the distances between sets of real images; measured once."""
@@ -159,6 +161,7 @@ class Bench:
             result["fitted"] = corrected.fitted
         result |= {
             "spread": self._spread(samples) / self.data_spread,
+            "band_spreads": (self._band_spreads(samples) / self.data_band_spreads).tolist(),
             "sampling_seconds": round(sampled - began, 2),
             "metric_seconds": round(time.perf_counter() - sampled, 2),
             "settings": self.preset.settings,
@@ -204,6 +207,14 @@ class Bench:
                 save_tensors(path, {"samples": x})
             batches.append(x)
         return torch.cat(batches)
+
+    def _band_spreads(self, samples: Tensor) -> Tensor:
+        """Return the standard deviation in each octave of frequencies, of this process's share."""
+        values = samples if samples.is_floating_point() else datasets.to_model_range(samples)
+        found = self.frequencies.coordinates(values.cpu().double()).var(0).mean(0).flatten()
+        bands = self.frequencies.bands.flatten()
+        sums = found.new_zeros(self.frequencies.count).index_add_(0, bands, found)
+        return (sums / bands.bincount()).sqrt()
 
     def _spread(self, samples: Tensor) -> float:
         """Return the standard deviation over samples, averaged over pixels."""

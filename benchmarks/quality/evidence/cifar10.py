@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.pages.tables import MISSING, counted, listed, markdown_table
 from benchmarks.quality.corrections import BandGains, EpsilonScaling, Gain
-from benchmarks.quality.evidence.corrections import KERNEL, SOLVERS
+from benchmarks.quality.evidence.corrections import KERNEL, SOLVERS, band_table
 from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, corrected, trained
 from benchmarks.quality.objectives import Method, Plain
 from benchmarks.quality.presets import PRESETS
@@ -153,6 +153,9 @@ def _sound(results: Results) -> Iterable[str]:
             f"With 50 steps the spread is {'' if within else 'not '}within {100 * SOUND:g} % of "
             "the data's in every seed, which is what the protocol asks for."
         )
+    if table := band_table(results):
+        yield "The same by octave of spatial frequency, mean over the seeds:"
+        yield table
     fitted = results.record.get("fitted", {}).get(f"plain+{BandGains().name}", {})
     late = [gains[0] for table in fitted.values() for t, gains in table.items() if int(t) >= LATE]
     if late:

@@ -88,6 +88,14 @@ def _study(name: str, results: Results | None) -> Iterable[str]:
         yield _families(results, measure)
     yield "### A better solver at the same number of network calls"
     yield _solvers(results)
+    if table := band_table(results):
+        yield "### Where the spread is missing"
+        yield (
+            "Spread of the plain network's samples over the data's, raw, by octave of spatial "
+            "frequency, mean over the seeds. Below 1 is what a gain can put back; above 1 is the "
+            "network's own error, which more steps make plainer and no gain mends."
+        )
+        yield table
 
 
 def _families(results: Results, measure: str) -> str:
@@ -190,6 +198,24 @@ def _verdicts(measured: Mapping[str, Results]) -> Iterable[str]:
             + (f", and harms in {listed(harmed)}." if harmed else ", and harms in no cell.")
         )
     yield "\n".join(lines)
+
+
+def band_table(results: Results) -> str:
+    """Return the spread of the plain network's samples over the data's, by octave."""
+    stored = results.record.get("band_spreads", {})
+    by_cell: dict[Cell, list[list[float]]] = {}
+    for key, bands in stored.items():
+        sampler, steps = key.split(",")[0].rsplit("-", 1)
+        by_cell.setdefault(Cell(sampler, int(steps)), []).append(bands)
+    rows = [
+        [cell_title(cell), *(f"{value:.2f}" for value in np.mean(found, axis=0))]
+        for cell, found in sorted(by_cell.items())
+        if cell.sampler == "ddim"
+    ]
+    if not rows:
+        return ""
+    octaves = [f"octave {i}" for i in range(1, len(rows[0]) - 1)]
+    return markdown_table(["plain network", "mean of a channel", *octaves], rows)
 
 
 def _reduction(evidence: Evidence) -> Iterable[str]:
