@@ -94,16 +94,23 @@ def _without_training(results: Results, cell: Cell) -> list[str]:
     return [name for name in results.methods if name in single and results.values(name, cell)]
 
 
-def _answer(results: Results) -> str:
+def in_short(results: Results) -> str:
+    """Return the answer in one clause: the loss, the best correction, the best solver."""
     found = answer(results)
     solvers = {s: one for s in SOLVERS if (one := found[s]) is not None}
     best = max(solvers, key=lambda s: solvers[s].mean, default=None)
     solver = MISSING if best is None else f"{percent(solvers[best])} ({TITLES[best]})"
     return (
-        "**On CIFAR10, with this network, the paper's loss at its default k = 9 changes the 8-bit "
-        f"distance of DDIM's samples at 10 steps by {percent(found['loss'])}; the best correction "
-        f"without training, chosen on the other seed, by {percent(found['correction'])}; the best "
-        f"other solver at the same number of network calls by {solver}.** Positive is better. "
+        "the paper's loss at its default k = 9 changes the 8-bit distance of DDIM's samples at 10 "
+        f"steps by {percent(found['loss'])}; the best correction without training, chosen on the "
+        f"other seed, by {percent(found['correction'])}; the best other solver at the same number "
+        f"of network calls by {solver}"
+    )
+
+
+def _answer(results: Results) -> str:
+    return (
+        f"**On CIFAR10, with this network, {in_short(results)}.** Positive is better. "
         "Intervals are Student's t over the seeds, which with two of them is 12.7 standard errors: "
         "bold, where an interval excludes 0, is rare. They cover what another seed would change, "
         "not another network or data set."

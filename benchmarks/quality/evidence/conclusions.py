@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from benchmarks.pages.tables import MISSING, listed, markdown_table
+from benchmarks.quality.evidence.cifar10 import PRESET, in_short
 from benchmarks.quality.evidence.figures import by_steps
 from benchmarks.quality.evidence.records import (
     GRID,
@@ -116,8 +117,10 @@ def conclusions(evidence: Evidence) -> Iterable[str]:
     yield _summary(results)
     yield (
         "[Every result](evidence_results.md), by sampler, steps, skip and τ, and the questions of "
-        "the paper's reviews; [how it was measured](evidence_method.md), with the commands; "
-        "[the exact lab](evidence_lab.md), where the model is a formula."
+        "the paper's reviews; [CIFAR10](evidence_cifar10.md); [corrections without "
+        "training](evidence_corrections.md) against one another and against better solvers; [how "
+        "it was measured](evidence_method.md), with the commands; [the exact lab](evidence_lab.md), "
+        "where the model is a formula."
     )
 
 
@@ -156,6 +159,9 @@ def _findings(evidence: Evidence, results: Results) -> Iterable[str]:
             "**On a second data set**, 8 x 8 crops of photographs, trained and 8-bit, mean over "
             f"all cells: {', '.join(said)}."
         )
+    photographs = evidence.results(PRESET)
+    if photographs is not None:
+        yield f"**On CIFAR10**, a small network and two seeds: {in_short(photographs)}."
     absent = [name for name in PRESETS if name not in evidence.records]
     if absent:
         yield f"**Not measured yet**: {listed([f'`{name}`' for name in absent])}."
