@@ -110,7 +110,7 @@ def in_short(results: Results) -> str:
 
 def _answer(results: Results) -> str:
     return (
-        f"**On CIFAR10, with this network, {in_short(results)}.** Positive is better. "
+        f"On CIFAR10, with this network, {in_short(results)}. Positive is better. "
         "Intervals are Student's t over the seeds, which with two of them is 12.7 standard errors: "
         "bold, where an interval excludes 0, is rare. They cover what another seed would change, "
         "not another network or data set."

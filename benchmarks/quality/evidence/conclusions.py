@@ -118,9 +118,9 @@ def conclusions(evidence: Evidence) -> Iterable[str]:
     yield (
         "[Every result](evidence_results.md), by sampler, steps, skip and τ, and the questions of "
         "the paper's reviews; [CIFAR10](evidence_cifar10.md); [corrections without "
-        "training](evidence_corrections.md) against one another and against better solvers; [how "
-        "it was measured](evidence_method.md), with the commands; [the exact lab](evidence_lab.md), "
-        "where the model is a formula."
+        "training](evidence_corrections.md) against one another and against better solvers; "
+        "[how it was measured](evidence_method.md), with the commands; "
+        "[the exact lab](evidence_lab.md), where the model is a formula."
     )
 
 
