@@ -142,3 +142,13 @@ def test_imagenet_features_name_what_they_need(monkeypatch: pytest.MonkeyPatch) 
         EfficientNetFeatures().build(
             ImageSet("made", torch.zeros(1, 3, 32, 32)), Path(), torch.device("cpu")
         )
+
+
+def test_the_references_features_are_computed_once(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (90, 1, 2, 2), generator=draw, dtype=torch.uint8)
+    cache = tmp_path / "reference.pt"
+    first = FeatureDistances(Pixels(4), images[:50], cache=cache).compare(images[50:])
+    elsewhere = FeatureDistances(Pixels(4), images[:50] * 0, cache=cache)
+    assert elsewhere.compare(images[50:]) == first
+    assert FeatureDistances(Pixels(4), images[:50]).compare(images[50:]) == first

@@ -140,6 +140,33 @@ def test_sampled_timesteps_are_the_samplers_and_all_of_them() -> None:
     assert seen == set(range(0, 1000, 50))
 
 
+@pytest.mark.parametrize("t", [300, 800])
+@pytest.mark.parametrize("objective", [Plain(), InputPerturbation(0.5), SequenceAware()])
+def test_the_minimisers_of_peers_are_gains(objective: Objective, t: int) -> None:
+    """On Gaussian data of variance v, as docs/alternatives.md has them."""
+    v, size = 0.3, 100_000
+    draw = torch.Generator().manual_seed(4)
+    x0, noise = torch.randn(2, size, 1, 1, 1, generator=draw)
+    extra = Stream(draw, size, slice(0, size), torch.device("cpu"))
+    times = torch.full((size,), t)
+    losses = []
+    for slope in (0.0, 0.5, 1.0):  # a linear model's loss is a parabola in its slope
+        extra.source.manual_seed(5)
+        batch = Batch(v**0.5 * x0, times, noise, extra)
+        loss = objective.build(SCHEDULE)
+        losses.append(float(loss(lambda x, _, slope=slope: slope * x, batch)[0]))
+    low, middle, high = losses
+    best = 0.5 - 0.25 * (high - low) / (high - 2 * middle + low)
+    level = float(SCHEDULE.alphas_cumprod[t])
+    exact = (1 - level) ** 0.5 / (level * v + 1 - level)
+    variance = {
+        Plain(): level * v + 1 - level,
+        InputPerturbation(0.5): level * v + (1 - level) * 1.25,
+        SequenceAware(): level * v * 4 / 3 + 1 - level,
+    }[objective]
+    assert best == pytest.approx(exact * (level * v + 1 - level) / variance, rel=0.01)
+
+
 class Recorder(nn.Module):
     """Keeps the batches that a loss was given."""
 

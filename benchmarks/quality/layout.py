@@ -3,6 +3,7 @@
     settings.json                              what all cells depend on
     lock                                       held while a run is at work
     features.pt                                the feature network
+    reference.pt                               the features of what samples are compared with
     floor.json                                 distances between sets of real images
     models/<objective>/seed<n>/                weights.pt, training.json; checkpoints meanwhile
     cells/<method>/seed<n>/<sampler>-<steps>.json    one result, and .pt with its first samples
@@ -37,6 +38,11 @@ class Layout:
     def settings(self) -> Path:
         """What all cells depend on."""
         return self.root / "settings.json"
+
+    @property
+    def reference(self) -> Path:
+        """The features of what samples are compared with."""
+        return self.root / "reference.pt"
 
     @property
     def floor(self) -> Path:

@@ -7,13 +7,16 @@ identity.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from benchmarks.files import load_tensors, save_tensors
 from benchmarks.quality.features import FeatureNetwork
 
 KERNEL_SUBSETS = 10
@@ -51,6 +54,7 @@ class FeatureDistances:
         batch_size: Images per call of the network.
         gather: In a distributed run, gather the references and the images of all processes, each
             of which hands in its share.
+        cache: Where the reference's features are kept, and read from where they are.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class FeatureDistances:
         batch_size: int = 1024,
         *,
         gather: bool = True,
+        cache: Path | None = None,
     ) -> None:
         """Compute the reference's features."""
         self.network = network
@@ -80,18 +85,27 @@ class FeatureDistances:
                 sync_on_compute=gather,
             ).to(self.device)
         self.size = len(reference)
-        self._update(reference, real=True)
+        if cache is not None and cache.exists():
+            features = load_tensors(cache)["features"]
+        else:
+            features = torch.cat(list(self._features(reference)))
+            if cache is not None:
+                save_tensors(cache, {"features": features})
+        self._update(features.split(batch_size), real=True)
 
     @torch.inference_mode()
-    def _update(self, images: Tensor, *, real: bool) -> None:
+    def _features(self, images: Tensor) -> Iterator[Tensor]:
         for part in images.split(self.batch_size):
-            features = self.network(part.to(self.device)).float()
-            self.frechet.update(features, real=real)
-            self.kernel.update(features, real=real)
+            yield self.network(part.to(self.device)).float()
+
+    def _update(self, features: Iterable[Tensor], *, real: bool) -> None:
+        for part in features:
+            self.frechet.update(part.to(self.device), real=real)
+            self.kernel.update(part.to(self.device), real=real)
 
     def compare(self, images: Tensor) -> Distances:
         """Return the distances of images `[N, C, H, W]` from the reference."""
-        self._update(images, real=False)
+        self._update(self._features(images), real=False)
         self.kernel.subset_size = min(KERNEL_SUBSET_SIZE, self.size, len(images))
         with torch.random.fork_rng(devices=[]):
             # The kernel distance draws its subsets from the global generator.
@@ -109,6 +123,7 @@ def noise_floor(
     held_out: Tensor | None = None,
     images: int | None = None,
     repeats: int = 5,
+    cache: Path | None = None,
 ) -> dict[str, float]:
     """Return how far real images are from real images, averaged over random choices.
 
@@ -121,9 +136,12 @@ def noise_floor(
         images: How many of `data` are compared with `held_out`; without `held_out` one
             random half of `data` is compared with the other.
         repeats: Random choices.
+        cache: Where the features of `held_out` are kept.
     """
     drawn = len(data) // 2 if held_out is None else min(images or len(data), len(data))
-    fixed = None if held_out is None else FeatureDistances(network, held_out, gather=False)
+    fixed = (
+        None if held_out is None else FeatureDistances(network, held_out, gather=False, cache=cache)
+    )
     results = []
     for repeat in range(repeats):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(repeat))

@@ -64,7 +64,11 @@ class Bench:
             network = preset.features.build(self.data, root, self.accelerator.device)
         self.features = network
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        self.distances = FeatureDistances(network, self.data.reference[share])
+        # Each process of a distributed run has its own share of the reference.
+        alone = self.accelerator.num_processes == 1
+        self.distances = FeatureDistances(
+            network, self.data.reference[share], cache=self.layout.reference if alone else None
+        )
         self.versions = versions()
         # One network for all weights that are sampled with: it is compiled once.
         self.network = preset.network.build(self.data.shape).to(self.accelerator.device)
@@ -79,7 +83,8 @@ class Bench:
         path = self.layout.floor
         if not path.exists():
             held_out, samples = self.data.held_out, self.preset.samples
-            floor = noise_floor(self.features, self.data.images, held_out, samples)
+            cache = self.layout.reference if self.accelerator.num_processes == 1 else None
+            floor = noise_floor(self.features, self.data.images, held_out, samples, cache=cache)
             save_json(path, {"features": self.features.description, **floor})
         stored: dict[str, Any] = load_json(path)
         return stored
