@@ -115,3 +115,25 @@ def test_a_preconditioned_network_unshuffles_and_shuffles_back() -> None:
     x = torch.randn(2, 3, 16, 16)
     scale = network(x, torch.tensor(500)) / x
     torch.testing.assert_close(scale, scale[:1, :1, :1, :1].expand_as(scale), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("t", [0, 400, 999])
+def test_the_unet_sees_unit_variance_at_every_time(t: int) -> None:
+    seen = []
+    network = preconditioned(data_std=0.3)
+    network.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    draw = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 64, 3, 16, 16, generator=draw)
+    level = NoiseSchedule.linear(1000).alphas_cumprod[t].float()
+    network(level.sqrt() * 0.3 * x0 + (1 - level).sqrt() * noise, torch.tensor(t))
+    assert seen[0].shape == (64, 12, 8, 8)
+    assert float(seen[0].std()) == pytest.approx(1, abs=0.01)
+
+
+def test_the_small_networks_have_the_size_that_their_presets_say() -> None:
+    for preset, millions in (("cifar10-tiny", 2.6), ("cifar10-small", 4.4)):
+        network = PRESETS[preset].network.build((3, 32, 32))
+        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(
+            millions, abs=0.06
+        )
+        assert f"{millions} M parameters" in PRESETS[preset].about
