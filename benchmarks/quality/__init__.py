@@ -6,7 +6,9 @@ another preset of the same runner.  The rooms, each about one thing:
 ==============  ====================================================================
 `data`          real images as one uint8 tensor
 `networks`      ε-models, small and large
-`objectives`    what a network is trained on, and what is put on it afterwards
+`objectives`    what a network is trained on
+`corrections`   what is put on a trained one
+`named`         settings whose name says all of them
 `streams`       the random numbers that all objectives share
 `budget`        how a network is trained
 `checkpoint`    the state of a training under way
@@ -19,6 +21,7 @@ another preset of the same runner.  The rooms, each about one thing:
 `layout`        the folder of a run
 `plan`          what a run has to do
 `runner`        objective x seed -> network -> sampler x steps -> one JSON per cell
+`search`        what the library's search recommends for a run's networks
 `record`        a run's results in one record
 `statistics`    improvements over plain training, paired by seed, with intervals
 `tables`        results as tables
