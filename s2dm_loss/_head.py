@@ -235,7 +235,8 @@ def _sum_of_squares(values: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     if rest:
         norms = torch.cat([norms, last], dim=1)
     # A sum, unlike a norm, adds up in pairs, and is right to its last digits in float32.
-    return torch.linalg.vecdot(norms, norms)
+    sums: Tensor = torch.linalg.vecdot(norms, norms)
+    return sums
 
 
 def _sum_of_chunks(values: Tensor) -> Tensor:
@@ -321,3 +322,10 @@ def placed_like(data: Tensor, *tensors: Any) -> tuple[Any, ...]:
         else kind.from_local(tensor, mesh, run_check=False)
         for tensor in tensors
     )
+
+
+def whole(per_sample: Any) -> Tensor:
+    """Return a DTensor of shape [B] as the plain tensor of the whole batch, any other as it is."""
+    plain = type(per_sample) is Tensor or not hasattr(per_sample, "device_mesh")
+    tensor: Tensor = per_sample if plain else per_sample.full_tensor()
+    return tensor
