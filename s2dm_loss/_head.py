@@ -197,6 +197,8 @@ def _data_axes(data: Tensor) -> tuple[int, ...]:
 # On a CPU a norm adds up in the dtype of its result, in 8 lanes where memory is dense and one by
 # one elsewhere, which over 2^24 float32 values is wrong by 1e-3. Samples longer than these stay
 # below 1e-6 as a sum of pieces. What was a half type has few digits, which round less evenly.
+# Shorter ones are below 1e-6 unless all values are equal, when every addition is rounded the same
+# way: by 6e-6 at 3 · 32 · 32 values. Pieces there would cost 5 % of a small batch's step.
 _LONG_SUM = 2**14
 _LONG_HALF_SUM = 2**11
 _PIECE = 2**8
@@ -232,8 +234,9 @@ def _sum_of_squares(values: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     norms = torch.linalg.vector_norm(values.view(len(values), pieces, _PIECE), dim=2)
     if rest:
         norms = torch.cat([norms, last], dim=1)
-    norm = torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64)
-    return (norm * norm).to(dtype)
+    # A sum, unlike a norm, adds up in pairs, and is right to its last digits in float32.
+    sums: Tensor = torch.linalg.vecdot(norms, norms)
+    return sums
 
 
 def _sum_of_chunks(values: Tensor) -> Tensor:
@@ -247,7 +250,7 @@ def _sum_of_chunks(values: Tensor) -> Tensor:
 
 def _finite(sums: Tensor) -> Tensor:
     """Return the largest number for infinity. What is not a number stays so."""
-    return sums.nan_to_num(nan=math.nan)
+    return sums.clamp_max(torch.finfo(sums.dtype).max)
 
 
 def _add_product(base: Tensor | None, first: Tensor, second: Tensor, scale: float) -> Tensor:
@@ -319,3 +322,10 @@ def placed_like(data: Tensor, *tensors: Any) -> tuple[Any, ...]:
         else kind.from_local(tensor, mesh, run_check=False)
         for tensor in tensors
     )
+
+
+def whole(per_sample: Any) -> Tensor:
+    """Return a DTensor of shape [B] as the plain tensor of the whole batch, any other as it is."""
+    plain = type(per_sample) is Tensor or not hasattr(per_sample, "device_mesh")
+    tensor: Tensor = per_sample if plain else per_sample.full_tensor()
+    return tensor

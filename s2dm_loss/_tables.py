@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2dm_loss._head import whole
+
 
 class TimeTable:
     """A function of t with several values, as a table over a schedule's timesteps.
@@ -50,6 +52,7 @@ class TimeTable:
         Raises:
             ValueError: if a timestep lies outside the table; see `read_table`.
         """
+        t = whole(t)
         if self._source is None:
             values = self._function(t)
             return [None if value is None else value.to(dtype) for value in values]

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from s2dm_loss._head import REDUCTIONS, completed_square, mean_square, placed_like
+from s2dm_loss._head import REDUCTIONS, completed_square, mean_square, placed_like, whole
 from s2dm_loss._head import Reduction as Reduction
 from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample
 from s2dm_loss.coefficients import (
@@ -86,7 +86,7 @@ def skip_step_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     check_prediction(eps_hat, noise, t, weights)
     skip_noise = read_skip_noise(estimator, skip_noise, "noise", noise, generator)
-    at_t = coefficients(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2)
+    at_t = coefficients(schedule, skip_set, t=whole(t), tau=tau, estimator=estimator, max_c2=max_c2)
     square = at_t.complete_square(normalize=normalize).to(loss_dtype(eps_hat, noise))
     return completed_square_loss(eps_hat, noise, square, skip_noise, reduction, weights)
 

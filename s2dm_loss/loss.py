@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from s2dm_loss._head import REDUCTIONS, Reduction, completed_square
+from s2dm_loss._head import REDUCTIONS, Reduction, completed_square, placed_like
 from s2dm_loss._loss_tables import LossTables
 from s2dm_loss.checks import (
     FixedSettings,
@@ -332,7 +332,7 @@ class SkipStepLoss(FixedSettings, nn.Module):
         return self._tables.coefficients_at(t)
 
     def _add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        a, b = self._tables.path.at(t, loss_dtype(x0, noise))
+        a, b = placed_like(x0, *self._tables.path.at(t, loss_dtype(x0, noise)))
         return (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
 
     def _loss_of_prediction(

@@ -48,9 +48,12 @@ def test_accelerate_ran_in_two_processes(runs):
 
 
 WRAPPED = [
-    f"{wrapper}, {how}"
-    for wrapper in ("ddp", "fsdp2")
-    for how in ("outside", "inside", "accumulated", "uneven")
+    *(
+        f"{wrapper}, {how}"
+        for wrapper in ("ddp", "fsdp2")
+        for how in ("outside", "inside", "accumulated", "uneven")
+    ),
+    "accelerate",
 ]
 SIZES = {2: [4, 3], 4: [2, 2, 2, 3]}
 

@@ -54,7 +54,7 @@ def test_mean_square(layout, size, dtype):
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 0.9999])
-@pytest.mark.parametrize("shape", [(2, 2**14 + 1), (1, 2**20), (2, 3, 600, 601)])
+@pytest.mark.parametrize("shape", [(2, 2**14 + 1), (1, 2**20), (1, 2**24), (2, 3, 600, 601)])
 @pytest.mark.parametrize("expand", [False, True])
 def test_equal_values(value, shape, expand):
     """Where each addition is rounded the same way, a long sum goes wrong soonest."""
@@ -76,6 +76,15 @@ def test_loss_of_large_samples(shape, dtype):
     expected = weight * exact_mean_square(residuals)
     expected = expected + constant + noise_constant * exact_mean_square(noise)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("count", [784, 3072, 2**14])
+def test_equal_values_of_small_samples(count):
+    """Eight lanes of additions, each wrong by half a unit in the last place of what is there."""
+    values = torch.linspace(0.1, 1, 100)[:, None].expand(100, count).contiguous()
+    bound = count / 8 * 2**-25 + 2**-22
+    mean = mean_square(values, torch.float32)
+    torch.testing.assert_close(mean.double(), exact_mean_square(values), rtol=bound, atol=0)
 
 
 def test_float64_keeps_its_digits():

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 ROOT = Path(__file__).parents[1]
 
 WITHOUT_SOCKETS = """
@@ -54,3 +58,36 @@ def test_every_pin_is_exact_and_said_once():
     names = [re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower() for pin in pins]
     assert len(set(names)) == len(names)
     assert "torch==2.13.0" in pins
+
+
+def requirements_of(project, *extras):
+    """What the project and its extras require, with the extras of its own that they name."""
+    lines = list(project["dependencies"])
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    found = []
+    for requirement in map(Requirement, lines):
+        if requirement.name == project["name"]:
+            found += requirements_of(project, *requirement.extras)
+        else:
+            found.append(requirement)
+    return found
+
+
+def test_what_the_commands_install_is_pinned_within_its_range():
+    """README.md's two commands install `quality` and `test`, and .ci/run installs `dev`."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    commands = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands += (ROOT / ".ci/run").read_text(encoding="utf-8")
+    extras = set(re.findall(r"-c constraints\.txt -e \"\.\[(\w+)\]\"", commands))
+    assert extras == {"quality", "test", "dev"}
+    required = requirements_of(project, *sorted(extras))
+    assert {"torch", "pytest", "mkdocs", "mypy"} <= {requirement.name for requirement in required}
+    for requirement in required:
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{requirement} has no pin"
+        assert pinned[name] in requirement.specifier, f"{requirement} against =={pinned[name]}"

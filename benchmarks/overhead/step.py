@@ -139,7 +139,7 @@ def _capture(
     losses = []
     for _ in range(10):
         graph.replay()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return {
         "captured": True,
         "first_loss": losses[0],

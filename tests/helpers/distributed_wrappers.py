@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -73,6 +74,22 @@ def step(
     return gradients(model)
 
 
+def accelerate_step(rank: int, sizes: list[int], batch: Batch) -> list[Tensor]:
+    """One step as accelerate wraps it, which finds the process group by these variables."""
+    from accelerate import Accelerator
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(sizes)))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == len(sizes)
+    model = CountingModel()
+    wrapped = accelerator.prepare(model)
+    assert isinstance(wrapped, DistributedDataParallel)
+    criterion = SkipStepLoss(NoiseSchedule.linear(1000), 9)
+    accelerator.backward(loss_of(wrapped, criterion, parts_of(batch, rank, sizes)))
+    return gradients(model)
+
+
 def everything(rank: int, batch: Batch, sizes: list[int]) -> dict[str, list[Tensor]]:
     """All of it in one group of processes: starting them is what takes time."""
     size = min(sizes)
@@ -86,6 +103,7 @@ def everything(rank: int, batch: Batch, sizes: list[int]) -> dict[str, list[Tens
             )
         results[f"{wrapper}, accumulated"] = step(rank, even, batch, wrapper, inside=False, micro=2)
         results[f"{wrapper}, uneven"] = step(rank, sizes, batch, wrapper, inside=False, micro=1)
+    results["accelerate"] = accelerate_step(rank, even, batch)
     return results
 
 

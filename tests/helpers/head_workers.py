@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from s2dm_loss import NoiseSchedule, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, skip_step_loss
 
 CASES = [
     (estimator, reduction, weigh)
@@ -45,3 +45,40 @@ def loss_and_gradient(case: Any, batch: dict[str, torch.Tensor], place: Any) -> 
     loss = criterion.from_prediction(eps_hat, noise, batch["t"], weights=weights, skip_noise=zeta)
     loss.sum().backward()
     return loss.detach(), eps_hat.grad
+
+
+def losses_of_placed_times(_rank: int, batch: dict[str, torch.Tensor]) -> dict[Any, Any]:
+    """Return each way's losses, in whole, by where t and the data lie: plain, or a DTensor."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    placements = {"replicated": [Replicate()], "batch": [Shard(0)]}
+    results: dict[Any, Any] = {}
+    for way, losses in WAYS.items():
+        for times in ("plain", *placements):
+            for data in ("plain", *placements):
+                placed = {
+                    name: value
+                    if (where := times if name in ("t", "time") else data) == "plain"
+                    else distribute_tensor(value, mesh, placements[where])
+                    for name, value in batch.items()
+                }
+                loss = losses(**placed)
+                loss = loss if data == "plain" else loss.full_tensor()
+                results[way, times, data] = loss
+    return results
+
+
+LINEAR = NoiseSchedule.linear(1000)
+PLAIN = {"skip_set": 9, "reduction": "none"}
+CRITERION, OF_V = (
+    SkipStepLoss(LINEAR, prediction_type=kind, **PLAIN) for kind in ("epsilon", "v_prediction")
+)
+CONTINUOUS = SkipStepLoss(ContinuousSchedule.cosine(), 0.05, reduction="none")
+WAYS = {
+    "function": lambda x, y, t, **_: skip_step_loss(x, y, t, schedule=LINEAR, **PLAIN),
+    "prediction": lambda x, y, t, **_: CRITERION.from_prediction(x, y, t),
+    "output": lambda x, y, t, **_: OF_V.from_output(x, y, x + y, t),
+    "step": lambda x, y, t, **_: CRITERION(lambda x_t, t: x_t, x, t, noise=y),
+    "continuous": lambda x, y, time, **_: CONTINUOUS.from_prediction(x, y, time),
+}
