@@ -1,7 +1,8 @@
 """diffusers: the loss in its training scripts.
 
-    skip_loss = SkipLoss.from_scheduler(noise_scheduler, skip_set=9)        # once
-    loss = skip_loss(model_pred, target, noisy_latents, timesteps)          # in place of F.mse_loss
+    skip_loss = SkipLoss.from_scheduler(noise_scheduler, skip_set=9)  # once
+    # In the place of F.mse_loss.
+    loss = skip_loss(model_pred, target, noisy_latents, timesteps)
 
 A script's loss is mse(output, target), whichever of ε, v and x_0 the output is, and so is this one
 at τ = 1: it is `SkipStepLoss.from_prediction` for an ε and `from_output` for any other output, with

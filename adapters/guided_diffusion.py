@@ -41,7 +41,7 @@ def skip_step(
     Everything else of it, the samplers among it, is inherited unchanged. Its terms, each of shape
     [N], are those of the plain loss and one more:
 
-        mse    the plain loss, as without the adapter: in ε, or in x_0 with `predict_xstart`
+        mse    the plain loss: in ε, or in x_0 with `predict_xstart`
         vb     the variance's own loss, untouched, where the variance is learned
         skip   what S²-DM adds to the plain loss; 0 where no skip is valid
         loss   mse + skip (+ vb)

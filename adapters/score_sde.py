@@ -9,10 +9,12 @@ well, so an SDE is known by the name of its class.
 
 What the trainer's networks put out, and the ε̂ in it, with σ the standard deviation of x_t:
 
-    VPSDE, subVPSDE   out = ε̂           labels 999 t; (N-1) t for a VPSDE with continuous=False
-    VESDE             out = -ε̂ / σ      labels σ; with continuous=False the index of σ, descending
-    DDPM loss         out = ε̂           integer labels
-    SMLD loss         out = -ε̂ / σ      integer labels, σ descending
+    VPSDE, subVPSDE   out = ε̂        labels 999 t
+    VESDE             out = -ε̂ / σ   labels σ
+    DDPM loss         out = ε̂        integer labels
+    SMLD loss         out = -ε̂ / σ   integer labels, σ descending
+
+With continuous=False a VPSDE's labels are (N-1) t, and a VESDE's the index of σ, descending.
 """
 
 from __future__ import annotations

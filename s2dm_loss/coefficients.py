@@ -2,21 +2,23 @@
 
 Notation, with ᾱ of the schedule, k a skip and τ the share of the plain loss:
 
-    α_skip(t) = ᾱ_t / ᾱ_{t-k}                      the transition t-k → t in one jump
+    α_skip(t) = ᾱ_t / ᾱ_{t-k}                    the transition t-k → t in one jump
     c²(t)     = (1 - α_skip) / α_skip = ᾱ_{t-k} / ᾱ_t - 1
-    L(t)      = τ mse(ε̂, ε) + (1-τ) mse(c ε̂, ζ)    where a skip is valid (t >= k), else mse(ε̂, ε)
+    L(t)      = τ mse(ε̂, ε) + (1-τ) mse(c ε̂, ζ)  where a skip is valid (t >= k)
+    L(t)      = mse(ε̂, ε)                        elsewhere
 
 (arXiv 2401.01520, Eq. 13 and the released code.) Both terms are quadratics in ε̂. Completing the
 square leaves one,
 
-    L(t) = A mse(ε̂, target) + a constant that ε̂ does not touch,    A = τ + (1-τ) c²,
+    L(t) = A mse(ε̂, target) + a constant that ε̂ does not touch, A = τ + (1-τ) c²,
 
 and each estimator, that is each reading of ζ, is a target and a constant:
 
-    estimator   ζ                   target      constant (mean over the elements)
-    "fresh"     new Gaussian noise  s ε + g ζ   (τ - A s²) ε² + (1-τ - A g²) ζ² - 2 A s g ε ζ
-    "expected"  its expectation     s ε         (τ - A s²) ε² + (1-τ)
-    "shared"    the same noise ε    (s + g) ε   (1 - A (s+g)²) ε²
+    estimator   ζ                  target     constant (mean over the elements)
+    "fresh"     new Gaussian       s ε + g ζ  (τ - A s²) ε² + (1-τ - A g²) ζ²
+                noise                         - 2 A s g ε ζ
+    "expected"  its expectation    s ε        (τ - A s²) ε² + (1-τ)
+    "shared"    the same noise ε   (s + g) ε  (1 - A (s+g)²) ε²
 
 with s = τ / A and g = (1-τ) c / A. Where no skip is valid, τ = 1 and c = 0 say the plain loss.
 Several skips at once are the mean of their losses: c and c² become means over the valid skips.

@@ -23,9 +23,12 @@ class GainSearch(CorrectionSearch):
     ...         return x_t
     >>> def sample(model, noise):
     ...     return model(noise, torch.full((len(noise),), 999))
-    >>> data = torch.randn(2000, 3, generator=torch.Generator().manual_seed(1)) * 0.5
+    >>> generator = torch.Generator().manual_seed(1)
+    >>> data = torch.randn(2000, 3, generator=generator) * 0.5
     >>> schedule = NoiseSchedule.linear(1000)
-    >>> search = GainSearch(Model(), schedule, sample, data, skips=[49, 99, 149], tau=0.9)
+    >>> search = GainSearch(
+    ...     Model(), schedule, sample, data, skips=[49, 99, 149], tau=0.9
+    ... )
     >>> print(search.recommend().strength)
     99
     """

@@ -52,10 +52,11 @@ class SkipStepLoss(FixedSettings, nn.Module):
 
     >>> from s2dm_loss import NoiseSchedule, SkipStepLoss
     >>> criterion = SkipStepLoss(NoiseSchedule.linear(1000), skip_set=9)
-    >>> criterion
-    SkipStepLoss(NoiseSchedule.linear(1000), SkipSet(9), tau=0.99, estimator='expected')
+    >>> criterion  # doctest: +ELLIPSIS
+    SkipStepLoss(NoiseSchedule.linear(1000), SkipSet(9), tau=0.99, ...)
     >>> model = lambda x_t, t: torch.zeros_like(x_t)
-    >>> loss = criterion(model, torch.randn(8, 3, 32, 32))  # draws t, noise; one model call
+    >>> x0 = torch.randn(8, 3, 32, 32)
+    >>> loss = criterion(model, x0)  # draws t and noise; one model call
     >>> loss.shape
     torch.Size([])
 

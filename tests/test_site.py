@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from s2dm_loss import NoiseSchedule, coefficients, epsilon_scaling
+from tests.test_docs_blocks import COLUMNS, columns_of
 
 ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -96,7 +100,13 @@ def browser():
 @pytest.fixture
 def page(browser, address):
     """An empty page that remembers what went wrong in it."""
-    context = browser.new_context(viewport={"width": DESKTOP, "height": 900})
+    with watched_page(browser, address) as page:
+        yield page
+
+
+@contextmanager
+def watched_page(browser, address, scheme="light"):
+    context = browser.new_context(viewport={"width": DESKTOP, "height": 900}, color_scheme=scheme)
     page = context.new_page()
     page.trouble = []
     page.on("console", lambda message: page.trouble.append(f"console: {message.text}"))
@@ -118,10 +128,13 @@ def _note_status(page, reply) -> None:
         page.trouble.append(f"{reply.status}: {reply.url}")
 
 
+BLOCK_OF_CODE = re.compile(
+    r'<div class="([^"]*\bhighlight)">(?:(?!<div).)*?<pre[^>]*>(.*?)</pre>', re.S
+)
 TEXT_OUTSIDE_CODE = """
 () => {
   const article = document.querySelector("article").cloneNode(true);
-  article.querySelectorAll("code, pre, script, style, math").forEach((node) => node.remove());
+  article.querySelectorAll("code, pre, script, style, math, svg").forEach((node) => node.remove());
   return article.textContent;
 }
 """
@@ -131,10 +144,61 @@ BROKEN_PICTURES = """
 """
 
 
-def test_every_page_loads_whole_and_fits_its_window(site, address, page):
+# What scrolls sideways shows it by a shadow at the edge, which is a background.
+CUT_OFF_UNMARKED = """
+() => [...document.querySelectorAll("article *")].filter((node) => {
+  const style = getComputedStyle(node);
+  return node.scrollWidth > node.clientWidth + 1 && node.clientWidth > 0
+    && ["auto", "scroll", "hidden"].includes(style.overflowX)
+    && style.backgroundImage === "none" && !node.closest("math, svg, .math-block");
+}).map((node) => `${node.tagName} ${node.className} ${node.textContent.trim().slice(0, 40)}`)
+"""
+# Letters on their ground, by the formula of WCAG 2; 3 is what it asks of large letters.
+FAINT_TEXT = """
+() => {
+  const parsed = (text) => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const over = ([r, g, b, a = 1], ground) =>
+    [r, g, b].map((value, i) => a * value + (1 - a) * ground[i]);
+  const luminance = (color) => color
+    .map((value) => value / 255)
+    .map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (node) => node === null ? [255, 255, 255]
+    : over(parsed(getComputedStyle(node).backgroundColor), ground(node.parentElement));
+  const found = new Map();
+  const texts = document.createTreeWalker(document.querySelector("article"), 4);
+  while (texts.nextNode()) {
+    const node = texts.currentNode.parentElement;
+    if (!texts.currentNode.data.trim() || node.closest("script, style, .headerlink")
+        || !node.getClientRects().length) continue;
+    const style = getComputedStyle(node);
+    const below = ground(node);
+    const color = node.closest("svg") ? style.fill : style.color;
+    const pair = [luminance(over(parsed(color), below)), luminance(below)];
+    const contrast = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+    const large = parseFloat(style.fontSize) >= 24;
+    if (contrast < (large ? 3 : 4.5)) {
+      const place = `${node.tagName}.${node.className} ${color}`;
+      found.set(place, `${contrast.toFixed(1)} ${place} ${texts.currentNode.data.trim()}`);
+    }
+  }
+  return [...found.values()];
+}
+"""
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_loads_whole_and_fits_its_window(site, address, browser, scheme):
     """One test for all pages: what is listed on failure is what has to be mended."""
     names = sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
     assert len(names) > 15
+    with watched_page(browser, address, scheme) as page:
+        faults = faults_of(page, address, names)
+    assert not faults, "\n".join(faults)
+
+
+def faults_of(page, address: str, names: list[str]) -> list[str]:
     faults = []
     for name in names:
         page.trouble.clear()
@@ -144,7 +208,9 @@ def test_every_page_loads_whole_and_fits_its_window(site, address, page):
         found = list(page.trouble)
         found += [f"unrendered math: {left!r}" for left in re.findall(r".{0,30}[$\\].{0,30}", text)]
         found += [f"a plot that was not drawn: {left}" for left in re.findall(r"plot: \w+", text)]
+        found += [f"a line may end in {left!r}" for left in re.findall(r"\b[kTτλ] = \d+", text)]
         found += [f"picture: {url}" for url in page.evaluate(BROKEN_PICTURES)]
+        found += [f"faint: {text}" for text in page.evaluate(FAINT_TEXT)]
         if page.locator("merror").count():
             found.append("MathML error")
         for width in (DESKTOP, PHONE):
@@ -152,7 +218,25 @@ def test_every_page_loads_whole_and_fits_its_window(site, address, page):
             wide = page.evaluate("document.documentElement.scrollWidth")
             if wide > width:
                 found.append(f"{wide} px wide in a window of {width}")
+            found += [f"cut off at {width}: {it}" for it in page.evaluate(CUT_OFF_UNMARKED)]
         faults += [f"{name}: {fault}" for fault in found]
+    return faults
+
+
+def test_blocks_show_no_doctest_directives_and_fit_80_columns(site):
+    """But diffs, which have the lines of a trainer's file to the letter."""
+    faults, seen = [], 0
+    for path in sorted(site.rglob("*.html")):
+        text = path.read_text(encoding="utf-8")
+        for kind, block in BLOCK_OF_CODE.findall(text):
+            seen += 1
+            lines = html.unescape(re.sub(r"<[^>]+>", "", block)).splitlines()
+            for line in lines:
+                if "# doctest:" in line:
+                    faults.append(f"{path.relative_to(site)}: directive: {line}")
+                if "language-diff" not in kind and columns_of(line) > COLUMNS:
+                    faults.append(f"{path.relative_to(site)}: {columns_of(line)} columns: {line}")
+    assert seen > 200
     assert not faults, "\n".join(faults)
 
 
@@ -166,6 +250,86 @@ def test_math_is_set_in_the_font_of_the_site(address, page):
     # A root over a fraction is as high as the fraction: only a math font has one that grows.
     root = page.locator("math msqrt").first
     assert root.bounding_box()["height"] > 10
+
+
+# The colour of a plot's letters, which are text or outlines, and of the text around it.
+COLOURS_OF_PLOTS = """
+() => [...document.querySelectorAll("figure.plot svg")].map((svg) => [
+  getComputedStyle(svg.querySelector("text, g[id^=text_] g")).fill,
+  getComputedStyle(svg.closest("article")).color,
+])
+"""
+# Of each label the size of its largest letter on the screen, in pixels.
+LETTERS_OF_PLOTS = """
+() => [...document.querySelectorAll("figure.plot svg")].flatMap((svg) => {
+  const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  const sizes = [...svg.querySelectorAll("text")].map(
+    (text) => parseFloat(getComputedStyle(text).fontSize));
+  for (const label of svg.querySelectorAll("g[id^=text_]")) {
+    const outlines = [...label.querySelectorAll("g[transform*=scale]")].map(
+      (group) => 100 * parseFloat(group.getAttribute("transform").match(/scale\\(([\\d.]+)/)[1]));
+    if (outlines.length) sizes.push(Math.max(...outlines));
+  }
+  return sizes.map((size) => size * scale);
+})
+"""
+
+
+@pytest.mark.parametrize("name", ["index", "evidence_results", "evidence_lab", "overhead"])
+def test_pictures_of_the_benchmarks_stand_in_the_page(address, browser, name):
+    colours = set()
+    for scheme in ("light", "dark"):
+        with watched_page(browser, address, scheme) as page:
+            page.set_viewport_size({"width": PHONE, "height": 900})
+            page.goto(f"{address}/{name}.html")
+            assert page.locator("article img[src$='.svg']").count() == 0
+            found = page.evaluate(COLOURS_OF_PLOTS)
+            assert found
+            assert all(letters == around for letters, around in found)
+            colours.update(letters for letters, _ in found)
+            # Where the plot has no ink there is the page, not a slab of its own.
+            grounds = "[style*='fill: #ffffff'], [style*='fill: white']"
+            assert page.locator(f"figure.plot svg :is({grounds})").count() == 0
+            sizes = page.evaluate(LETTERS_OF_PLOTS)
+            assert len(sizes) > 10
+            assert min(sizes) > 8
+    assert len(colours) == 2
+
+
+def test_a_hat_in_code_is_on_its_letter_and_in_one_cell(address, page):
+    from PIL import Image
+
+    page.goto(f"{address}/index.html")
+    page.evaluate("document.fonts.ready")
+    hat = page.locator("pre .hat").first
+    assert hat.inner_text() == "ε̂"
+    hat.scroll_into_view_if_needed()
+    box = hat.bounding_box()
+    letter = page.evaluate(
+        """() => {
+          const code = document.querySelector("pre .hat").parentElement;
+          const probe = code.appendChild(document.createElement("span"));
+          probe.textContent = "0000000000";
+          const width = probe.getBoundingClientRect().width / 10;
+          probe.remove();
+          return width;
+        }"""
+    )
+    assert box["width"] == pytest.approx(letter, abs=0.5)
+    # "ε̂ in place of ε̂": the cell behind the first is empty, the hat's own is not.
+    inks = []
+    for shift in (0, 1):
+        clip = {
+            "x": box["x"] + shift * letter + 1,
+            "y": box["y"],
+            "width": letter - 2,
+            "height": box["height"],
+        }
+        image = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("L")
+        low, high = image.getextrema()
+        inks.append(high - low)
+    assert inks[0] > 60
+    assert inks[1] < 5
 
 
 def test_plots_take_the_colour_of_the_text(address, browser):

@@ -19,7 +19,10 @@ import pytest
 from s2dm_loss import __version__
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("s2dm_loss", "adapters", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES = (
+    *("s2dm_loss", "adapters", "pyproject.toml", "setup.py", "MANIFEST.in"),
+    *("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"),
+)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -85,19 +88,36 @@ def test_the_sdist_holds_the_library_and_its_licence(dist):
     sdist = next(dist.glob("*.tar.gz"))
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "pyproject.toml", "s2dm_loss/py.typed"} <= names
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "s2dm_loss/py.typed"} <= names
+    assert {"CHANGELOG.md", "CITATION.cff"} <= names
     assert {"adapters/__init__.py", "s2dm_loss/loss.py"} <= names
     assert not any(name.startswith(("tests", "docs", "benchmarks")) for name in names)
     assert sdist.stat().st_size < 200_000
+
+
+def metadata_of(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        return archive.read(name).decode()
+
+
+def test_no_link_of_the_readme_is_dead_on_an_index(wheel):
+    """An index has the text alone: no file beside it, and no anchors at its headings."""
+    head, _, description = metadata_of(wheel).partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head
+    links = re.findall(r"\]\(([^)]*)\)|(?:src|href)=\"([^\"]*)", description)
+    assert links
+    assert [link for link in links if not "".join(link).startswith("https://")] == []
+    words = re.sub(r"\W+", " ", description)
+    assert "Should I use it" in words
+    assert "The overview has the rest OneTrainer" in words  # a link's text stays
 
 
 def test_the_metadata_render_and_say_what_pyproject_says(dist, wheel):
     if importlib.util.find_spec("twine") is None:
         pytest.skip("the package `twine` is not installed")
     run(sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir(), cwd=dist)
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-        metadata = archive.read(name).decode()
+    metadata = metadata_of(wheel)
     assert f"\nVersion: {__version__}\n" in metadata
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
     assert sorted(required) == ["einops", "torch", "typing-extensions"]

@@ -80,7 +80,7 @@ def _best_skip_figure(gaussian: Row, digits: Row) -> Figure:
     axes.set(xscale="log", xlabel="sampling steps", ylabel="best skip k of the gain (0: none)")
     axes.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
     axes.minorticks_off()
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=8)
     return figure
 
 

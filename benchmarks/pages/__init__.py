@@ -6,5 +6,6 @@ this room knows how those pages look, and nothing of what was measured.
 ===========  ==================================
 `tables`     Markdown tables, and numbers as text
 `figures`    colours, the style, files of figures
+`example`    the run of the worked example
 ===========  ==================================
 """

@@ -9,6 +9,8 @@ import griffe
 
 # A paragraph that starts with >>>, up to the next empty line.
 _EXAMPLE = re.compile(r"^>>>.*(?:\n(?!\s*$).*)*", re.M)
+# What tells doctest how to compare, and a reader nothing.
+_DIRECTIVE = re.compile(r" *# doctest:.*")
 
 
 class ReadableDocstrings(griffe.Extension):
@@ -21,7 +23,7 @@ class ReadableDocstrings(griffe.Extension):
 
 def _visit(thing: griffe.Object, package: griffe.Module) -> None:
     if thing.docstring is not None:
-        thing.docstring.value = _EXAMPLE.sub(r"```pycon\n\g<0>\n```", thing.docstring.value)
+        thing.docstring.value = _EXAMPLE.sub(_fenced, thing.docstring.value)
     if isinstance(thing, griffe.Function):
         for parameter in thing.parameters:
             if isinstance(parameter.default, griffe.ExprName):
@@ -29,6 +31,10 @@ def _visit(thing: griffe.Object, package: griffe.Module) -> None:
     for member in thing.members.values():
         if isinstance(member, griffe.Object):
             _visit(member, package)
+
+
+def _fenced(example: re.Match[str]) -> str:
+    return f"```pycon\n{_DIRECTIVE.sub('', example[0])}\n```"
 
 
 def _value(name: griffe.ExprName, package: griffe.Module) -> griffe.Expr | str:

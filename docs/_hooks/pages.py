@@ -28,6 +28,8 @@ _CODE = re.compile(r"(^ *(?P<fence>```+|~~~+).*?^ *(?P=fence) *$|`[^`\n]+`)", re
 _LINK = re.compile(
     r"(?P<open>!?\[(?P<text>[^\]]*)\]\()(?P<url>[^)\s]+)(?P<close>(?: \"[^\"]*\")?\))"
 )
+# Code, and pictures that stand in the page, whose text is taken to the letter.
+_ELEMENT = re.compile(r"(<code.*?</code>|<svg.*?</svg>|<[^>]*>)", re.S)
 _HTML = re.compile(r"(?P<open>\b(?:src|srcset|href)=\")(?P<url>[^\"]+)(?P<close>\")")
 
 
@@ -78,8 +80,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, **_: object) -> str:
-    """Keep the two ends of an interval, "+1.2 % [+0.3, +2.1]", on one line."""
-    return re.sub(r"(% \[[-+][\d.]+), ([-+][\d.]+\])", r"\1,&nbsp;\2", content)
+    """Keep together what is one thing to the eye."""
+    parts = _ELEMENT.split(content)
+    parts[::2] = map(_unbroken, parts[::2])
+    # In a fixed-width font the hat of ε̂ lands beside its letter: two glyphs, two cells.
+    parts[1::2] = (part.replace("ε̂", '<span class="hat">ε̂</span>') for part in parts[1::2])
+    return "".join(parts)
+
+
+def _unbroken(text: str) -> str:
+    """No line ends inside "k = 9" or "1.2 %", nor between the ends of an interval."""
+    text = re.sub(r"(\d) %", r"\1&nbsp;%", text)
+    text = re.sub(r"\b([kTτλδσ]) = (?=\S)", r"\1&nbsp;=&nbsp;", text)
+    return re.sub(r"(\[[-+][\d.]+), ([-+][\d.]+\])", r"\1,&nbsp;\2", text)
 
 
 def _outside_code(markdown: str, change: Callable[[str], str]) -> str:

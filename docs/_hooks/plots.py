@@ -1,12 +1,15 @@
-"""Plots of the library's own tables, drawn when the site is built.
+"""Plots in the page itself, whose text and axes take the page's colour on light and dark alike.
 
-`<!-- plot: NAME -->` in a page becomes an inline SVG, whose text and axes take the page's colour
-and font, so that it reads on light and dark alike.
+`<!-- plot: NAME -->` in a page becomes a plot of the library's own tables, drawn when the site is
+built, in the page's font. A picture of the benchmarks, which as a file has a grey that is legible
+on either ground and good on neither, is put into the page as well.
 """
 
 from __future__ import annotations
 
+import html
 import io
+import posixpath
 import re
 from collections.abc import Callable
 
@@ -15,6 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 from torch import Tensor
 
@@ -22,6 +26,10 @@ from s2dm_loss import ContinuousSchedule, NoiseSchedule, coefficients, epsilon_s
 
 SKIPS = (1, 9, 49, 99)
 COLORS = ("#1e88e5", "#43a047", "#fb8c00", "#e53935")  # legible on white and on near-black
+_PICTURE = re.compile(r'(<p>)?<img alt="(?P<alt>[^"]*)" src="(?P<src>[^":]+\.svg)" ?/?>(?(1)</p>)')
+# A phone's width shows a picture of the benchmarks at this scale; one that is wider scrolls.
+SMALLEST = 0.78
+_GREY = "#7d838c"  # the ink of benchmarks/pages/figures.py
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _STYLE = {
     "axes.edgecolor": _INK,
@@ -48,7 +56,7 @@ _STYLE = {
 }
 
 
-def on_page_content(content: str, page: Page, **_: object) -> str:
+def on_page_content(content: str, page: Page, files: Files, **_: object) -> str:
     """Draw the plots of a page."""
 
     def plot(match: re.Match[str]) -> str:
@@ -58,7 +66,17 @@ def on_page_content(content: str, page: Page, **_: object) -> str:
         with mpl.rc_context(_STYLE):
             return f'<figure class="plot">{_svg(draw(), alt)}</figure>'
 
-    return re.sub(r"<!-- plot: (\w+) -->", plot, content)
+    def picture(match: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(page.url), match["src"]))
+        file = files.get_file_from_path(path)
+        if file is None:
+            raise PluginError(f"{page.file.src_uri}: {path} is not on the site")
+        (width,) = re.findall(r'<svg [^>]*\bwidth="([\d.]+)pt"', file.content_string)
+        size = f"max-width: {width}pt; min-width: {SMALLEST * float(width):.0f}pt"
+        svg = _inline(file.content_string, html.unescape(match["alt"]), _GREY)
+        return f'<figure class="plot">{svg.replace("<svg", f"<svg style={size!r}", 1)}</figure>'
+
+    return re.sub(r"<!-- plot: (\w+) -->", plot, _PICTURE.sub(picture, content))
 
 
 def loss_tables() -> Figure:
@@ -161,9 +179,13 @@ def _line(axis: Axes, x: Tensor, y: Tensor, label: str) -> None:
 def _svg(figure: Figure, alt: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = _inline(buffer.getvalue(), alt, _INK)
+    return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # the page sets the font
+
+
+def _inline(svg: str, alt: str, ink: str) -> str:
+    """Return an SVG file as an element of a page, with the page's colour in the place of `ink`."""
+    svg = svg[svg.index("<svg") :].replace(ink, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)  # the page sets the size
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # and the font
-    return svg.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt)}"', 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from benchmarks.pages.tables import MISSING, counted, listed, markdown_table
-from benchmarks.quality.corrections import BandGains, EpsilonScaling, Gain
+from benchmarks.quality.corrections import BandGains, Gain
 from benchmarks.quality.evidence.corrections import KERNEL, SOLVERS, band_table
 from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, corrected, trained
 from benchmarks.quality.objectives import Method, Plain

@@ -65,7 +65,7 @@ def intervals(
         if one.mean < low and not line:  # of lines, several would be cut off at one place
             shift = (5, -2.5) if across else (3, 4)
             axes.annotate(
-                f"{one.mean:.0f}", (x, y), shift, textcoords="offset points", fontsize=6,
+                f"{one.mean:.0f}", (x, y), shift, textcoords="offset points", fontsize=8,
                 color=style["color"],
             )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from textwrap import wrap
 
 import numpy as np
 
@@ -13,8 +14,7 @@ from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.settings import in_words
 from benchmarks.quality.statistics import Cell, Results
 
-COLUMN = 62
-"""Where the comments of the commands begin."""
+COLUMNS = 80  # of a block on the page
 
 
 def how_measured(evidence: Evidence) -> Iterable[str]:
@@ -92,18 +92,18 @@ def _commands() -> Iterable[str]:
     for name, preset in PRESETS.items():
         local = " --data FOLDER" if preset.data in LOCAL else ""
         command = f"python -m benchmarks.quality run {name}{local}"
-        lines.append(f"{command.ljust(COLUMN)}# {preset.about}")
-    keep, page = (
-        f"python -m benchmarks.quality {words}".ljust(COLUMN) for words in ("keep PRESET", "page")
-    )
+        about = f"{preset.about[0].upper()}{preset.about[1:]}."
+        lines += [*wrap(f"# {about}", COLUMNS, subsequent_indent="# "), command]
     listing = "\n".join(lines)
     yield "## Every command"
     yield f"""\
 ```sh
 pip install -e ".[quality]"
 {listing}
-{keep}# its results, into the repository
-{page}# these pages
+# Its results, into the repository.
+python -m benchmarks.quality keep PRESET
+# These pages.
+python -m benchmarks.quality page
 ```
 
 `--dry-run` says what a run would cost, `--workers` shares it among processes, and a run that was
