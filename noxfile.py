@@ -71,6 +71,16 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def mutation(session: nox.Session) -> None:
+    """Break the mathematics, one small change at a time, and see that a test notices each.
+
+    For some modules only, and side by side: `nox -s mutation -- coefficients --jobs 4`.
+    """
+    session.install(*PINNED, "-e", ".[test]", "cosmic-ray==8.7.0")
+    session.run("python", ".ci/mutation.py", *session.posargs)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build, check, install away from the checkout, and run the tests against what is installed."""
     dist = Path(session.create_tmp()) / "dist"

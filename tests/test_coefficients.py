@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, coefficients
+from s2dm_loss import Coefficients, ContinuousSchedule, NoiseSchedule, SkipSet, coefficients
 from tests.strategies import betas, schedules, schedules_with_skip, seeds, taus, timesteps
 
 
@@ -21,6 +21,26 @@ def rounding(schedule):
     """Bound on the error of c² per unit of 1 + c²: cumsum's rounding of log ᾱ."""
     size = float(schedule.log_alphas_cumprod[-1].abs())
     return 1e-15 * (1 + size) * (4 + schedule.num_train_timesteps**0.5)
+
+
+@pytest.mark.parametrize("estimator", ["expected", "fresh", "shared"])
+def test_the_one_quadratic_is_the_two_terms(estimator):
+    """At numbers ε̂, ε and ζ, of which a mean over one element is the number itself."""
+    tau, c, c2 = 0.7, 0.5, 0.3  # c² is a mean of its own where there are several skips
+    at_t = Coefficients(*(torch.tensor(x, dtype=torch.float64) for x in (tau, c, c2)), estimator)
+    weight, gain, *constants = at_t.complete_square()
+    added, of_noise, skip_gain, of_skip, of_both = (0 if x is None else x for x in constants)
+    for eps_hat, eps, zeta in ((0.0, 0.0, 0.0), (2.0, -0.5, 0.25), (-1.0, 3.0, -2.0)):
+        # What stands for ζ and for ζ².
+        z, zz = {"fresh": (zeta, zeta**2), "expected": (0, 1), "shared": (eps, eps**2)}[estimator]
+        simple, skip = (eps_hat - eps) ** 2, c2 * eps_hat**2 - 2 * c * eps_hat * z + zz
+        found = weight * (eps_hat - gain * eps - skip_gain * zeta) ** 2 + added
+        found = found + of_noise * eps**2 + of_skip * zeta**2 + of_both * eps * zeta
+        assert float(found) == pytest.approx(tau * simple + (1 - tau) * skip, rel=1e-14, abs=1e-15)
+    assert float(at_t.gain_excess) == pytest.approx(float(at_t.gain) - 1, rel=1e-13)
+    normalized = at_t.complete_square(normalize=True)
+    assert (normalized.weight, normalized.gain, normalized.skip_gain) == (1, gain, constants[2])
+    assert all(normalized[i] is None for i in (2, 3, 5, 6))
 
 
 @given(betas(min_size=2, max_size=60), st.data())
@@ -186,3 +206,12 @@ def test_tau_zero_and_a_flat_schedule_are_finite():
     square = table.complete_square()
     assert all(field is None or field.isfinite().all() for field in square)
     assert table.weight.tolist() == [1.0, 0.0, pytest.approx(math.e - 1)]
+
+
+def test_a_path_that_rises_by_its_rounding_skips_nothing():
+    class Flat(NoiseSchedule):
+        def log_alphas_cumprod_at(self, t):
+            return 1e-16 * t - 1
+
+    at_t = coefficients(Flat([-1.0] * 9), 3)
+    assert at_t.c.tolist() == at_t.c2.tolist() == [0.0] * 9

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, epsilon_from_output
+from s2dm_loss import (
+    Coefficients,
+    ContinuousSchedule,
+    NoiseSchedule,
+    SkipStepLoss,
+    epsilon_from_output,
+)
+from s2dm_loss.output import output_square, weighting_bound
 from tests.strategies import normal
 
 TYPES = ["epsilon", "v_prediction", "sample", "flow", "score"]
@@ -252,3 +259,52 @@ def test_where_the_recipe_of_weights_exploded():
     _, plain = loss_and_gradient(lambda o: (o - target).square().mean((1, 2)), output)
     assert 0.98 < float(gradient.norm() / plain.norm()) < 1.02
     assert math.isclose(float(gradient[-1].norm() / plain[-1].norm()), 0.99, rel_tol=1e-2)
+
+
+def scalars(*values):
+    return (torch.tensor([value], dtype=torch.float64) for value in values)
+
+
+@pytest.mark.parametrize("max_c2", [0.0, 0.5, 4.0, math.inf])
+@pytest.mark.parametrize(
+    ("kind", "ratio"), [("sample", -0.75), ("score", -0.8), ("flow", 0.6 / 1.4)]
+)
+def test_the_bound_on_c2_and_the_quadratic_it_leaves(kind, ratio, max_c2):
+    """c² <= max_c2 · ratio², and the output's target has s ε̂ in it, written out at one number."""
+    tau, c, c2 = 0.9, 2.0, 5.0
+    a, b = scalars(0.6, 0.8)
+    at_t = Coefficients(*scalars(tau, c, c2), "fresh")
+    square = output_square(at_t, kind, a, b, max_c2=max_c2)
+    bounded = min(c2, max_c2 * ratio**2)
+    weight = tau + (1 - tau) * bounded
+    s, g = tau / weight, (1 - tau) * min(c, math.sqrt(max_c2) * abs(ratio)) / weight
+    assert square.weight.item() == pytest.approx(weight, rel=1e-14)
+    assert square.on_target.item() == pytest.approx(s, rel=1e-14)
+    assert square.on_skip_noise.item() == pytest.approx(g / ratio, rel=1e-14, abs=1e-16)
+    # From x_0 and ε: the output that stands for s ε̂ on x_t = a x_0 + b ε.
+    x0, eps = 0.3, -1.1
+    x_t = 0.6 * x0 + 0.8 * eps
+    meant = {
+        "sample": (x_t - 0.8 * s * eps) / 0.6,
+        "score": -s * eps / 0.8,
+        "flow": s * eps - (x_t - 0.8 * s * eps) / 0.6,
+    }[kind]
+    on_data = 0.0 if square.on_data is None else square.on_data.item()
+    assert on_data * x0 + square.on_noise.item() * eps == pytest.approx(meant, rel=1e-13)
+
+
+def test_where_an_output_says_nothing_of_the_noise_or_all_of_it():
+    at_t = Coefficients(*scalars(0.9, 2.0, 5.0), "fresh")
+    silent = output_square(at_t, "v_prediction", *scalars(0.0, 1.0), max_c2=100.0)
+    assert (silent.on_target, silent.on_input, silent.on_skip_noise) == (1, 0, 0)
+    assert (silent.on_data, silent.on_noise, silent.weight) == (-1, 0, 0.9)
+    # Without noise in x_t the ratio of x_0 is infinite, and 0 · ∞ is still no bound but 0.
+    plain = output_square(at_t, "sample", *scalars(1.0, 0.0), max_c2=0.0)
+    assert (plain.weight, plain.on_target) == (0.9, 1)
+
+
+@pytest.mark.parametrize(("weight", "bound"), [(0.25, 3.0), (1.5, 2.0), (6.0, 0.5)])
+def test_the_bound_of_a_weighting(weight, bound):
+    """Neither c² nor c² w is above max_c2 = 3."""
+    found = weighting_bound(lambda log_snr: log_snr * 0 + weight, *scalars(0.6, 0.8), 3.0)
+    assert found.item() == bound

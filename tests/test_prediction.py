@@ -10,6 +10,7 @@ from s2dm_loss import (
     epsilon_from_output,
     output_from_epsilon,
 )
+from s2dm_loss.prediction import read_output
 from tests.strategies import normal, schedules, seeds, shapes, timesteps
 
 TYPES = ["epsilon", "v_prediction", "sample", "flow", "score"]
@@ -76,3 +77,12 @@ def test_half_outputs_are_lifted(kind):
     assert eps_hat.dtype == torch.float32
     exact = epsilon_from_output(output.double(), x_t.double(), t, schedule, kind)
     torch.testing.assert_close(eps_hat.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_prediction_is_the_first_of_a_tuple():
+    first, second = torch.zeros(2), torch.ones(2)
+    for output in (first, (first, second), [first, "extra"]):
+        assert read_output(output) is first
+    for nothing in ((), ("extra", first), {"sample": first}):
+        with pytest.raises(TypeError, match="model must return a tensor"):
+            read_output(nothing)

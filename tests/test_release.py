@@ -49,7 +49,8 @@ def test_the_workflows_run_sessions_that_exist():
     defined = set(re.findall(r"^@nox\.session.*?\ndef (\w+)", text_of("noxfile.py"), re.M | re.S))
     jobs = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"]
     run = {job["session"] for job in jobs["others"]["strategy"]["matrix"]["include"]}
-    assert run | {"tests"} == defined
+    by_hand = {"mutation"}  # an hour, where a change to the mathematics asks for it
+    assert run | {"tests"} | by_hand == defined
 
 
 def test_the_citation_is_of_this_version_and_names_the_paper():

@@ -113,6 +113,39 @@ def test_constructors_agree(values):
         )
 
 
+def test_the_defaults_are_the_published_schedules():
+    assert repr(NoiseSchedule.linear()) == "NoiseSchedule.linear(1000)"
+    assert repr(NoiseSchedule.scaled_linear()) == "NoiseSchedule.scaled_linear(1000)"
+    assert repr(NoiseSchedule.cosine()) == "NoiseSchedule.cosine(1000)"
+    table = NoiseSchedule([-0.5, -1.0])
+    assert repr(table) == "NoiseSchedule([2 values])"
+
+
+def test_what_a_table_may_hold():
+    ends = NoiseSchedule.from_alphas_cumprod([1.0, 0.5, 0.0])
+    assert ends.log_alphas_cumprod.tolist() == [0.0, math.log(0.5), -math.inf]
+    for one in (
+        NoiseSchedule.from_alphas_cumprod([0.25]),
+        NoiseSchedule.from_log_snr([-math.log(3)]),
+        NoiseSchedule.from_sigmas([math.sqrt(3)]),
+        NoiseSchedule.from_betas([0.75]),
+    ):
+        assert one.alphas_cumprod.tolist() == pytest.approx([0.25], rel=1e-15)
+    two = NoiseSchedule.from_alphas_cumprod([0.8, 0.3]).rescale_zero_terminal_snr()
+    np.testing.assert_allclose(two.alphas_cumprod.numpy(), [0.8, 0.0], rtol=1e-15)
+
+
+def test_which_betas_look_like_cumulative_products():
+    falls = torch.linspace(0.95, 0.05, 10, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"fall from 0\.95 to 0\.05, which look like ᾱ"):
+        NoiseSchedule.from_betas(falls)
+    flat = torch.cat([falls[:5], falls[4:]])
+    rest = torch.linspace(0.5, 0.05, 10, dtype=torch.float64)
+    for table in (falls[:9], flat, rest, falls.flip(0)):
+        found = NoiseSchedule.from_betas(table).alphas_cumprod
+        torch.testing.assert_close(found, (1 - table).cumprod(0), rtol=1e-12, atol=0)
+
+
 def test_log_snr_at_the_ends_of_float64():
     schedule = NoiseSchedule.from_log_snr([800.0, 40.0, 0.0, -40.0, -800.0, -math.inf])
     expected = [-0.0, -math.exp(-40), -math.log(2), -40 - math.exp(-40), -800.0, -math.inf]

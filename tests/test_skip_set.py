@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
@@ -32,6 +32,8 @@ def test_offsets(offsets):
 
 
 @given(st.integers(2, 100))
+@example(2)
+@example(100)
 def test_for_sampling_steps_is_the_stride(steps):
     assert pairs(SkipSet.for_sampling_steps(steps)) == pairs(SkipSet(100 // steps))
 
@@ -100,6 +102,8 @@ def test_numbers_of_numpy_count():
         (SkipSet(0.01), "SkipSet(0.01)"),
         (SkipSet.for_sampling_steps(50), "SkipSet.for_sampling_steps(50)"),
         (SkipSet.from_timesteps([30, 10, 20]), "SkipSet.from_timesteps([10, 20, 30])"),
+        (SkipSet.from_timesteps(range(6)), "SkipSet.from_timesteps([0, 1, 2, 3, 4, 5])"),
+        (SkipSet.from_timesteps(range(7)), "SkipSet.from_timesteps([0, 1, 2, ..., 5, 6])"),
         (
             SkipSet.from_timesteps(range(0, 100, 10)),
             "SkipSet.from_timesteps([0, 10, 20, ..., 80, 90])",

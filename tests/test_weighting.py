@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
-from s2dm_loss.weighting import WEIGHTINGS, min_snr, p2, sigmoid, soft_min_snr
+from s2dm_loss.weighting import (
+    WEIGHTINGS,
+    check_weights,
+    min_snr,
+    p2,
+    sigmoid,
+    soft_min_snr,
+    weights_at,
+    within_the_ends,
+)
 from tests.strategies import normal
 from tests.test_from_output import TYPES, batch, loss_and_gradient
 
@@ -148,6 +157,25 @@ def test_min_snr_of_v_at_zero_terminal_snr():
     assert criterion.from_output(output, target, x_t, t).item() == pytest.approx(0, abs=1e-20)
 
 
+def test_log_snr_stays_within_60():
+    a, b = (torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0.0, 0.6], [0.0, 1.0, 0.8]))
+    log_snr = weights_at(lambda log_snr: log_snr, *within_the_ends(a, b))
+    assert log_snr.tolist() == pytest.approx([60, -60, 2 * math.log(0.6 / 0.8)], rel=1e-14)
+
+
+def test_the_largest_weight_and_the_smallest():
+    check_weights(torch.tensor([0.0, 1.0, 1e6]))
+    with pytest.raises(ValueError, match=r"got 1e\+06 at index 1 of 4 times"):
+        check_weights(torch.tensor([1.0, 1e6 + 0.25, 2e6, 1.0]))
+
+
+def test_numbers_at_the_edge_of_what_is_allowed():
+    snr = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    assert p2(3, 0)(snr.log()).tolist() == [1, 1]
+    torch.testing.assert_close(p2(0.5, 2)(snr.log()), 1 / (0.5 + snr) ** 2)
+    torch.testing.assert_close(sigmoid(-1)(snr.log()), 1 / (1 + snr * math.e))
+
+
 def test_reprs_and_pickles():
     criterion = SkipStepLoss(LINEAR, weighting=min_snr(3))
     assert "weighting=min_snr(3)" in repr(criterion)
@@ -162,7 +190,10 @@ def test_reprs_and_pickles():
         (lambda: SkipStepLoss(LINEAR, weighting="minsnr"), ValueError, "weighting must be.*'min_s"),
         (lambda: SkipStepLoss(LINEAR, weighting=5.0), TypeError, "weighting must be .* got 5.0"),
         (lambda: min_snr(0.0), ValueError, r"gamma must lie in \(0.0, inf\)"),
-        (lambda: p2(1, -1), ValueError, "gamma must lie"),
+        (lambda: soft_min_snr(0.0), ValueError, r"gamma must lie in \(0.0, inf\)"),
+        (lambda: p2(0.0), ValueError, r"k must lie in \(0.0, inf\)"),
+        (lambda: p2(1, -1), ValueError, r"gamma must lie in \[0.0, inf\]"),
+        (lambda: sigmoid(math.inf), ValueError, r"bias must lie in \(-inf, inf\)"),
         (
             lambda: SkipStepLoss(ZERO_SNR, weighting="debiased"),
             ValueError,
