@@ -6,6 +6,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("scipy", reason="the evidence's statistics need the extra `quality`")
+pytest.importorskip("matplotlib", reason="so do its pages")
+from benchmarks.quality.corrections import ScoreRescaling
+from benchmarks.quality.evidence.cifar10 import over_ddim
+from benchmarks.quality.evidence.corrections import CELLS as CORRECTED
+from benchmarks.quality.evidence.corrections import names_of, of_family
+from benchmarks.quality.presets import FITTED, SINGLE
 from benchmarks.quality.statistics import Cell, Results
 from benchmarks.quality.tables import distance_table
 
@@ -52,6 +58,25 @@ def test_what_the_readme_says_in_words_is_so():
     for method in results.methods:
         if method.startswith("skip"):
             assert results.improvement(method, CELLS, "images_frechet").high < best
+
+
+def test_what_the_readme_says_of_solvers_and_corrections_is_so():
+    """UniPC over DDIM; score rescaling above every other correction in 8-bit digits, not crops."""
+    digits, textures = results_of("digits-corrections"), results_of("textures-corrections")
+    solver = over_ddim(digits, "unipc", 10).mean
+    assert f"{solver:.1f} % nearer to the data than DDIM's" in " ".join(README.split())
+    rescaling = of_family(ScoreRescaling)
+    others = [name for name in names_of((*SINGLE, *FITTED)) if name not in rescaling]
+    for cell in CORRECTED:
+        chosen = digits.chosen_elsewhere(rescaling, cell, "images_frechet")
+        found = digits.against(chosen, dict.fromkeys(chosen, "plain"), cell, "images_frechet")
+        if cell == TEN_STEPS[0]:
+            assert f"{found.mean:+.1f} % [{found.low:+.1f}, {found.high:+.1f}]" in README
+        best = max(digits.improvement(name, [cell], "images_frechet").mean for name in others)
+        assert found.low > best
+        chosen = textures.chosen_elsewhere([*rescaling, "plain"], cell, "images_frechet")
+        found = textures.against(chosen, dict.fromkeys(chosen, "plain"), cell, "images_frechet")
+        assert found.sign == 0
 
 
 @pytest.mark.parametrize("measure", ["images_frechet", "raw_frechet"])
