@@ -71,6 +71,12 @@ CASES = [
         ValueError,
         r"t must lie in \[0, 1\], got values from 0.0 to 999.0",
     ),
+    (
+        "a prediction for the model",
+        lambda: SkipStepLoss(LINEAR, 9)(X, X, T),
+        TypeError,
+        r"model must be callable, got .*goes to `from_prediction\(eps_hat, noise, t\)`",
+    ),
     # noise and eps_hat
     (
         "noise shape",
