@@ -46,7 +46,7 @@ def test_a_search_is_kept_and_judged_on_noise_of_its_own(
     monkeypatch.setattr(searching, "standard_corrections", lambda _: (Louder(),))
     cell = Cell("ddim", 2)
     found = search(preset, tmp_path, 0, cell)
-    assert asked[0]["num_samples"] == 1024
+    assert asked[0]["num_samples"] == searching.SAMPLES
     assert "4 x 32 to choose" in found["cost"] or "5 x 32 to choose" in found["cost"]
 
     bench = Bench(preset, tmp_path)

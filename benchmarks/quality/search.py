@@ -19,8 +19,9 @@ from benchmarks.quality.statistics import Cell
 from benchmarks.quality.streams import Purpose, generator
 from s2dm_loss import CorrectionSearch, standard_corrections
 
+SAMPLES = 512
 DATA_ROWS = 12_000
-"""Training images that the search is given."""
+"""Samples of each candidate, and training images that the search is given."""
 
 
 def search(
@@ -60,7 +61,7 @@ def search(
         datasets.to_model_range(bench.data.images[:DATA_ROWS]),
         standard_corrections(bench.schedule),
         features=features,
-        num_samples=1024,
+        num_samples=SAMPLES,
         batch_size=256,
         seed=seed,
     )
