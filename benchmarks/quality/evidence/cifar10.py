@@ -259,9 +259,9 @@ def _searched(results: Results) -> Iterable[str]:
     if rows:
         yield "### What the search says"
         yield (
-            "`CorrectionSearch` with these features, on training images only; what it recommends is "
-            "judged on noise that it has not seen, against the test images. The last column is the "
-            "best of all strengths above, chosen on the very samples that it is reported on."
+            "`CorrectionSearch` with these features, on training images only; what it recommends "
+            "is judged on noise that it has not seen, against the test images. The last column is "
+            "the best of all strengths above, chosen on the samples that it is reported on."
         )
         header = ["seed", "recommends", "improvement on fresh noise", "best by brute force"]
         yield markdown_table(header, rows)
