@@ -106,7 +106,7 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
         "plain+gain9": 0.96,
         "plain+scaling0.99": 0.9,
         "plain@50": 2.0,
-        "plain@50+gain9": 1.0,
+        "plain@50+gain49": 1.0,
         "deis": 0.7,
         "unipc": 0.6,
     }
