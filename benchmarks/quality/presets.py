@@ -292,17 +292,17 @@ SMALL_ARMS = (
         arm(Plain(), one, ("ddim",), TEN)
         for one in (
             *map(Gain, (49, 99, -9)),
-            *map(EpsilonScaling, (0.99, 0.995, 1.005, 1.01, 1.02)),
-            *map(StartScaling, (0.98, 1.03, 1.1)),
+            *map(EpsilonScaling, (0.99, 0.995, 1.005, 1.01, 0.98, 0.97)),
+            *map(StartScaling, (0.98, 1.03)),
         )
     ),
+    *(arm(Plain(), samplers=("ddim",), steps=TEN, percent=part) for part in (50, 25)),
+    *(arm(Plain(), Gain(49), ("ddim",), TEN, percent=part) for part in (50, 25)),
     arm(Plain(), samplers=("ddim",), steps=(50,)),
     *(
         arm(Plain(), one, ("ddim",), TEN)
         for one in (BandGains(), *map(ScoreRescaling, (0.9, 1.15)))
     ),
-    *(arm(Plain(), samplers=("ddim",), steps=TEN, percent=part) for part in (50, 25)),
-    *(arm(Plain(), Gain(49), ("ddim",), TEN, percent=part) for part in (50, 25)),
     arm(SkipStep(9), samplers=("deis", "pndm"), steps=TEN),
     arm(Plain(), Gain(49), ("deis", "pndm"), TEN),
     *(arm(Plain(), EpsilonScaling(factor), ("deis",), TEN) for factor in (0.995, 1.005, 1.01)),
