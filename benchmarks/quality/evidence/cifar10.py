@@ -43,8 +43,8 @@ Written down, and committed with the preset, before the first sample was drawn:
 - **Choices**: the strength of a correction is chosen on one seed and reported on the other.
 - **Cut first, if time runs out**: cells, in the order of the preset from its end.
 
-Changed on the way: when the plain network's cells with 10 and 20 steps were in, and nothing else, the
-order of the cells after them; when λ = 0.99 turned out to help, λ = 0.98 and 0.97 beside it.\
+Changed on the way: when the plain network's cells with 10 and 20 steps were in, and nothing else,
+the order of the cells after them; when λ = 0.99 turned out to help, λ = 0.98 and 0.97 beside it.\
 """
 
 
