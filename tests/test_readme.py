@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("scipy", reason="the evidence's statistics need the extra `quality`")
 pytest.importorskip("matplotlib", reason="so do its pages")
 from benchmarks.quality.corrections import ScoreRescaling
-from benchmarks.quality.evidence.cifar10 import over_ddim
+from benchmarks.quality.evidence.cifar10 import answer, over_ddim
 from benchmarks.quality.evidence.corrections import CELLS as CORRECTED
 from benchmarks.quality.evidence.corrections import names_of, of_family
 from benchmarks.quality.presets import FITTED, SINGLE
@@ -77,6 +77,22 @@ def test_what_the_readme_says_of_solvers_and_corrections_is_so():
         chosen = textures.chosen_elsewhere([*rescaling, "plain"], cell, "images_frechet")
         found = textures.against(chosen, dict.fromkeys(chosen, "plain"), cell, "images_frechet")
         assert found.sign == 0
+
+
+def test_what_the_readme_says_of_cifar10_is_so():
+    results = results_of("cifar10-tiny")
+    found = [
+        results.improvement("skip9-expected", TEN_STEPS, "images_frechet"),
+        results.improvement("plain+gain49", TEN_STEPS, "images_frechet"),
+        answer(results)["correction"],
+    ]
+    for one in found:
+        assert f"{one.mean:+.1f} % [{one.low:+.1f}, {one.high:+.1f}]" in README
+    assert [one.sign for one in found] == [-1, -1, 1]
+    names = [name for name in results.methods if name.startswith("plain+")]
+    chosen = results.chosen_elsewhere(names, TEN_STEPS[0], "images_frechet")
+    factors = {float(name.removeprefix("plain+scaling")) for name in chosen.values()}
+    assert all(factor < 1 for factor in factors)
 
 
 @pytest.mark.parametrize("measure", ["images_frechet", "raw_frechet"])

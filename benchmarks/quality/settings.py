@@ -89,7 +89,8 @@ def _mlp(network: MLPSpec) -> str:
 
 def _unet(network: UNetSpec) -> str:
     channels = ", ".join(str(network.channels * m) for m in network.multipliers)
-    return f"diffusers' U-Net with {channels} channels and {network.blocks} blocks a level"
+    blocks = "1 block" if network.blocks == 1 else f"{network.blocks} blocks"
+    return f"diffusers' U-Net with {channels} channels and {blocks} a level"
 
 
 def _preconditioned(network: PreconditionedUNetSpec) -> str:

@@ -114,8 +114,8 @@ def in_short(results: Results) -> str:
 def _answer(results: Results) -> str:
     return (
         f"On CIFAR10, with this network, {in_short(results)}. Positive is better. "
-        "Intervals are Student's t over the seeds, which with two of them is 12.7 standard errors: "
-        "bold, where an interval excludes 0, is rare. They cover what another seed would change, "
+        "Intervals are Student's t over the seeds, which with two of them is 12.7 standard errors; "
+        "bold where they exclude 0. They cover what another seed would change, "
         "not another network or data set."
     )
 
@@ -160,8 +160,11 @@ def _sound(results: Results) -> Iterable[str]:
     if fifty:
         within = all(abs(value - 1) <= SOUND for value in fifty)
         yield (
-            f"With 50 steps the spread is {'' if within else 'not '}within {100 * SOUND:g} % of "
-            "the data's in every seed, which is what the protocol asks for."
+            f"With 50 steps the spread is within {100 * SOUND:g} % of the data's in every seed, as "
+            "the protocol asks."
+            if within
+            else f"With 50 steps the spread is not within {100 * SOUND:g} % of the data's, as the "
+            "protocol asks: all that follows stands for a network that has not learned enough."
         )
     if table := band_table(results):
         yield "The same by octave of spatial frequency, mean over the seeds:"
