@@ -244,7 +244,7 @@ def _reduction(evidence: Evidence) -> Iterable[str]:
     yield (
         "The released code averages its loss over an image's values where the code that it started "
         "from sums them, and both clip the gradient's norm at 1. For Adam a factor is nothing, but "
-        "not for a clip: a sum's gradient is 64 times as large here, and clipped nearly always. So "
+        "not for a clip: a sum's gradient is 64 times as large here, and clipped far sooner. So "
         "a published gain may be that of the mean over the sum. The plain loss both ways, and the "
         "released loss (`fresh`), with the gradient clipped at 1, against the plain mean:"
     )
@@ -262,3 +262,5 @@ def _reduction(evidence: Evidence) -> Iterable[str]:
         rows.append([results.title(name), *map(percent, (*found, *ten))])
     header = ["", "8-bit, mean over cells", "raw", "DDIM, 10 steps, 8-bit", "raw, same"]
     yield markdown_table(header, rows)
+    seeds = len(results.values("plain-sum", Cell("ddim", 10), IMAGES))
+    yield f"{counted(seeds, 'seed').capitalize()}: `python -m benchmarks.quality run digits-reduction`."
