@@ -263,4 +263,5 @@ def _reduction(evidence: Evidence) -> Iterable[str]:
     header = ["", "8-bit, mean over cells", "raw", "DDIM, 10 steps, 8-bit", "raw, same"]
     yield markdown_table(header, rows)
     seeds = len(results.values("plain-sum", Cell("ddim", 10), IMAGES))
-    yield f"{counted(seeds, 'seed').capitalize()}: `python -m benchmarks.quality run digits-reduction`."
+    command = "`python -m benchmarks.quality run digits-reduction`"
+    yield f"{counted(seeds, 'seed').capitalize()}: {command}."
