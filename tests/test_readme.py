@@ -93,6 +93,10 @@ def test_what_the_readme_says_of_cifar10_is_so():
     chosen = results.chosen_elsewhere(names, TEN_STEPS[0], "images_frechet")
     factors = {float(name.removeprefix("plain+scaling")) for name in chosen.values()}
     assert all(factor < 1 for factor in factors)
+    searches = results.record["searches"]
+    assert all(one["recommended"].startswith("score rescaling") for one in searches)
+    gained = [f"{100 * (1 - one['corrected'] / one['plain']):+.1f} %" for one in searches]
+    assert " and ".join(gained) in README
 
 
 @pytest.mark.parametrize("measure", ["images_frechet", "raw_frechet"])

@@ -103,11 +103,17 @@ def in_short(results: Results) -> str:
     solvers = {s: one for s in SOLVERS if (one := found[s]) is not None}
     best = max(solvers, key=lambda s: solvers[s].mean, default=None)
     solver = MISSING if best is None else f"{percent(solvers[best])} ({TITLES[best]})"
+    searched = [
+        f"{100 * (1 - one['corrected'] / one['plain']):+.1f} %"
+        for one in results.record.get("searches", [])
+        if Cell(one["sampler"], one["steps"]) == TEN
+    ]
+    search = f"what the search recommends, by {listed(searched)}; " if searched else ""
     return (
         "the paper's loss at its default k = 9 changes the 8-bit distance of DDIM's samples at 10 "
         f"steps by {percent(found['loss'])}; the best correction without training, chosen on the "
-        f"other seed, by {percent(found['correction'])}; the best other solver at the same number "
-        f"of network calls by {solver}"
+        f"other seed, by {percent(found['correction'])}; {search}the best other solver at the same "
+        f"number of network calls by {solver}"
     )
 
 
