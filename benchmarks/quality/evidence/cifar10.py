@@ -111,9 +111,9 @@ def in_short(results: Results) -> str:
     search = f"what the search recommends, by {listed(searched)}; " if searched else ""
     return (
         "the paper's loss at its default k = 9 changes the 8-bit distance of DDIM's samples at 10 "
-        f"steps by {percent(found['loss'])}; the best correction without training, chosen on the "
-        f"other seed, by {percent(found['correction'])}; {search}the best other solver at the same "
-        f"number of network calls by {solver}"
+        f"steps by {percent(found['loss'])}; the best correction of those tried below, chosen on "
+        f"the other seed, by {percent(found['correction'])}; {search}the best other solver at the "
+        f"same number of network calls by {solver}"
     )
 
 
