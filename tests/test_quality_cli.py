@@ -116,8 +116,10 @@ def test_a_worker_that_dies_is_reported(call: Call, monkeypatch: pytest.MonkeyPa
 
 
 WORKERS = """
-import sys
+import signal, sys
 sys.path[:0] = sys.argv[2:]
+# Tests that a shell started in the background inherit a Ctrl-C that is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from dataclasses import replace
 from benchmarks.quality import cli
 from benchmarks.quality.presets import PRESETS
