@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from benchmarks.quality.corrections import (
     StepGains,
     best_gains,
     gaussian_gains,
+    gaussian_spread,
 )
 from benchmarks.quality.data import ImageSet, to_model_range
 from benchmarks.quality.samplers import sample
@@ -149,6 +151,29 @@ def test_axis_gains_make_a_sampler_exact_for_gaussian_data(sampler: str) -> None
     corrected = AxisGains().apply(exact, a_setting(sampler, 5)).model
     assert error(corrected) < 0.01
     assert error(exact) > 0.05
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_the_spread_that_ddim_leaves_of_gaussian_data_is_the_product_of_its_steps(
+    steps: int,
+) -> None:
+    variances = torch.tensor([1e-3, 0.25, 4.0, 200.0], dtype=torch.float64)
+    levels = [float(LEVELS[t]) for t in range(1000 - 1000 // steps, -1, -1000 // steps)]
+    factor = torch.ones(4, dtype=torch.float64)
+    for here, there in pairwise([*levels, 1.0]):
+        noise = (1 - here) ** 0.5 / (1 - here + here * variances)
+        x0 = (1 - (1 - here) ** 0.5 * noise) / here**0.5
+        factor *= there**0.5 * x0 + (1 - there) ** 0.5 * noise
+    wanted = float((factor.square().sum() / variances.sum()).sqrt())
+    assert wanted < 0.97  # DDIM's own, with nothing wrong in the network
+    found = gaussian_spread("ddim", SCHEDULE, steps, variances)
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_many_steps_and_better_solvers_keep_the_spread_of_gaussian_data() -> None:
+    variances = torch.tensor([0.25, 4.0, 100.0], dtype=torch.float64)
+    assert gaussian_spread("ddim", SCHEDULE, 1000, variances) == pytest.approx(1, abs=0.01)
+    assert gaussian_spread("unipc", SCHEDULE, 50, variances) == pytest.approx(1, abs=0.01)
 
 
 def test_a_sampler_that_visits_a_time_twice_has_no_gaussian_gains() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -8,13 +10,18 @@ from benchmarks.quality.networks import (
     NetworkSpec,
     PreconditionedUNet,
     PreconditionedUNetSpec,
+    SpectralUNet,
+    SpectralUNetSpec,
     UNetSpec,
 )
 from benchmarks.quality.presets import PRESETS
 from s2dm_loss import NoiseSchedule
 
 UNET = UNetSpec(channels=8, multipliers=(1, 2), blocks=1, attention_at=(8,))
-SMALL = [MLPSpec(16, 2), UNET, PreconditionedUNetSpec(UNET, fast=False)]
+SMALL = [
+    *(MLPSpec(16, 2), UNET),
+    *(PreconditionedUNetSpec(UNET, fast=False), SpectralUNetSpec(UNET, fast=False)),
+]
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda s: type(s).__name__)
@@ -92,6 +99,77 @@ def test_an_error_of_the_unet_counts_for_at_most_its_share_in_x0() -> None:
         assert float(moved.max()) <= 0.5 * (1 + 1e-3)
         # Towards late t, where x_t says nothing of x_0, F alone says what x_0 is.
         assert t < 999 or float(moved.min()) == pytest.approx(0.5, rel=0.02)
+
+
+def coloured(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gaussian images with power that falls with frequency and two colours tied together.
+
+    Returns them, `[N, 2, 8, 8]`, and their mean `[128]` and covariance.
+    """
+    place = torch.arange(8, dtype=torch.float64)
+    cosines = (math.pi / 8 * (place[:, None] + 0.5) * place).cos()
+    cosines /= cosines.norm(dim=0)
+    waves = torch.kron(cosines, cosines)
+    power = (1 + place[:, None].square() + place.square()).flatten().pow(-1.5)
+    space = waves @ power.diag() @ waves.T
+    covariance = torch.kron(torch.tensor([[4.0, 1.5], [1.5, 1.0]], dtype=torch.float64), space)
+    mean = torch.linspace(-0.5, 0.5, 128, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, 128, generator=draw, dtype=torch.float64)
+    images = mean + noise @ torch.linalg.cholesky(covariance).T
+    return images.view(-1, 2, 8, 8), mean, covariance
+
+
+def spectral() -> SpectralUNet:
+    torch.manual_seed(0)
+    network = SpectralUNetSpec(UNetSpec(8, (1, 1), blocks=1), fast=False).build((2, 8, 8)).eval()
+    assert isinstance(network, SpectralUNet)
+    network.measure(coloured(100_000)[0].float())
+    return network.requires_grad_(False)
+
+
+@pytest.mark.parametrize("t", [0, 100, 400, 999])
+def test_with_nothing_learned_a_spectral_network_is_exact_for_gaussian_data(t: int) -> None:
+    """ε̂ = √(1−ᾱ) (ᾱ Σ + (1−ᾱ) I)⁻¹ (x_t − √ᾱ μ), from μ and Σ themselves."""
+    network = spectral()
+    for weights in network.unet.conv_out.parameters():
+        torch.nn.init.zeros_(weights)
+    images, mean, covariance = coloured(64)
+    a = NoiseSchedule.linear(1000).alphas_cumprod.double()[t]
+    noise = torch.randn(images.shape, dtype=torch.float64)
+    x = a.sqrt() * images + (1 - a).sqrt() * noise
+    total = a * covariance + (1 - a) * torch.eye(128, dtype=torch.float64)
+    centred = (x.flatten(1) - a.sqrt() * mean).T
+    wanted = (1 - a).sqrt() * torch.linalg.solve(total, centred).T
+    found = network(x.float(), torch.tensor(t)).flatten(1).double()
+    assert float((found - wanted).norm() / wanted.norm()) < 0.01
+
+
+def test_what_a_spectral_network_learns_has_the_size_of_what_is_unknown() -> None:
+    """With F of variance 1, as white noise, ε̂ moves by √(ᾱ Σ (ᾱ Σ + 1 − ᾱ)⁻¹) of it."""
+    network = spectral()
+    shape = (500, 2, 8, 8)
+    noise = torch.randn(shape)
+    given = torch.nn.functional.pixel_unshuffle(noise, 2)
+    _, _, covariance = coloured(1)
+    for t in (0, 300, 999):
+        a = NoiseSchedule.linear(1000).alphas_cumprod.double()[t]
+        outputs = []
+        for answer in (torch.zeros_like(given), given):
+            network.unet.forward = lambda x, t, return_dict, answer=answer: (answer,)  # type: ignore[method-assign]
+            outputs.append(network(torch.zeros(shape), torch.tensor(t)))
+        moved = (outputs[1] - outputs[0]).flatten(1).double()
+        total = a * covariance + (1 - a) * torch.eye(128, dtype=torch.float64)
+        wanted = torch.trace(torch.linalg.solve(total, a * covariance)) / 128
+        assert float(moved.square().mean()) == pytest.approx(float(wanted), rel=0.05)
+
+
+def test_a_spectral_network_keeps_what_it_measured() -> None:
+    network = spectral()
+    again = SpectralUNetSpec(UNetSpec(8, (1, 1), blocks=1), fast=False).build((2, 8, 8)).eval()
+    again.requires_grad_(False).load_state_dict(network.state_dict())
+    x = torch.randn(2, 2, 8, 8)
+    assert torch.equal(again(x, torch.tensor(500)), network(x, torch.tensor(500)))
 
 
 @pytest.mark.parametrize("patch", [2, 4])

@@ -288,6 +288,29 @@ def gaussian_gains(
     return times, torch.stack(gains)
 
 
+def gaussian_spread(sampler: str, schedule: NoiseSchedule, steps: int, variances: Tensor) -> float:
+    """Return the spread of a deterministic sampler's samples over the data's, for Gaussian data.
+
+    With the exact ε̂, √(1−ᾱ) x_t / (1 − ᾱ + ᾱ v) along an axis of variance v, each sample is
+    proportional to its start. So this is what a sampler alone loses, with nothing left to learn.
+
+    Args:
+        sampler: A sampler that draws no noise.
+        schedule: The noise schedule.
+        steps: Sampling steps.
+        variances: The data's variances along axes, float64 `[D]`.
+    """
+    alphas_cumprod = schedule.alphas_cumprod.double()
+
+    def exact(x: Tensor, t: Tensor) -> Tensor:
+        level = alphas_cumprod[t.long()]
+        return (1 - level).sqrt() / (1 - level + level * variances) * x
+
+    start = torch.ones_like(variances)[None]
+    samples = sample(exact, sampler, schedule, steps, start, torch.Generator())
+    return float((samples.square().sum() / variances.sum()).sqrt())
+
+
 @dataclass(frozen=True)
 class BandGains(Correction):
     """The best gain of each octave of frequencies at each time, E[ε ε̂] / E[ε̂²] on the data.

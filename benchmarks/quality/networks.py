@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from benchmarks.quality.corrections import Frequencies
 from s2dm_loss import NoiseSchedule
 
 if TYPE_CHECKING:  # the pages are written without diffusers, which takes seconds to import
@@ -131,15 +132,17 @@ class UNetSpec(NetworkSpec):
     def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
         return UNetTensor(self.diffusers_unet(image_shape))
 
-    def diffusers_unet(self, image_shape: tuple[int, int, int]) -> UNet2DModel:
-        """Return diffusers' own module."""
+    def diffusers_unet(
+        self, image_shape: tuple[int, int, int], inputs: int | None = None
+    ) -> UNet2DModel:
+        """Return diffusers' own module, with as many input channels as images have or `inputs`."""
         from diffusers import UNet2DModel
 
         image_channels, size, _ = image_shape
         attends = [size // 2**level in self.attention_at for level in range(len(self.multipliers))]
         return UNet2DModel(
             sample_size=size,
-            in_channels=image_channels,
+            in_channels=inputs or image_channels,
             out_channels=image_channels,
             block_out_channels=tuple(self.channels * m for m in self.multipliers),
             layers_per_block=self.blocks,
@@ -213,6 +216,111 @@ class PreconditionedUNet(nn.Module):
             outputs = self.unet(inputs, t, return_dict=False)[0]
         noise: Tensor = scales[1] * x + scales[2] * F.pixel_shuffle(outputs.float(), self.patch)
         return noise
+
+
+class SpectralUNet(nn.Module):
+    """`PreconditionedUNet` for data whose spectrum is known, of which images are far from white.
+
+    With y and F' the coordinates of x_t and of the U-Net's output in an orthonormal basis (colours
+    x cosines), m and λ the data's mean and variance along each axis, and v = 1 − ᾱ + ᾱ λ,
+
+        ε̂' = √(1−ᾱ)/v · (y − √ᾱ m) − √(ᾱ λ/v) · F',
+
+    which with F = 0 is exact for Gaussian data of that mean and these variances, at every t.  So
+    the colour and the coarse shape of a sample, which hang on late timesteps where ε tells little
+    about x_0, have the right spread before any training.  The U-Net sees x_t and, beside it, the
+    image m + √ᾱ λ/v · (y − √ᾱ m) that this linear estimate expects.
+
+    Args:
+        unet: diffusers' U-Net from `2 patch² C` to `patch² C` channels.
+        image_shape: `(C, H, W)`, H = W.
+        alphas_cumprod: ᾱ of the schedule, `[T]`.
+        patch: Side of the blocks of pixels that become channels.
+        fast: bfloat16 autocast and `torch.compile` for the U-Net; all else stays in float32.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        image_shape: tuple[int, int, int],
+        alphas_cumprod: Tensor,
+        *,
+        patch: int,
+        fast: bool,
+    ) -> None:
+        """Wrap a U-Net; the spectrum is white until `measure`."""
+        super().__init__()
+        self.unet = unet.to(memory_format=torch.channels_last)
+        self.patch = patch
+        self.fast = fast
+        if fast:
+            self.unet.compile(dynamic=False)
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+        self.frequencies = Frequencies(image_shape[-1])
+        # Saved with the weights, since a network is of use with these alone.
+        self.register_buffer("colours", torch.eye(image_shape[0]))
+        self.register_buffer("mean", torch.zeros(image_shape))
+        self.register_buffer("variance", torch.full(image_shape, 0.25))
+
+    def measure(self, images: Tensor) -> None:
+        """Take colours, mean and variances from images `[N, C, H, W]` in [-1, 1]."""
+        centred = images - images.mean(0)
+        covariance = torch.einsum("bihw,bjhw->ij", centred, centred)
+        self.get_buffer("colours").copy_(torch.linalg.eigh(covariance).eigenvectors.T)
+        coordinates = self._coordinates(images)
+        self.get_buffer("mean").copy_(coordinates.mean(0))
+        self.get_buffer("variance").copy_(coordinates.var(0))
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        colours = self.get_buffer("colours")
+        return self.frequencies.coordinates(torch.einsum("kc,bchw->bkhw", colours, x))
+
+    def _images(self, coordinates: Tensor) -> Tensor:
+        images = self.frequencies.images(coordinates)
+        return torch.einsum("kc,bkhw->bchw", self.get_buffer("colours"), images)
+
+    @override
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        mean, variance = self.get_buffer("mean"), self.get_buffer("variance")
+        signal = self.get_buffer("alphas_cumprod")[t.expand(len(x)), None, None, None]
+        total = 1 - signal + signal * variance
+        centred = (self._coordinates(x) - signal.sqrt() * mean) / total
+        expected = self._images(mean + signal.sqrt() * variance * centred)
+        scale = total.mean((1, 2, 3), keepdim=True).rsqrt()
+        inputs = F.pixel_unshuffle(torch.cat([scale * x, 2 * expected], 1), self.patch)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fast):
+            outputs = self.unet(inputs, t.expand(len(x)), return_dict=False)[0]
+        learned = self._coordinates(F.pixel_shuffle(outputs.float(), self.patch))
+        rest = (signal * variance / total).sqrt() * learned
+        return self._images((1 - signal).sqrt() * centred - rest)
+
+
+@dataclass(frozen=True)
+class SpectralUNetSpec(NetworkSpec):
+    """Hyperparameters of `SpectralUNet` on the linear schedule of the presets.
+
+    Attributes:
+        unet: The U-Net inside, on the unshuffled image.
+        patch: Side of the blocks of pixels that become channels.
+        fast: bfloat16 autocast and `torch.compile`.
+    """
+
+    unet: UNetSpec
+    patch: int = 2
+    fast: bool = True
+
+    @override
+    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
+        channels, height, width = image_shape
+        inner = (channels * self.patch**2, height // self.patch, width // self.patch)
+        return SpectralUNet(
+            self.unet.diffusers_unet(inner, inputs=2 * inner[0]),
+            image_shape,
+            NoiseSchedule.linear(1000).alphas_cumprod,
+            patch=self.patch,
+            fast=self.fast,
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,13 @@ from benchmarks.quality.features import (
     FeatureSpec,
     InceptionFeatures,
 )
-from benchmarks.quality.networks import MLPSpec, NetworkSpec, PreconditionedUNetSpec, UNetSpec
+from benchmarks.quality.networks import (
+    MLPSpec,
+    NetworkSpec,
+    PreconditionedUNetSpec,
+    SpectralUNetSpec,
+    UNetSpec,
+)
 from benchmarks.quality.objectives import (
     InputPerturbation,
     Method,
@@ -352,6 +358,43 @@ CIFAR10_TINY = replace(
     samples=2_048,
     sample_batch=512,
 )
+SPECTRAL_ARMS = (
+    arm(Plain(), samplers=("ddim",), steps=(10, 50)),
+    *(arm(Plain(), Gain(k), ("ddim",), TEN) for k in (9, 49, 99)),
+    *(arm(Plain(), EpsilonScaling(factor), ("ddim",), TEN) for factor in (0.99, 1.01)),
+    arm(Plain(), samplers=("unipc", "dpm++2m", "deis", "pndm"), steps=TEN),
+    *(arm(Plain(), ScoreRescaling(k), ("ddim",), TEN) for k in (1.4, 0.9)),
+    *(arm(Plain(), EpsilonScaling(factor), ("ddim",), TEN) for factor in (0.98, 1.02)),
+    *(arm(Plain(), StartScaling(factor), ("ddim",), TEN) for factor in (0.98, 1.03)),
+    arm(SkipStep(9), samplers=("ddim",), steps=TEN),
+    *(arm(Plain(), samplers=("ddim",), steps=TEN, percent=part) for part in (50, 25)),
+    *(arm(Plain(), Gain(49), ("ddim",), TEN, percent=part) for part in (50, 25)),
+    *(arm(Plain(), one, ("ddim",), (20,)) for one in (None, Gain(9), Gain(49))),
+    *(arm(Plain(), Gain(k), ("ddim",), TEN) for k in (149, -9)),
+    arm(Plain(), samplers=("ddim",), steps=(100,)),
+    arm(Plain(), samplers=("unipc",), steps=(20, 50)),
+    arm(SkipStep(49), samplers=("ddim",), steps=TEN),
+    arm(SkipStep(9), samplers=("deis", "pndm"), steps=TEN),
+    arm(Plain(), Gain(49), ("deis", "pndm"), TEN),
+    *(arm(Plain(), EpsilonScaling(factor), ("deis",), TEN) for factor in (0.99, 1.01)),
+    arm(SkipStep(9), samplers=("ddim",), steps=(20,)),
+    arm(Plain(), BandGains(), ("ddim",), TEN),
+    *(arm(objective, samplers=("ddim-quad",), steps=TEN) for objective in (Plain(), SkipStep(9))),
+    arm(Plain(), samplers=("dpm++2m", "deis", "pndm"), steps=(20,)),
+    arm(MinSNR(), samplers=("ddim",), steps=TEN),
+    arm(SkipStep(9, "fresh"), samplers=("ddim",), steps=TEN),
+)
+CIFAR10_SPECTRAL = replace(
+    CIFAR10_SMALL,
+    name="cifar10-spectral",
+    about="CIFAR10 with a small network sound at late times; data from a local folder, two hours",
+    network=SpectralUNetSpec(
+        UNetSpec(channels=16, multipliers=(1, 2, 4), blocks=1, attention_at=())
+    ),
+    budget=replace(CIFAR10_SMALL.budget, learning_rate=1e-3, warmup=200),
+    arms=SPECTRAL_ARMS,
+    samples=5_000,
+)
 CELEBA = replace(
     CIFAR10,
     name="celeba",
@@ -370,6 +413,6 @@ PRESETS = {
     for p in (
         *(DIGITS, DIGITS_FULL, TEXTURES, PATCHES),
         *(DIGITS_CORRECTIONS, TEXTURES_CORRECTIONS, DIGITS_REDUCTION),
-        *(CIFAR10_TINY, CIFAR10_SMALL, CIFAR10, CELEBA),
+        *(CIFAR10_TINY, CIFAR10_SMALL, CIFAR10_SPECTRAL, CIFAR10, CELEBA),
     )
 }

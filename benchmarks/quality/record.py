@@ -24,6 +24,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
     versions_seen: dict[str, str | None] = {}
     fitted: dict[str, dict[str, Any]] = {}
     bands: dict[str, list[float]] = {}
+    alone: dict[str, float] = {}
     commits: dict[str, None] = {}  # a run that was resumed may have several; in order, once each
     for job in jobs(preset):
         method, seed = job.arm.method, job.seed
@@ -44,6 +45,8 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
                 bands[f"{sampler}-{steps}, seed {seed}"] = [
                     round(value, 4) for value in cell["band_spreads"]
                 ]
+            if "gaussian_spread" in cell:
+                alone[f"{sampler}-{steps}"] = round(cell["gaussian_spread"], 5)
             if "fitted" in cell:
                 fitted.setdefault(method.name, {})[f"{sampler}-{steps}, seed {seed}"] = {
                     t: [round(gain, 4) for gain in gains] for t, gains in cell["fitted"].items()
@@ -72,5 +75,6 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         "trainings": trainings,
         "fitted": fitted,
         "band_spreads": bands,
+        "gaussian_spreads": alone,
         "searches": [load_json(path) for path in sorted(root.glob("search-*.json"))],
     }  # fmt: skip

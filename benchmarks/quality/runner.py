@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ from benchmarks.files import (
 )
 from benchmarks.provenance import versions
 from benchmarks.quality import data as datasets
-from benchmarks.quality.corrections import Corrected, Frequencies, Setting
+from benchmarks.quality.corrections import (
+    Corrected,
+    Frequencies,
+    PrincipalAxes,
+    Setting,
+    gaussian_spread,
+)
 from benchmarks.quality.layout import Layout, claimed
 from benchmarks.quality.metrics import FeatureDistances, noise_floor
 from benchmarks.quality.objectives import Method, Objective, Plain
@@ -167,6 +174,7 @@ class Bench:
         result |= {
             "spread": self._spread(samples) / self.data_spread,
             "band_spreads": (self._band_spreads(samples) / self.data_band_spreads).tolist(),
+            **self._spread_without_network(method, sampler, steps),
             "sampling_seconds": round(sampled - began, 2),
             "metric_seconds": round(time.perf_counter() - sampled, 2),
             "settings": self.preset.settings,
@@ -212,6 +220,19 @@ class Bench:
                 save_tensors(path, {"samples": x})
             batches.append(x)
         return torch.cat(batches)
+
+    @cached_property
+    def _data_variances(self) -> Tensor:
+        return PrincipalAxes(self.data).variances
+
+    def _spread_without_network(
+        self, method: Method, sampler: str, steps: int
+    ) -> dict[str, float]:
+        """Return what spread the sampler itself leaves, once for the plain network's cells."""
+        if method.name != "plain" or sampler == "ddpm":
+            return {}
+        spread = gaussian_spread(sampler, self.schedule, steps, self._data_variances)
+        return {"gaussian_spread": spread}
 
     def _band_spreads(self, samples: Tensor) -> Tensor:
         """Return the standard deviation in each octave of frequencies, of this process's share."""

@@ -7,12 +7,17 @@ from typing import Any
 
 from benchmarks.quality.budget import Budget
 from benchmarks.quality.features import ClassifierFeatures, EfficientNetFeatures, InceptionFeatures
-from benchmarks.quality.networks import MLPSpec, PreconditionedUNetSpec, UNetSpec
+from benchmarks.quality.networks import (
+    MLPSpec,
+    PreconditionedUNetSpec,
+    SpectralUNetSpec,
+    UNetSpec,
+)
 
 RECORDS = {
     kind.__name__: kind
     for kind in (
-        *(Budget, MLPSpec, UNetSpec, PreconditionedUNetSpec),
+        *(Budget, MLPSpec, UNetSpec, PreconditionedUNetSpec, SpectralUNetSpec),
         *(ClassifierFeatures, EfficientNetFeatures, InceptionFeatures),
     )
 }
@@ -100,9 +105,18 @@ def _preconditioned(network: PreconditionedUNetSpec) -> str:
     )
 
 
+def _spectral(network: SpectralUNetSpec) -> str:
+    return (
+        f"{_unet(network.unet)} on blocks of {network.patch} x {network.patch} pixels, added to "
+        "the predictor that is exact for Gaussian data of the training images' mean, colours and "
+        "power at each frequency"
+    )
+
+
 WORDS: dict[type, Any] = {
     Budget: _budget,
     MLPSpec: _mlp,
     UNetSpec: _unet,
     PreconditionedUNetSpec: _preconditioned,
+    SpectralUNetSpec: _spectral,
 }

@@ -20,7 +20,7 @@ from benchmarks.files import load_tensors, save_json, save_tensors
 from benchmarks.quality.budget import Budget
 from benchmarks.quality.checkpoint import newest_state, remove_states, save_state
 from benchmarks.quality.data import ImageSet, to_model_range
-from benchmarks.quality.networks import NetworkSpec
+from benchmarks.quality.networks import NetworkSpec, SpectralUNet
 from benchmarks.quality.objectives import Batch, Objective
 from benchmarks.quality.streams import Purpose, Stream, generator
 from s2dm_loss import NoiseSchedule
@@ -74,6 +74,8 @@ def train(
         torch.manual_seed(generator(seed, Purpose.INITIALISATION).initial_seed())
         model = network.build(data.shape)
         if not (weights_path.exists() and record_path.exists()):
+            if isinstance(model, SpectralUNet):
+                model.measure(to_model_range(data.images))
             run = _Run(model, objective, seed, data, schedule, budget, accelerator)
             run.advance(folder, branch, progress)
             model = run.averaged()
