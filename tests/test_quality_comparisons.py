@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.files import save_record
 from benchmarks.quality.evidence import write_pages
-from benchmarks.quality.evidence.cifar10 import PRESET, answer, over_ddim
+from benchmarks.quality.evidence.cifar10 import PRESET, UNSOUND, answer, over_ddim
 from benchmarks.quality.evidence.corrections import CELLS, STUDIES, names_of, verdict_of
 from benchmarks.quality.evidence.records import IMAGES, TEN, Sources
 from benchmarks.quality.presets import FITTED, PRESETS, SINGLE
@@ -21,7 +21,9 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def a_record(preset: str, factors: dict[str, float], *, spread: float = 1.01) -> dict[str, Any]:
+def a_record(
+    preset: str, factors: dict[str, float], *, spread: float = 0.97, colour: float = 1.02
+) -> dict[str, Any]:
     """A record in which each method's distance is a factor on plain, whose seeds differ."""
     rows: list[list[Any]] = []
     for arm in PRESETS[preset].arms:
@@ -42,7 +44,8 @@ def a_record(preset: str, factors: dict[str, float], *, spread: float = 1.01) ->
         "rows": rows,
         "trainings": {"plain": {"0": {}, "1": {}}},
         "band_spreads": {"ddim-10, seed 0": [0.5, 0.9], "ddim-10, seed 1": [0.7, 1.1]},
-        "fitted": {"plain+band-gains": {"ddim-10, seed 0": {"0": [0.5], "950": [1.16]}}},
+        "fitted": {"plain+band-gains": {"ddim-10, seed 0": {"0": [0.5], "950": [colour]}}},
+        "gaussian_spreads": {"ddim-10": 0.8, "ddim-50": 0.96, "ddim-100": 0.98, "unipc-50": 0.99},
     }
 
 
@@ -123,19 +126,62 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
     first = text.split("\n\n")[2]
     for words in ("k = 9 changes", "+3.0 %", "+10.0 %", "+40.0 %", "(UniPC)"):
         assert words in first
-    assert "the spread is within 3 % of the data's in every seed" in text
-    assert "at t ≥ 900: 1.160 to 1.160" in text
+    assert "**Sound**, as the protocol asks" in text
+    assert "| DDIM, 50 steps | 0.970, 0.970 | 0.960 | 1.0, 2.0 |" in text
+    assert "at t ≥ 900: 1.020 to 1.020" in text
     assert "| DDIM, 10 steps | 0.60 | 1.00 |" in text
     assert "at most 1.0 % of the distance" in text  # 0.97 against 0.96
     half = next(line for line in text.splitlines() if line.startswith("| 50 % |"))
     assert "+50.0 %" in half
     assert "Of the preset, for want of time" not in text
+    assert "| S²-DM k = 9, expected | DDIM, 10 steps | 1.5 | **+3.0 % [+3.0, +3.0]** |" in text
+    assert "margin of 2 %" not in text
 
     record["rows"] = [row for row in record["rows"] if row[0] != "plain@25"]
     text = pages_of(tmp_path, record)["evidence_cifar10.md"]
     assert "for want of time: plain L_simple, 25 % of the training with DDIM, 10 steps" in text
-    unsound = pages_of(tmp_path, a_record(PRESET, factors, spread=1.04))["evidence_cifar10.md"]
-    assert "the spread is not within 3 % of the data's" in unsound
+    for wrong in ({"spread": 0.948}, {"spread": 1.0}, {"colour": 1.04}):
+        text = pages_of(tmp_path, a_record(PRESET, factors, **wrong))["evidence_cifar10.md"]
+        assert "**Not sound**" in text
+    record = a_record(PRESET, factors)
+    record["rows"] = [row for row in record["rows"] if row[2:4] != ["unipc", 50]]
+    text = pages_of(tmp_path, record)["evidence_cifar10.md"]
+    assert "Whether that is sound by the protocol: not measured yet." in text
+
+
+def test_what_lies_within_the_margin_is_called_equivalent(tmp_path: Path) -> None:
+    record = a_record(PRESET, {"plain": 1.0, "skip9-expected": 0.99, "plain+gain9": 0.97})
+    text = pages_of(tmp_path, record)["evidence_cifar10.md"]
+    found = next(line for line in text.splitlines() if line.startswith("Equivalent to plain"))
+    assert "S²-DM k = 9, expected with DDIM, 10 steps" in found
+    assert "gain k = 9" not in found
+
+
+def test_what_holds_together_is_corrected_for_the_number_of_comparisons(tmp_path: Path) -> None:
+    """All methods alike in both seeds but two: one that differs, and one that wavers."""
+    record = a_record(PRESET, dict.fromkeys((arm.method.name for arm in PRESETS[PRESET].arms), 1.0))
+    for row in record["rows"]:
+        if row[0] == "plain+gain49":
+            row[6] *= 0.9
+        if row[0] == "plain+gain99":
+            row[6] *= (0.90, 0.91)[row[1]]  # p = 0.03 by itself
+    text = pages_of(tmp_path, record)["evidence_cifar10.md"]
+    found = next(line for line in text.splitlines() if line.startswith("Of the "))
+    assert "1 is below p = 0.05 together" in found
+    assert ": plain L_simple + gain k = 49; 2 are, each by itself" in found
+
+
+def test_a_network_that_had_not_learned_enough_stands_beside(tmp_path: Path) -> None:
+    sound = a_record(PRESET, {"plain": 1.0, "skip9-expected": 0.99})
+    unsound = a_record(UNSOUND, {"plain": 3.0, "skip9-expected": 2.7}, spread=0.9)
+    text = pages_of(tmp_path, sound, unsound)["evidence_cifar10.md"]
+    after = text.split("## A network that had not learned enough")[1]
+    assert "is 0.90 and 0.90 of the data's, where the sampler alone leaves 0.96;" in after
+    assert "| plain L_simple, its distance | 1.0, 2.0 | 3.0, 6.0 |" in after
+    row = next(line for line in after.splitlines() if line.startswith("| S²-DM k = 9"))
+    assert row.split(" | ")[1:] == ["**+1.0 % [+1.0, +1.0]**", "**+10.0 % [+10.0, +10.0]** |"]
+    alone = pages_of(tmp_path / "alone", unsound)
+    assert "| S²-DM k = 9, expected | not measured yet | **+10.0 %" in alone["evidence_cifar10.md"]
 
 
 def test_improvements_are_of_the_8_bit_distance() -> None:

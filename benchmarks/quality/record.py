@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from benchmarks.files import load_json
 from benchmarks.quality.layout import Layout
 from benchmarks.quality.plan import jobs
 from benchmarks.quality.presets import Preset
+
+CURVE = 20
+"""Points of a loss curve that are kept, where there are several seeds."""
 
 
 def collect(preset: Preset, root: Path) -> dict[str, Any]:
@@ -33,7 +37,8 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
             training = load_json(record)
             if len(preset.seeds) > 1:
                 # The curves of a whole grid would be most of its record.
-                del training["curve"]
+                curve = training["curve"]
+                training["curve"] = curve[:: -math.ceil(len(curve) / CURVE)][::-1]
             trainings.setdefault(method.objective.name, {})[str(seed)] = training
         for sampler, steps in job.cells():
             path = layout.cell(method, seed, sampler, steps)

@@ -225,9 +225,7 @@ class Bench:
     def _data_variances(self) -> Tensor:
         return PrincipalAxes(self.data).variances
 
-    def _spread_without_network(
-        self, method: Method, sampler: str, steps: int
-    ) -> dict[str, float]:
+    def _spread_without_network(self, method: Method, sampler: str, steps: int) -> dict[str, float]:
         """Return what spread the sampler itself leaves, once for the plain network's cells."""
         if method.name != "plain" or sampler == "ddpm":
             return {}

@@ -7,7 +7,8 @@ noise.  So the relative improvement is taken within each seed, and the interval 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,6 +75,45 @@ def interval(values: Iterable[float]) -> Interval:
     return Interval(
         mean, mean - half, mean + half, float(boot_low), float(boot_high), int(array.size)
     )
+
+
+def log_ratios(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """Return log(ours / theirs) by seed, for the seeds that both have."""
+    return [math.log(ours[seed] / theirs[seed]) for seed in ours if seed in theirs]
+
+
+def improvement_of_ratios(
+    ours: Mapping[int, float], theirs: Mapping[int, float]
+) -> Interval | None:
+    """Return 100 (1 - ours / theirs) at the mean log ratio over the seeds; None without a seed."""
+    logs = log_ratios(ours, theirs)
+    if not logs:
+        return None
+    found = interval(logs)
+    mean, low, high, boot_low, boot_high = (
+        -100 * math.expm1(value)
+        for value in (found.mean, found.high, found.low, found.boot_high, found.boot_low)
+    )
+    return Interval(mean, low, high, boot_low, boot_high, found.count)
+
+
+def p_value(values: Sequence[float]) -> float:
+    """Return Student's two-sided p-value of a mean of 0, one value per seed; 1 with one seed."""
+    array: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    if array.size < 2 or not array.any():
+        return 1.0
+    error = array.std(ddof=1) / np.sqrt(array.size)
+    return float(2 * stats.t.sf(abs(array.mean()) / max(error, 1e-300), array.size - 1))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return p-values that hold together: Holm's (1979), which is Bonferroni step by step."""
+    adjusted: dict[str, float] = {}
+    least = 0.0
+    for done, name in enumerate(sorted(p_values, key=lambda key: p_values[key])):
+        least = max(least, min(1.0, (len(p_values) - done) * p_values[name]))
+        adjusted[name] = least
+    return adjusted
 
 
 class Results:

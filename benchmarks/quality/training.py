@@ -162,6 +162,7 @@ class _Run:
         return {
             "objective": self.objective.name,
             "steps": self.step,
+            "parameters": sum(each.numel() for each in self._bare().parameters()),
             "seconds": round(self.seconds, 2),
             "processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device),
