@@ -85,8 +85,15 @@ def test_corrections_scale_the_networks_answer(t: int) -> None:
     assert factor(Gain(49), t) == pytest.approx(wanted)
     assert factor(Gain(-49), t) == pytest.approx(1 / wanted)
     assert factor(EpsilonScaling(1.017), t) == pytest.approx(1 / 1.017)
+    assert factor(EpsilonScaling(1.01, -0.02), t) == pytest.approx(1 / (1.01 - 0.02 * t / 1000))
     noise = float((1 - LEVELS[t]) / LEVELS[t])
     assert factor(ScoreRescaling(2), t) == pytest.approx((1 + noise) / (1 / 2 + noise))
+
+
+def test_a_line_has_a_name_of_its_own() -> None:
+    assert EpsilonScaling(1.0).name == "scaling1"
+    assert EpsilonScaling(1.0, 0.02).name == "scaling1-slope0.02"
+    assert EpsilonScaling(1.0, -0.02).title == "Epsilon Scaling λ = 1, slope = -0.02"
 
 
 def test_the_start_noise_is_scaled_and_the_network_left_alone() -> None:

@@ -97,15 +97,20 @@ class Gain(Correction):
 
 @dataclass(frozen=True)
 class EpsilonScaling(Correction):
-    """ε̂ / λ with a constant λ (arXiv 2308.15321)."""
+    """ε̂ / λ (arXiv 2308.15321), with λ = `factor` + `slope` t / T, a constant or a line."""
 
     label = "scaling{factor:g}"
     heading = "Epsilon Scaling λ = {factor:g}"
 
     factor: float
+    slope: float = 0.0
 
     @override
     def apply(self, model: nn.Module, setting: Setting) -> Corrected:
+        if self.slope:
+            count = len(setting.schedule.alphas_cumprod)
+            line = self.factor + self.slope * torch.arange(count) / count
+            return Corrected(ScaledInTime(model, 1 / line))
         correction = s2dm_loss.ConstantScaling(setting.schedule, (self.factor,))
         return Corrected(correction.correct_model(model, self.factor))
 

@@ -366,6 +366,7 @@ SPECTRAL_ARMS = (
     *(arm(Plain(), ScoreRescaling(k), ("ddim",), TEN) for k in (1.4, 0.9)),
     *(arm(Plain(), EpsilonScaling(factor), ("ddim",), TEN) for factor in (0.98, 1.02)),
     *(arm(Plain(), StartScaling(factor), ("ddim",), TEN) for factor in (0.98, 1.03)),
+    *(arm(Plain(), EpsilonScaling(1.0, slope), ("ddim",), TEN) for slope in (-0.02, 0.02)),
     arm(Plain(), BandGains(), ("ddim",), TEN),
     arm(SkipStep(9), samplers=("ddim",), steps=(10, 20)),
     *(arm(Plain(), one, ("ddim",), (20,)) for one in (None, Gain(9), Gain(49))),

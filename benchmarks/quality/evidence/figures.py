@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -107,6 +107,23 @@ def forest(results: Results, names: Sequence[str]) -> Figure:
         axes.set_xlim(-60, 60)
         axes.set_xlabel("improvement over plain, %")
         figure.legend(loc="outside upper right", ncols=2)
+    return figure
+
+
+def by_seed(groups: Sequence[Mapping[str, Sequence[float]]]) -> Figure:
+    """Return values by seed, {name: values} one below the other, a colour for each group."""
+    names = [name for group in groups for name in group]
+    with mpl.rc_context(STYLE):
+        figure, ((axes,),) = new_figure(0.24 * len(names) + 0.7)
+        row = 0
+        for group, color in zip(groups, COLORS[1:], strict=False):
+            for values in group.values():
+                axes.plot(values, [row] * len(values), "o", color=color, markersize=5, alpha=0.8)
+                axes.plot(np.mean(values), row, "|", color=color, markersize=11)
+                row -= 1
+        axes.set_yticks(-np.arange(len(names)), names)
+        zero_line(axes, vertical=True)
+        axes.set_xlabel("improvement over plain, %, 8-bit")
     return figure
 
 
