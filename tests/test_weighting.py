@@ -167,6 +167,8 @@ def test_the_largest_weight_and_the_smallest():
     check_weights(torch.tensor([0.0, 1.0, 1e6]))
     with pytest.raises(ValueError, match=r"got 1e\+06 at index 1 of 4 times"):
         check_weights(torch.tensor([1.0, 1e6 + 0.25, 2e6, 1.0]))
+    with pytest.raises(ValueError, match="got -1e-30 at index 1 of 2 times"):
+        check_weights(torch.tensor([0.0, -1e-30]))
 
 
 def test_numbers_at_the_edge_of_what_is_allowed():
@@ -182,6 +184,13 @@ def test_reprs_and_pickles():
     assert repr(pickle.loads(pickle.dumps(criterion))) == repr(criterion)  # noqa: S301 - our own
     assert SkipStepLoss(LINEAR, weighting="p2").weighting == p2(1, 1)
     assert sigmoid() != sigmoid(1.0)
+
+
+def test_a_weighting_is_a_value():
+    """The one of a name is shared by all losses of that name: nobody may change it."""
+    assert len({min_snr(3), min_snr(3.0), soft_min_snr(3), min_snr(4)}) == 3
+    with pytest.raises(AttributeError, match="cannot assign to field 'numbers'"):
+        min_snr().numbers = (1.0,)
 
 
 @pytest.mark.parametrize(
