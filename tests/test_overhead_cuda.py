@@ -1,17 +1,26 @@
 """The benchmark's GPU paths as far as fake CUDA goes: a plain error of Python shows without one."""
 
 import contextlib
+import json
+import re
+import time
 import types
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
-from benchmarks.overhead import measure, step
+from benchmarks.overhead import __main__ as command
+from benchmarks.overhead import contenders, goals, levels, measure, step
+from benchmarks.overhead.page import write_page
+from benchmarks.overhead.settings import Settings
 from s2dm_loss import NoiseSchedule, SkipStepLoss
 
-CUDA = torch.device("cuda", 0)
+CUDA, META = torch.device("cuda", 0), torch.device("meta")
 
 
 class Gpu:
@@ -19,6 +28,7 @@ class Gpu:
 
     def __init__(self, monkeypatch):
         self.diary, self.clock, self.held, self.peak = [], 0.0, 5000, 9999
+        self.now, self.mode = lambda: self.clock, 0
         gpu = self
 
         class Event:
@@ -27,7 +37,7 @@ class Gpu:
 
             def record(self):
                 gpu.diary.append("record")
-                self.at = gpu.clock
+                self.at = gpu.now()
 
             def synchronize(self):
                 gpu.diary.append("wait")
@@ -48,6 +58,7 @@ class Gpu:
 
         def set_mode(mode):
             self.diary.append(mode)
+            self.mode = mode
 
         fakes = {
             "Event": Event,
@@ -57,7 +68,7 @@ class Gpu:
             "memory_allocated": lambda _device: self.held,
             "max_memory_allocated": lambda _device: self.peak,
             "reset_peak_memory_stats": lambda _device: reset(),
-            "get_sync_debug_mode": lambda: 0,
+            "get_sync_debug_mode": lambda: self.mode,
             "set_sync_debug_mode": set_mode,
             "current_stream": Stream,
             "stream": lambda _stream: contextlib.nullcontext(),
@@ -133,3 +144,160 @@ def test_a_captured_step_trains(gpu, monkeypatch):
     assert captured["captured"]
     assert gpu.diary.count("replay") == 10
     assert not torch.equal(model.weight, before)
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Makes on the CPU what is to be made on the GPU, where syncs can be forbidden all the same."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        masked = func is torch.Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool
+        if masked and self.gpu.mode == "error":
+            raise RuntimeError("called a synchronizing operation\nand where")
+        args, kwargs = tree_map(self.place, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def place(value):
+        return torch.device("cpu") if getattr(value, "type", None) == "cuda" else value
+
+
+class SmallNet(nn.Module):
+    """An ε-model that returns what the U-Net does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x_t, t):
+        assert t.shape == x_t.shape[:1]
+        return types.SimpleNamespace(sample=self.layer(x_t))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The smallest model and sizes, nothing compiled: that is the same on every device."""
+    monkeypatch.setattr(step, "cifar10_unet", SmallNet)
+    monkeypatch.setattr(levels, "LATENTS", (4, 4, 2, 2))
+    monkeypatch.setattr(levels, "REAL_SHAPES", {"CIFAR10": (4, 3, 2, 2)})
+    monkeypatch.setattr(levels, "flat_shape", lambda log2: (4, 4, 2, 2))
+    monkeypatch.setattr(levels, "inductor_bytes", lambda loss, arguments: 0)
+    monkeypatch.setattr(goals, "LARGE", 1)
+    explained = types.SimpleNamespace(graph_break_count=0)
+    monkeypatch.setattr(torch._dynamo, "explain", lambda loss: lambda *arguments: explained)
+
+    def uncompiled(function=None, *, dynamic, fullgraph=False):
+        return function or (lambda given: given)
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
+
+
+@pytest.fixture
+def gpu_there(gpu, small, monkeypatch):
+    """A GPU that torch finds, whose tensors lie on the CPU and whose kernels nobody counts."""
+    gpu.now = time.perf_counter
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU's name")
+    monkeypatch.setattr(measure, "profile", lambda activities: contextlib.nullcontext(PROFILER))
+    adamw = torch.optim.AdamW
+
+    def any_adamw(parameters, lr, capturable=False):
+        return adamw(parameters, lr)
+
+    monkeypatch.setattr(torch.optim, "AdamW", any_adamw)
+    copy_bandwidth = levels.copy_bandwidth
+
+    def small_copies(device, mebibytes, *rest):
+        assert mebibytes == 1024
+        return copy_bandwidth(device, 1, *rest)
+
+    monkeypatch.setattr(levels, "copy_bandwidth", small_copies)
+    with OnTheCpu(gpu):
+        yield gpu
+
+
+PROFILER = types.SimpleNamespace(
+    events=lambda: [types.SimpleNamespace(device_type=measure.DeviceType.CUDA)]
+)
+
+
+def test_a_whole_run_and_its_page(gpu_there, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = ["run", "--seconds", "0.01", "--smallest", "22", "--largest", "22"]
+    said = CliRunner().invoke(command.main, [*call, "--step-batch", "4", "--step-seconds", "0.01"])
+    assert said.exit_code == 0, said.output
+    assert "Wrote runs/overhead/cuda.json." in said.output
+    results = json.loads((tmp_path / "runs/overhead/cuda.json").read_text())
+    assert list(results) == list(levels.LEVELS)
+    for level in results.values():
+        assert level["machine"]["gpu"] == "a GPU's name"
+        assert level["clock"] == "CUDA events"
+    # Only the boolean masks wait.
+    for row in results["counts"]["figures"]:
+        assert row["kernels"] == 1
+        waits = "called a synchronizing operation" if row["contender"] == "released" else None
+        assert row["sync"] == waits
+    kinds = {(cell["dtype"], cell["mode"]) for cell in results["head"]["figures"]}
+    assert len(kinds) == 4
+    graphs = results["step"]["figures"]["cuda_graph"]
+    assert list(graphs) == ["mse", "expected", "fresh", "shared"]
+    assert all(graph["captured"] for graph in graphs.values())
+
+    write_page(tmp_path / "runs/overhead", tmp_path / "docs/overhead.md")
+    page = (tmp_path / "docs/overhead.md").read_text()
+    for shape, compiled in ("4×4×2×2", " | graph breaks | passes, compiled"), ("4×3×2×2", ""):
+        header = next(line for line in page.splitlines() if line.startswith(f"| float32, {shape}"))
+        assert header.endswith(f" | sync operators{compiled} | kernels | sync under debug mode |")
+    assert re.search("released formula .* called a synchronizing operation", page)
+    assert "a GPU's name, driver " in page
+    assert "captured in a CUDA graph" in page
+    assert "--device cuda" not in page.partition("Not measured")[2].partition("\n")[0]
+
+
+def test_a_gpu_has_sizes_of_its_own(gpu_there, tmp_path, monkeypatch):
+    found = []
+
+    def level(settings):
+        found.append(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setitem(command.LEVELS, "counts", level)
+    call = ["run", "--level", "counts", "--out", str(tmp_path)]
+    for device in ([], ["--device", "cuda"], ["--device", "cpu"]):
+        said = CliRunner().invoke(command.main, [*call, *device])
+        assert said.output.endswith("Error: enough\n")
+    sizes = [(s.device.type, s.largest, s.step_batch) for s in found]
+    assert sizes == [("cuda", 28, 128), ("cuda", 28, 128), ("cpu", 26, 4)]
+
+
+def losses_on(device):
+    yield from contenders.contenders(device, torch.bfloat16).items()
+    yield from contenders.attempts(device).items()
+    yield "gradient_first", contenders.gradient_first_loss(device)
+
+
+def test_losses_compute_where_they_are_told_to(small):
+    """On meta tensors: beside one on the CPU an operator fails, as beside one on a GPU it would."""
+    for name, loss in losses_on(META):
+        arguments = levels._arguments((4, 3, 2, 2), torch.float32, META)
+        if name == "released":  # the host needs values to know the shape
+            with pytest.raises(NotImplementedError, match="nonzero"):
+                loss(*arguments)
+            continue
+        loss(*arguments).backward()
+        assert arguments[0].grad.device == META
+
+
+def test_a_step_computes_where_it_is_told_to(small, monkeypatch):
+    def without_masks(device):
+        losses = contenders.contenders(device)
+        del losses["released"]
+        return losses
+
+    monkeypatch.setattr(step, "contenders", without_masks)
+    found = step.step(Settings(META, 0.01, 8, 8, 4, 0.01, 1, time.perf_counter))
+    assert set(found["peak_bytes"]) == {*without_masks(META), "sa_dpm"}
+    assert "cuda_graph" not in found
