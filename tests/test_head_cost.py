@@ -419,12 +419,17 @@ def test_checkpointing_and_offloading():
     assert torch.equal(expected, offloaded)
 
 
+@pytest.mark.parametrize("reduction", REDUCE)
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
-def test_no_data_is_no_crash(shape):
+def test_no_data_is_no_crash(shape, reduction):
+    """As of `F.mse_loss`, a mean of nothing is NaN and a sum of no samples is 0."""
     eps_hat, *target = arguments(*shape)
-    loss = completed_square(eps_hat.requires_grad_(), *target)
-    assert loss.shape == shape[:1]
-    assert loss.isnan().all()
+    loss = completed_square(eps_hat.requires_grad_(), *target, reduction=reduction)
+    assert loss.shape == (shape[:1] if reduction == "none" else ())
+    if reduction == "sum" and shape[0] == 0:
+        assert loss == 0
+    else:
+        assert loss.isnan().all()
     loss.sum().backward()
     assert eps_hat.grad.shape == shape
 

@@ -1,6 +1,8 @@
 """The head under compiled autograd, linearize, vmap and checkpoints, and of unusual tensors."""
 
 import functools
+import importlib
+import itertools
 import subprocess
 import sys
 
@@ -11,8 +13,9 @@ from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import checkpoint as checkpoints
 
-from s2dm_loss import NoiseSchedule, SkipStepLoss
-from s2dm_loss._head import completed_square, mean_square
+import s2dm_loss
+from s2dm_loss import NoiseSchedule, SkipStepLoss, _head
+from s2dm_loss._head import completed_square, mean_square, placed_like, whole
 from tests.strategies import normal
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -161,6 +164,98 @@ def test_a_tensor_made_of_tensors():
     assert isinstance(two.grad, TwoTensor)
     for part, e, n in ((two.grad.a, eps_hat, noise), (two.grad.b, other, other_noise)):
         torch.testing.assert_close(part, gradient_by_hand(e, *constants, n))
+    assert "CompletedSquare" not in loss.grad_fn.name()
+    named = torch.nn.Parameter(eps_hat)  # is a tensor like any other
+    assert "CompletedSquare" in completed_square(named, *constants, noise).grad_fn.name()
+
+
+class Placed:
+    """As much of a DTensor as the head knows it by."""
+
+    device_mesh = "a mesh"
+
+    def __init__(self, local):
+        self.local, self.ndim = local, local.ndim
+
+    @classmethod
+    def from_local(cls, local, mesh, *, run_check):
+        assert mesh == cls.device_mesh
+        assert not run_check  # for which every device would wait for the others
+        return cls(local)
+
+    def full_tensor(self):
+        return self.local
+
+
+def test_what_has_one_value_a_sample_is_placed_like_the_data():
+    per_sample, data = torch.ones(3), torch.ones(3, 4)
+    there = Placed(per_sample)
+    placed = placed_like(Placed(data), None, per_sample, there, data, data[0, 0])
+    assert placed[0] is None
+    assert isinstance(placed[1], Placed)
+    assert placed[1].local is per_sample
+    assert placed[2] is there
+    assert placed[3] is data
+    assert placed[4].ndim == 0
+    assert placed_like(data, None, per_sample, there) == (None, per_sample, there)
+
+
+def test_times_that_are_no_dtensor_are_whole():
+    t = torch.ones(3)
+    assert whole(t) is t
+    assert whole(Placed(t)) is t
+    named = torch.nn.Parameter(t)
+    assert whole(named) is named
+
+
+def test_a_gain_has_its_noise():
+    eps_hat, *constants, noise = arguments(3, 4)
+    with pytest.raises(ValueError, match="shorter"):
+        completed_square(eps_hat, *constants, noise, constants[-1])
+
+
+# Of what only the compiler runs, as far as it can be told without one.
+
+
+@pytest.mark.parametrize(
+    ("version", "takes_checkpoints"), [("2.12.1", False), ("2.13.0", True), ("2.14.0+cu130", True)]
+)
+def test_which_compilers_take_a_checkpoint(version, takes_checkpoints, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(s2dm_loss, "_head", _head)  # which an import replaces
+    monkeypatch.delitem(sys.modules, "s2dm_loss._head")
+    again = importlib.import_module("s2dm_loss._head")
+    assert again is not _head
+    assert takes_checkpoints == again._CHECKPOINTS_COMPILE == hasattr(again, "checkpoint")
+
+
+def test_only_compiled_for_good_is_it_made_twice(monkeypatch):
+    """The exporter and function transforms refuse a checkpoint."""
+    asked = [
+        (_head, "_CHECKPOINTS_COMPILE", True),
+        (torch.compiler, "is_compiling", True),
+        (torch.compiler, "is_exporting", False),
+        (torch._C, "_are_functorch_transforms_active", False),
+    ]
+    for answers in itertools.product([False, True], repeat=len(asked)):
+        with monkeypatch.context() as patch:
+            for (place, name, _), answer in zip(asked, answers, strict=True):
+                patch.setattr(place, name, answer if place is _head else lambda a=answer: a)
+            twice = _head._is_better_made_twice()
+        assert twice == (list(answers) == [wanted for *_, wanted in asked])
+
+
+def test_made_twice_it_is_the_same(monkeypatch):
+    eps_hat, *constants = arguments(3, 4)
+    monkeypatch.setattr(_head, "checkpoint", checkpoints.checkpoint, raising=False)
+    monkeypatch.setattr(_head, "_needs_plain_operators", lambda *_: True)
+    monkeypatch.setattr(_head, "_is_better_made_twice", lambda: True)
+    # It draws nothing, for which to keep the generators' state.
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("kept for nothing"))
+    loss = completed_square(eps_hat, *constants, reduction="sum")
+    monkeypatch.undo()
+    (gradient,) = torch.autograd.grad(loss, eps_hat)
+    torch.testing.assert_close(gradient, gradient_by_hand(eps_hat, *constants))
 
 
 def test_vmap_over_every_argument():
