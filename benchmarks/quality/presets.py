@@ -387,7 +387,7 @@ SPECTRAL_ARMS = (
 CIFAR10_SPECTRAL = replace(
     CIFAR10_SMALL,
     name="cifar10-spectral",
-    about="CIFAR10, a small network right at late times; data from a local folder, hours on 2 cores",
+    about="CIFAR10, a network right at late times; data from a local folder, hours on 2 cores",
     network=SpectralUNetSpec(
         UNetSpec(channels=16, multipliers=(1, 2, 4), blocks=1, attention_at=())
     ),
