@@ -218,9 +218,9 @@ def test_a_gain_has_its_noise():
 
 
 @pytest.mark.parametrize(
-    ("version", "takes_checkpoints"), [("2.12.1", False), ("2.13.0", True), ("2.14.0+cu130", True)]
+    ("takes_checkpoints", "version"), [(False, "2.12.1"), (True, "2.13.0"), (True, "2.14.0+cu130")]
 )
-def test_which_compilers_take_a_checkpoint(version, takes_checkpoints, monkeypatch):
+def test_which_torch_takes_a_checkpoint(takes_checkpoints, version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setattr(s2dm_loss, "_head", _head)  # which an import replaces
     monkeypatch.delitem(sys.modules, "s2dm_loss._head")
@@ -229,7 +229,7 @@ def test_which_compilers_take_a_checkpoint(version, takes_checkpoints, monkeypat
     assert takes_checkpoints == again._CHECKPOINTS_COMPILE == hasattr(again, "checkpoint")
 
 
-def test_only_compiled_for_good_is_it_made_twice(monkeypatch):
+def test_when_it_is_made_twice(monkeypatch):
     """The exporter and function transforms refuse a checkpoint."""
     asked = [
         (_head, "_CHECKPOINTS_COMPILE", True),
