@@ -363,7 +363,7 @@ SPECTRAL_ARMS = (
     *(arm(Plain(), Gain(k), ("ddim",), TEN) for k in (9, 49, 99, -9)),
     *(arm(Plain(), EpsilonScaling(factor), ("ddim",), TEN) for factor in (0.99, 1.01)),
     arm(Plain(), samplers=("unipc", "dpm++2m", "deis", "pndm"), steps=TEN),
-    *(arm(Plain(), ScoreRescaling(k), ("ddim",), TEN) for k in (1.4, 0.9)),
+    *(arm(Plain(), ScoreRescaling(k), ("ddim",), TEN) for k in (1.4, 0.9, 1.1, 1.05)),
     *(arm(Plain(), EpsilonScaling(factor), ("ddim",), TEN) for factor in (0.98, 1.02)),
     *(arm(Plain(), StartScaling(factor), ("ddim",), TEN) for factor in (0.98, 1.03)),
     *(arm(Plain(), EpsilonScaling(1.0, slope), ("ddim",), TEN) for slope in (-0.02, 0.02)),
