@@ -211,7 +211,14 @@ def test_tau_zero_and_a_flat_schedule_are_finite():
 def test_a_path_that_rises_by_its_rounding_skips_nothing():
     class Flat(NoiseSchedule):
         def log_alphas_cumprod_at(self, t):
-            return 1e-16 * t - 1
+            return 1e-16 * t.double() - 1
 
-    at_t = coefficients(Flat([-1.0] * 9), 3)
+    schedule = Flat([-1.0] * 9)
+    assert schedule.log_alphas_cumprod_at(torch.arange(9)).unique().numel() > 1
+    at_t = coefficients(schedule, 3)
     assert at_t.c.tolist() == at_t.c2.tolist() == [0.0] * 9
+
+
+def test_coefficients_stay_as_they_were_made():
+    with pytest.raises(AttributeError, match="cannot assign to field 'tau'"):
+        coefficients(NoiseSchedule.linear(1000), 9).tau = 1.0
