@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.files import save_record
 from benchmarks.quality.evidence import write_pages
-from benchmarks.quality.evidence.cifar10 import PRESET, UNSOUND, answer, over_ddim
+from benchmarks.quality.evidence.cifar10 import PRESET, UNSOUND, _groups, answer, over_ddim
 from benchmarks.quality.evidence.corrections import CELLS, STUDIES, names_of, verdict_of
 from benchmarks.quality.evidence.records import IMAGES, TEN, Sources
 from benchmarks.quality.presets import FITTED, PRESETS, SINGLE
@@ -147,6 +147,23 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
     record["rows"] = [row for row in record["rows"] if row[2:4] != ["unipc", 50]]
     text = pages_of(tmp_path, record)["evidence_cifar10.md"]
     assert "Whether that is sound by the protocol: not measured yet." in text
+    for row in record["rows"]:
+        row[8] = 0.9
+    assert "**Not sound**" in pages_of(tmp_path, record)["evidence_cifar10.md"]
+
+
+def test_the_figure_shows_strengths_that_were_chosen_on_the_other_seed() -> None:
+    record = a_record(PRESET, {"plain": 1.0, "skip9-expected": 0.97, "unipc": 0.6})
+    for row in record["rows"]:
+        if row[0] == "plain+scaling0.99":
+            row[6] = (0.9, 2.8)[row[1]]  # the best in seed 0, where plain is at 1 and 2
+        if row[0] == "plain+scaling1.01":
+            row[6] = (1.4, 1.5)[row[1]]
+    losses, gains, corrections, solvers = _groups(Results(record))
+    assert losses["S²-DM k = 9, expected"] == pytest.approx([3, 3])
+    assert list(gains) == [f"gain k = {k}" for k in (-9, 9, 49, 99, 149)]
+    assert corrections["Epsilon Scaling"] == pytest.approx([-40, -40])
+    assert solvers["UniPC"] == pytest.approx([40, 40])
 
 
 def test_what_lies_within_the_margin_is_called_equivalent(tmp_path: Path) -> None:
