@@ -139,6 +139,8 @@ def test_which_betas_look_like_cumulative_products():
     falls = torch.linspace(0.95, 0.05, 10, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"fall from 0\.95 to 0\.05, which look like ᾱ"):
         NoiseSchedule.from_betas(falls)
+    with pytest.raises(ValueError, match=r"fall from 0\.95 to 0\.005, which look like ᾱ"):
+        NoiseSchedule.from_betas(torch.cat([falls[:1], falls[5:], falls[5:] / 10]))
     flat = torch.cat([falls[:5], falls[4:]])
     rest = torch.linspace(0.5, 0.05, 10, dtype=torch.float64)
     for table in (falls[:9], flat, rest, falls.flip(0)):
