@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2dm_loss import NoiseSchedule, ShrunkModel, SkipStepLoss
+from s2dm_loss._tables import TimeTable
 from tests.strategies import normal
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -208,3 +209,13 @@ def test_compiled_times_outside_the_table_are_no_other_times():
     compiled = torch.compile(criterion.from_prediction, backend="aot_eager", fullgraph=True)
     loss = compiled(eps_hat, noise, torch.tensor([-1, 0, 999, 1000]))
     assert loss.isnan().tolist() == [True, False, False, True]
+
+
+def test_a_loss_that_is_moved_has_its_tables_ready_there(monkeypatch):
+    """As a compiled call cannot keep a copy."""
+    criterion, asked = SkipStepLoss(LINEAR, 9), []
+    monkeypatch.setattr(TimeTable, "copy_to", lambda table, device: asked.append((table, device)))
+    criterion.to("meta")
+    tables = [table for table in vars(criterion._tables).values() if isinstance(table, TimeTable)]
+    assert len(tables) == 4
+    assert asked == [(table, torch.device("meta")) for table in tables]

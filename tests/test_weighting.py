@@ -216,6 +216,11 @@ def test_a_weighting_is_a_value():
             r"weighting must lie in \[0, 1e\+06\].*index 0 of 17",
         ),
         (
+            lambda: SkipStepLoss(ContinuousSchedule.flow(), 0.01, weighting="debiased"),
+            ValueError,
+            r"weighting must lie in \[0, 1e\+06\].*index 16 of 17",
+        ),
+        (
             lambda: SkipStepLoss(LINEAR, weighting=lambda log_snr: -log_snr),
             ValueError,
             "weighting must lie in",
