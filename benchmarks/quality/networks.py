@@ -157,8 +157,35 @@ class UNetSpec(NetworkSpec):
         )
 
 
-class PreconditionedUNet(nn.Module):
-    """An ε-model around a U-Net that sees unshuffled pixels, fast on a CPU.
+class BlockUNet(nn.Module):
+    """A U-Net that sees blocks of pixels as channels, which is fast on a CPU.
+
+    Args:
+        unet: diffusers' U-Net.
+        patch: Side of the blocks of pixels that become channels.
+        fast: bfloat16 autocast and `torch.compile` for the U-Net; all else stays in float32.
+    """
+
+    def __init__(self, unet: UNet2DModel, *, patch: int, fast: bool) -> None:
+        """Wrap a U-Net."""
+        super().__init__()
+        self.unet = unet.to(memory_format=torch.channels_last)
+        self.patch = patch
+        self.fast = fast
+        if fast:
+            self.unet.compile(dynamic=False)
+
+    def on_blocks(self, images: Tensor, t: Tensor) -> Tensor:
+        """Return what the U-Net makes of images `[B, C, H, W]`, at full size again."""
+        inputs = F.pixel_unshuffle(images, self.patch)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.fast):
+            outputs = self.unet(inputs, t, return_dict=False)[0]
+        return F.pixel_shuffle(outputs.float(), self.patch)
+
+
+class PreconditionedUNet(BlockUNet):
+    """An ε-model around a U-Net on blocks of pixels.
 
     The U-Net F is preconditioned as in Karras et al. (arXiv 2206.00364, Table 1), written for ε:
     with d² = 1 − ᾱ + ᾱ σ² for data of standard deviation σ,
@@ -187,12 +214,7 @@ class PreconditionedUNet(nn.Module):
         fast: bool,
     ) -> None:
         """Wrap a U-Net."""
-        super().__init__()
-        self.unet = unet.to(memory_format=torch.channels_last)
-        self.patch = patch
-        self.fast = fast
-        if fast:
-            self.unet.compile(dynamic=False)
+        super().__init__(unet, patch=patch, fast=fast)
         alphas_cumprod = alphas_cumprod.double()
         variance = 1 - alphas_cumprod + alphas_cumprod * data_std**2
         tables = {
@@ -210,15 +232,11 @@ class PreconditionedUNet(nn.Module):
             self.get_buffer(name)[t, None, None, None]
             for name in ("scale_in", "scale_skip", "scale_out")
         ]
-        inputs = F.pixel_unshuffle(scales[0] * x, self.patch)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fast):
-            outputs = self.unet(inputs, t, return_dict=False)[0]
-        noise: Tensor = scales[1] * x + scales[2] * F.pixel_shuffle(outputs.float(), self.patch)
+        noise: Tensor = scales[1] * x + scales[2] * self.on_blocks(scales[0] * x, t)
         return noise
 
 
-class SpectralUNet(nn.Module):
+class SpectralUNet(BlockUNet):
     """`PreconditionedUNet` for data whose spectrum is known, of which images are far from white.
 
     With y and F' the coordinates of x_t and of the U-Net's output in an orthonormal basis (colours
@@ -249,12 +267,7 @@ class SpectralUNet(nn.Module):
         fast: bool,
     ) -> None:
         """Wrap a U-Net; the spectrum is white until `measure`."""
-        super().__init__()
-        self.unet = unet.to(memory_format=torch.channels_last)
-        self.patch = patch
-        self.fast = fast
-        if fast:
-            self.unet.compile(dynamic=False)
+        super().__init__(unet, patch=patch, fast=fast)
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
         self.frequencies = Frequencies(image_shape[-1])
         # Saved with the weights, since a network is of use with these alone.
@@ -282,16 +295,13 @@ class SpectralUNet(nn.Module):
     @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         mean, variance = self.get_buffer("mean"), self.get_buffer("variance")
-        signal = self.get_buffer("alphas_cumprod")[t.expand(len(x)), None, None, None]
+        t = t.expand(len(x))
+        signal = self.get_buffer("alphas_cumprod")[t, None, None, None]
         total = 1 - signal + signal * variance
         centred = (self._coordinates(x) - signal.sqrt() * mean) / total
         expected = self._images(mean + signal.sqrt() * variance * centred)
         scale = total.mean((1, 2, 3), keepdim=True).rsqrt()
-        inputs = F.pixel_unshuffle(torch.cat([scale * x, 2 * expected], 1), self.patch)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fast):
-            outputs = self.unet(inputs, t.expand(len(x)), return_dict=False)[0]
-        learned = self._coordinates(F.pixel_shuffle(outputs.float(), self.patch))
+        learned = self._coordinates(self.on_blocks(torch.cat([scale * x, 2 * expected], 1), t))
         rest = (signal * variance / total).sqrt() * learned
         return self._images((1 - signal).sqrt() * centred - rest)
 
