@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.files import save_record
 from benchmarks.quality.evidence import write_pages
-from benchmarks.quality.evidence.cifar10 import PRESET, UNSOUND, _groups, answer, over_ddim
+from benchmarks.quality.evidence.cifar10_answers import PRESET, UNSOUND, answer, by_kind, over_ddim
 from benchmarks.quality.evidence.corrections import CELLS, STUDIES, names_of, verdict_of
 from benchmarks.quality.evidence.records import IMAGES, TEN, Sources
 from benchmarks.quality.presets import FITTED, PRESETS, SINGLE
@@ -163,7 +163,7 @@ def test_the_figure_shows_strengths_that_were_chosen_on_the_other_seed() -> None
             row[6] = (0.9, 2.8)[row[1]]  # the best in seed 0, where plain is at 1 and 2
         if row[0] == "plain+scaling1.01":
             row[6] = (1.4, 1.5)[row[1]]
-    losses, gains, corrections, solvers = _groups(Results(record))
+    losses, gains, corrections, solvers = by_kind(Results(record))
     assert losses["S²-DM k = 9, expected"] == pytest.approx([3, 3])
     assert list(gains) == [f"gain k = {k}" for k in (-9, 9, 49, 99, 149)]
     assert corrections["Epsilon Scaling"] == pytest.approx([-40, -40])

