@@ -153,7 +153,7 @@ def _sound(results: Results) -> Iterable[str]:
         [
             "plain network",
             "spread of samples over the data's, by seed",
-            "what the sampler leaves of Gaussian data",
+            "what the sampler leaves of Gaussian data, raw",
             "Fréchet distance",
         ],
         rows,
