@@ -395,6 +395,44 @@ CIFAR10_SPECTRAL = replace(
     arms=SPECTRAL_ARMS,
     samples=5_000,
 )
+# As before, but a network that is wide where an image is coarse; the cells that say whether it is
+# sound, and then those of the answer, first.
+WIDE_ARMS = (
+    arm(Plain(), samplers=("ddim",), steps=TEN),
+    *(arm(Plain(), Gain(k), ("ddim",), TEN) for k in (9, 49)),
+    arm(Plain(), samplers=("unipc",), steps=TEN),
+    arm(Plain(), samplers=("ddim",), steps=(50,)),
+    arm(Plain(), BandGains(), ("ddim",), TEN),
+    arm(SkipStep(9), samplers=("ddim",), steps=TEN),
+    arm(Plain(), ScoreRescaling(1.05), ("ddim",), TEN),
+    *(arm(Plain(), EpsilonScaling(factor), ("ddim",), TEN) for factor in (0.99, 1.01)),
+    *(arm(Plain(), samplers=("ddim",), steps=TEN, percent=part) for part in (50, 25)),
+    *(arm(Plain(), Gain(49), ("ddim",), TEN, percent=part) for part in (50, 25)),
+    *(arm(Plain(), StartScaling(factor), ("ddim",), TEN) for factor in (0.98, 1.03)),
+    arm(Plain(), samplers=("ddim",), steps=(20,)),
+    arm(SkipStep(9), samplers=("ddim",), steps=(20,)),
+    arm(Plain(), Gain(9), ("ddim",), (20,)),
+    arm(Plain(), samplers=("dpm++2m", "deis", "pndm"), steps=TEN),
+    arm(Plain(), samplers=("unipc",), steps=(50,)),
+    *(arm(Plain(), Gain(k), ("ddim",), TEN) for k in (99, -9)),
+    arm(SkipStep(9), samplers=("deis",), steps=TEN),
+    *(arm(Plain(), ScoreRescaling(k), ("ddim",), TEN) for k in (1.1, 0.9)),
+    arm(Plain(), samplers=("ddim",), steps=(100,)),
+    arm(Plain(), samplers=("unipc",), steps=(20,)),
+    arm(Plain(), Gain(49), ("ddim",), (20,)),
+    *(arm(Plain(), EpsilonScaling(factor), ("ddim",), TEN) for factor in (0.98, 1.02)),
+    arm(Plain(), Gain(49), ("deis", "pndm"), TEN),
+    arm(SkipStep(49), samplers=("ddim",), steps=TEN),
+)
+CIFAR10_WIDE = replace(
+    CIFAR10_SPECTRAL,
+    name="cifar10-wide",
+    about="CIFAR10, the same with a wider network; data from a local folder, hours on 2 cores",
+    network=SpectralUNetSpec(
+        UNetSpec(channels=64, multipliers=(1, 2), blocks=1, attention_at=()), patch=4
+    ),
+    arms=WIDE_ARMS,
+)
 CELEBA = replace(
     CIFAR10,
     name="celeba",
@@ -413,6 +451,7 @@ PRESETS = {
     for p in (
         *(DIGITS, DIGITS_FULL, TEXTURES, PATCHES),
         *(DIGITS_CORRECTIONS, TEXTURES_CORRECTIONS, DIGITS_REDUCTION),
-        *(CIFAR10_TINY, CIFAR10_SMALL, CIFAR10_SPECTRAL, CIFAR10, CELEBA),
+        *(CIFAR10_TINY, CIFAR10_SMALL, CIFAR10_SPECTRAL, CIFAR10_WIDE),
+        *(CIFAR10, CELEBA),
     )
 }

@@ -69,7 +69,16 @@ Written down, and committed with the preset, before the first sample was drawn:
 - **Cut first, if time runs out**: cells, in the order of the preset from its end.
 
 Changed on the way: when score rescaling had turned out to harm much at k = 1.4 and at k = 0.9,
-which had stood for its two sides, k = 1.05 and 1.1 between.\
+which had stood for its two sides, k = 1.05 and 1.1 between.
+
+The first network, `cifar10-spectral`, was not sound: its samples lie too close together. So a
+second, `cifar10-wide`, by the same protocol, written down before its first distance: of four
+shapes, each trained for five minutes on one core, the samples of DDIM at 20 steps had a spread of
+0.837 (32, 64, 128 channels on blocks of 2 x 2 pixels), 0.870 (64, 128 channels on blocks of 4 x 4),
+0.857 (the same with attention) and 0.873 (96, 192 channels on blocks of 4 x 4, at half the speed),
+where the sampler alone leaves 0.907. The second of them is trained, chosen by its spread and its
+speed. The question it answers: does the loss, or a correction, do something else on a network whose
+samples are spread as they should be?\
 """
 
 
