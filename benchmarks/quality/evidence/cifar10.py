@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -15,26 +16,36 @@ from benchmarks.quality.evidence.cifar10_answers import (
     SETTLED,
     SOUND,
     SPREAD_CELLS,
-    UNSOUND,
     by_kind,
     chosen_correction,
     in_short,
     is_sound,
+    left_by_network,
     mean_colour_gains,
+    measured_networks,
     over_ddim,
     over_plain,
     spread_left,
+    strengths,
     without_training,
 )
 from benchmarks.quality.evidence.corrections import KERNEL, SOLVERS, band_table
 from benchmarks.quality.evidence.figures import by_seed
-from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, corrected, trained
+from benchmarks.quality.evidence.records import (
+    IMAGES,
+    TEN,
+    Evidence,
+    corrected,
+    title,
+    trained,
+)
 from benchmarks.quality.objectives import Method, Plain
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.settings import in_words
 from benchmarks.quality.statistics import (
     Cell,
+    Interval,
     Results,
     holm,
     improvement_of_ratios,
@@ -43,6 +54,7 @@ from benchmarks.quality.statistics import (
 )
 from benchmarks.quality.tables import cell_title, percent
 
+FIFTY = Cell("ddim", 50)
 PROTOCOL = """\
 Written down, and committed with the preset, before the first sample was drawn:
 
@@ -84,31 +96,36 @@ samples are spread as they should be?\
 
 def cifar10_page(evidence: Evidence) -> Iterable[str]:
     """Yield the parts of the page."""
-    results = evidence.results(PRESET)
-    if results is None:
-        yield f"CIFAR10, preset `{PRESET}`: {MISSING}."
-    else:
+    measured = measured_networks(evidence)
+    if measured:
+        results, *others = measured
         yield _answer(results)
         yield evidence.figure(
             "cifar10",
-            "Improvement of the 8-bit Fréchet distance of DDIM's samples at 10 steps, a point for "
-            "each seed: the loss, its gain without training, other corrections, other solvers",
-            by_seed(by_kind(results)),
+            "Improvement of the 8-bit Fréchet distance of DDIM's samples at 10 steps, a panel for "
+            "each network and a point for each seed: the loss, its gain without training, other "
+            "corrections, other solvers",
+            by_seed({_short(one): by_kind(one) for one in measured}),
         )
         yield from _network(results)
         yield from _sound(results)
         yield from _losses(results)
         yield from _corrections(results)
         yield from _together(results)
-        yield from _searched(results)
         yield from _younger(results)
-    unsound = evidence.results(UNSOUND)
-    if unsound is not None:
-        yield from _unsound(unsound, results)
-    if results is not None:
-        yield from _not_run(results)
+        if others:
+            yield from _networks(measured)
+        yield from _searched(measured)
+        yield from _not_run(measured)
+    else:
+        yield f"CIFAR10, preset `{PRESET}`: {MISSING}."
     yield "## Protocol"
     yield PROTOCOL
+
+
+def _short(results: Results) -> str:
+    name: str = results.record["preset"]
+    return name.removeprefix("cifar10-")
 
 
 def _answer(results: Results) -> str:
@@ -182,7 +199,7 @@ def _sound(results: Results) -> Iterable[str]:
         None: f"Whether that is sound by the protocol: {MISSING}.",
     }
     yield said[is_sound(results)]
-    few, many = (results.values("plain", cell, IMAGES) for cell in (TEN, Cell("ddim", 50)))
+    few, many = (results.values("plain", cell, IMAGES) for cell in (TEN, FIFTY))
     more = improvement_of_ratios(many, few)
     if more is not None and more.mean < 0:
         yield (
@@ -290,32 +307,33 @@ def _together(results: Results) -> Iterable[str]:
     )
 
 
-def _searched(results: Results) -> Iterable[str]:
-    rows = []
-    for found in results.record.get("searches", []):
-        cell = Cell(found["sampler"], found["steps"])
-        names = without_training(results, cell)
-        values = {name: results.values(name, cell, IMAGES).get(found["seed"]) for name in names}
-        by_name = {name: value for name, value in values.items() if value is not None}
-        plain = results.values("plain", cell, IMAGES)[found["seed"]]
-        best = min(by_name, key=lambda name: by_name[name])
-        rows.append(
-            [
-                f"{found['seed']}, {cell_title(cell)}",
-                found["recommended"],
-                f"{100 * (1 - found['corrected'] / found['plain']):+.1f} %",
-                f"{results.title(best)}, {100 * (1 - by_name[best] / plain):+.1f} %",
-            ]
-        )
+def _searched(measured: Iterable[Results]) -> Iterable[str]:
+    rows = [_search_row(one, found) for one in measured for found in one.record.get("searches", [])]
     if rows:
-        yield "### What the search says"
+        yield "## What the search says"
         yield (
             "`CorrectionSearch` with these features, on training images only; what it recommends "
             "is judged on noise that it has not seen, against the test images. The last column is "
             "the best of all strengths above, chosen on the samples that it is reported on."
         )
-        header = ["seed", "recommends", "improvement on fresh noise", "best by brute force"]
-        yield markdown_table(header, rows)
+        header = ["network", "seed", "recommends", "improvement on fresh noise"]
+        yield markdown_table([*header, "best by brute force"], rows)
+
+
+def _search_row(results: Results, found: dict[str, Any]) -> list[str]:
+    cell = Cell(found["sampler"], found["steps"])
+    names = without_training(results, cell)
+    values = {name: results.values(name, cell, IMAGES).get(found["seed"]) for name in names}
+    by_name = {name: value for name, value in values.items() if value is not None}
+    plain = results.values("plain", cell, IMAGES)[found["seed"]]
+    best = min(by_name, key=lambda name: by_name[name])
+    return [
+        _short(results),
+        f"{found['seed']}, {cell_title(cell)}",
+        found["recommended"],
+        f"{100 * (1 - found['corrected'] / found['plain']):+.1f} %",
+        f"{results.title(best)}, {100 * (1 - by_name[best] / plain):+.1f} %",
+    ]
 
 
 def _younger(results: Results) -> Iterable[str]:
@@ -337,60 +355,64 @@ def _younger(results: Results) -> Iterable[str]:
     if len(spreads) == len(rows) and max(spreads) - min(spreads) < SETTLED:
         yield (
             f"The spread is settled from the first quarter on, within {100 * SETTLED:g} % of the "
-            "data's: what is missing of it is not for want of training, but of a larger network."
+            "data's: what is missing of it is not for want of training."
         )
 
 
-def _unsound(unsound: Results, sound: Results | None) -> Iterable[str]:
-    """Compare with an earlier network, whose own spread was wrong."""
-    yield "## A network that had not learned enough"
-    record = unsound.record
-    budget = PRESETS[UNSOUND].budget
-    fifty = unsound.values("plain", Cell("ddim", 50), "spread").values()
-    alone = spread_left(sound, Cell("ddim", 50))
-    left = "" if alone is None else f", where the sampler alone leaves {alone:.2f}"
-    yield (
-        f"Before it `{UNSOUND}`: {in_words(record['settings']['network'])}; "
-        f"{budget.steps * budget.batch_size:,} images a seed, {record['settings']['samples']:,} "
-        "samples a cell. The spread of its samples with DDIM at 50 steps is "
-        f"{listed([f'{value:.2f}' for value in fifty])} of the data's{left}; as many training "
-        f"images as samples lie at {unsound.floor:.1f}. On it, {in_short(unsound)}."
-    )
-    yield "DDIM at 10 steps, both networks:"
-    names = dict.fromkeys([trained(9), *without_training(unsound, TEN)])
+def _networks(measured: list[Results]) -> Iterable[str]:
+    """Compare the network with those of before, whose spread was further from the data's."""
+    yield "## Does the answer depend on the network?"
+    rows = []
+    # What the sampler alone leaves depends on the data, not on the network.
+    alone = next((left for one in measured if (left := spread_left(one, FIFTY)) is not None), None)
+    for one in measured:
+        record, budget = one.record, PRESETS[one.record["preset"]].budget
+        ratios = left_by_network(one, FIFTY, alone)
+        row = [f"`{record['preset']}`", in_words(record["settings"]["network"])]
+        row += [f"{budget.steps * budget.batch_size:,}", f"{record['settings']['samples']:,}"]
+        row.append(", ".join(f"{ratio:.2f}" for ratio in ratios) or MISSING)
+        rows.append([*row, f"{one.floor:.1f}", _distances(one)])
+    header = ["", "network", "images a seed", "samples a cell"]
+    header += ["spread, DDIM 50, over what the sampler leaves", "floor", "plain, DDIM 10"]
+    yield markdown_table(header, rows)
+    yield "\n".join(f"- On `{one.record['preset']}`, {in_short(one)}." for one in measured[1:])
+    yield "DDIM at 10 steps:"
+    names = [trained(9), trained(49), *strengths(*(one.record["preset"] for one in measured))]
     rows = [
-        [
-            unsound.title(name),
-            MISSING if sound is None else percent(over_plain(sound, name, TEN)),
-            percent(over_plain(unsound, name, TEN)),
-        ]
+        [title(measured[0], name), *(_or_blank(over_plain(one, name, TEN)) for one in measured)]
         for name in names
+        if any(one.values(name, TEN) for one in measured)
     ]
-    rows = [["plain L_simple, its distance", *(_distance(one) for one in (sound, unsound))], *rows]
-    yield markdown_table(["", f"`{PRESET}`", f"`{UNSOUND}`"], rows)
+    rows += [[TITLES[s], *(_or_blank(over_ddim(one, s, 10)) for one in measured)] for s in SOLVERS]
+    yield markdown_table(["", *(_short(one) for one in measured)], rows)
 
 
-def _distance(results: Results | None) -> str:
-    values = [] if results is None else list(results.values("plain", TEN, IMAGES).values())
+def _or_blank(found: Interval | None) -> str:
+    return "" if found is None else percent(found)
+
+
+def _distances(results: Results) -> str:
+    values = results.values("plain", TEN, IMAGES).values()
     return ", ".join(f"{value:.1f}" for value in values) or MISSING
 
 
-def _not_run(results: Results) -> Iterable[str]:
-    preset = PRESETS[results.record["preset"]]
-    wanted = [
-        (arm.method, Cell(sampler, steps))
-        for arm in preset.arms
-        for sampler in arm.samplers
-        for steps in arm.steps
-    ]
-    absent = [
-        f"{method.title} with {cell_title(cell)}"
-        for method, cell in wanted
-        if len(results.values(method.name, cell, IMAGES)) < len(preset.seeds)
-    ]
+def _not_run(measured: Iterable[Results]) -> Iterable[str]:
     yield "## What was not run"
-    if absent:
-        yield f"Of the preset, for want of time: {'; '.join(absent)}."
+    for results in measured:
+        preset = PRESETS[results.record["preset"]]
+        wanted = [
+            (arm.method, Cell(sampler, steps))
+            for arm in preset.arms
+            for sampler in arm.samplers
+            for steps in arm.steps
+        ]
+        absent = [
+            f"{method.title} with {cell_title(cell)}"
+            for method, cell in wanted
+            if len(results.values(method.name, cell, IMAGES)) < len(preset.seeds)
+        ]
+        if absent:
+            yield f"Of `{preset.name}`, for want of time: {'; '.join(absent)}."
     yield (
         "Of what would make it an answer for good: 10,000 samples a cell, a third seed, Min-SNR "
         "from the start, 200 to 1000 steps, Inception's features, the paper's network (`cifar10`), "

@@ -7,7 +7,7 @@ import math
 from benchmarks.pages.tables import MISSING, listed
 from benchmarks.quality.corrections import BandGains, Gain
 from benchmarks.quality.evidence.corrections import FAMILIES, SOLVERS
-from benchmarks.quality.evidence.records import IMAGES, TEN, trained
+from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, trained
 from benchmarks.quality.objectives import Method, Plain
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.samplers import TITLES
@@ -20,9 +20,9 @@ from benchmarks.quality.statistics import (
 )
 from benchmarks.quality.tables import percent
 
-PRESET = "cifar10-spectral"
-UNSOUND = "cifar10-tiny"
-"""An earlier network that had not learned enough, for comparison."""
+PRESET = "cifar10-wide"
+OTHERS = ("cifar10-spectral", "cifar10-tiny")
+"""Networks of before, the latest first."""
 SOUND = 0.03
 """How far the spread of a sound network's samples may be from what the sampler leaves."""
 SPREAD_CELLS = (*(Cell("ddim", steps) for steps in (10, 20, 50, 100)), Cell("unipc", 50))
@@ -33,6 +33,12 @@ LATE = 900
 """From this timestep on a network that has not learned enough gets the mean colour wrong."""
 MARGIN = 2.0
 """Per cent of the distance within which a method counts as equivalent to plain training."""
+
+
+def measured_networks(evidence: Evidence) -> list[Results]:
+    """Return the results there are, of the network that the answer is of first."""
+    found = (evidence.results(name) for name in (PRESET, *OTHERS))
+    return [results for results in found if results is not None]
 
 
 def answer(results: Results) -> dict[str, Interval | None]:
@@ -71,15 +77,20 @@ def chosen_correction(results: Results) -> dict[int, str]:
     return results.chosen_elsewhere(candidates, TEN, IMAGES)
 
 
-def without_training(results: Results, cell: Cell) -> list[str]:
-    """Return the corrections of the finished plain network with one strength, in a cell."""
-    single = [
+def strengths(*presets: str) -> list[str]:
+    """Return the corrections of the finished plain network with one strength, sorted by it."""
+    single = {
         (type(one).__name__, *vars(one).values(), arm.method.name)
-        for arm in PRESETS[results.record["preset"]].arms
+        for preset in presets
+        for arm in PRESETS[preset].arms
         if (one := arm.method.correction) is not None and one.single and arm.method.percent == 100
-    ]
-    names = dict.fromkeys(name for *_, name in sorted(single))
-    return [name for name in names if results.values(name, cell)]
+    }
+    return [name for *_, name in sorted(single)]
+
+
+def without_training(results: Results, cell: Cell) -> list[str]:
+    """Return the corrections with one strength that were measured in a cell."""
+    return [name for name in strengths(results.record["preset"]) if results.values(name, cell)]
 
 
 def in_short(results: Results) -> str:
@@ -108,7 +119,7 @@ def by_kind(results: Results) -> list[dict[str, list[float]]]:
     Of each kind of correction but the gain the strength that is best on the other seed.
     """
     plain = results.values("plain", TEN, IMAGES)
-    methods = {arm.method.name: arm.method for arm in PRESETS[PRESET].arms}
+    methods = {arm.method.name: arm.method for arm in PRESETS[results.record["preset"]].arms}
     losses = [
         name
         for name, one in methods.items()
@@ -148,6 +159,12 @@ def spread_left(results: Results | None, cell: Cell) -> float | None:
     return found
 
 
+def left_by_network(results: Results, cell: Cell, alone: float | None) -> list[float]:
+    """Return the spread of a cell's samples over what the sampler alone leaves, by seed."""
+    spreads = results.values("plain", cell, "spread").values()
+    return [] if alone is None else [spread / alone for spread in spreads]
+
+
 def mean_colour_gains(results: Results) -> list[float]:
     """Return the best gains of the mean colour at late times, over times and seeds."""
     fitted = results.record.get("fitted", {}).get(f"plain+{BandGains().name}", {})
@@ -159,12 +176,9 @@ def is_sound(results: Results) -> bool | None:
     gains = mean_colour_gains(results)
     deviations, complete = [gain - 1 for gain in gains], bool(gains)
     for cell in SOUND_CELLS:
-        alone = spread_left(results, cell)
-        values = results.values("plain", cell, "spread").values()
-        if alone is None or not values:
-            complete = False
-        else:
-            deviations += [value / alone - 1 for value in values]
+        ratios = left_by_network(results, cell, spread_left(results, cell))
+        complete &= bool(ratios)
+        deviations += [ratio - 1 for ratio in ratios]
     if any(abs(deviation) > SOUND for deviation in deviations):
         return False
     return True if complete else None

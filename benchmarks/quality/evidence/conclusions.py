@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from benchmarks.pages.tables import MISSING, listed, markdown_table
-from benchmarks.quality.evidence.cifar10_answers import PRESET, UNSOUND, in_short
+from benchmarks.quality.evidence.cifar10_answers import in_short, measured_networks
 from benchmarks.quality.evidence.figures import by_steps
 from benchmarks.quality.evidence.records import (
     GRID,
@@ -159,8 +159,7 @@ def _findings(evidence: Evidence, results: Results) -> Iterable[str]:
             "**On a second data set**, 8 x 8 crops of photographs, trained and 8-bit, mean over "
             f"all cells: {', '.join(said)}."
         )
-    photographs = evidence.results(PRESET) or evidence.results(UNSOUND)
-    if photographs is not None:
+    for photographs in measured_networks(evidence)[:1]:
         yield f"**On CIFAR10**, a small network and two seeds: {in_short(photographs)}."
     absent = [name for name in PRESETS if name not in evidence.records]
     if absent:

@@ -110,20 +110,32 @@ def forest(results: Results, names: Sequence[str]) -> Figure:
     return figure
 
 
-def by_seed(groups: Sequence[Mapping[str, Sequence[float]]]) -> Figure:
-    """Return values by seed, {name: values} one below the other, a colour for each group."""
+def by_seed(panels: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> Figure:
+    """Return values by seed, a panel for each heading.
+
+    Args:
+        panels: {heading: groups}, where a group {name: values} has a colour of its own; the names
+            of all panels stand one below the other.
+    """
+    groups = [
+        list(dict.fromkeys(name for group in same for name in group))
+        for same in zip(*panels.values(), strict=True)
+    ]
     names = [name for group in groups for name in group]
     with mpl.rc_context(STYLE):
-        figure, ((axes,),) = new_figure(0.24 * len(names) + 0.7)
-        row = 0
-        for group, color in zip(groups, COLORS[1:], strict=False):
-            for values in group.values():
-                axes.plot(values, [row] * len(values), "o", color=color, markersize=5, alpha=0.8)
-                axes.plot(np.mean(values), row, "|", color=color, markersize=11)
-                row -= 1
-        axes.set_yticks(-np.arange(len(names)), names)
-        zero_line(axes, vertical=True)
-        axes.set_xlabel("improvement over plain, %, 8-bit")
+        figure, (row,) = new_figure(
+            0.24 * len(names) + 0.9, 1, len(panels), sharex=True, sharey=True
+        )
+        for axes, (heading, found) in zip(row, panels.items(), strict=True):
+            for group, color in zip(found, COLORS[1:], strict=False):
+                for name, values in group.items():
+                    place = -names.index(name)
+                    axes.plot(values, [place] * len(values), "o", color=color, ms=4, alpha=0.8)
+                    axes.plot(np.mean(values), place, "|", color=color, ms=11)
+            zero_line(axes, vertical=True)
+            axes.set_title(heading, fontsize="small")
+        row[0].set_yticks(-np.arange(len(names)), names)
+        figure.supxlabel("improvement over plain, %, 8-bit", fontsize="medium")
     return figure
 
 
