@@ -165,7 +165,7 @@ def test_the_figure_shows_strengths_that_were_chosen_on_the_other_seed() -> None
             row[6] = (1.4, 1.5)[row[1]]
     losses, gains, corrections, solvers = by_kind(Results(record))
     assert losses["S²-DM k = 9, expected"] == pytest.approx([3, 3])
-    assert list(gains) == [f"gain k = {k}" for k in (-9, 9, 49, 99)]
+    assert list(gains) == [f"gain k = {k}" for k in (-9, 9, 49, 99, 149)]
     assert corrections["Epsilon Scaling"] == pytest.approx([-40, -40])
     assert solvers["UniPC"] == pytest.approx([40, 40])
 

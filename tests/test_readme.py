@@ -11,6 +11,7 @@ from benchmarks.quality.corrections import ScoreRescaling
 from benchmarks.quality.evidence.cifar10_answers import (
     MARGIN,
     OTHERS,
+    PRESET,
     answer,
     by_kind,
     is_sound,
@@ -28,7 +29,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks/results/quality"
 CELLS = [Cell(name, steps) for name in ("ddim", "pndm", "deis") for steps in (10, 20, 50, 100)]
 TEN_STEPS = [Cell("ddim", 10)]
-SPECTRAL, TINY = OTHERS
+SPECTRAL, (WIDE, TINY) = PRESET, OTHERS
 
 
 def results_of(name: str) -> Results:
@@ -109,7 +110,7 @@ def test_what_the_readme_says_of_cifar10_is_so():
     chosen = results.chosen_elsewhere(candidates, ten, "images_frechet")
     assert set(chosen.values()) <= set(of_family(ScoreRescaling, [ScoreRescaling(1.05)]))
     assert max(found[solver].mean for solver in SOLVERS) == found["unipc"].mean
-    assert f"than DDIM's by {found['unipc'].mean:.1f} % on CIFAR10 and by" in flat
+    assert f"than DDIM's by {found['unipc'].mean:.1f} % on CIFAR10, by" in flat
     assert recommended(results, "score rescaling, k = 1.03") in flat
     worst = over_plain(results, "plain+rescaling1.4", ten)
     assert f"k = 1.4, +6.4 % and +8.4 %, which here is {worst.mean:+.1f} %" in flat
@@ -121,14 +122,32 @@ def test_what_the_readme_says_of_cifar10_is_so():
     assert max(map(abs, small)) < 6
     assert all(10 < value < 11.5 for value in corrections["Temporal Score Rescaling"])
     assert all(17 < value < 20.5 for value in solvers["UniPC"])
-    parameters = results.record["trainings"]["plain"]["0"]["parameters"]
-    assert f"({parameters / 1e6:.2f} million parameters, 2 million images seen)" in flat
-    ratios = [
-        spread / results.record["gaussian_spreads"]["ddim-50"]
-        for spread in results.values("plain", Cell("ddim", 50), "spread").values()
-    ]
+    assert f"({millions(results)} million parameters, 2 million images seen)" in flat
     assert is_sound(results) is False
-    assert all(0.065 < 1 - ratio < 0.08 for ratio in ratios)  # "lack 7 %"
+    assert all(0.065 < each < 0.08 for each in lacking(results))  # "lack 7 %"
+
+
+def test_what_the_readme_says_of_a_larger_network_on_cifar10_is_so():
+    results, flat = results_of(WIDE), " ".join(README.split())
+    ten = TEN_STEPS[0]
+    assert f"by {over_ddim(results, 'unipc', 10).mean:.1f} % with a larger network there" in flat
+    of_gain = results.improvements("plain+gain49", ten, "images_frechet").values()
+    assert f"{' and '.join(f'{one:+.1f} %' for one in of_gain)} on two larger ones" in flat
+    assert f"those of the larger ({millions(results)} million), which the loss was not" in flat
+    assert all(0.035 < each < 0.055 for each in lacking(results))  # "lack 4 to 5 %"
+    assert not any(name.startswith("skip") for name in results.methods)
+    assert all(31.5 < value < 32.5 for value in by_kind(results)[-1]["UniPC"])  # in the plot
+
+
+def millions(results) -> str:
+    return f"{results.record['trainings']['plain']['0']['parameters'] / 1e6:.2f}"
+
+
+def lacking(results) -> list[float]:
+    """The shares of the data's spread that samples lack besides what the sampler takes."""
+    alone = results.record["gaussian_spreads"]["ddim-50"]
+    spreads = results.values("plain", Cell("ddim", 50), "spread").values()
+    return [1 - spread / alone for spread in spreads]
 
 
 def test_what_the_readme_says_of_a_younger_network_on_cifar10_is_so():

@@ -89,8 +89,9 @@ shapes, each trained for five minutes on one core, the samples of DDIM at 20 ste
 0.837 (32, 64, 128 channels on blocks of 2 x 2 pixels), 0.870 (64, 128 channels on blocks of 4 x 4),
 0.857 (the same with attention) and 0.873 (96, 192 channels on blocks of 4 x 4, at half the speed),
 where the sampler alone leaves 0.907. The second of them is trained, chosen by its spread and its
-speed. The question it answers: does the loss, or a correction, do something else on a network whose
-samples are spread as they should be?\
+speed. The question it is to answer: does the loss, or a correction, do something else on a network
+whose samples are spread as they should be? Its run ended after the first cells, without the loss:
+so the page's answer is of `cifar10-spectral`, and these cells stand beside it.\
 """
 
 
@@ -360,7 +361,7 @@ def _younger(results: Results) -> Iterable[str]:
 
 
 def _networks(measured: list[Results]) -> Iterable[str]:
-    """Compare the network with those of before, whose spread was further from the data's."""
+    """Compare the network with the others."""
     yield "## Does the answer depend on the network?"
     rows = []
     # What the sampler alone leaves depends on the data, not on the network.
