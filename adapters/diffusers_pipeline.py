@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Self, override
 
-from s2dm_loss.adapters.diffusers_scheduler import prediction_type_of, schedule_of
+from s2dm_loss.adapters.diffusers_scheduler import is_the_table_of, prediction_type_of, schedule_of
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.prediction import PredictionType, read_output
 from s2dm_loss.recommendation import Recommendation
@@ -93,20 +93,32 @@ def correct_pipeline(
 
     Raises:
         TypeError: if `pipe` is no pipeline.
-        ValueError: if its scheduler or its prediction type is not that of the search, or it has a
-            gain already.
+        ValueError: if its schedule or its prediction type is not that of the search, if the
+            recommended correction is one of your own that does more to the model than to scale what
+            it returns, or if the pipeline has a gain already.
     """
 
     def corrected(denoiser: nn.Module, prediction_type: PredictionType) -> nn.Module:
         model = recommendation.correct_model(denoiser)
-        if isinstance(model, ScaledModel) and model.prediction_type != prediction_type:
+        if model is denoiser:
+            return model
+        if not isinstance(model, (ScaledModel, ShrunkModel)):
+            raise ValueError(
+                f"recommendation makes a {type(model).__name__} of the denoiser; on a pipeline it "
+                "must make a ScaledModel or a ShrunkModel, which scale what the denoiser returns"
+            )
+        if model.prediction_type != prediction_type:
             raise ValueError(
                 f"recommendation is for prediction_type {model.prediction_type!r}, and the "
                 f"pipeline's is {prediction_type!r}"
             )
+        if not is_the_table_of(model.schedule, schedule.alphas_cumprod):
+            raise ValueError(
+                f"recommendation is for {model.schedule!r}, and the pipeline's is {schedule!r}"
+            )
         return model
 
-    _schedule(pipe)
+    schedule = _schedule(pipe)
     return PipelineGain(pipe, corrected, component)
 
 

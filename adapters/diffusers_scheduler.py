@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.schedule import NoiseSchedule, Schedule
@@ -61,11 +62,19 @@ def schedule_of(scheduler: Any) -> Schedule:
     exact = _rebuilt(config, table.numel())
     if exact is not None and table[-1] == 0:  # also where a trainer has rescaled the table itself
         exact = exact.rescale_zero_terminal_snr()
-    if exact is not None and torch.allclose(
-        exact.alphas_cumprod, table, rtol=_FLOAT32_ROUNDING, atol=0.0
-    ):
+    if exact is not None and is_the_table_of(exact, table):
         return exact
     return NoiseSchedule.from_alphas_cumprod(table)
+
+
+def is_the_table_of(schedule: Schedule, alphas_cumprod: Tensor) -> bool:
+    """Return whether ᾱ, `[T]`, is that of a discrete schedule, up to the rounding of float32."""
+    if not isinstance(schedule, NoiseSchedule):
+        return False
+    ours = schedule.alphas_cumprod
+    return ours.shape == alphas_cumprod.shape and torch.allclose(
+        ours, alphas_cumprod, rtol=_FLOAT32_ROUNDING, atol=0.0
+    )
 
 
 def prediction_type_of(scheduler: Any) -> PredictionType:

@@ -156,7 +156,7 @@ class CorrectionSearch:
         """
         if self._cost is None:
             counted = _Counted(self.model)
-            with torch.no_grad(), _seeded(self.seed):
+            with torch.no_grad(), _seeded(_sampler_seed(self.seed, 0)):
                 self._samples(counted, next(self._noises(1, self.seed)))
             strengths = sum(len(correction.strengths) for correction in self.corrections)
             count = len(self.corrections)
@@ -326,7 +326,7 @@ class _Stage:
             model = search.model
             if correction is not None:
                 model, noise = correction(model, noise, strength)
-            with _seeded(self._seed + index):
+            with _seeded(_sampler_seed(self._seed, index)):
                 parts.append(self._axes(search._values(search._samples(model, noise))))
         coordinates = torch.cat(parts)
         if self._is_first and not bool(coordinates.isfinite().all()):
@@ -347,6 +347,12 @@ class _Counted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         return self.model(*args, **kwargs)
+
+
+def _sampler_seed(seed: int, batch: int) -> int:
+    """Return a seed for what a sampler draws itself, which must not repeat its start noise."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return int(torch.randint(2**32, (batch + 1,), generator=generator, device="cpu")[batch])
 
 
 @contextmanager

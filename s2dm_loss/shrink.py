@@ -257,12 +257,19 @@ class ScaledModel(_Rescaled):
         Raises:
             TypeError, ValueError: if an argument is not as said.
         """
+        if not callable(scale):
+            raise TypeError(f"scale must be callable as scale(t), got {describe(scale)}")
         self.scale = scale
         super().__init__(model, schedule, prediction_type)
 
     @override
     def _scale_and_excess(self, t: Tensor) -> tuple[Tensor, Tensor]:
         s = self.scale(t)
+        if not isinstance(s, Tensor) or s.shape != t.shape or not s.is_floating_point():
+            raise ValueError(
+                f"scale must return a floating-point tensor of shape {tuple(t.shape)}, that of t, "
+                f"got {describe(s)}"
+            )
         return s, s - 1
 
     @override

@@ -10,6 +10,8 @@ from torch import nn
 
 from s2dm_loss import (
     Candidate,
+    ContinuousSchedule,
+    Correction,
     NoiseSchedule,
     Recommendation,
     SearchCost,
@@ -382,3 +384,30 @@ def test_what_a_search_recommends_on_a_pipeline(unet):
     )
     with pytest.raises(ValueError, match="is for prediction_type 'v_prediction'"):
         correct_pipeline(pipe, other)
+    for schedule, skip in (
+        (NoiseSchedule.scaled_linear(1000), 99),
+        (NoiseSchedule.linear(999), 99),
+        (ContinuousSchedule.vp(), 0.1),
+    ):
+        with pytest.raises(ValueError, match=r"is for NoiseSchedule|is for ContinuousSchedule"):
+            correct_pipeline(pipe, recommending(SkipGain(schedule, [skip]), skip))
+    assert (images_of(pipe) == plain).all()  # no hook is left behind
+
+
+def test_a_table_that_differs_by_rounding_is_the_same_schedule(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    theirs = NoiseSchedule.from_alphas_cumprod(pipe.scheduler.alphas_cumprod)  # float32
+    with correct_pipeline(pipe, recommending(SkipGain(theirs, [99]), 99)) as handle:
+        assert handle.active
+
+
+def test_a_correction_of_a_users_own_on_a_pipeline_is_refused(unet):
+    class Halved(Correction):
+        name, strengths = "halved", (0.5,)
+
+        def correct_model(self, model, strength):
+            return torch.nn.Sequential(model)
+
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    with pytest.raises(ValueError, match="recommendation makes a Sequential of the denoiser"):
+        correct_pipeline(pipe, recommending(Halved(), 0.5))

@@ -399,6 +399,25 @@ def test_stochastic_samplers_meet_the_same_numbers_and_the_global_state_is_kept(
     assert not torch.equal(*batches[0])
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_what_a_sampler_draws_is_not_the_noise_that_it_starts_from(seed):
+    """Ancestral sampling that meets x_T again as its first draw goes astray."""
+    starts, draws = [], []
+
+    def stochastic(model, noise):
+        starts.append(noise)
+        draws.append(torch.randn(noise.shape))
+        return one_call(model, noise)
+
+    GainSearch(
+        *(Echo(), LINEAR, stochastic, data_for(0)),
+        **{"skips": [9, 99], "num_samples": 96, "batch_size": 32, "seed": seed},
+    ).recommend()
+    for start in starts:
+        for draw in draws:
+            assert not (draw == start).any()
+
+
 def test_another_default_device_changes_nothing():
     search = CorrectionSearch(
         Echo(),

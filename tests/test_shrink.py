@@ -9,6 +9,7 @@ from torch import nn
 from s2dm_loss import (
     ContinuousSchedule,
     NoiseSchedule,
+    ScaledModel,
     ShrunkModel,
     coefficients,
     epsilon_from_output,
@@ -240,6 +241,20 @@ def test_nothing_broadcasts(x_t, t, output, message):
     model = Returning(lambda x: x if output is None else output)
     with pytest.raises(ValueError, match=message):
         ShrunkModel(model, LINEAR, 99)(x_t, t)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "said"),
+    [
+        (0.9, TypeError, r"scale must be callable as scale\(t\), got"),
+        (lambda t: 0.9, ValueError, "scale must return a floating-point tensor of shape"),
+        (lambda t: torch.ones(3).double(), ValueError, "scale must return .* that of t"),
+        (torch.ones_like, ValueError, "scale must return a floating-point tensor"),
+    ],
+)
+def test_a_scale_that_is_none_is_named(scale, error, said):
+    with pytest.raises(error, match=said):
+        ScaledModel(nn.Identity(), LINEAR, scale)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
