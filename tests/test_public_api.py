@@ -82,20 +82,21 @@ def test_a_star_import_brings_exactly_the_public_names():
 
 IMPORT = """
 import json, sys, time
+start = time.process_time()  # not the clock: other programs run as well
 import torch
 before = set(sys.modules)
-start = time.process_time()  # not the clock: other programs run as well
+between = time.process_time()
 import s2dm_loss
-took = time.process_time() - start
-print(json.dumps([took, sorted(set(sys.modules) - before)]))
+share = (time.process_time() - between) / (between - start)
+print(json.dumps([share, sorted(set(sys.modules) - before)]))
 """
 
 
 def import_once() -> tuple[float, list[str]]:
     command = [sys.executable, "-c", IMPORT]
     run = subprocess.run(command, capture_output=True, check=True)  # noqa: S603 - our own code
-    took, modules = json.loads(run.stdout)
-    return took, modules
+    share, modules = json.loads(run.stdout)
+    return share, modules
 
 
 def test_importing_brings_the_core_and_its_dependencies_alone():
@@ -106,11 +107,11 @@ def test_importing_brings_the_core_and_its_dependencies_alone():
     assert not any(module.startswith("s2dm_loss.adapters") for module in modules)
 
 
-def test_importing_takes_at_most_50_ms_after_torch():
-    # The least of several runs: what the import needs, whatever else the machine is doing.
-    times = []
+def test_importing_takes_at_most_a_twentieth_of_what_torch_takes():
+    # A share, since processors differ by three; the least of several runs, since memory is shared.
+    shares = []
     for _ in range(5):
-        times.append(import_once()[0])
-        if times[-1] <= 0.05:
+        shares.append(import_once()[0])
+        if shares[-1] <= 0.05:
             return
-    pytest.fail(f"imports took {[f'{1000 * took:.0f} ms' for took in times]}")
+    pytest.fail(f"imports took {[f'{share:.1%}' for share in shares]} of torch's")
