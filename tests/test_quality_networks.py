@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.quality import networks
 from benchmarks.quality.networks import (
     MLPSpec,
     NetworkSpec,
@@ -173,13 +174,18 @@ def test_a_spectral_network_keeps_what_it_measured() -> None:
 
 
 @pytest.mark.parametrize("patch", [2, 4])
-def test_a_preconditioned_network_answers_in_float32(patch: int) -> None:
+def test_a_preconditioned_network_answers_in_float32(
+    patch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = preconditioned(patch=patch)
     x = torch.randn(2, 3, 16, 16)
     assert network.unet.config["in_channels"] == 3 * patch**2
     whole = network(x, torch.tensor([5, 900]))
     assert (whole.shape, whole.dtype) == (x.shape, torch.float32)
     network.fast = True
+    monkeypatch.setattr(networks, "has_bfloat16", lambda _: False)
+    assert torch.equal(network(x, torch.tensor([5, 900])), whole)
+    monkeypatch.setattr(networks, "has_bfloat16", lambda _: True)
     rounded = network(x, torch.tensor([5, 900]))
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, whole)  # the U-Net ran in bfloat16

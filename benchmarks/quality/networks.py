@@ -157,13 +157,23 @@ class UNetSpec(NetworkSpec):
         )
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether bfloat16 saves time: a processor without it takes 4 to 9 times as long."""
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 class BlockUNet(nn.Module):
     """A U-Net that sees blocks of pixels as channels, which is fast on a CPU.
 
     Args:
         unet: diffusers' U-Net.
         patch: Side of the blocks of pixels that become channels.
-        fast: bfloat16 autocast and `torch.compile` for the U-Net; all else stays in float32.
+        fast: `torch.compile` and, where the processor has it, bfloat16 autocast for the U-Net; all
+            else stays in float32.
     """
 
     def __init__(self, unet: UNet2DModel, *, patch: int, fast: bool) -> None:
@@ -179,7 +189,8 @@ class BlockUNet(nn.Module):
         """Return what the U-Net makes of images `[B, C, H, W]`, at full size again."""
         inputs = F.pixel_unshuffle(images, self.patch)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.fast):
+        rounded = self.fast and has_bfloat16(images.device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=rounded):
             outputs = self.unet(inputs, t, return_dict=False)[0]
         return F.pixel_shuffle(outputs.float(), self.patch)
 
@@ -201,7 +212,8 @@ class PreconditionedUNet(BlockUNet):
         alphas_cumprod: ᾱ of the schedule, `[T]`.
         patch: Side of the blocks of pixels that become channels.
         data_std: σ.
-        fast: bfloat16 autocast and `torch.compile` for the U-Net; all else stays in float32.
+        fast: `torch.compile` and, where the processor has it, bfloat16 autocast for the U-Net; all
+            else stays in float32.
     """
 
     def __init__(
@@ -254,7 +266,8 @@ class SpectralUNet(BlockUNet):
         image_shape: `(C, H, W)`, H = W.
         alphas_cumprod: ᾱ of the schedule, `[T]`.
         patch: Side of the blocks of pixels that become channels.
-        fast: bfloat16 autocast and `torch.compile` for the U-Net; all else stays in float32.
+        fast: `torch.compile` and, where the processor has it, bfloat16 autocast for the U-Net; all
+            else stays in float32.
     """
 
     def __init__(
@@ -313,7 +326,7 @@ class SpectralUNetSpec(NetworkSpec):
     Attributes:
         unet: The U-Net inside, on the unshuffled image.
         patch: Side of the blocks of pixels that become channels.
-        fast: bfloat16 autocast and `torch.compile`.
+        fast: `torch.compile` and, where the processor has it, bfloat16 autocast.
     """
 
     unet: UNetSpec
@@ -341,7 +354,7 @@ class PreconditionedUNetSpec(NetworkSpec):
         unet: The U-Net inside, on the unshuffled image.
         patch: Side of the blocks of pixels that become channels.
         data_std: Standard deviation of the data in [-1, 1].
-        fast: bfloat16 autocast and `torch.compile`.
+        fast: `torch.compile` and, where the processor has it, bfloat16 autocast.
     """
 
     unet: UNetSpec
