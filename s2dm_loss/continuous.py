@@ -51,6 +51,8 @@ class ContinuousSchedule:
         _check_path(log_alpha_sigma)
         self._log_alpha_sigma = log_alpha_sigma
         self.min_time: float = check_number("min_time", min_time, 0.0, 1.0)
+        if self.min_time == 1:
+            raise ValueError("min_time must lie in [0, 1), got 1.0: no time would be left to draw")
         self._name = name or "ContinuousSchedule(...)"
 
     @classmethod

@@ -91,9 +91,10 @@ def epsilon_from_output(
         TypeError, ValueError: if an argument is not as said.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    if prediction_type == "epsilon":
-        return output
+    given = output
     output, x_t, a, b = _prepare("output", output, x_t, t, schedule)
+    if prediction_type == "epsilon":
+        return given
     p, q = _PARTS[prediction_type](a, b)
     return output * (1 / q) if p is None else (a * output - p * x_t) / (a * q - b * p)
 

@@ -126,17 +126,19 @@ class CorrectionSearch:
             )
         if not bool(data.isfinite().all()):
             raise ValueError("data must be finite, got NaN or infinity in it")
-        corrections = tuple(corrections)
-        if not corrections or not all(isinstance(c, Correction) for c in corrections):
+        given = tuple(corrections) if isinstance(corrections, Iterable) else ()
+        if not given or not all(isinstance(c, Correction) for c in given):
             raise TypeError(
                 f"corrections must be at least one Correction, got {describe(corrections)}"
             )
+        if bare := [c for c in given if not c.strengths]:
+            raise ValueError(f"corrections must each have strengths to try, got {bare[0]!r}")
         if features is not None and not callable(features):
             raise TypeError(f"features must be callable as features(samples), got {features!r}")
         self.model = model
         self.sample = sample
         self.data: Tensor = data.detach()
-        self.corrections: tuple[Correction, ...] = corrections
+        self.corrections: tuple[Correction, ...] = given
         self.scan = scan
         self.features = features
         self.num_samples: int = check_count("num_samples", num_samples, low=32)

@@ -340,6 +340,12 @@ CASES = [
     ("beta_max", lambda: ContinuousSchedule.vp(2.0, 1.0), ValueError, r"beta_max must lie in \[2"),
     ("beta_min", lambda: ContinuousSchedule.sub_vp(0.0), ValueError, r"beta_min must lie in \(0"),
     ("path", lambda: ContinuousSchedule(3), TypeError, r"log_alpha_sigma must be callable, got 3"),
+    (
+        "min_time",
+        lambda: ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t), min_time=1.0),
+        ValueError,
+        r"min_time must lie in \[0, 1\), got 1.0",
+    ),
     # forward
     (
         "model output shape",
@@ -376,6 +382,12 @@ CASES = [
     (
         "conversion shape",
         lambda: epsilon_from_output(X[:, :1], X, T, LINEAR, "sample"),
+        ValueError,
+        r"output must have the shape of x_t",
+    ),
+    (
+        "conversion shape of a noise prediction",
+        lambda: epsilon_from_output(X[:, :1], X, T, LINEAR, "epsilon"),
         ValueError,
         r"output must have the shape of x_t",
     ),

@@ -535,10 +535,15 @@ def test_a_bad_argument_is_named(settings, error, said):
         GainSearch(**given)
 
 
-@pytest.mark.parametrize("corrections", [[], [3], [StartScaling]])
+@pytest.mark.parametrize("corrections", [[], [3], [StartScaling], 3, StartScaling()])
 def test_corrections_must_be_some(corrections):
     with pytest.raises(TypeError, match="corrections must be at least one Correction"):
         CorrectionSearch(Echo(), one_call, data_for(0), corrections)
+
+
+def test_corrections_must_have_strengths():
+    with pytest.raises(ValueError, match="corrections must each have strengths to try, got Corr"):
+        CorrectionSearch(Echo(), one_call, data_for(0), [StartScaling(), Correction()])
 
 
 def test_what_the_sampler_and_the_features_return_is_checked():
