@@ -60,7 +60,8 @@ def shrink_pipeline(
 
     Raises:
         TypeError: if `pipe` is no pipeline.
-        ValueError: if its scheduler has no gain (flow matching, EDM), or it has one already.
+        ValueError: if its scheduler has no gain (flow matching, EDM), its denoiser hides the names
+            of its arguments behind `*args`, or it has a gain already.
     """
     return PipelineGain(
         pipe,
@@ -153,6 +154,12 @@ class PipelineGain:
         # torch.compile wraps a module; the wrapped one knows the names of the arguments.
         inner = getattr(denoiser, "_orig_mod", denoiser)
         self._signature = inspect.signature(inner.forward)
+        names = self._signature.parameters.keys()
+        if "timestep" not in names or not names & {"sample", "hidden_states"}:
+            raise ValueError(
+                f"the forward of pipe's {type(inner).__name__} must name timestep, and sample or "
+                f"hidden_states, got {self._signature}: give the pipeline the denoiser itself"
+            )
         self._hook = denoiser.register_forward_hook(self._rescale, with_kwargs=True)
         _SHRUNK.add(denoiser)
         self.active: bool = True

@@ -394,6 +394,19 @@ def test_what_a_search_recommends_on_a_pipeline(unet):
     assert (images_of(pipe) == plain).all()  # no hook is left behind
 
 
+def test_a_wrapper_that_hides_the_names_is_refused(unet):
+    class Wrapper(nn.Module):
+        config = unet.config
+
+        def forward(self, *args, **kwargs):
+            return unet(*args, **kwargs)
+
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    pipe.unet = Wrapper()
+    with pytest.raises(ValueError, match=r"forward of pipe's Wrapper must name timestep"):
+        shrink_pipeline(pipe, 99)
+
+
 def test_a_table_that_differs_by_rounding_is_the_same_schedule(unet):
     pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
     theirs = NoiseSchedule.from_alphas_cumprod(pipe.scheduler.alphas_cumprod)  # float32
