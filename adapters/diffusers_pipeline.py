@@ -155,7 +155,8 @@ class PipelineGain:
         inner = getattr(denoiser, "_orig_mod", denoiser)
         self._signature = inspect.signature(inner.forward)
         names = self._signature.parameters.keys()
-        if "timestep" not in names or not names & {"sample", "hidden_states"}:
+        named = "timestep" in names and names & {"sample", "hidden_states"}
+        if self._scaled is not denoiser and not named:
             raise ValueError(
                 f"the forward of pipe's {type(inner).__name__} must name timestep, and sample or "
                 f"hidden_states, got {self._signature}: give the pipeline the denoiser itself"

@@ -405,6 +405,8 @@ def test_a_wrapper_that_hides_the_names_is_refused(unet):
     pipe.unet = Wrapper()
     with pytest.raises(ValueError, match=r"forward of pipe's Wrapper must name timestep"):
         shrink_pipeline(pipe, 99)
+    # What changes nothing needs no names.
+    correct_pipeline(pipe, recommending(StartScaling([1.2]), 1.2)).remove()
 
 
 def test_a_table_that_differs_by_rounding_is_the_same_schedule(unet):
