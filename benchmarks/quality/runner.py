@@ -94,6 +94,11 @@ class Bench:
             floor = noise_floor(self.features, self.data.images, held_out, samples, cache=cache)
             save_json(path, {"features": self.features.description, **floor})
         stored: dict[str, Any] = load_json(path)
+        if stored["features"] != self.features.description:
+            raise ValueError(
+                f"features: the folder's distances are of {stored['features']}, this machine's "
+                f"would be of {self.features.description}; take a new folder"
+            )
         return stored
 
     def model(self, objective: Objective, seed: int, advance: Advance) -> nn.Module:

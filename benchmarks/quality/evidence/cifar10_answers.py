@@ -22,8 +22,8 @@ from benchmarks.quality.tables import percent
 
 PRESET = "cifar10-spectral"
 """The network that the answer is of: the loss was trained on it, and most cells were run."""
-OTHERS = ("cifar10-wide", "cifar10-tiny")
-"""The others, the latest first."""
+OTHERS = ("cifar10-wide", "cifar10-brief", "cifar10-tiny")
+"""The others, by the images seen."""
 SOUND = 0.03
 """How far the spread of a sound network's samples may be from what the sampler leaves."""
 SPREAD_CELLS = (*(Cell("ddim", steps) for steps in (10, 20, 50, 100)), Cell("unipc", 50))
