@@ -193,8 +193,11 @@ class PipelineGain:
         prediction = read_output(output)
         variance = str(self._pipe.scheduler.config.get("variance_type")).startswith("learned")
         learned_variance = variance or prediction.shape[1] == 2 * x_t.shape[1]
-        # Inpainting and image conditions are concatenated behind the noisy channels.
-        x_t = x_t[:, : prediction.shape[1] // 2 if learned_variance else prediction.shape[1]]
+        # Inpainting and image conditions are concatenated behind the noisy channels, which are the
+        # first axis after the batch, or the second of CogVideoX's videos.
+        channels, *rest = prediction.shape[1:]
+        sizes = (channels // 2 if learned_variance else channels, *rest)
+        x_t = x_t[(slice(None), *map(slice, sizes))]
         # A pipeline's scheduler, and with it the prediction type, can be exchanged.
         prediction_type = prediction_type_of(self._pipe.scheduler)
         if prediction_type != self._scaled.prediction_type:

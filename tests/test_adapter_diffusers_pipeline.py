@@ -283,6 +283,41 @@ def test_conditions_behind_the_noisy_channels():
     )
 
 
+def test_an_image_condition_behind_a_videos_noisy_channels():
+    """CogVideoX has the frames before the channels, and concatenates the latter."""
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=2,
+        time_embed_dim=2,
+        text_embed_dim=8,
+        num_layers=1,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=4,
+    ).eval()
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction")
+    pipe = diffusers.DiffusionPipeline()
+    pipe.register_modules(transformer=transformer, scheduler=scheduler)
+    x, text, t = torch.randn(2, 3, 4, 8, 8), torch.randn(2, 4, 8), torch.tensor([700, 700])
+    with torch.no_grad():
+        plain = transformer(x, text, t).sample
+        with shrink_pipeline(pipe, skip_set=99):
+            shrunk = transformer(x, text, t).sample
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    a, b = alphas_cumprod[700].sqrt().float(), (1 - alphas_cumprod[700]).sqrt().float()
+    c2 = float(alphas_cumprod[601] / alphas_cumprod[700] - 1)
+    s = 0.99 / (0.99 + 0.01 * c2)
+    noisy = x[:, :, :2]
+    assert (shrunk - plain).abs().max() > 1e-3
+    torch.testing.assert_close(
+        a * shrunk + b * noisy, s * (a * plain + b * noisy), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_a_transformer_and_half_precision():
     torch.manual_seed(0)
     transformer = diffusers.DiTTransformer2DModel(
