@@ -35,7 +35,7 @@ from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.functional import Reduction
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.output import RegressionTarget
-from s2dm_loss.schedule import NoiseSchedule, Schedule
+from s2dm_loss.schedule import NoiseSchedule, Schedule, check_schedule
 from s2dm_loss.skip_set import Skips
 from s2dm_loss.weighting import Weighting
 
@@ -90,6 +90,7 @@ class SkipLoss(nn.Module):
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
         super().__init__()
+        schedule = check_schedule(schedule)
         if prediction_type is not None:
             if prediction_type not in get_args(PredictionType):
                 raise ValueError(

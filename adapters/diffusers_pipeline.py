@@ -11,12 +11,13 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from s2dm_loss.adapters.diffusers_scheduler import is_the_table_of, prediction_type_of, schedule_of
+from s2dm_loss.checks import check_choice, describe
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.prediction import PredictionType, read_output
 from s2dm_loss.recommendation import Recommendation
@@ -25,6 +26,8 @@ from s2dm_loss.shrink import ScaledModel, ShrunkModel
 from s2dm_loss.skip_set import Skips
 
 __all__ = ["PipelineGain", "correct_pipeline", "shrink_pipeline"]
+
+NoisyChannels = Literal["first", "last"] | None
 
 
 def shrink_pipeline(
@@ -35,6 +38,7 @@ def shrink_pipeline(
     estimator: Estimator = "expected",
     max_c2: float = DEFAULT_MAX_C2,
     component: str | None = None,
+    noisy_channels: NoisyChannels = None,
 ) -> PipelineGain:
     """Give a trained pipeline the gain s(t) that the loss would have taught it, with no training.
 
@@ -54,14 +58,18 @@ def shrink_pipeline(
         estimator: "expected" and "fresh" have the same gain, "shared" another.
         max_c2: Upper bound on c²; see `coefficients`.
         component: Name of the denoiser, if it is neither `unet` nor `transformer`.
+        noisy_channels: Where x_t is in an input that has conditions concatenated to it, "first" (as
+            in inpainting) or "last" (as in Marigold). Only a denoiser that predicts anything but
+            noise needs it.
 
     Returns:
         The handle that takes the gain off again.
 
     Raises:
         TypeError: if `pipe` is no pipeline.
-        ValueError: if its scheduler has no gain (flow matching, EDM), its denoiser hides the names
-            of its arguments behind `*args`, or it has a gain already.
+        ValueError: if its scheduler has no gain (flow matching, EDM, times that are log σ), its
+            denoiser hides the names of its arguments behind `*args`, or it has a gain already; and
+            in a call, if conditions are concatenated and `noisy_channels` is missing.
     """
     return PipelineGain(
         pipe,
@@ -74,11 +82,16 @@ def shrink_pipeline(
             max_c2=max_c2,
         ),
         component,
+        noisy_channels,
     )
 
 
 def correct_pipeline(
-    pipe: Any, recommendation: Recommendation, *, component: str | None = None
+    pipe: Any,
+    recommendation: Recommendation,
+    *,
+    component: str | None = None,
+    noisy_channels: NoisyChannels = None,
 ) -> PipelineGain:
     """Put what a search has recommended on a pipeline's denoiser, until the handle is removed.
 
@@ -91,13 +104,19 @@ def correct_pipeline(
         pipe: A diffusers pipeline with a `scheduler` and a denoiser, `unet` or `transformer`.
         recommendation: What `CorrectionSearch` or `GainSearch` has found.
         component: Name of the denoiser, if it is neither `unet` nor `transformer`.
+        noisy_channels: As for `shrink_pipeline`.
 
     Raises:
-        TypeError: if `pipe` is no pipeline.
+        TypeError: if `pipe` is no pipeline, or `recommendation` not what a search returns.
         ValueError: if its schedule or its prediction type is not that of the search, if the
             recommended correction is one of your own that does more to the model than to scale what
             it returns, or if the pipeline has a gain already.
     """
+    if not isinstance(recommendation, Recommendation):
+        raise TypeError(
+            f"recommendation must be a Recommendation, what a search returns, got "
+            f"{describe(recommendation)}"
+        )
 
     def corrected(denoiser: nn.Module, prediction_type: PredictionType) -> nn.Module:
         model = recommendation.correct_model(denoiser)
@@ -120,7 +139,7 @@ def correct_pipeline(
         return model
 
     schedule = _schedule(pipe)
-    return PipelineGain(pipe, corrected, component)
+    return PipelineGain(pipe, corrected, component, noisy_channels)
 
 
 class PipelineGain:
@@ -131,7 +150,11 @@ class PipelineGain:
     """
 
     def __init__(
-        self, pipe: Any, make: Callable[..., nn.Module], component: str | None = None
+        self,
+        pipe: Any,
+        make: Callable[..., nn.Module],
+        component: str | None = None,
+        noisy_channels: NoisyChannels = None,
     ) -> None:
         """Put the gain on.
 
@@ -140,7 +163,10 @@ class PipelineGain:
             make: Called `make(denoiser, prediction_type=...)`, returns a `ShrunkModel` or a
                 `ScaledModel`, or the denoiser where nothing is to be changed.
             component: Name of the denoiser.
+            noisy_channels: As for `shrink_pipeline`.
         """
+        if noisy_channels is not None:
+            check_choice("noisy_channels", noisy_channels, ("first", "last"))
         denoiser = _denoiser(pipe, component)
         if denoiser in _SHRUNK:
             raise ValueError(
@@ -151,6 +177,7 @@ class PipelineGain:
         self._scaled: Any = make(denoiser, prediction_type=prediction_type_of(pipe.scheduler))
         self._pipe = pipe
         self._denoiser = denoiser
+        self._noisy_channels = noisy_channels
         # torch.compile wraps a module; the wrapped one knows the names of the arguments.
         inner = getattr(denoiser, "_orig_mod", denoiser)
         self._signature = inspect.signature(inner.forward)
@@ -184,25 +211,46 @@ class PipelineGain:
         self.remove()
 
     def _rescale(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if self._scaled is self._denoiser:
+        # A copy of the denoiser has copied the hook, but it is not what the handle is for.
+        if module is not self._denoiser or self._scaled is self._denoiser:
             return output
         call = self._signature.bind(*args, **kwargs).arguments
         x_t = call["sample"] if "sample" in call else call["hidden_states"]
         prediction = read_output(output)
         variance = str(self._pipe.scheduler.config.get("variance_type")).startswith("learned")
         learned_variance = variance or prediction.shape[1] == 2 * x_t.shape[1]
-        # Inpainting and image conditions are concatenated behind the noisy channels, which are the
-        # first axis after the batch, or the second of CogVideoX's videos.
-        channels, *rest = prediction.shape[1:]
-        sizes = (channels // 2 if learned_variance else channels, *rest)
-        x_t = x_t[(slice(None), *map(slice, sizes))]
         # A pipeline's scheduler, and with it the prediction type, can be exchanged.
         prediction_type = prediction_type_of(self._pipe.scheduler)
+        channels, *rest = prediction.shape[1:]
+        sizes = (channels // 2 if learned_variance else channels, *rest)
+        x_t = self._without_conditions(x_t, sizes, prediction_type)
         if prediction_type != self._scaled.prediction_type:
             self._scaled = self._make(self._denoiser, prediction_type=prediction_type)
         return self._scaled.rescale(output, x_t, call["timestep"])
+
+    def _without_conditions(
+        self, x_t: Tensor, sizes: tuple[int, ...], prediction_type: PredictionType
+    ) -> Tensor:
+        """Return the noisy channels, of these sizes after the batch's.
+
+        They are the first axis after the batch, or the second of CogVideoX's videos.
+        """
+        if x_t.shape[1:] == sizes:
+            return x_t
+        if prediction_type != "epsilon" and self._noisy_channels is None:
+            raise ValueError(
+                "noisy_channels must be 'first' or 'last', the place of x_t in the denoiser's "
+                f"input {tuple(x_t.shape)}, to scale the noise in an output of {prediction_type!r} "
+                f"with {sizes} for each sample; got None"
+            )
+        last = self._noisy_channels == "last"
+        return x_t[(slice(None), *(slice(-n, None) if last else slice(n) for n in sizes))]
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the handle itself: a copy of the denoiser copies its hooks, and has no gain."""
+        return self
 
     @override
     def __repr__(self) -> str:
@@ -223,6 +271,11 @@ def _schedule(pipe: Any) -> NoiseSchedule:
             f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
         )
     schedule = schedule_of(pipe.scheduler)
+    if pipe.scheduler.config.get("timestep_type") == "continuous":
+        raise ValueError(
+            "pipe must have a scheduler whose timesteps are those of training, got timestep_type "
+            f"'continuous' of its {type(pipe.scheduler).__name__}, a quarter of log σ"
+        )
     if not isinstance(schedule, NoiseSchedule):
         raise ValueError(
             "pipe must have a scheduler with alphas_cumprod, got a "

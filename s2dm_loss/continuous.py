@@ -184,7 +184,8 @@ def _check_path(path: Callable[[Tensor], Any]) -> None:
         raise ValueError(
             "log_alpha_sigma must give a signal-to-noise ratio that falls with t, from data at 0 "
             f"to noise at 1, got one that {way}. Where time runs the other way, turn it round, "
-            "`lambda t: path(1 - t)`, and give the loss 1 - t"
+            "`lambda t: path(1 - t)`, and give the loss 1 - t; and where the network predicts "
+            "data minus noise, the output and the target with the other sign"
         )
 
 

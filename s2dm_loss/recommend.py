@@ -160,6 +160,11 @@ class CorrectionSearch:
             counted = _Counted(self.model)
             with torch.no_grad(), _seeded(_sampler_seed(self.seed, 0)):
                 self._samples(counted, next(self._noises(1, self.seed)))
+            if counted.calls == 0:
+                raise ValueError(
+                    "sample must call the model that it is given, and made no call of it: is it "
+                    "another that it calls?"
+                )
             strengths = sum(len(correction.strengths) for correction in self.corrections)
             count = len(self.corrections)
             # The finer scan tries two strengths of each correction.
@@ -190,8 +195,8 @@ class CorrectionSearch:
             The recommendation; the same for the same arguments and seed.
 
         Raises:
-            ValueError: if `sample` returns another shape than the data's, or the samples without
-                a correction are not finite.
+            ValueError: if `sample` does not call its model, returns another shape than the data's,
+                or the samples without a correction are not finite.
         """
         ticks = iter(progress(list(range(self.cost.runs))))
         root = torch.Generator("cpu").manual_seed(self.seed)

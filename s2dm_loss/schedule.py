@@ -157,6 +157,11 @@ class NoiseSchedule:
         table = as_float64("alphas_cumprod", alphas_cumprod)
         check_all("alphas_cumprod", table, (table >= 0) & (table <= 1), "lie in [0, 1]")
         _check_direction("alphas_cumprod", table, falls=True)
+        if len(table) >= _WHOLE and table[-1] > 0.9:
+            raise ValueError(
+                "alphas_cumprod must fall towards 0, got a table that ends at "
+                f"{table[-1]:.3g}, which looks like 1 - β of each timestep: its `cumprod(0)` is ᾱ"
+            )
         return cls(table.log(), name=f"NoiseSchedule.from_alphas_cumprod([{len(table)}])")
 
     @classmethod
@@ -177,6 +182,12 @@ class NoiseSchedule:
         table = as_float64("sigmas", sigmas)
         check_all("sigmas", table, (table > 0) & table.isfinite(), "be positive and finite")
         _check_direction("sigmas", table, falls=False)
+        if len(table) >= _WHOLE and table[-1] <= 1:
+            raise ValueError(
+                "sigmas must be those of x_0 + σ ε, got a table of values that never exceed 1, "
+                "which look like √(1-ᾱ), or like the times of flow matching: from_alphas_cumprod "
+                "takes ᾱ, and ContinuousSchedule.flow() has no table"
+            )
         return cls(
             F.logsigmoid(-2 * table.log()),
             unit_alpha=True,
@@ -291,6 +302,8 @@ def check_schedule(schedule: object) -> Schedule:
 
 # From this length on, numbers in (0, 1) that fall from above one half are taken for ᾱ.
 _TELLING_LENGTH = 10
+# From this length on a table is a whole schedule, which goes on to noise.
+_WHOLE = 100
 
 
 def _check_direction(name: str, table: Tensor, *, falls: bool) -> None:

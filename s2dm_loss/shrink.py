@@ -87,6 +87,10 @@ class _Rescaled(FixedSettings, nn.Module):
         self.schedule: Schedule = check_schedule(schedule)
         self.prediction_type: PredictionType = prediction_type
         timesteps = self.schedule.timesteps
+        # A network on x_0 + σ ε is often called with σ, which must not pass for a row.
+        self._of_sigmas = timesteps is not None and bool(
+            self.schedule.alpha_sigma(timesteps[-1:])[0] == 1
+        )
         # Checks what the subclass has been given.
         self._scales_at(torch.zeros(1, device="cpu") if timesteps is None else timesteps[:1])
         self._scales = TimeTable(self._scales_at, timesteps)
@@ -102,7 +106,8 @@ class _Rescaled(FixedSettings, nn.Module):
         Args:
             x_t: The model's input, of shape [B, ...].
             t: Times of shape [B], or one for all. On a discrete schedule a fractional timestep
-                (Euler's) takes the gain of the nearest one.
+                (Euler's) takes the gain of the nearest one. On a table of σ they are its rows: of
+                a network that is called with σ, `rescale` scales the output.
             args: Further arguments of the model.
             kwargs: Further arguments of the model.
 
@@ -116,7 +121,10 @@ class _Rescaled(FixedSettings, nn.Module):
         return _scaled(self.model(x_t, t, *args, **kwargs), x_t, scale, shift)
 
     def rescale(self, output: Any, x_t: Tensor, t: Tensor | float) -> Any:
-        """Scale the prediction in an output that `model(x_t, t)` has given."""
+        """Scale the prediction in an output that the model has given for x_t at time t.
+
+        For a network that is called with something else, such as σ, and not with the schedule's t.
+        """
         return _scaled(output, x_t, *self._at(x_t, t))
 
     def _at(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor | None]:
@@ -153,7 +161,16 @@ class _Rescaled(FixedSettings, nn.Module):
             raise ValueError(f"t must be on the device of x_t, {x_t.device}, got {describe(t)}")
         t = torch.as_tensor(t, device=x_t.device)
         if self.schedule.timesteps is not None and t.is_floating_point():
+            if self._of_sigmas:
+                raise TypeError(
+                    f"t must hold integer timesteps, rows of {self.schedule!r}, got {describe(t)}. "
+                    "Of a network that is called with σ, `rescale(model(x_t, sigma), x_t, row)` "
+                    "scales the output"
+                )
+            rounds_up = t.dtype == torch.bfloat16  # it has no 999 but 1000
             t = t.round().long()
+            if rounds_up:
+                t = t.clamp(max=self.schedule.timesteps.numel() - 1)
         if t.numel() == 1:
             return t.reshape(1).expand(x_t.shape[0])
         return check_per_sample("t", t, "x_t", x_t)

@@ -100,6 +100,10 @@ def check_swap(
     """
     check_number("tau", tau, 0.0, 1.0)
     plain, plain_grad, probe = _run(trainers_loss, output_of, seed)
+    if not bool((plain != 0).any() and (plain_grad != 0).any()):
+        raise AssertionError(
+            "the trainer's own loss must not be 0, nor its gradient: it shows nothing"
+        )
     calls = probe.calls
     swapped, grad, probe = _run(lambda m: swapped_loss(m, 1.0), output_of, seed)
     if probe.calls != calls:
@@ -198,7 +202,8 @@ class _Probe(nn.Module):
         if self.output_of is not None:
             output = self.output_of(x_t).detach().clone()
         else:
-            source = torch.Generator().manual_seed(self.seed)
+            # Not the trainer's own numbers, which may be its noise, and the output all right.
+            source = torch.Generator().manual_seed(self.seed + 1)
             output = torch.randn(x_t.shape, generator=source, dtype=torch.float64).to(x_t)
         self.output = output.requires_grad_()
         return self.output

@@ -689,6 +689,8 @@ def test_wrong_calls():
         skip_loss(model_pred, target, noisy, timesteps, skip_noise=noisy)
     with pytest.raises(ValueError, match="prediction_type must be given"):
         SkipLoss(NoiseSchedule.linear(1000))
+    with pytest.raises(TypeError, match=r"got a DDPMScheduler: .*diffusers.schedule_of"):
+        SkipLoss(make_scheduler("DDPMScheduler"), 9)
 
 
 # The diffs of the docs page, on the real scripts.

@@ -1,6 +1,7 @@
 """The gain on diffusers' own pipelines, and the timesteps that its schedulers visit."""
 
 import contextlib
+import copy
 import dataclasses
 import math
 
@@ -272,7 +273,7 @@ def test_conditions_behind_the_noisy_channels():
     x = torch.randn(2, 5, 8, 8)
     with torch.no_grad():
         plain = unet(x, 400).sample
-        with shrink_pipeline(pipe, skip_set=99):
+        with shrink_pipeline(pipe, skip_set=99, noisy_channels="first"):
             shrunk = unet(x, 400).sample
     alpha_bar = NoiseSchedule.linear(1000).alphas_cumprod[400]
     a, b = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
@@ -281,6 +282,49 @@ def test_conditions_behind_the_noisy_channels():
     torch.testing.assert_close(
         a * shrunk + b * noisy, s * (a * plain + b * noisy), rtol=1e-4, atol=1e-5
     )
+
+
+def test_an_image_condition_before_the_noisy_channels():
+    """Marigold: only the caller knows on which side x_t is, and all but ε̂ need it."""
+    torch.manual_seed(0)
+    unet = tiny_unet(in_channels=4, out_channels=2).eval()
+    scheduler = make_scheduler("DDIMScheduler", prediction_type="v_prediction")
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=scheduler)
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        plain = unet(x, 400).sample
+        with shrink_pipeline(pipe, skip_set=99, noisy_channels="last"):
+            shrunk = unet(x, 400).sample
+        with (
+            shrink_pipeline(pipe, skip_set=99),
+            pytest.raises(ValueError, match="noisy_channels must be 'first' or 'last'"),
+        ):
+            unet(x, 400)
+        correction = SkipGain(NoiseSchedule.linear(1000), [99], prediction_type="v_prediction")
+        with correct_pipeline(pipe, recommending(correction, 99), noisy_channels="last"):
+            assert torch.equal(unet(x, 400).sample, shrunk)
+        pipe.scheduler = make_scheduler("DDIMScheduler")
+        with shrink_pipeline(pipe, skip_set=99):  # ε̂ is scaled, whatever x_t is
+            s = gain(NoiseSchedule.linear(1000), 99)[400].float()
+            torch.testing.assert_close(unet(x, 400).sample, s * plain)
+    alpha_bar = NoiseSchedule.linear(1000).alphas_cumprod[400]
+    a, b = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+    noisy = x[:, 2:]
+    torch.testing.assert_close(
+        a * shrunk + b * noisy, s * (a * plain + b * noisy), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_copy_of_the_denoiser_has_no_gain(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    x = torch.randn(2, unet.config.in_channels, 8, 8)
+    with torch.no_grad():
+        plain = unet(x, 900).sample
+        with shrink_pipeline(pipe, skip_set=99):
+            copied = copy.deepcopy(unet)
+            assert not torch.equal(unet(x, 900).sample, plain)
+            assert torch.equal(copied(x, 900).sample, plain)
+        assert torch.equal(copied(x, 900).sample, plain)
 
 
 def test_an_image_condition_behind_a_videos_noisy_channels():
@@ -305,7 +349,7 @@ def test_an_image_condition_behind_a_videos_noisy_channels():
     x, text, t = torch.randn(2, 3, 4, 8, 8), torch.randn(2, 4, 8), torch.tensor([700, 700])
     with torch.no_grad():
         plain = transformer(x, text, t).sample
-        with shrink_pipeline(pipe, skip_set=99):
+        with shrink_pipeline(pipe, skip_set=99, noisy_channels="first"):
             shrunk = transformer(x, text, t).sample
     alphas_cumprod = scheduler.alphas_cumprod.double()
     a, b = alphas_cumprod[700].sqrt().float(), (1 - alphas_cumprod[700]).sqrt().float()
@@ -383,6 +427,17 @@ def test_what_is_refused(unet):
     edm.register_modules(unet=unet, scheduler=make_scheduler("EDMEulerScheduler"))
     with pytest.raises(ValueError, match="EDM trains on σ"):
         shrink_pipeline(edm, skip_set=9)
+    with pytest.raises(ValueError, match="noisy_channels must be one of"):
+        shrink_pipeline(pipe, skip_set=9, noisy_channels="middle")
+    for wrong in (None, SkipGain(NoiseSchedule.linear(1000))):
+        with pytest.raises(TypeError, match="recommendation must be a Recommendation"):
+            correct_pipeline(pipe, wrong)
+    # Stable Video Diffusion's: t is a quarter of log σ, below 0 at the end.
+    options = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
+    video = diffusers.DDIMPipeline(unet=unet, scheduler=scheduler)
+    video.scheduler = make_scheduler("EulerDiscreteScheduler", **options)
+    with pytest.raises(ValueError, match="timestep_type 'continuous'"):
+        shrink_pipeline(video, skip_set=9)
     shrink_pipeline(pipe, skip_set=9).remove()  # none of the above left a gain behind
 
 

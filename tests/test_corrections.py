@@ -230,6 +230,8 @@ def test_one_of_a_users_own():
         (lambda: StartScaling([-1.1]), ValueError, "strengths must be positive, got -1.1"),
         (lambda: StartScaling([float("nan")]), ValueError, "strengths must lie in"),
         (lambda: StartScaling(["1"]), TypeError, "strengths must be a real number"),
+        (lambda: StartScaling(1.1), TypeError, "strengths must be a sequence of numbers, got 1.1"),
+        (lambda: SkipGain(LINEAR, 99), TypeError, "strengths must be a sequence of numbers, got"),
         (lambda: ConstantScaling(LINEAR, [0.0]), ValueError, "strengths must be positive"),
         (lambda: ConstantScaling("linear"), TypeError, "schedule must be"),
         (lambda: ConstantScaling(LINEAR, prediction_type="eps"), ValueError, "prediction_type"),

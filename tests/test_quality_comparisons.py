@@ -195,7 +195,8 @@ def test_what_holds_together_is_corrected_for_the_number_of_comparisons(tmp_path
 def test_the_networks_of_before_stand_beside(tmp_path: Path) -> None:
     latest, earlier = PRESET, OTHERS[-1]
     here = a_record(latest, {"plain": 1.0, "skip9-expected": 0.99})
-    there = a_record(earlier, {"plain": 3.0, "skip9-expected": 2.7, "unipc": 0.8}, spread=0.9)
+    factors = {"plain": 3.0, "plain+gain9": 3.0, "skip9-expected": 2.7, "unipc": 0.8}
+    there = a_record(earlier, factors, spread=0.9)
     del there["gaussian_spreads"]  # records of before it was measured
     text = pages_of(tmp_path, here, there)["evidence_cifar10.md"]
     after = text.split("## Does the answer depend on the network?")[1]
@@ -211,6 +212,9 @@ def test_the_networks_of_before_stand_beside(tmp_path: Path) -> None:
     # What only one of them was measured with is blank in the other's column.
     only_there = next(line for line in after.splitlines() if "λ = 0.995 " in line)
     assert only_there.split(" | ")[1] == ""
+    losses = after.split(f"The loss and its gain on `{earlier}`")[1]
+    assert "| S²-DM k = 9, expected | DDIM, 10 steps | 4.5 | **+10.0 % [+10.0, +10.0]** |" in losses
+    assert "the difference is at most 10.0 % of the distance" in losses  # its gain does nothing
     alone = pages_of(tmp_path / "alone", there)
     assert "k = 9 changes" in alone["evidence_cifar10.md"].split("\n\n")[2]
     assert "Does the answer depend" not in alone["evidence_cifar10.md"]

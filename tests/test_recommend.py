@@ -47,7 +47,7 @@ class Echo(nn.Module):
 
 
 def one_call(model, noise):
-    return model(noise, torch.full((len(noise),), 999))
+    return model(noise, torch.full((len(noise),), 999, device=noise.device))
 
 
 def s_of(skip):
@@ -341,7 +341,7 @@ def test_the_cost_of_a_scan():
 
     def sample(model, noise):
         sizes.append(len(noise))
-        return noise
+        return one_call(model, noise)
 
     corrections = standard_corrections(LINEAR)
     search = CorrectionSearch(
@@ -421,7 +421,7 @@ def test_what_a_sampler_draws_is_not_the_noise_that_it_starts_from(seed):
 def test_another_default_device_changes_nothing():
     search = CorrectionSearch(
         Echo(),
-        lambda model, noise: noise,
+        one_call,
         data_for(0) * 1.2,
         [StartScaling([0.8, 1.2])],
         num_samples=200,
@@ -511,6 +511,7 @@ def test_what_it_says():
         ({"data": torch.full((40, 2), math.nan)}, ValueError, "data must be finite"),
         ({"features": 3}, TypeError, "features must be callable"),
         ({"skips": []}, ValueError, "at least one"),
+        ({"skips": 99}, TypeError, "skips must be a sequence of numbers, got 99"),
         ({"skips": [0]}, ValueError, "without 0"),
         ({"skips": [9, 9]}, ValueError, "distinct"),
         ({"skips": [1000]}, ValueError, "below 1000"),
@@ -554,8 +555,10 @@ def test_what_the_sampler_and_the_features_return_is_checked():
         with_sampler(lambda model, noise: noise[:, :2]).cost  # noqa: B018
     with pytest.raises(ValueError, match="sample must return a tensor"):
         with_sampler(lambda model, noise: None).recommend()
+    with pytest.raises(ValueError, match="sample must call the model that it is given"):
+        with_sampler(lambda model, noise: one_call(Echo(), noise)).recommend()
     with pytest.raises(ValueError, match="finite"):
-        with_sampler(lambda model, noise: noise * math.nan).recommend()
+        with_sampler(lambda model, noise: one_call(model, noise) * math.nan).recommend()
     with pytest.raises(ValueError, match=r"features must return a tensor of shape \[256, D\]"):
         with_sampler(one_call, features=lambda values: values.mean()).recommend()
     with pytest.raises(ValueError, match="features must return finite values for the data"):

@@ -88,6 +88,34 @@ def test_one_time_for_all_and_fractional_times(t):
     torch.testing.assert_close(output, 0.7 * s_of(500) * x_t, rtol=1e-12, atol=0)
 
 
+def test_a_timestep_that_bfloat16_rounds_up_is_the_last_one():
+    """Pipelines cast t to the network's dtype, and bfloat16 has no 999 but 1000."""
+    x_t = normal(3, 2, seed=0)
+    shrunk = ShrunkModel(Model(), LINEAR, 99)
+    output = shrunk(x_t, torch.tensor([999, 501, 3]).bfloat16())
+    wanted = torch.tensor([s_of(999), s_of(500), s_of(3)], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(output, 0.7 * wanted * x_t, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="must lie in"):
+        shrunk(x_t, torch.tensor(1000.0))
+
+
+def test_a_sigma_is_no_timestep_of_a_table_of_sigmas():
+    """Else σ = 3.7 would be rounded to the row 4 of the table, without a word."""
+    sigmas = torch.logspace(-2, 1.9, 100, dtype=torch.float64)
+    x_t = normal(3, 2, seed=0)
+    model = Model()
+    shrunk = ShrunkModel(model, NoiseSchedule.from_sigmas(sigmas), 9)
+    for sigma in (3.7, 5.0, torch.tensor(80.0), torch.full((3,), 0.5, dtype=torch.float64)):
+        with pytest.raises(TypeError, match=r"integer timesteps.*rescale"):
+            shrunk(x_t, sigma)
+    # What the message says: σ for the network, its row for the gain.
+    row = 60
+    c2 = (1 + sigmas[row] ** 2) / (1 + sigmas[row - 9] ** 2) - 1
+    output = shrunk.rescale(model(x_t, sigmas[row]), x_t, row)
+    s = 1 / (1 + 0.01 / 0.99 * c2)
+    torch.testing.assert_close(output, 0.7 * s * x_t, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "sample", "flow", "score"])
 def test_other_prediction_types_have_the_gain_on_epsilon(kind):
     model, x_t, t = Model(), normal(3, 2, seed=0), torch.tensor([200, 500, 900])

@@ -157,6 +157,30 @@ def test_a_weight_of_the_trainers_that_was_forgotten():
         check_swap(weighted, right(trainer, LINEAR))
 
 
+def test_a_trainer_in_float64_whose_first_draw_is_its_noise():
+    """The stand-in's output must not be that noise again: a loss of 0 times 3 is 0."""
+    x0, t = X0.double(), T
+
+    def plain(model):
+        noise = torch.randn_like(x0)
+        a, b = (scale[:, None, None, None] for scale in LINEAR.alpha_sigma(t))
+        return F.mse_loss(model(a * x0 + b * noise, t), noise)
+
+    def swapped(model, tau, factor=3.0):
+        noise = torch.randn_like(x0)
+        return factor * SkipStepLoss(LINEAR, 9, tau=tau)(model, x0, t, noise=noise)
+
+    with pytest.raises(AssertionError, match="the loss at tau = 1 must be the trainer's own"):
+        check_swap(plain, swapped)
+    assert check_swap(plain, lambda model, tau: swapped(model, tau, 1.0)).plain > 1
+
+
+def test_a_loss_that_is_nothing_shows_nothing():
+    trainer = Trainer(LINEAR, "epsilon", T)
+    with pytest.raises(AssertionError, match="the trainer's own loss must not be 0"):
+        check_swap(lambda model: 0 * trainer.loss(model), right(trainer, LINEAR))
+
+
 def test_a_second_call_of_the_model():
     trainer = Trainer(LINEAR, "epsilon", T)
 

@@ -117,6 +117,11 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
         )
         yield from _network(results)
         yield from _sound(results)
+        yield "## The loss, and its gain without training"
+        yield (
+            "8-bit. Fréchet: improvement over the plain network. Kernel: 1,000 times what is taken "
+            "off the plain network's distance; positive is better in both."
+        )
         yield from _losses(results)
         yield from _corrections(results)
         yield from _together(results)
@@ -220,11 +225,6 @@ def _sound(results: Results) -> Iterable[str]:
 
 
 def _losses(results: Results) -> Iterable[str]:
-    yield "## The loss, and its gain without training"
-    yield (
-        "8-bit. Fréchet: improvement over the plain network. Kernel: 1,000 times what is taken off "
-        "the plain network's distance; positive is better in both."
-    )
     rows, equivalent = [], []
     names = [trained(9), f"{trained(9).removesuffix('expected')}fresh", corrected(9)]
     for name in (*names, trained(49), corrected(49), "min-snr-5"):
@@ -393,6 +393,10 @@ def _networks(measured: list[Results]) -> Iterable[str]:
     ]
     rows += [[TITLES[s], *(_or_blank(over_ddim(one, s, 10)) for one in measured)] for s in SOLVERS]
     yield markdown_table(["", *(_short(one) for one in measured)], rows)
+    for one in measured[1:]:
+        if any(one.values(trained(skip), TEN) for skip in (9, 49)):
+            yield f"The loss and its gain on `{one.record['preset']}`, as in the table above:"
+            yield from _losses(one)
 
 
 def _or_blank(found: Interval | None) -> str:

@@ -163,7 +163,7 @@ def _findings(evidence: Evidence, results: Results) -> Iterable[str]:
         yield f"**On CIFAR10**, a small network and two seeds: {in_short(photographs)}."
     absent = [name for name in PRESETS if name not in evidence.records]
     if absent:
-        yield f"**Not measured yet**: {listed([f'`{name}`' for name in absent])}."
+        yield f"**Presets that were not run**: {listed([f'`{name}`' for name in absent])}."
 
 
 def trained_or_not(results: Results) -> str:
