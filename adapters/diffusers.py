@@ -29,7 +29,7 @@ from s2dm_loss.adapters.diffusers_scheduler import (
     prediction_type_of,
     schedule_of,
 )
-from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
+from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample, describe
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.functional import Reduction
@@ -92,11 +92,7 @@ class SkipLoss(nn.Module):
         super().__init__()
         schedule = check_schedule(schedule)
         if prediction_type is not None:
-            if prediction_type not in get_args(PredictionType):
-                raise ValueError(
-                    "prediction_type must be one of "
-                    f"{', '.join(map(repr, get_args(PredictionType)))}, got {prediction_type!r}"
-                )
+            check_choice("prediction_type", prediction_type, get_args(PredictionType))
         elif scheduler is None or schedule.timesteps is None:
             raise ValueError("prediction_type must be given where no config says it, got None")
         self.scheduler = scheduler

@@ -124,6 +124,13 @@ class SkipStepDenoiserLoss:
         """Set the state of the trainer's own loss."""
         vars(self.plain).update(state)
 
+    def __copy__(self) -> SkipStepDenoiserLoss:
+        return type(self)(self.plain, self.criterion, self.ramp)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SkipStepDenoiserLoss:
+        parts = (self.plain, self.criterion, self.ramp)
+        return type(self)(*copy.deepcopy(parts, memo))
+
     @override
     def __reduce__(self) -> Any:
         return copy.copy, (self.plain,)  # the standard library's, as a reader has nothing else

@@ -94,7 +94,7 @@ def _plain_completed_square(
     residual = eps_hat
     for gain, noise in _pairs(target):
         # Not `_residual`: `torch.func.linearize` ends the process at an `addcmul` with a value.
-        residual = residual - _along(gain, noise) * noise
+        residual = residual - along(gain, noise) * noise
     loss = weight * _plain_mean_square(residual, weight.dtype)
     if constant is not None:
         loss = loss + constant
@@ -153,10 +153,10 @@ class _CompletedSquare(torch.autograd.Function):
         residual = None if torch.compiler.is_compiling() else ctx.residual
         if residual is None or torch.is_grad_enabled():
             eps_hat, scale, *target = ctx.saved_tensors
-            gradient = _residual(eps_hat, *target) * _along(grad * scale, eps_hat)
+            gradient = _residual(eps_hat, *target) * along(grad * scale, eps_hat)
         else:
             ctx.residual = None
-            factor = _along(grad * ctx.scale, residual)
+            factor = along(grad * ctx.scale, residual)
             try:
                 gradient = residual.mul_(factor)
             except RuntimeError:
@@ -168,7 +168,7 @@ class _CompletedSquare(torch.autograd.Function):
 def _residual(eps_hat: Tensor, *target: Tensor) -> Tensor:
     residual = eps_hat
     for gain, noise in _pairs(target):
-        residual = torch.addcmul(residual, noise, _along(gain, noise), value=-1)
+        residual = torch.addcmul(residual, noise, along(gain, noise), value=-1)
     return residual
 
 
@@ -176,7 +176,7 @@ def _lifted_residual(eps_hat: Tensor, dtype: torch.dtype, *target: Tensor) -> Te
     # A CPU's operators copy what is of another dtype. Out of place there would be three at once.
     residual = eps_hat.to(dtype)
     for gain, noise in _pairs(target):
-        residual.addcmul_(noise, _along(gain, noise), value=-1)
+        residual.addcmul_(noise, along(gain, noise), value=-1)
     return residual
 
 
@@ -185,8 +185,8 @@ def _pairs(target: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(target[::2], target[1::2], strict=True)
 
 
-def _along(per_sample: Tensor, data: Tensor) -> Tensor:
-    # As `functional.along` does, without the time to parse a pattern.
+def along(per_sample: Tensor, data: Tensor) -> Tensor:
+    """Give a [B] tensor the rank of `data`, so that it can only meet the batch axis."""
     return per_sample.view((-1, *(1,) * (data.ndim - 1)))
 
 
@@ -234,8 +234,9 @@ def _sum_of_squares(values: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     norms = torch.linalg.vector_norm(values.view(len(values), pieces, _PIECE), dim=2)
     if rest:
         norms = torch.cat([norms, last], dim=1)
-    # A sum, unlike a norm, adds up in pairs, and is right to its last digits in float32.
-    sums: Tensor = torch.linalg.vecdot(norms, norms)
+    # A sum, unlike a norm, adds up in pairs, and is right to its last digits in float32. No product
+    # of vectors: autocast would make that in a half type.
+    sums: Tensor = norms.square().sum(1)
     return sums
 
 

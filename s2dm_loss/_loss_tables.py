@@ -11,7 +11,7 @@ from s2dm_loss._tables import TimeTable
 from s2dm_loss.coefficients import Coefficients, CompletedSquare, Estimator, coefficients
 from s2dm_loss.output import OutputSquare, output_square, output_weights, weighting_bound
 from s2dm_loss.prediction import PredictionType
-from s2dm_loss.schedule import Schedule
+from s2dm_loss.schedule import Schedule, wide_dtype
 from s2dm_loss.skip_set import SkipSet
 from s2dm_loss.weighting import check_weights
 
@@ -26,6 +26,7 @@ class LossTables:
         output: The fields of an `OutputSquare`, the same in the network's output.
         terms: τ, c and c² of the paper's two terms, and the weighting of both.
         path: The two coefficients of x_t.
+        coefficients: τ, c and c² before any weighting.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class LossTables:
         self._normalize = normalize
         timesteps = schedule.timesteps
         times = torch.linspace(0, 1, _PROBES, device="cpu") if timesteps is None else timesteps
-        self.coefficients_at(times[:1])
+        self._tau_c_c2_at(times[:1])
+        self.coefficients = TimeTable(self._tau_c_c2_at, timesteps)
         check_weights(self._weights_at(times, prediction_type))
         self.square = TimeTable(self._square_at, timesteps)
         self.output = TimeTable(self._output_at, timesteps)
@@ -61,12 +63,16 @@ class LossTables:
 
     def copy_to(self, device: torch.device) -> None:
         """Have copies ready on a device."""
-        for table in (self.square, self.output, self.terms, self.path):
+        for table in (self.square, self.output, self.terms, self.path, self.coefficients):
             table.copy_to(device)
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
         """Return the `Coefficients` at times of any shape, in float64."""
-        return coefficients(
+        tau, c, c2 = self.coefficients.at(t, wide_dtype(t.device))
+        return Coefficients(tau, c, c2, self._estimator)
+
+    def _tau_c_c2_at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        at_t = coefficients(
             self._schedule,
             self._skip_set,
             t=t,
@@ -74,6 +80,7 @@ class LossTables:
             estimator=self._estimator,
             max_c2=self._max_c2,
         )
+        return at_t.tau, at_t.c, at_t.c2
 
     def _square_at(self, t: Tensor) -> CompletedSquare:
         square = self._weighted_at(t).complete_square(normalize=self._normalize)

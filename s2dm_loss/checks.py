@@ -6,7 +6,6 @@ values, so they cost no host sync.
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -38,7 +37,7 @@ def check_number(
         raise TypeError(f"{name} must be a real number, got {describe(value)}")
     value = float(value)
     inside = low < value < high if open_ends else low <= value <= high
-    if not inside or math.isnan(value):
+    if not inside:
         left, right = ("(", ")") if open_ends else ("[", "]")
         raise ValueError(f"{name} must lie in {left}{low}, {high}{right}, got {value!r}")
     return value
@@ -51,6 +50,12 @@ def check_count(name: str, value: object, low: int = 1) -> int:
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
     return int(value)
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
 class FixedSettings:

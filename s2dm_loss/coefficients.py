@@ -34,7 +34,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from s2dm_loss.checks import check_choice, check_number, describe
+from s2dm_loss.checks import check_choice, check_number, check_switch, describe
 from s2dm_loss.schedule import Schedule, check_schedule, wide_dtype
 from s2dm_loss.skip_set import Skips, SkipSet
 
@@ -110,7 +110,8 @@ class Coefficients:
     @property
     def weight(self) -> Tensor:
         """A = τ + (1-τ) c², the weight of the one remaining squared error."""
-        return self.tau + (1 - self.tau) * self.c2
+        # c² can be infinite, without a bound on it, where τ is 1.
+        return self.tau + torch.where(self.tau < 1, (1 - self.tau) * self.c2, 0.0)
 
     @property
     def gain(self) -> Tensor:
@@ -125,6 +126,7 @@ class Coefficients:
 
     def complete_square(self, *, normalize: bool = False) -> CompletedSquare:
         """Return the one quadratic; with `normalize`, mse(ε̂, target) without A and constant."""
+        check_switch("normalize", normalize)
         a = self.weight
         safe = self._safe_weight
         s = self.tau / safe

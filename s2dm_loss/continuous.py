@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,18 +58,19 @@ class ContinuousSchedule:
     @classmethod
     def vp(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> Self:
         """The variance-preserving SDE (Song et al., arXiv 2011.13456, Eq. 33)."""
-        check_number("beta_min", beta_min, 0.0, math.inf, open_ends=True)
-        check_number("beta_max", beta_max, beta_min, sys.float_info.max)
-        name = f"ContinuousSchedule.vp({beta_min}, {beta_max})"
-        return cls(_VpPath(beta_min, beta_max, sub=False), min_time=1e-5, name=name)
+        return cls._sde("vp", beta_min, beta_max)
 
     @classmethod
     def sub_vp(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> Self:
         """The sub-variance-preserving SDE (Song et al., arXiv 2011.13456, Eq. 35)."""
+        return cls._sde("sub_vp", beta_min, beta_max)
+
+    @classmethod
+    def _sde(cls, kind: Literal["vp", "sub_vp"], beta_min: float, beta_max: float) -> Self:
         check_number("beta_min", beta_min, 0.0, math.inf, open_ends=True)
         check_number("beta_max", beta_max, beta_min, sys.float_info.max)
-        name = f"ContinuousSchedule.sub_vp({beta_min}, {beta_max})"
-        return cls(_VpPath(beta_min, beta_max, sub=True), min_time=1e-5, name=name)
+        path = _VpPath(beta_min, beta_max, sub=kind == "sub_vp")
+        return cls(path, min_time=1e-5, name=f"ContinuousSchedule.{kind}({beta_min}, {beta_max})")
 
     @classmethod
     def from_alpha_sigma(
@@ -124,17 +125,23 @@ class ContinuousSchedule:
 
         A time outside [0, 1] gives NaN where `check_timesteps` could not read it.
         """
-        self.check_timesteps(t)
-        t = t.to(wide_dtype(t.device))
-        log_alpha, log_sigma = self._log_alpha_sigma(t)
-        log_alphas_cumprod = F.logsigmoid(2 * (log_alpha - log_sigma))
-        return torch.where((t >= 0) & (t <= 1), log_alphas_cumprod, math.nan)
+        log_alpha, log_sigma = self._log_alpha_sigma_at(t)
+        return F.logsigmoid(2 * (log_alpha - log_sigma))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha(t) and sigma(t), float64, of the shape of `t`."""
-        self.check_timesteps(t)
-        log_alpha, log_sigma = self._log_alpha_sigma(t.to(wide_dtype(t.device)))
+        """Return alpha(t) and sigma(t), float64, of the shape of `t`.
+
+        A time outside [0, 1] gives NaN where `check_timesteps` could not read it.
+        """
+        log_alpha, log_sigma = self._log_alpha_sigma_at(t)
         return log_alpha.exp(), log_sigma.exp()
+
+    def _log_alpha_sigma_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_timesteps(t)
+        t = t.to(wide_dtype(t.device))
+        t = torch.where((t >= 0) & (t <= 1), t, math.nan)
+        log_alpha, log_sigma = self._log_alpha_sigma(t)
+        return log_alpha, log_sigma
 
     def draw_timesteps(
         self, batch_size: int, *, device: torch.device, generator: torch.Generator | None = None

@@ -48,7 +48,8 @@ class Axes:
         self.axes: Tensor | None = None
         if count < data.shape[1]:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                # Of the CPU alone: `torch.manual_seed` would seed each GPU, which stays so.
+                torch.default_generator.manual_seed(seed)
                 self.axes = torch.svd_lowrank(data - self.center, q=count, niter=4)[2]
 
     def __call__(self, values: Tensor) -> Tensor:

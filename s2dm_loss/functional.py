@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 from s2dm_loss._head import REDUCTIONS, completed_square, mean_square, placed_like, whole
 from s2dm_loss._head import Reduction as Reduction
+from s2dm_loss._head import along as along
 from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
@@ -27,7 +28,8 @@ from s2dm_loss.skip_set import Skips
 class LossTerms(NamedTuple):
     """The two terms of the loss as the paper writes them, each of shape [B].
 
-    loss = tau · simple + (1 - tau) · skip, with tau = 1 and skip = 0 where no skip is valid.
+    loss = tau · simple + (1 - tau) · skip, with tau = 1 and skip = 0 where no skip is valid. A loss
+    with τ = 1 has no skip term, and there skip is 0 everywhere.
 
     Attributes:
         simple: The plain loss, mse(ε̂, ε).
@@ -195,8 +197,3 @@ def loss_dtype(*tensors: Tensor) -> torch.dtype:
 def _mean(values: Tensor) -> Tensor:
     """Mean over every axis but the batch."""
     return reduce(values, "b ... -> b", "mean")
-
-
-def along(per_sample: Tensor, data: Tensor) -> Tensor:
-    """Give a [B] tensor the rank of `data`, so that it can only meet the batch axis."""
-    return rearrange(per_sample, "b -> b" + " 1" * (data.ndim - 1))

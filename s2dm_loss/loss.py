@@ -330,6 +330,7 @@ class SkipStepLoss(FixedSettings, nn.Module):
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
         """Return the loss's `Coefficients` (Eq. 13) at times of any shape, computed in float64."""
+        self.schedule.check_timesteps(t)
         return self._tables.coefficients_at(t)
 
     def _add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -79,7 +79,9 @@ def output_square(
     if weighting is not None:
         bound = weighting_bound(weighting, a, b, max_c2)
     else:
-        bound = scales.ratio.square() * max_c2 if max_c2 > 0 else torch.zeros_like(a)
+        # Neither a ratio of 0 nor a bound of 0 is to meet infinity.
+        none = (scales.ratio == 0) | (max_c2 == 0)
+        bound = torch.where(none, 0.0, scales.ratio.square() * max_c2)
     at_t = at_t.bounded(bound)
     square, less = at_t.complete_square(normalize=normalize), at_t.gain_excess
     # Where ratio is 0 nothing can be said of ε, and s = 1 and g = 0.

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from s2dm_loss._head import along
 from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample, describe
 from s2dm_loss.schedule import Schedule
 
@@ -112,9 +112,10 @@ def output_from_epsilon(
     noise, says nothing of x_0, and the result is infinite or NaN.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    if prediction_type == "epsilon":
-        return epsilon
+    given = epsilon
     epsilon, x_t, a, b = _prepare("epsilon", epsilon, x_t, t, schedule)
+    if prediction_type == "epsilon":
+        return given
     p, q = _PARTS[prediction_type](a, b)
     return q * epsilon if p is None else ((a * q - b * p) * epsilon + p * x_t) / a
 
@@ -140,8 +141,5 @@ def _prepare(
     check_like(name, value, "x_t", check_batch("x_t", x_t))
     check_per_sample("t", t, "x_t", x_t)
     dtype = torch.promote_types(torch.promote_types(value.dtype, x_t.dtype), torch.float32)
-    a, b = (
-        rearrange(scale.to(dtype), "b -> b" + " 1" * (x_t.ndim - 1))
-        for scale in schedule.alpha_sigma(t)
-    )
+    a, b = (along(scale.to(dtype), x_t) for scale in schedule.alpha_sigma(t))
     return value.to(dtype), x_t.to(dtype), a, b

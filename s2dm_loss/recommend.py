@@ -258,7 +258,7 @@ class CorrectionSearch:
 
     def _axes(self, seen: Tensor, samples: int, data: int, seed: int) -> Axes:
         """Return as many axes as that many samples and data can tell."""
-        return Axes(seen, max(1, min(MAX_AXES, min(samples, data) // SAMPLES_PER_AXIS)), seed)
+        return Axes(seen, min(MAX_AXES, min(samples, data) // SAMPLES_PER_AXIS), seed)
 
     def _data_values(self, rows: Tensor) -> Iterator[Tensor]:
         for part in torch.split(rows.to(self.data.device), self.batch_size):

@@ -167,10 +167,9 @@ class _Rescaled(FixedSettings, nn.Module):
                     "Of a network that is called with σ, `rescale(model(x_t, sigma), x_t, row)` "
                     "scales the output"
                 )
-            rounds_up = t.dtype == torch.bfloat16  # it has no 999 but 1000
-            t = t.round().long()
-            if rounds_up:
-                t = t.clamp(max=self.schedule.timesteps.numel() - 1)
+            last = self.schedule.timesteps.numel() - 1
+            # A half type may round the last timestep up: bfloat16 has no 999 but 1000.
+            t = torch.where(t == torch.full_like(t, last), last, t.round().long())
         if t.numel() == 1:
             return t.reshape(1).expand(x_t.shape[0])
         return check_per_sample("t", t, "x_t", x_t)

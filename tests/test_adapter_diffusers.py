@@ -691,6 +691,8 @@ def test_wrong_calls():
         SkipLoss(NoiseSchedule.linear(1000))
     with pytest.raises(TypeError, match=r"got a DDPMScheduler: .*diffusers.schedule_of"):
         SkipLoss(make_scheduler("DDPMScheduler"), 9)
+    with pytest.raises(TypeError, match="schedule must be a NoiseSchedule"):
+        SkipLoss(1000, scheduler=make_scheduler("DDPMScheduler"))
 
 
 # The diffs of the docs page, on the real scripts.

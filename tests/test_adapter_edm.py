@@ -154,13 +154,19 @@ def test_the_log_variance_head_learns_from_the_changed_error():
 def test_a_snapshot_holds_the_trainers_own_loss(kind):
     plain = kind()
     adapted = skip_step(plain, 1 / 17)
-    copied = copy.deepcopy(adapted)
-    assert type(copied) is type(plain)
     loaded = pickle.loads(pickle.dumps(adapted))  # noqa: S301
     assert type(loaded).__name__ == type(plain).__name__
     assert adapted.state_dict() == vars(plain)
     adapted.load_state_dict({**vars(plain), "sigma_data": 0.7})
     assert plain.sigma_data == 0.7
+
+
+def test_a_copy_is_the_same_loss(kind):
+    adapted = skip_step(kind(), 1 / 17)
+    for copied in (copy.copy(adapted), copy.deepcopy(adapted)):
+        assert repr(copied) == repr(adapted)
+    assert copy.copy(adapted).plain is adapted.plain
+    assert copy.deepcopy(adapted).plain is not adapted.plain
 
 
 def test_says_what_it_is():

@@ -676,3 +676,13 @@ def test_one_model_call_per_step_and_joined_gradients_in_two_processes(tmp_path)
     torch.testing.assert_close(torch.cat([rank["loss"] for rank in ranks]), alone["loss"])
     for rank in ranks:
         torch.testing.assert_close(rank["gradients"], alone["gradients"])
+
+
+def test_a_step_copies_no_table_to_the_device(monkeypatch):
+    """On a GPU a copy from the host waits for it: what is looked up by t lies there already."""
+    adapted = skip_step(make_diffusion(), 9)
+    model, (x, t) = make_model(adapted), make_batch(adapted)
+    adapted.training_losses(model, x, t)
+    monkeypatch.setattr(NoiseSchedule, "log_alphas_cumprod_at", None)
+    monkeypatch.setattr(NoiseSchedule, "alpha_sigma", None)
+    adapted.training_losses(model, x, t)

@@ -65,6 +65,7 @@ def test_score_rescaling(psi):
     expected = (psi + squared) / (psi / 0.7 + squared)
     scale = ScoreRescaling(LINEAR, [0.7], psi=psi).scale(TIMES, 0.7)
     torch.testing.assert_close(scale, expected)
+    assert ScoreRescaling(LINEAR).psi == 1.0
     # It acts where there is little noise, by the factor k, and not at all in pure noise.
     assert float(scale[0]) == pytest.approx(0.7, abs=0.01)
     silent = NoiseSchedule.linear(1000).rescale_zero_terminal_snr()
@@ -93,6 +94,9 @@ def test_the_standard_ones_go_both_ways():
         for correction in standard_corrections(schedule, prediction_type="sample"):
             assert min(correction.strengths) < correction.none < max(correction.strengths)
             assert list(correction.strengths) == sorted(correction.strengths)
+            if not isinstance(correction, StartScaling):
+                assert correction.prediction_type == "sample"
+                assert correction.schedule is schedule
     gains = SkipGain(LINEAR).strengths
     assert gains == (-99, -49, -19, 19, 49, 99, 149, 199)
     assert SkipGain(NoiseSchedule.linear(20)).strengths == (-1, 1, 2, 3)
@@ -103,6 +107,7 @@ def test_between_is_a_skip_where_skips_are_integers():
     between = SkipGain(LINEAR).between(19, 50)
     assert between == 34
     assert isinstance(between, int)
+    assert SkipGain(LINEAR).between(19, 52) == 36
     assert SkipGain(ContinuousSchedule.flow()).between(0.1, 0.2) == pytest.approx(0.15)
     assert StartScaling().between(1.0, 1.1) == pytest.approx(1.05)
 
@@ -228,6 +233,7 @@ def test_one_of_a_users_own():
         (lambda: StartScaling([1.0]), ValueError, "without 1, which is no correction"),
         (lambda: StartScaling([1.1, 1.1]), ValueError, "distinct"),
         (lambda: StartScaling([-1.1]), ValueError, "strengths must be positive, got -1.1"),
+        (lambda: StartScaling([-0.9, 1.1]), ValueError, "strengths must be positive, got -0.9"),
         (lambda: StartScaling([float("nan")]), ValueError, "strengths must lie in"),
         (lambda: StartScaling(["1"]), TypeError, "strengths must be a real number"),
         (lambda: StartScaling(1.1), TypeError, "strengths must be a sequence of numbers, got 1.1"),

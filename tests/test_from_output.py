@@ -308,3 +308,19 @@ def test_the_bound_of_a_weighting(weight, bound):
     """Neither c² nor c² w is above max_c2 = 3."""
     found = weighting_bound(lambda log_snr: log_snr * 0 + weight, *scalars(0.6, 0.8), 3.0)
     assert found.item() == bound
+
+
+def test_no_bound_on_c2_where_nothing_is_left_of_the_data():
+    """0 · ∞ is no number: at zero terminal SNR c² is infinite, and the output's weight is 0."""
+    schedule = LINEAR.rescale_zero_terminal_snr()
+    t = torch.tensor([500, 999])
+    output, target, x_t = torch.randn(3, 2, 4, dtype=torch.float64)
+    plain = (output - target).square().mean()
+    unbounded = SkipStepLoss(schedule, 9, tau=1.0, max_c2=math.inf)
+    torch.testing.assert_close(unbounded.from_prediction(output, target, t), plain)
+    for kind in ("v_prediction", "sample"):
+        options = {"prediction_type": kind, "reduction": "none"}
+        loss = SkipStepLoss(schedule, 9, max_c2=math.inf, **options)
+        bounded = SkipStepLoss(schedule, 9, **options)
+        found = loss.from_output(output, target, x_t, t)
+        torch.testing.assert_close(found, bounded.from_output(output, target, x_t, t))

@@ -1,6 +1,7 @@
 """The loss against the two-term formula, its reductions and its public face."""
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -448,3 +449,61 @@ def test_fresh_draws_from_its_generator_alone():
     ]
     assert torch.equal(torch.get_rng_state(), state)
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_function_has_the_classs_defaults():
+    of_class = inspect.signature(SkipStepLoss.__init__).parameters
+    for name, parameter in inspect.signature(skip_step_loss).parameters.items():
+        if name in of_class and parameter.default is not inspect.Parameter.empty:
+            assert parameter.default == of_class[name].default, name
+    eps_hat, noise, t = normal(4, 3, seed=0), normal(4, 3, seed=1), torch.tensor([0, 20, 500, 999])
+    loss = skip_step_loss(eps_hat, noise, t, schedule=LINEAR)
+    torch.testing.assert_close(loss, SkipStepLoss(LINEAR).from_prediction(eps_hat, noise, t))
+
+
+def test_the_functions_own_draw():
+    eps_hat, noise, t = normal(4, 3, seed=0), normal(4, 3, seed=1), torch.tensor([0, 20, 500, 999])
+    drawn = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    state = torch.get_rng_state()
+    found = skip_step_loss(
+        eps_hat,
+        noise,
+        t,
+        schedule=LINEAR,
+        estimator="fresh",
+        generator=torch.Generator().manual_seed(3),
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    given = skip_step_loss(eps_hat, noise, t, schedule=LINEAR, estimator="fresh", skip_noise=drawn)
+    assert found == given
+
+
+def test_one_float64_input_is_enough():
+    eps_hat, noise, t = normal(4, 3, seed=0).float(), normal(4, 3, seed=1), torch.tensor([0, 9] * 2)
+    loss = SkipStepLoss(LINEAR, 9).from_prediction(eps_hat, noise, t)
+    assert loss.dtype == torch.float64
+    assert loss == SkipStepLoss(LINEAR, 9).from_prediction(eps_hat.double(), noise, t)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_terms_of_half_types_are_lifted(estimator):
+    halves = [normal(4, 3, seed=seed, dtype=torch.bfloat16) for seed in range(3)]
+    t = torch.tensor([0, 20, 500, 999])
+    criterion = SkipStepLoss(LINEAR, 9, estimator=estimator)
+
+    def terms(eps_hat, noise, zeta):
+        given_zeta = {"skip_noise": zeta} if estimator == "fresh" else {}
+        return criterion.terms(eps_hat, noise, t, **given_zeta)
+
+    for found, expected in zip(
+        terms(*halves), terms(*(half.float() for half in halves)), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_a_switch_is_true_or_false(value):
+    with pytest.raises(TypeError, match="normalize must be True or False, got"):
+        SkipStepLoss(LINEAR, normalize=value)
+    with pytest.raises(TypeError, match="tau must be a real number, got True"):
+        SkipStepLoss(LINEAR, tau=True)

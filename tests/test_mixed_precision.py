@@ -68,3 +68,24 @@ def test_float16_with_a_grad_scaler_stays_finite(name, kind):
         skipped += scaler.get_scale() < before
         assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert skipped <= 3  # and after that the scale has found its place
+
+
+@pytest.mark.parametrize("estimator", ["expected", "fresh", "shared"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 3 * 128 * 128, 50_001])
+def test_autocast_casts_nothing_of_the_loss(size, dtype, estimator):
+    torch.manual_seed(0)
+    eps_hat, noise, zeta = torch.randn(3, 2, size)
+    t = torch.tensor([500, 999])
+    options = {"skip_noise": zeta} if estimator == "fresh" else {}
+    for tau in (1.0, 0.5):
+        criterion = SkipStepLoss(NoiseSchedule.linear(1000), 9, tau=tau, estimator=estimator)
+        exact = criterion.from_prediction(
+            eps_hat.double(), noise.double(), t, **{k: v.double() for k, v in options.items()}
+        )
+        if tau == 1:
+            mse = (eps_hat.double() - noise.double()).square().mean()
+            torch.testing.assert_close(exact, mse, rtol=1e-12, atol=0)
+        with torch.autocast("cpu", dtype):
+            loss = criterion.from_prediction(eps_hat, noise, t, **options)
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)

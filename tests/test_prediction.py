@@ -86,3 +86,14 @@ def test_the_prediction_is_the_first_of_a_tuple():
     for nothing in ((), ("extra", first), {"sample": first}):
         with pytest.raises(TypeError, match="model must return a tensor"):
             read_output(nothing)
+
+
+def test_noise_as_the_output_is_checked_like_the_others():
+    schedule, x_t = NoiseSchedule.linear(1000), torch.zeros(2, 3)
+    for convert in (epsilon_from_output, output_from_epsilon):
+        with pytest.raises(ValueError, match="must have the shape of x_t"):
+            convert(torch.zeros(2), x_t, torch.tensor([0, 1]), schedule, "epsilon")
+        with pytest.raises(ValueError, match=r"t must lie in \[0, 1000\)"):
+            convert(x_t, x_t, torch.tensor([0, 5000]), schedule, "epsilon")
+        output = x_t.bfloat16()
+        assert convert(output, x_t, torch.tensor([0, 1]), schedule, "epsilon") is output

@@ -27,7 +27,7 @@ from s2dm_loss import (
     gain,
     standard_corrections,
 )
-from s2dm_loss.frechet import MAX_AXES, FrechetComparison
+from s2dm_loss.frechet import MAX_AXES, Axes, FrechetComparison
 
 LINEAR = NoiseSchedule.linear(1000)
 LAST = torch.tensor([999])
@@ -185,9 +185,47 @@ def test_the_scan_and_the_report_share_neither_noise_nor_data():
     assert not (first | second) & (third | fourth | fifth)
 
 
-@pytest.mark.parametrize(("skips", "used"), [([99], 700), (None, 467)])
-def test_all_data_are_used_where_nothing_is_chosen(skips, used, monkeypatch):
+@pytest.mark.parametrize(
+    ("num_samples", "counts"), [(32, [8, 8]), (64, [8, 16]), (400, [16, 33])], ids=str
+)
+def test_axes_are_found_on_the_choosers_third(num_samples, counts, monkeypatch):
+    """Data vary most along axes that were found on themselves: the judge's must not be."""
+    found = []
+
+    class Recorded(Axes):
+        def __init__(self, data, count, seed):
+            found.append((set(data.flatten().tolist()), count))
+            super().__init__(data, count, seed)
+
+    compared = []
+
+    class Compared(FrechetComparison):
+        def __init__(self, data, num_samples, seed):
+            compared.append(data)
+            super().__init__(data, num_samples, seed)
+
+    monkeypatch.setattr("s2dm_loss.recommend.Axes", Recorded)
+    monkeypatch.setattr("s2dm_loss.recommend.FrechetComparison", Compared)
+    numbers = torch.arange(200.0)[:, None]
+    search = CorrectionSearch(
+        Echo(), one_call, numbers, [StartScaling([0.9, 1.1])], num_samples=num_samples
+    )
+    search.recommend()
+    # A fourth of the smaller of samples and data: 66 to choose, 134 to judge.
+    assert [count for _, count in found] == counts
+    assert all(len(seen) == 66 for seen, _ in found)
+    centers = [torch.tensor(sorted(seen)).double().mean() for seen, _ in found]
+    judged = {float(value) for value in (compared[1][:, 0] + centers[1]).round()}
+    assert len(judged) == 134
+    assert not judged & found[1][0]
+
+
+@pytest.mark.parametrize(
+    ("skips", "most", "used"), [([99], 128, 700), ([99], 2, 467), (None, 128, 467)], ids=str
+)
+def test_all_data_are_used_where_nothing_is_chosen(skips, most, used, monkeypatch):
     sizes = []
+    monkeypatch.setattr("s2dm_loss.recommend.MAX_AXES", most)  # 2 are found on a third
 
     class Recorded(FrechetComparison):
         def __init__(self, data, num_samples, seed):

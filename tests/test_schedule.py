@@ -409,3 +409,29 @@ def test_what_else_is_easily_given_in_the_wrong_place():
         SkipStepLoss(ContinuousSchedule.flow())
     with pytest.raises(TypeError, match=r"t must be a tensor, got \[1\]"):
         coefficients(NoiseSchedule.linear(10), 1, t=[1])
+
+
+@pytest.mark.parametrize("name", ["vp", "sub_vp", "cosine", "flow"])
+def test_times_outside_a_path_are_an_error_or_nan(name):
+    schedule = getattr(ContinuousSchedule, name)()
+    outside = torch.tensor([0.5, 2.0, -1.0])
+    for read in (schedule.log_alphas_cumprod_at, schedule.alpha_sigma):
+        with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
+            read(outside)
+    # Where no value can be read: under vmap as compiled and on a GPU.
+    for values in torch.func.vmap(schedule.alpha_sigma)(outside):
+        assert values.isnan().tolist() == [False, True, True]
+
+
+def test_times_are_drawn_from_the_smallest_on():
+    assert ContinuousSchedule.vp().min_time == ContinuousSchedule.sub_vp().min_time == 1e-5
+    assert ContinuousSchedule.flow().min_time == 0
+    late = ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t), min_time=0.8)
+    t = late.draw_timesteps(10_000, device=torch.device("cpu"))
+    assert 0.8 <= float(t.min()) < 0.801
+    assert 0.999 < float(t.max()) < 1
+
+
+def test_logarithms_that_are_never_below_zero_can_be_a_path():
+    path = ContinuousSchedule(lambda t: (0 * t, 1 + 3 * t))
+    assert float(path.alpha_sigma(torch.tensor(1.0))[1]) == pytest.approx(math.exp(4))

@@ -168,9 +168,38 @@ def test_few_dimensions_stay_as_they_are():
     assert torch.allclose(coordinates, inside(values - values.mean(0)))
 
 
-def test_the_axes_leave_the_global_random_state_alone():
+def test_the_bound_is_of_both_sides_and_95_percent():
+    samples, data, _ = scaled_pair(3, 400, 0)
+    comparison = FrechetComparison(inside(data), 400, 0)
+    for scale in (1.0, 0.8):
+        comparison.add(inside(scale * samples))
+    found = comparison.differences()
+    by_sample, by_datum = (
+        (part[1] - part[0]).var() / len(part[0])
+        for part in map(torch.stack, zip(*comparison._influences, strict=True))
+    )
+    deviation = float((by_sample + by_datum).sqrt())
+    assert float(found.high[1] - found.low[1]) == pytest.approx(2 * 1.96 * deviation, rel=0.05)
+
+
+def test_a_half_is_judged_by_the_map_of_the_other():
+    samples, data, _ = scaled_pair(3, 100, 0)
+    samples, data = inside(samples), inside(data)
+    comparison = FrechetComparison(data, 100, 0)
+    comparison.add(samples)
+    (by_sample, by_datum), *_ = comparison._influences
+    halves = list(zip(comparison._halves, comparison._data_halves, strict=True))
+    for (rows, data_rows), (others, data_others) in zip(halves, reversed(halves), strict=True):
+        pair = _Pair(_Gaussian(samples[others]), _Gaussian(data[data_others]))
+        expected = pair.influences(samples[rows], data[data_rows])
+        assert torch.equal(by_sample[rows], expected[0])
+        assert torch.equal(by_datum[data_rows], expected[1])
+
+
+def test_the_axes_leave_the_global_random_state_alone(monkeypatch):
     torch.manual_seed(3)
     expected = torch.randn(2)
     torch.manual_seed(3)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # called, it would be an error
     Axes(normal(100, 30, 0), 5, seed=1)
     assert torch.equal(torch.randn(2), expected)

@@ -95,8 +95,9 @@ def test_a_timestep_that_bfloat16_rounds_up_is_the_last_one():
     output = shrunk(x_t, torch.tensor([999, 501, 3]).bfloat16())
     wanted = torch.tensor([s_of(999), s_of(500), s_of(3)], dtype=torch.float64)[:, None]
     torch.testing.assert_close(output, 0.7 * wanted * x_t, rtol=1e-12, atol=0)
-    with pytest.raises(ValueError, match="must lie in"):
-        shrunk(x_t, torch.tensor(1000.0))
+    for outside in (torch.tensor(1000.0), torch.tensor(1200.0).bfloat16(), -4.0):
+        with pytest.raises(ValueError, match="must lie in"):
+            shrunk(x_t, outside)
 
 
 def test_a_sigma_is_no_timestep_of_a_table_of_sigmas():

@@ -217,5 +217,14 @@ def test_a_loss_that_is_moved_has_its_tables_ready_there(monkeypatch):
     monkeypatch.setattr(TimeTable, "copy_to", lambda table, device: asked.append((table, device)))
     criterion.to("meta")
     tables = [table for table in vars(criterion._tables).values() if isinstance(table, TimeTable)]
-    assert len(tables) == 4
+    assert len(tables) == 5
     assert asked == [(table, torch.device("meta")) for table in tables]
+
+
+def test_no_fake_copy_is_kept():
+    table = TimeTable(lambda t: (t.double() / 4,), torch.arange(4))
+    t = torch.tensor([1, 3])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        table.at(t, torch.float16)
+    (found,) = table.at(t, torch.float16)
+    assert found.tolist() == [0.25, 0.75]
