@@ -63,7 +63,7 @@ class LossTables:
 
     def copy_to(self, device: torch.device) -> None:
         """Have copies ready on a device."""
-        for table in (self.square, self.output, self.terms, self.path, self.coefficients):
+        for table in (self.coefficients, self.square, self.output, self.terms, self.path):
             table.copy_to(device)
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
