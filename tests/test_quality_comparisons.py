@@ -9,7 +9,14 @@ import pytest
 
 from benchmarks.files import save_record
 from benchmarks.quality.evidence import write_pages
-from benchmarks.quality.evidence.cifar10_answers import OTHERS, PRESET, answer, by_kind, over_ddim
+from benchmarks.quality.evidence.cifar10_answers import (
+    OTHERS,
+    PRESET,
+    answer,
+    by_kind,
+    learned_shares,
+    over_ddim,
+)
 from benchmarks.quality.evidence.corrections import CELLS, STUDIES, names_of, verdict_of
 from benchmarks.quality.evidence.records import IMAGES, TEN, Sources
 from benchmarks.quality.presets import FITTED, PRESETS, SINGLE
@@ -136,6 +143,7 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
     assert "The spread is settled from the first quarter on" in text
     assert "Of the preset, for want of time" not in text
     assert "| S²-DM k = 9, expected | DDIM, 10 steps | 1.5 | **+3.0 % [+3.0, +3.0]** |" in text
+    assert "| +30.000 | 0.970, 0.970 |" in text
     assert "margin of 2 %" not in text
 
     for row in record["rows"]:
@@ -168,6 +176,19 @@ def test_the_figure_shows_strengths_that_were_chosen_on_the_other_seed() -> None
     assert list(gains) == [f"gain k = {k}" for k in (-9, 9, 49, 99, 149)]
     assert corrections["Epsilon Scaling"] == pytest.approx([-40, -40])
     assert solvers["UniPC"] == pytest.approx([40, 40])
+
+
+def test_how_far_a_training_has_come_is_told_by_the_spread(tmp_path: Path) -> None:
+    record = a_record(PRESET, {"plain": 1.0}, spread=0.8)
+    moved = {"skip49-expected": 0.02, "plain+gain49": 0.08, "plain+gain9": 0.005}
+    for row in record["rows"]:
+        row[8] += moved.get(row[0], 0.0) * (1 + row[1])
+    assert learned_shares(Results(record), 49) == pytest.approx([0.25, 0.25])
+    assert learned_shares(Results(record), 9) == []  # its gain moves too little to tell
+    text = pages_of(tmp_path, record)["evidence_cifar10.md"]
+    assert "k = 49 has come 25 % and 25 % of the way" in text
+    assert "14 % of the averaged weights are still those from before" in text  # 0.9995^4000
+    assert "k = 9 has come" not in text
 
 
 def test_what_lies_within_the_margin_is_called_equivalent(tmp_path: Path) -> None:
@@ -218,6 +239,19 @@ def test_the_networks_of_before_stand_beside(tmp_path: Path) -> None:
     alone = pages_of(tmp_path / "alone", there)
     assert "k = 9 changes" in alone["evidence_cifar10.md"].split("\n\n")[2]
     assert "Does the answer depend" not in alone["evidence_cifar10.md"]
+
+
+def test_one_network_after_more_and_fewer_images(tmp_path: Path) -> None:
+    longer = a_record(OTHERS[0], {"plain": 1.0, "plain+gain49": 0.9})
+    briefer = a_record(OTHERS[1], {"plain": 1.0, "plain+gain49": 1.1})
+    text = pages_of(tmp_path, longer, briefer)["evidence_cifar10.md"]
+    assert (
+        f"`{OTHERS[0]}` and `{OTHERS[1]}` are one network after 2,048,000 and 384,000 images: the "
+        "gain of k = 49 does **+10.0 % [+10.0, +10.0]** and **-10.0 % [-10.0, -10.0]**."
+    ) in text
+    other = a_record(OTHERS[2], {"plain": 1.0})
+    text = pages_of(tmp_path / "other", longer, other)["evidence_cifar10.md"]
+    assert "are one network" not in text
 
 
 def test_improvements_are_of_the_8_bit_distance() -> None:

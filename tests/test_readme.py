@@ -15,6 +15,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     answer,
     by_kind,
     is_sound,
+    learned_shares,
     over_ddim,
     over_plain,
 )
@@ -133,10 +134,26 @@ def test_what_the_readme_says_of_a_larger_network_on_cifar10_is_so():
     assert f"by {over_ddim(results, 'unipc', 10).mean:.1f} % with a larger network there" in flat
     of_gain = results.improvements("plain+gain49", ten, "images_frechet").values()
     assert f"{' and '.join(f'{one:+.1f} %' for one in of_gain)} on two larger ones" in flat
-    assert f"those of the larger ({millions(results)} million), which the loss was not" in flat
+    assert f"those of the larger ({millions(results)} million) lack 4 to 5 %" in flat
     assert all(0.035 < each < 0.055 for each in lacking(results))  # "lack 4 to 5 %"
     assert not any(name.startswith("skip") for name in results.methods)
     assert all(31.5 < value < 32.5 for value in by_kind(results)[-1]["UniPC"])  # in the plot
+
+
+def test_what_the_readme_says_of_the_larger_network_after_fewer_images_is_so():
+    results, flat = results_of(BRIEF), " ".join(README.split())
+    ten = TEN_STEPS[0]
+    of_gain = results.improvements("plain+gain49", ten, "images_frechet").values()
+    said_of_gain = " and ".join(f"{one:+.1f} %" for one in of_gain)
+    assert f"and {said_of_gain} on these after a fifth of the training" in flat
+    steps = [PRESETS[name].budget.steps for name in (BRIEF, WIDE)]
+    assert steps[0] / steps[1] == pytest.approx(1 / 5, abs=0.02)
+    assert results.record["settings"]["network"] == results_of(WIDE).record["settings"]["network"]
+    shares = " and ".join(f"{100 * share:.0f} %" for share in learned_shares(results, 49))
+    assert f"with k = 49, had come {shares} of the way" in flat
+    assert PRESETS[BRIEF].budget.branch_at == 0.75  # "the last quarter"
+    losses = [said(over_plain(results, f"skip{skip}-expected", ten)) for skip in (9, 49)]
+    assert f"k = 9 {losses[0]}, k = 49 {losses[1]}." in flat
 
 
 def millions(results) -> str:

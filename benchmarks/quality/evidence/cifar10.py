@@ -20,6 +20,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     chosen_correction,
     in_short,
     is_sound,
+    learned_shares,
     left_by_network,
     mean_colour_gains,
     measured_networks,
@@ -120,7 +121,8 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
         yield "## The loss, and its gain without training"
         yield (
             "8-bit. Fréchet: improvement over the plain network. Kernel: 1,000 times what is taken "
-            "off the plain network's distance; positive is better in both."
+            "off the plain network's distance; positive is better in both. Spread: of the samples, "
+            "over the data's, by seed."
         )
         yield from _losses(results)
         yield from _corrections(results)
@@ -236,10 +238,12 @@ def _losses(results: Results) -> Iterable[str]:
             plain = list(results.values("plain", cell, IMAGES).values())
             row = [results.title(name), cell_title(cell), f"{np.mean(plain):.1f}", percent(found)]
             row.append(MISSING if kernel is None else f"{1e3 * kernel.mean:+.3f}")
+            spreads = results.values(name, cell, "spread").values()
+            row.append(", ".join(f"{spread:.3f}" for spread in spreads))
             rows.append(row)
             if max(-found.low, found.high) <= MARGIN:
                 equivalent.append(f"{results.title(name)} with {cell_title(cell)}")
-    yield markdown_table(["", "sampler", "plain", "Fréchet", "kernel"], rows)
+    yield markdown_table(["", "sampler", "plain", "Fréchet", "kernel", "spread"], rows)
     if equivalent:
         yield (
             f"Equivalent to plain training by the margin of {MARGIN:g} % that was set before: "
@@ -258,6 +262,20 @@ def _losses(results: Results) -> Iterable[str]:
             f"{counted(len(pairs), 'cell')} the difference is at most {largest:.1f} % of the "
             "distance."
         )
+    budget = PRESETS[results.record["preset"]].budget
+    if budget.branch_at is None:
+        return
+    kept = budget.ema_decay ** round(budget.steps * (1 - budget.branch_at))
+    for skip in (9, 49):
+        shares = learned_shares(results, skip)
+        if shares:
+            yield (
+                f"By the spread of DDIM's samples at 10 steps, training with k = {skip} has come "
+                f"{listed([f'{100 * share:.0f} %' for share in shares])} of the way from the plain "
+                "network to its gain, by seed. It had the last "
+                f"{100 * (1 - budget.branch_at):.0f} % of the steps, with a falling rate, and "
+                f"{100 * kept:.0f} % of the averaged weights are still those from before."
+            )
 
 
 def _corrections(results: Results) -> Iterable[str]:
@@ -374,10 +392,10 @@ def _networks(measured: list[Results]) -> Iterable[str]:
     # What the sampler alone leaves depends on the data, not on the network.
     alone = next((left for one in measured if (left := spread_left(one, FIFTY)) is not None), None)
     for one in measured:
-        record, budget = one.record, PRESETS[one.record["preset"]].budget
+        record = one.record
         ratios = left_by_network(one, FIFTY, alone)
         row = [f"`{record['preset']}`", in_words(record["settings"]["network"])]
-        row += [f"{budget.steps * budget.batch_size:,}", f"{record['settings']['samples']:,}"]
+        row += [_images(one), f"{record['settings']['samples']:,}"]
         row.append(", ".join(f"{ratio:.2f}" for ratio in ratios) or MISSING)
         rows.append([*row, f"{one.floor:.1f}", _distances(one)])
     header = ["", "network", "images a seed", "samples a cell"]
@@ -393,10 +411,31 @@ def _networks(measured: list[Results]) -> Iterable[str]:
     ]
     rows += [[TITLES[s], *(_or_blank(over_ddim(one, s, 10)) for one in measured)] for s in SOLVERS]
     yield markdown_table(["", *(_short(one) for one in measured)], rows)
+    yield from _longer_trained(measured)
     for one in measured[1:]:
         if any(one.values(trained(skip), TEN) for skip in (9, 49)):
             yield f"The loss and its gain on `{one.record['preset']}`, as in the table above:"
             yield from _losses(one)
+
+
+def _longer_trained(measured: list[Results]) -> Iterable[str]:
+    """Compare networks of one shape that were trained for different times."""
+    for i, one in enumerate(measured):
+        for other in measured[i + 1 :]:
+            found = [over_plain(each, corrected(49), TEN) for each in (one, other)]
+            shapes = [each.record["settings"]["network"] for each in (one, other)]
+            if shapes[0] == shapes[1] and found[0] is not None and found[1] is not None:
+                names = [f"`{each.record['preset']}`" for each in (one, other)]
+                yield (
+                    f"{names[0]} and {names[1]} are one network after {_images(one)} and "
+                    f"{_images(other)} images: the gain of k = 49 does {percent(found[0])} and "
+                    f"{percent(found[1])}."
+                )
+
+
+def _images(results: Results) -> str:
+    budget = PRESETS[results.record["preset"]].budget
+    return f"{budget.steps * budget.batch_size:,}"
 
 
 def _or_blank(found: Interval | None) -> str:

@@ -7,7 +7,7 @@ import math
 from benchmarks.pages.tables import MISSING, listed
 from benchmarks.quality.corrections import BandGains, Gain
 from benchmarks.quality.evidence.corrections import FAMILIES, SOLVERS
-from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, trained
+from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, corrected, trained
 from benchmarks.quality.objectives import Method, Plain
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.samplers import TITLES
@@ -32,6 +32,8 @@ SETTLED = 0.01
 """By how much less the spread may change with training to be called settled."""
 LATE = 900
 """From this timestep on a network that has not learned enough gets the mean colour wrong."""
+TOLD_BY_SPREAD = 0.02
+"""What a gain must change the spread by for a training to be compared with it so."""
 MARGIN = 2.0
 """Per cent of the distance within which a method counts as equivalent to plain training."""
 
@@ -164,6 +166,21 @@ def left_by_network(results: Results, cell: Cell, alone: float | None) -> list[f
     """Return the spread of a cell's samples over what the sampler alone leaves, by seed."""
     spreads = results.values("plain", cell, "spread").values()
     return [] if alone is None else [spread / alone for spread in spreads]
+
+
+def learned_shares(results: Results, skip: int) -> list[float]:
+    """Return how far training has come from plain to the gain, by the spread, for each seed.
+
+    Empty where it was not trained, or where the gain hardly changes the spread.
+    """
+    plain, gain, loss = (
+        results.values(name, TEN, "spread") for name in ("plain", corrected(skip), trained(skip))
+    )
+    return [
+        (loss[seed] - plain[seed]) / (gain[seed] - plain[seed])
+        for seed in sorted(loss.keys() & plain.keys() & gain.keys())
+        if abs(gain[seed] - plain[seed]) > TOLD_BY_SPREAD
+    ]
 
 
 def mean_colour_gains(results: Results) -> list[float]:
