@@ -114,7 +114,7 @@ def correct_pipeline(
     """
     if not isinstance(recommendation, Recommendation):
         raise TypeError(
-            f"recommendation must be a Recommendation, what a search returns, got "
+            "recommendation must be a Recommendation, what a search returns, got "
             f"{describe(recommendation)}"
         )
 

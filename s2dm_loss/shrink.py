@@ -123,7 +123,7 @@ class _Rescaled(FixedSettings, nn.Module):
     def rescale(self, output: Any, x_t: Tensor, t: Tensor | float) -> Any:
         """Scale the prediction in an output that the model has given for x_t at time t.
 
-        For a network that is called with something else, such as σ, and not with the schedule's t.
+        So a network that is called with something else than the schedule's t, such as σ, has it.
         """
         return _scaled(output, x_t, *self._at(x_t, t))
 
