@@ -154,6 +154,8 @@ def test_what_the_readme_says_of_the_larger_network_after_fewer_images_is_so():
     assert PRESETS[BRIEF].budget.branch_at == 0.75  # "the last quarter"
     losses = [said(over_plain(results, f"skip{skip}-expected", ten)) for skip in (9, 49)]
     assert f"k = 9 {losses[0]}, k = 49 {losses[1]}." in flat
+    rescaled = said(over_plain(results, "plain+rescaling1.05", ten))
+    assert f"{rescaled} with the larger network after fewer images" in flat
 
 
 def millions(results) -> str:
