@@ -58,6 +58,12 @@ def check_switch(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
+def check_iterable(name: str, values: object) -> None:
+    """Raise TypeError where a number stands for a sequence of them."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of numbers, got {describe(values)}")
+
+
 class FixedSettings:
     """Attributes that are read once, when tables are made, and cannot be set again."""
 

@@ -13,14 +13,14 @@ All of them change how far the samples lie apart, and all work in both direction
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss.checks import check_choice, check_number, describe
+from s2dm_loss.checks import check_choice, check_iterable, check_number
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU
 from s2dm_loss.prediction import (
     PREDICTION_TYPES,
@@ -259,8 +259,7 @@ def standard_corrections(
 
 
 def _ascending(strengths: Sequence[float], none: float) -> tuple[float, ...]:
-    if not isinstance(strengths, Iterable):
-        raise TypeError(f"strengths must be a sequence of numbers, got {describe(strengths)}")
+    check_iterable("strengths", strengths)
     for strength in strengths:
         check_number("strengths", strength, -torch.inf, torch.inf, open_ends=True)
     found = tuple(sorted(strengths))

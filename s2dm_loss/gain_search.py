@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from s2dm_loss.checks import describe
+from s2dm_loss.checks import check_iterable
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU
 from s2dm_loss.corrections import SkipGain
 from s2dm_loss.prediction import PredictionType
@@ -72,8 +72,8 @@ class GainSearch(CorrectionSearch):
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
-        if skips is not None and not isinstance(skips, Iterable):
-            raise TypeError(f"skips must be a sequence of numbers, got {describe(skips)}")
+        if skips is not None:
+            check_iterable("skips", skips)
         correction = SkipGain(
             schedule, skips, tau=tau, prediction_type=prediction_type, max_c2=max_c2
         )

@@ -87,6 +87,7 @@ class _Rescaled(FixedSettings, nn.Module):
         self.schedule: Schedule = check_schedule(schedule)
         self.prediction_type: PredictionType = prediction_type
         timesteps = self.schedule.timesteps
+        self._last = None if timesteps is None else timesteps.numel() - 1
         # A network on x_0 + σ ε is often called with σ, which must not pass for a row.
         self._of_sigmas = timesteps is not None and bool(
             self.schedule.alpha_sigma(timesteps[-1:])[0] == 1
@@ -160,16 +161,16 @@ class _Rescaled(FixedSettings, nn.Module):
         if isinstance(t, Tensor) and t.is_meta != x_t.is_meta:
             raise ValueError(f"t must be on the device of x_t, {x_t.device}, got {describe(t)}")
         t = torch.as_tensor(t, device=x_t.device)
-        if self.schedule.timesteps is not None and t.is_floating_point():
+        if self._last is not None and t.is_floating_point():
             if self._of_sigmas:
                 raise TypeError(
                     f"t must hold integer timesteps, rows of {self.schedule!r}, got {describe(t)}. "
                     "Of a network that is called with σ, `rescale(model(x_t, sigma), x_t, row)` "
                     "scales the output"
                 )
-            last = self.schedule.timesteps.numel() - 1
             # A half type may round the last timestep up: bfloat16 has no 999 but 1000.
-            t = torch.where(t == torch.full_like(t, last), last, t.round().long())
+            at_end = t == torch.full_like(t, self._last)
+            t = torch.where(at_end, self._last, t.round().long())
         if t.numel() == 1:
             return t.reshape(1).expand(x_t.shape[0])
         return check_per_sample("t", t, "x_t", x_t)

@@ -264,6 +264,14 @@ def test_learned_variance_is_left_alone(variance_type):
     torch.testing.assert_close(shrunk[:, :2], s * plain[:, :2])
 
 
+def assert_v_has_the_gain(shrunk, plain, x_t, alpha_bar, s):
+    """ε̂ = a v̂ + b x_t of one is s times that of the other."""
+    a, b = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+    torch.testing.assert_close(
+        a * shrunk + b * x_t, s.float() * (a * plain + b * x_t), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_conditions_behind_the_noisy_channels():
     """Inpainting: the mask and the masked image follow x_t."""
     torch.manual_seed(0)
@@ -275,12 +283,9 @@ def test_conditions_behind_the_noisy_channels():
         plain = unet(x, 400).sample
         with shrink_pipeline(pipe, skip_set=99, noisy_channels="first"):
             shrunk = unet(x, 400).sample
-    alpha_bar = NoiseSchedule.linear(1000).alphas_cumprod[400]
-    a, b = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
-    s = gain(NoiseSchedule.linear(1000), 99)[400].float()
-    noisy = x[:, :2]
-    torch.testing.assert_close(
-        a * shrunk + b * noisy, s * (a * plain + b * noisy), rtol=1e-4, atol=1e-5
+    s = gain(NoiseSchedule.linear(1000), 99)[400]
+    assert_v_has_the_gain(
+        shrunk, plain, x[:, :2], NoiseSchedule.linear(1000).alphas_cumprod[400], s
     )
 
 
@@ -307,11 +312,8 @@ def test_an_image_condition_before_the_noisy_channels():
         with shrink_pipeline(pipe, skip_set=99):  # ε̂ is scaled, whatever x_t is
             s = gain(NoiseSchedule.linear(1000), 99)[400].float()
             torch.testing.assert_close(unet(x, 400).sample, s * plain)
-    alpha_bar = NoiseSchedule.linear(1000).alphas_cumprod[400]
-    a, b = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
-    noisy = x[:, 2:]
-    torch.testing.assert_close(
-        a * shrunk + b * noisy, s * (a * plain + b * noisy), rtol=1e-4, atol=1e-5
+    assert_v_has_the_gain(
+        shrunk, plain, x[:, 2:], NoiseSchedule.linear(1000).alphas_cumprod[400], s
     )
 
 
@@ -352,14 +354,10 @@ def test_an_image_condition_behind_a_videos_noisy_channels():
         with shrink_pipeline(pipe, skip_set=99, noisy_channels="first"):
             shrunk = transformer(x, text, t).sample
     alphas_cumprod = scheduler.alphas_cumprod.double()
-    a, b = alphas_cumprod[700].sqrt().float(), (1 - alphas_cumprod[700]).sqrt().float()
-    c2 = float(alphas_cumprod[601] / alphas_cumprod[700] - 1)
-    s = 0.99 / (0.99 + 0.01 * c2)
-    noisy = x[:, :, :2]
+    c2 = alphas_cumprod[601] / alphas_cumprod[700] - 1
     assert (shrunk - plain).abs().max() > 1e-3
-    torch.testing.assert_close(
-        a * shrunk + b * noisy, s * (a * plain + b * noisy), rtol=1e-4, atol=1e-5
-    )
+    s = 0.99 / (0.99 + 0.01 * c2)
+    assert_v_has_the_gain(shrunk, plain, x[:, :, :2], alphas_cumprod[700], s)
 
 
 def test_a_transformer_and_half_precision():

@@ -99,14 +99,15 @@ def test_from_betas_against_60_digits(values):
     np.testing.assert_allclose(schedule.log_snr.numpy(), expected_snr, rtol=1e-12, atol=1e-12)
 
 
-@given(betas(min_size=2, max_size=99))  # a longer table of ᾱ has to reach noise
+@given(betas(min_size=2, max_size=200))
 def test_constructors_agree(values):
     schedule = NoiseSchedule.from_betas(values)
     again = NoiseSchedule.from_log_snr(schedule.log_snr)
     torch.testing.assert_close(
         again.log_alphas_cumprod, schedule.log_alphas_cumprod, rtol=1e-11, atol=1e-300
     )
-    if schedule.alphas_cumprod.diff().lt(0).all():
+    reaches_noise = len(values) < 100 or schedule.alphas_cumprod[-1] <= 0.9  # as ᾱ is asked to
+    if reaches_noise and schedule.alphas_cumprod.diff().lt(0).all():
         again = NoiseSchedule.from_alphas_cumprod(schedule.alphas_cumprod)
         torch.testing.assert_close(
             again.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-12, atol=0

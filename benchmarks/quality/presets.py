@@ -442,7 +442,7 @@ BRIEF_ARMS = (
     arm(SkipStep(9), samplers=("ddim",), steps=TEN),
     arm(Plain(), samplers=("unipc",), steps=TEN),
     arm(Plain(), ScoreRescaling(1.05), ("ddim",), TEN),
-    *(arm(Plain(), one, ("unipc",), TEN) for one in (Gain(49),)),
+    arm(Plain(), Gain(49), ("unipc",), TEN),
     arm(SkipStep(49), samplers=("unipc",), steps=TEN),
     arm(Plain(), samplers=("ddim",), steps=(50,)),
 )

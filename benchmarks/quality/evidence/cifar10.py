@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -420,17 +421,15 @@ def _networks(measured: list[Results]) -> Iterable[str]:
 
 def _longer_trained(measured: list[Results]) -> Iterable[str]:
     """Compare networks of one shape that were trained for different times."""
-    for i, one in enumerate(measured):
-        for other in measured[i + 1 :]:
-            found = [over_plain(each, corrected(49), TEN) for each in (one, other)]
-            shapes = [each.record["settings"]["network"] for each in (one, other)]
-            if shapes[0] == shapes[1] and found[0] is not None and found[1] is not None:
-                names = [f"`{each.record['preset']}`" for each in (one, other)]
-                yield (
-                    f"{names[0]} and {names[1]} are one network after {_images(one)} and "
-                    f"{_images(other)} images: the gain of k = 49 does {percent(found[0])} and "
-                    f"{percent(found[1])}."
-                )
+    for one, other in combinations(measured, 2):
+        ours, theirs = (over_plain(each, corrected(49), TEN) for each in (one, other))
+        same = one.record["settings"]["network"] == other.record["settings"]["network"]
+        if same and ours is not None and theirs is not None:
+            yield (
+                f"`{one.record['preset']}` and `{other.record['preset']}` are one network after "
+                f"{_images(one)} and {_images(other)} images: the gain of k = 49 does "
+                f"{percent(ours)} and {percent(theirs)}."
+            )
 
 
 def _images(results: Results) -> str:
