@@ -422,6 +422,9 @@ WIDE_ARMS = (
     arm(Plain(), samplers=("unipc",), steps=(20,)),
     *(arm(Plain(), EpsilonScaling(factor), ("ddim",), TEN) for factor in (0.98, 1.02)),
     arm(Plain(), Gain(49), ("deis", "pndm"), TEN),
+    *(arm(objective, samplers=("ddim-quad",), steps=TEN) for objective in (Plain(), SkipStep(9))),
+    *(arm(Plain(), EpsilonScaling(1.0, slope), ("ddim",), TEN) for slope in (-0.02, 0.02)),
+    arm(SkipStep(9, "fresh"), samplers=("ddim",), steps=TEN),
 )
 CIFAR10_WIDE = replace(
     CIFAR10_SPECTRAL,
@@ -431,6 +434,7 @@ CIFAR10_WIDE = replace(
         UNetSpec(channels=64, multipliers=(1, 2), blocks=1, attention_at=()), patch=4
     ),
     arms=WIDE_ARMS,
+    seeds=(0, 1, 2),
 )
 # As `cifar10-wide`, with a budget that an older processor trains and samples in two hours: the loss
 # against its gain first.
@@ -451,6 +455,7 @@ CIFAR10_BRIEF = replace(
     about="cifar10-wide, trained for a fifth as long; data from a local folder, 2 hours on 2 cores",
     budget=replace(CIFAR10_WIDE.budget, steps=3_000, ema_decay=0.999),
     arms=BRIEF_ARMS,
+    seeds=(0, 1),
 )
 CELEBA = replace(
     CIFAR10,
