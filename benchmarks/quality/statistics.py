@@ -54,6 +54,11 @@ class Interval:
         return int(self.low > 0) - int(self.high < 0)
 
 
+def errors_either_side(count: int) -> float:
+    """Return how many standard errors a 95 % t interval of `count` values reaches either way."""
+    return math.inf if count == 1 else float(stats.t.ppf(0.975, count - 1))
+
+
 def interval(values: Iterable[float]) -> Interval:
     """Return the mean of one value per seed, and its intervals.
 
@@ -69,7 +74,7 @@ def interval(values: Iterable[float]) -> Interval:
     mean = float(array.mean())
     if array.size == 1:
         return Interval(mean, float("-inf"), float("inf"), float("-inf"), float("inf"), 1)
-    half = float(stats.t.ppf(0.975, array.size - 1) * array.std(ddof=1) / np.sqrt(array.size))
+    half = errors_either_side(array.size) * float(array.std(ddof=1) / np.sqrt(array.size))
     draw = np.random.default_rng(0).integers(array.size, size=(RESAMPLES, array.size))
     boot_low, boot_high = np.percentile(array[draw].mean(1), [2.5, 97.5])
     return Interval(

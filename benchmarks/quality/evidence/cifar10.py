@@ -49,6 +49,7 @@ from benchmarks.quality.statistics import (
     Cell,
     Interval,
     Results,
+    errors_either_side,
     holm,
     improvement_of_ratios,
     log_ratios,
@@ -151,11 +152,12 @@ def _short(results: Results) -> str:
 
 
 def _answer(results: Results) -> str:
+    seeds = len(results.values("plain", TEN, IMAGES))
     return (
-        f"On CIFAR10, with this network, {in_short(results)}. Positive is better. "
-        "Intervals are Student's t over the seeds, which with two of them is 12.7 standard errors; "
-        "bold where they exclude 0. They cover what another seed would change, "
-        "not another network or data set."
+        f"On CIFAR10, with this network, {in_short(results)}. Positive is better. Intervals are "
+        f"Student's t over {counted(seeds, 'seed')}, {errors_either_side(seeds):.1f} standard "
+        "errors to either side; bold where they exclude 0. They cover what another seed would "
+        "change, not another network or data set."
     )
 
 
@@ -309,7 +311,7 @@ def _corrections(results: Results) -> Iterable[str]:
             "none" if name == "plain" else results.title(name)
             for name in dict.fromkeys(chosen.values())
         ]
-        yield f"Chosen on the other seed, for 10 steps: {listed(names)}."
+        yield f"Chosen on the other seeds, for 10 steps: {listed(names)}."
     rows = [
         [TITLES[s], *(percent(over_ddim(results, s, steps)) for steps in (10, 20))] for s in SOLVERS
     ]
@@ -336,7 +338,8 @@ def _together(results: Results) -> Iterable[str]:
         f"Of the {len(p_values)} comparisons with plain DDIM at 10 steps, {len(kept)} "
         f"{'is' if len(kept) == 1 else 'are'} below p = 0.05 together, by Holm's correction"
         f"{f': {listed(kept)}' if kept else ''}; {sum(p < 0.05 for p in p_values.values())} are, "
-        "each by itself. Two seeds are few for that: read the table for sizes and signs."
+        f"each by itself. {counted(len(plain), 'seed')} are few for that: read the table for sizes "
+        "and signs."
     )
 
 
@@ -470,7 +473,6 @@ def _not_run(measured: Iterable[Results]) -> Iterable[str]:
         if absent:
             yield f"Of `{preset.name}`, for want of time: {'; '.join(absent)}."
     yield (
-        "Of what would make it an answer for good: 10,000 samples a cell, a third seed, Min-SNR "
-        "from the start, 200 to 1000 steps, Inception's features, the paper's network (`cifar10`), "
-        "CelebA."
+        "Of what would make it an answer for good: 10,000 samples a cell, Min-SNR from the start, "
+        "200 to 1000 steps, Inception's features, the paper's network (`cifar10`), CelebA."
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.pages.tables import MISSING, listed, markdown_table
+from benchmarks.pages.tables import MISSING, counted, listed, markdown_table
 from benchmarks.quality.evidence.cifar10_answers import in_short, measured_networks
 from benchmarks.quality.evidence.figures import by_steps
 from benchmarks.quality.evidence.records import (
@@ -160,7 +160,11 @@ def _findings(evidence: Evidence, results: Results) -> Iterable[str]:
             f"all cells: {', '.join(said)}."
         )
     for photographs in measured_networks(evidence)[:1]:
-        yield f"**On CIFAR10**, a small network and two seeds: {in_short(photographs)}."
+        seeds = len(photographs.values("plain", TEN, IMAGES))
+        yield (
+            f"**On CIFAR10**, a small network and {counted(seeds, 'seed')}: "
+            f"{in_short(photographs)}."
+        )
     absent = [name for name in PRESETS if name not in evidence.records]
     if absent:
         yield f"**Presets that were not run**: {listed([f'`{name}`' for name in absent])}."
