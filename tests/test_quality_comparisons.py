@@ -135,7 +135,10 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
         assert words in first
     assert "**Sound**, as the protocol asks" in text
     assert "Student's t over 3 seeds, 4.3 standard errors" in first
-    assert "| DDIM, 50 steps | 0.970, 0.970, 0.970 | 0.960 | 1.0, 2.0, 3.0 |" in text
+    assert (
+        "| DDIM, 50 steps | 0.970, 0.970, 0.970 | not measured yet | 0.960 | 1.0, 2.0, 3.0 |"
+        in text
+    )
     assert "at t ≥ 900: 1.020 to 1.020" in text
     assert "| DDIM, 10 steps | 0.60 | 1.00 |" in text  # the record has bands of two seeds
     assert "at most 1.0 % of the distance" in text  # 0.97 against 0.96
@@ -156,6 +159,13 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
     for wrong in ({"spread": 0.948}, {"spread": 1.0}, {"colour": 1.04}):
         text = pages_of(tmp_path, a_record(PRESET, factors, **wrong))["evidence_cifar10.md"]
         assert "**Not sound**" in text
+    # Before the clamp, where that is known.
+    record = a_record(PRESET, factors, spread=0.948)
+    for cell, alone in record["gaussian_spreads"].items():
+        record["raw_spreads"] = {**record.get("raw_spreads", {}), cell: {"0": 0.99 * alone}}
+    text = pages_of(tmp_path, record)["evidence_cifar10.md"]
+    assert "| DDIM, 50 steps | 0.948, 0.948, 0.948 | 0.950 | 0.960 |" in text
+    assert "**Sound**" in text
     record = a_record(PRESET, factors)
     record["rows"] = [row for row in record["rows"] if row[2:4] != ["unipc", 50]]
     text = pages_of(tmp_path, record)["evidence_cifar10.md"]
@@ -221,12 +231,15 @@ def test_the_networks_of_before_stand_beside(tmp_path: Path) -> None:
     factors = {"plain": 3.0, "plain+gain9": 3.0, "skip9-expected": 2.7, "unipc": 0.8}
     there = a_record(earlier, factors, spread=0.9)
     del there["gaussian_spreads"]  # records of before it was measured
+    here["raw_spreads"] = {"ddim-50": {"0": 0.98, "1": 0.99, "2": 0.98}}
     text = pages_of(tmp_path, here, there)["evidence_cifar10.md"]
     after = text.split("## Does the answer depend on the network?")[1]
     networks = [line.split(" | ") for line in after.splitlines() if line.startswith("| `cifar10")]
     assert [row[0].strip("| `") for row in networks] == [latest, earlier]
-    # 0.97 and 0.9 over 0.96.
-    assert [row[4] for row in networks] == ["1.01, 1.01, 1.01", "0.94, 0.94"]
+    # 0.98, 0.99 and 0.9 over 0.96.
+    assert [row[4] for row in networks] == ["1.02, 1.03, 1.02", "0.94, 0.94"]
+    assert f"The spread of `{earlier}` is that of 8-bit images." in after
+    assert "it has taken 1.0 to 2.0 % of it." in after  # 0.97 of 0.98 and 0.99
     assert [row[6] for row in networks] == ["1.0, 2.0, 3.0 |", "3.0, 6.0 |"]
     assert f"- On `{earlier}`, the paper's loss at its default k = 9 changes" in after
     row = next(line for line in after.splitlines() if line.startswith("| S²-DM k = 9"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from benchmarks.files import load_json, load_tensors, write_whole
 from benchmarks.quality import cli, runner
 from benchmarks.quality.data import load_digits, to_model_range, to_uint8
 from benchmarks.quality.objectives import Plain
-from benchmarks.quality.plan import plan
+from benchmarks.quality.plan import jobs, plan
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.record import collect
 from benchmarks.quality.report import keep, write_report
@@ -79,6 +80,33 @@ def test_a_cell_is_of_its_own_methods_samples(
     assert cell["raw"]["frechet"] == pytest.approx(bench.distances.compare(samples).frechet)
     saved = bench.distances.compare(to_uint8(samples))
     assert cell["images"]["frechet"] == pytest.approx(saved.frechet)
+
+
+def test_the_spread_before_the_clamp_of_samples_that_are_kept_in_8_bits(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Batches of 20, which are kept as images: what the clamp takes of the spread is known."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "cells/plain/seed0/ddim-2.json").unlink()
+    bench = Bench(replace(TINY, sample_batch=20), tmp_path)
+    bench.features.takes_floats = False
+    for job in jobs(replace(TINY, seeds=(0,))):
+        bench.do(job)
+    network = bench.model(Plain(), 0, lambda cost: None)
+    starts = [
+        torch.randn(count, 1, 8, 8, generator=generator(0, Purpose.START, part))
+        for part, count in enumerate([20, 20, 20, 4])
+    ]
+    samples = sample(network, "ddim", bench.schedule, 2, torch.cat(starts), torch.Generator())
+    cell = load_json(tmp_path / "cells/plain/seed0/ddim-2.json")
+    spread = float(to_model_range(load_digits().images).std(0).mean())
+    saved = to_model_range(to_uint8(samples)).std(0).mean()
+    assert cell["raw_spread"] == pytest.approx(float(samples.std(0).mean()) / spread, rel=1e-4)
+    assert cell["spread"] == pytest.approx(float(saved) / spread, rel=1e-4)
+    assert abs(cell["raw_spread"] / cell["spread"] - 1) > 0.01
+    assert "raw" not in cell
+    kept = collect(TINY, tmp_path)["raw_spreads"]
+    assert kept == {"ddim-2": {"0": pytest.approx(cell["raw_spread"], abs=1e-5)}}
 
 
 def test_samples_are_compared_with_what_is_held_out(

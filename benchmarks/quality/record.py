@@ -29,6 +29,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
     fitted: dict[str, dict[str, Any]] = {}
     bands: dict[str, list[float]] = {}
     alone: dict[str, float] = {}
+    raw_spreads: dict[str, dict[str, float]] = {}
     commits: dict[str, None] = {}  # a run that was resumed may have several; in order, once each
     for job in jobs(preset):
         method, seed = job.arm.method, job.seed
@@ -50,6 +51,9 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
                 bands[f"{sampler}-{steps}, seed {seed}"] = [
                     round(value, 4) for value in cell["band_spreads"]
                 ]
+            if method.name == "plain" and "raw_spread" in cell:
+                spreads = raw_spreads.setdefault(f"{sampler}-{steps}", {})
+                spreads[str(seed)] = round(cell["raw_spread"], 5)
             if "gaussian_spread" in cell:
                 alone[f"{sampler}-{steps}"] = round(cell["gaussian_spread"], 5)
             if "fitted" in cell:
@@ -81,5 +85,6 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         "fitted": fitted,
         "band_spreads": bands,
         "gaussian_spreads": alone,
+        "raw_spreads": raw_spreads,
         "searches": [load_json(path) for path in sorted(root.glob("search-*.json"))],
     }  # fmt: skip

@@ -160,7 +160,7 @@ class Bench:
         path = self.layout.cell(method, seed, sampler, steps)
         began = time.perf_counter()
         corrected = self._corrected(model, method, seed, sampler, steps)
-        samples = self._samples(corrected, seed, sampler, steps, path.with_suffix(""))
+        samples, moments = self._samples(corrected, seed, sampler, steps, path.with_suffix(""))
         sampled = time.perf_counter()
         saved = samples if samples.dtype == torch.uint8 else datasets.to_uint8(samples)
         result: dict[str, Any] = {
@@ -174,10 +174,13 @@ class Bench:
         }
         if samples.is_floating_point():
             result["raw"] = asdict(self.distances.compare(samples))
+        else:
+            result["raw_spread"] = self._spread(moments) / self.data_spread
+            moments = _moments(datasets.to_model_range(samples))
         if corrected.fitted is not None:
             result["fitted"] = corrected.fitted
         result |= {
-            "spread": self._spread(samples) / self.data_spread,
+            "spread": self._spread(moments) / self.data_spread,
             "band_spreads": (self._band_spreads(samples) / self.data_band_spreads).tolist(),
             **self._spread_without_network(method, sampler, steps),
             "sampling_seconds": round(sampled - began, 2),
@@ -193,8 +196,8 @@ class Bench:
 
     def _samples(
         self, corrected: Corrected, seed: int, sampler: str, steps: int, partial: Path
-    ) -> Tensor:
-        """Return this process's share of the samples.
+    ) -> tuple[Tensor, Tensor]:
+        """Return this process's share of the samples, and their moments before any rounding.
 
         Where there are several batches each is kept in `partial` until the cell is done, since
         at 1000 steps a cell takes hours.
@@ -212,19 +215,20 @@ class Bench:
         for part in mine:
             path = partial / f"{part}.pt"
             if path.exists():
-                batches.append(load_tensors(path)["samples"])
+                batches.append(load_tensors(path))
                 continue
             start = torch.randn(
                 counts[part], *self.data.shape, generator=generator(seed, Purpose.START, part)
             )
             noise = generator(seed, Purpose.SAMPLER, part)
             start = corrected.start * start.to(accelerator.device)
-            x = sample(corrected.model, sampler, self.schedule, steps, start, noise)
-            x = x.cpu() if self.features.takes_floats else datasets.to_uint8(x).cpu()
+            x = sample(corrected.model, sampler, self.schedule, steps, start, noise).cpu()
+            kept = x if self.features.takes_floats else datasets.to_uint8(x)
+            batches.append({"samples": kept, "moments": _moments(x)})
             if len(counts) > 1:
-                save_tensors(path, {"samples": x})
-            batches.append(x)
-        return torch.cat(batches)
+                save_tensors(path, batches[-1])
+        samples = torch.cat([batch["samples"] for batch in batches])
+        return samples, torch.stack([batch["moments"] for batch in batches]).sum(0)
 
     @cached_property
     def _data_variances(self) -> Tensor:
@@ -245,17 +249,20 @@ class Bench:
         sums = found.new_zeros(self.frequencies.count).index_add_(0, bands, found)
         return (sums / bands.bincount()).sqrt()
 
-    def _spread(self, samples: Tensor) -> float:
-        """Return the standard deviation over samples, averaged over pixels."""
-        values = samples if samples.is_floating_point() else datasets.to_model_range(samples)
-        values = values.double()
-        sums = torch.stack([torch.full_like(values[0], len(values)), values.sum(0)])
-        sums = torch.cat([sums, values.square().sum(0, keepdim=True)])
+    def _spread(self, moments: Tensor) -> float:
+        """Return the standard deviation over all processes' samples, averaged over pixels."""
         if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
-        count, first, second = sums
+            moments = self.accelerator.reduce(moments.to(self.accelerator.device), "sum").cpu()
+        count, first, second = moments
         variance = (second - first.square() / count) / (count - 1)
         return float(variance.sqrt().mean())
+
+
+def _moments(samples: Tensor) -> Tensor:
+    """Return how many samples there are, their sum and that of their squares, by pixel."""
+    values = samples.double()
+    count = torch.full_like(values[0], len(values))
+    return torch.stack([count, values.sum(0), values.square().sum(0)])
 
 
 def _remove_batches(path: Path) -> None:

@@ -162,9 +162,19 @@ def spread_left(results: Results | None, cell: Cell) -> float | None:
     return found
 
 
+def raw_spreads(results: Results, cell: Cell) -> list[float]:
+    """Return the spread of a cell's samples before the clamp, by seed; empty where not kept."""
+    kept = results.record.get("raw_spreads", {})
+    stored: dict[str, float] = kept.get(f"{cell.sampler}-{cell.steps}", {})
+    return [stored[seed] for seed in sorted(stored)]
+
+
 def left_by_network(results: Results, cell: Cell, alone: float | None) -> list[float]:
-    """Return the spread of a cell's samples over what the sampler alone leaves, by seed."""
-    spreads = results.values("plain", cell, "spread").values()
+    """Return the spread of a cell's samples over what the sampler alone leaves, by seed.
+
+    Of the samples before the clamp where that was kept, else of their 8-bit images.
+    """
+    spreads = raw_spreads(results, cell) or results.values("plain", cell, "spread").values()
     return [] if alone is None else [spread / alone for spread in spreads]
 
 
