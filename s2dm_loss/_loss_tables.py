@@ -9,7 +9,7 @@ from torch import Tensor
 
 from s2dm_loss._tables import TimeTable
 from s2dm_loss.coefficients import Coefficients, CompletedSquare, Estimator, coefficients
-from s2dm_loss.output import OutputSquare, output_square, output_weights, weighting_bound
+from s2dm_loss.output import OutputSquare, bound_on_c2, output_square, output_weights
 from s2dm_loss.prediction import PredictionType
 from s2dm_loss.schedule import Schedule, wide_dtype
 from s2dm_loss.skip_set import SkipSet
@@ -26,7 +26,7 @@ class LossTables:
         output: The fields of an `OutputSquare`, the same in the network's output.
         terms: τ, c and c² of the paper's two terms, and the weighting of both.
         path: The two coefficients of x_t.
-        coefficients: τ, c and c² before any weighting.
+        coefficients: τ, c and c².
     """
 
     def __init__(
@@ -80,10 +80,12 @@ class LossTables:
             estimator=self._estimator,
             max_c2=self._max_c2,
         )
+        a, b = self._schedule.alpha_sigma(t)
+        at_t = at_t.bounded(bound_on_c2(self._prediction_type, self._weighting, a, b, self._max_c2))
         return at_t.tau, at_t.c, at_t.c2
 
     def _square_at(self, t: Tensor) -> CompletedSquare:
-        square = self._weighted_at(t).complete_square(normalize=self._normalize)
+        square = self.coefficients_at(t).complete_square(normalize=self._normalize)
         return square if self._weighting is None else square.times(self._weights_at(t, "epsilon"))
 
     def _output_at(self, t: Tensor) -> OutputSquare:
@@ -91,21 +93,13 @@ class LossTables:
             self.coefficients_at(t),
             self._prediction_type,
             *self._schedule.alpha_sigma(t),
-            max_c2=self._max_c2,
             weighting=self._weighting,
             normalize=self._normalize,
         )
 
     def _terms_at(self, t: Tensor) -> tuple[Tensor, ...]:
-        at_t = self._weighted_at(t)
-        return at_t.tau, at_t.c, at_t.c2, self._weights_at(t, "epsilon")
-
-    def _weighted_at(self, t: Tensor) -> Coefficients:
         at_t = self.coefficients_at(t)
-        if self._weighting is None:
-            return at_t
-        a, b = self._schedule.alpha_sigma(t)
-        return at_t.bounded(weighting_bound(self._weighting, a, b, self._max_c2))
+        return at_t.tau, at_t.c, at_t.c2, self._weights_at(t, "epsilon")
 
     def _weights_at(self, t: Tensor, prediction_type: PredictionType) -> Tensor:
         a, b = self._schedule.alpha_sigma(t)

@@ -120,7 +120,7 @@ class Coefficients:
 
     @property
     def gain_excess(self) -> Tensor:
-        """S - 1 to its own rounding: an output divides it by what may be next to nothing."""
+        """`gain` - 1 without cancellation, as it may be divided by what is next to nothing."""
         c = self.c if self.estimator == "shared" else 0.0
         return (1 - self.tau) * (c - self.c2) / self._safe_weight
 

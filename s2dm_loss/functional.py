@@ -28,12 +28,12 @@ from s2dm_loss.skip_set import Skips
 class LossTerms(NamedTuple):
     """The two terms of the loss as the paper writes them, each of shape [B].
 
-    loss = tau · simple + (1 - tau) · skip, with tau = 1 and skip = 0 where no skip is valid. A loss
-    with τ = 1 has no skip term, and there skip is 0 everywhere.
+    loss = tau · simple + (1 - tau) · skip without `normalize`, with tau = 1 and skip = 0 where no
+    skip is valid. A loss with τ = 1 has no skip term, and there skip is 0 everywhere.
 
     Attributes:
-        simple: The plain loss, mse(ε̂, ε).
-        skip: The skip term, mse(c ε̂, ζ).
+        simple: The plain loss, mse(ε̂, ε), times the weighting if there is one.
+        skip: The skip term, mse(c ε̂, ζ), times the same.
         tau: τ, and 1 where no skip is valid.
     """
 

@@ -106,7 +106,9 @@ class SkipStepLoss(FixedSettings, nn.Module):
                 network that predicts something else the plain mean squared error of its output.
             normalize: Drop the weight A(t) and the constant, leaving mse(ε̂, target), which has the
                 same minimiser and weighs every timestep alike.
-            max_c2: Upper bound on c²; see `coefficients`.
+            max_c2: Upper bound on c², and on c² times what an error of the noise counts, where that
+                is more than 1 (an output other than the noise, some weightings); see
+                `coefficients` and `from_output`.
 
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.
@@ -244,8 +246,9 @@ class SkipStepLoss(FixedSettings, nn.Module):
         """Return the loss on the scale of the network's own output, whatever it predicts.
 
         In the place of `mse(output, target)`, which it is at τ = 1. A squared error of another
-        output is one of ε̂ times a weight, mse(output, target) = mse(ε̂, ε) / ratio², and S²-DM
-        keeps that weight. The constant of the loss, which no gradient sees, is left out.
+        output is one of ε̂ = ratio · output + lift · x_t times a weight, mse(output, target) =
+        mse(ε̂, ε) / ratio², and S²-DM keeps that weight. The constant of the loss, which no
+        gradient sees, is left out.
 
         At a time without signal (ᾱ = 0) x_t is all noise, ε̂ = x_t, and no output can express a gain
         on it, so that c² <= max_c2 · ratio² holds besides c² <= max_c2: the loss goes smoothly to
@@ -311,9 +314,10 @@ class SkipStepLoss(FixedSettings, nn.Module):
     ) -> LossTerms:
         """Return the paper's two terms, each of shape [B].
 
-        They serve logging, and trainers whose plain loss is not mse(ε̂, ε): the gradient flows, so
-        that such a trainer can add τ times its own loss and (1-τ) times the skip term. With the
-        estimator "fresh" the noise ζ has to be given: the terms are those of one draw.
+        Both have the weighting in them, if there is one. They serve logging, and trainers whose
+        plain loss is not mse(ε̂, ε): the gradient flows, so that such a trainer can add τ times its
+        own loss and (1-τ) times the skip term. With the estimator "fresh" the noise ζ has to be
+        given: the terms are those of one draw.
 
         Raises:
             TypeError, ValueError: as for `from_prediction`.
@@ -329,7 +333,11 @@ class SkipStepLoss(FixedSettings, nn.Module):
         return LossTerms(weight * simple, weight * skip, tau)
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
-        """Return the loss's `Coefficients` (Eq. 13) at times of any shape, computed in float64."""
+        """Return the loss's `Coefficients` (Eq. 13) at times of any shape, computed in float64.
+
+        With the bounds that the prediction type and the weighting put on c², so that `gain` is the
+        s(t) that the network learns.
+        """
         self.schedule.check_timesteps(t)
         return self._tables.coefficients_at(t)
 

@@ -70,19 +70,14 @@ def output_square(
     a: Tensor,
     b: Tensor,
     *,
-    max_c2: float,
     weighting: Callable[[Tensor], Tensor] | None = None,
     normalize: bool = False,
 ) -> OutputSquare:
-    """Return the quadratic in an output on a path x_t = a x_0 + b ε, in the dtype of a."""
+    """Return the quadratic in an output on a path x_t = a x_0 + b ε, in the dtype of a.
+
+    `at_t` has the bound of `bound_on_c2`.
+    """
     scales = output_scales(prediction_type, a, b)
-    if weighting is not None:
-        bound = weighting_bound(weighting, a, b, max_c2)
-    else:
-        # Neither a ratio of 0 nor a bound of 0 is to meet infinity.
-        none = (scales.ratio == 0) | (max_c2 == 0)
-        bound = torch.where(none, 0.0, scales.ratio.square() * max_c2)
-    at_t = at_t.bounded(bound)
     square, less = at_t.complete_square(normalize=normalize), at_t.gain_excess
     # Where ratio is 0 nothing can be said of ε, and s = 1 and g = 0.
     silent = scales.ratio == 0
@@ -104,11 +99,20 @@ def output_square(
     )
 
 
-def weighting_bound(
-    weighting: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, max_c2: float
+def bound_on_c2(
+    prediction_type: PredictionType,
+    weighting: Callable[[Tensor], Tensor] | None,
+    a: Tensor,
+    b: Tensor,
+    max_c2: float,
 ) -> Tensor:
     """Return the bound on c² with which neither c² nor c² w is above max_c2."""
-    return max_c2 / weights_at(weighting, *within_the_ends(a, b)).clamp(min=1.0)
+    if weighting is not None:
+        return max_c2 / weights_at(weighting, *within_the_ends(a, b)).clamp(min=1.0)
+    ratio = output_scales(prediction_type, a, b).ratio
+    # Neither a ratio of 0 nor a bound of 0 is to meet infinity.
+    none = (ratio == 0) | (max_c2 == 0)
+    return torch.where(none, 0.0, ratio.square().clamp(max=1.0) * max_c2)
 
 
 def output_weights(

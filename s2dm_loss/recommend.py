@@ -103,9 +103,9 @@ class CorrectionSearch:
                 and half as many samples, and to report the chosen ones and half of each. If not,
                 every strength is reported.
             features: Maps samples or data [B, ...] to [B, D], in which they are then compared; by
-                default the values themselves. Above 128 dimensions, and with fewer than four
-                samples for each, the distance follows as many axes in which the data vary most,
-                found on a third of the data, and the rest as one.
+                default the values themselves. Above 128 dimensions, or with fewer than four
+                samples for each, the distance follows fewer axes, at most 128, those in which the
+                data vary most, found on a third of the data, and the rest as one.
             num_samples: Samples per candidate, at least 32.
             batch_size: Noise in one call of `sample`, and images in one call of `features`.
             noise_shape: Shape of one sample's noise, where it is not that of the data (a latent

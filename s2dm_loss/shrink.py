@@ -3,6 +3,9 @@
 A network trained with the loss converges to s(t) E[ε | x_t], one trained with the plain loss to
 E[ε | x_t]. So s(t) times the plain network's ε̂ is where the loss would have led it. Dividing ε̂ by a
 constant λ is known as Epsilon Scaling (Ning et al., arXiv 2308.15321); here λ(t) = 1 / s(t).
+
+s(t) is that of a network that predicts the noise, whatever the one at hand predicts. At late t a
+loss on v or x_0 teaches less of it (`SkipStepLoss.from_output`).
 """
 
 from __future__ import annotations
@@ -191,7 +194,8 @@ class ShrunkModel(_Rescaled):
 
     It is called as the model is, `shrunk(x_t, t, ...)`, and returns what the model returns, so it
     takes the model's place in any sampling loop. A learned variance beside the prediction (2C
-    channels) is left as it is.
+    channels) is left as it is. Of v and x_0 it scales the ε̂ in them by the same s(t), also at late
+    times at which the loss on such an output would teach less of it.
 
     >>> from s2dm_loss import NoiseSchedule, ShrunkModel
     >>> class Model(nn.Module):

@@ -77,10 +77,10 @@ def check_swap(
 ) -> SwapReport:
     """Raise AssertionError unless a swap does what it should, and return what was measured.
 
-    It finds a scale that is not the trainer's, a v that is taken for noise, a wrong order of
-    arguments, a loss that explodes or dies at an end of the schedule, a schedule that runs the
-    wrong way or does not act, and a model that is called more often than before. A swap by
-    `from_output` or `regression_target` needs `check_target` too.
+    It finds a scale that is not the trainer's, a v in the place of noise in `from_prediction`, a
+    wrong order of arguments, a loss that explodes or dies at an end of the schedule, a schedule
+    that runs the wrong way or does not act, and a model that is called more often than before. A
+    swap by `from_output` or `regression_target` needs `check_target` too.
 
     Args:
         trainers_loss: Calls the model it is given, once, and returns the trainer's own loss: a

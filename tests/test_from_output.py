@@ -13,7 +13,7 @@ from s2dm_loss import (
     SkipStepLoss,
     epsilon_from_output,
 )
-from s2dm_loss.output import output_square, weighting_bound
+from s2dm_loss.output import bound_on_c2, output_square
 from tests.strategies import normal
 
 TYPES = ["epsilon", "v_prediction", "sample", "flow", "score"]
@@ -239,6 +239,24 @@ def test_a_perfect_network_is_at_the_minimum():
         torch.testing.assert_close(eps_hat, s * eps, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("weighting", [None, "min_snr", "truncated_snr"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_gain_that_is_reported_is_the_one_that_is_taught(kind, weighting):
+    """Late times too, where the bound on c² w acts: the ε̂ at which the gradient is 0, over ε."""
+    options = {"prediction_type": kind, "weighting": weighting, "reduction": "none"}
+    criterion = SkipStepLoss(LINEAR, 99, **options)
+    t = torch.tensor([50, 300, 700, 900, 999])
+    output, target, x_t, _, eps = batch(LINEAR, t, kind)
+    at_0, at_1 = (
+        loss_and_gradient(lambda leaf: criterion.from_output(leaf, target, x_t, t), values)[1]
+        for values in (torch.zeros_like(output), torch.ones_like(output))
+    )
+    best = at_0 / (at_0 - at_1)  # the gradient is linear in the output
+    found = epsilon_from_output(best, x_t, t, LINEAR, kind)
+    gain = criterion.coefficients_at(t).gain[:, None, None]
+    torch.testing.assert_close(found, gain * eps, rtol=1e-8, atol=1e-8)
+
+
 def test_a_prediction_is_not_taken_for_another():
     x = normal(2, 3, seed=0)
     criterion = SkipStepLoss(LINEAR, prediction_type="v_prediction")
@@ -274,7 +292,8 @@ def test_the_bound_on_c2_and_the_quadratic_it_leaves(kind, ratio, max_c2):
     tau, c, c2 = 0.9, 2.0, 5.0
     a, b = scalars(0.6, 0.8)
     at_t = Coefficients(*scalars(tau, c, c2), "fresh")
-    square = output_square(at_t, kind, a, b, max_c2=max_c2)
+    at_t = at_t.bounded(bound_on_c2(kind, None, a, b, max_c2))
+    square = output_square(at_t, kind, a, b)
     bounded = min(c2, max_c2 * ratio**2)
     weight = tau + (1 - tau) * bounded
     s, g = tau / weight, (1 - tau) * min(c, math.sqrt(max_c2) * abs(ratio)) / weight
@@ -294,19 +313,24 @@ def test_the_bound_on_c2_and_the_quadratic_it_leaves(kind, ratio, max_c2):
 
 
 def test_where_an_output_says_nothing_of_the_noise_or_all_of_it():
-    at_t = Coefficients(*scalars(0.9, 2.0, 5.0), "fresh")
-    silent = output_square(at_t, "v_prediction", *scalars(0.0, 1.0), max_c2=100.0)
+    def square_at(kind, a, b, max_c2):
+        a, b = scalars(a, b)
+        at_t = Coefficients(*scalars(0.9, 2.0, 5.0), "fresh")
+        return output_square(at_t.bounded(bound_on_c2(kind, None, a, b, max_c2)), kind, a, b)
+
+    silent = square_at("v_prediction", 0.0, 1.0, max_c2=100.0)
     assert (silent.on_target, silent.on_input, silent.on_skip_noise) == (1, 0, 0)
     assert (silent.on_data, silent.on_noise, silent.weight) == (-1, 0, 0.9)
     # Without noise in x_t the ratio of x_0 is infinite, and 0 · ∞ is still no bound but 0.
-    plain = output_square(at_t, "sample", *scalars(1.0, 0.0), max_c2=0.0)
+    plain = square_at("sample", 1.0, 0.0, max_c2=0.0)
     assert (plain.weight, plain.on_target) == (0.9, 1)
 
 
 @pytest.mark.parametrize(("weight", "bound"), [(0.25, 3.0), (1.5, 2.0), (6.0, 0.5)])
 def test_the_bound_of_a_weighting(weight, bound):
     """Neither c² nor c² w is above max_c2 = 3."""
-    found = weighting_bound(lambda log_snr: log_snr * 0 + weight, *scalars(0.6, 0.8), 3.0)
+    a, b = scalars(0.6, 0.8)
+    found = bound_on_c2("epsilon", lambda log_snr: log_snr * 0 + weight, a, b, 3.0)
     assert found.item() == bound
 
 

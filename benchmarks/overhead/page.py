@@ -157,9 +157,9 @@ def _answer(device: str, results: Results) -> Iterable[str]:
         f"**Does the loss slow a training down? {slows}: by {share:+.2%} "
         f"of a step of CIFAR10's U-Net, batch {step['shape'][0]}, on a {DEVICES[device]}.** In "
         f"place of `F.mse_loss` it takes {value_range(ratios)} times as long at shapes that people "
-        f"train on, at worst {max(extra):.0f} µs more a step; it holds {most:.0f} tensor of the "
-        f"data's size at once where that holds {theirs:.0f}, and makes the host wait for the "
-        f"device {_times(syncs)}."
+        f"train on, at worst {max(extra):.0f} µs more a step; in float32 it holds {most:.0f} "
+        f"tensor of the data's size at once where that holds {theirs:.0f}, and it makes the host "
+        f"wait for the device {_times(syncs)}."
     )
     header = ["", "shape", "forward and backward", "÷ `F.mse_loss`", "GB/s", "share of a copy's"]
     errors = any("gradient_error" in row for row in counted.values())

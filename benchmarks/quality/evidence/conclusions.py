@@ -93,8 +93,8 @@ def conclusions(evidence: Evidence) -> Iterable[str]:
         ],
     )
     yield (
-        "*At the floor*: both as close to the data as as many real images, so that nothing can be "
-        "said ([how it was measured](evidence_method.md#the-floor))."
+        "*At the floor*: both as close to the data as real images of that number are, so nothing "
+        "can be said ([how it was measured](evidence_method.md#the-floor))."
     )
     best = _strongest_peer(results)
     shown = [trained(49), corrected(49), "min-snr-5"]
@@ -138,7 +138,7 @@ def _findings(evidence: Evidence, results: Results) -> Iterable[str]:
     for measure, label in MEASURES.items():
         best = best_trained(results, GRID, measure)
         yield (
-            f"**The best trained setting**, {label}, mean over all cells: "
+            f"**The best setting of the loss**, {label}, mean over all cells: "
             + (
                 f"{best[0]}, {percent(best[1])}; it is the best of many, so expect less elsewhere."
                 if best is not None

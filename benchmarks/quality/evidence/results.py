@@ -193,14 +193,13 @@ def _peers(results: Results) -> str:
         row = [title(results, name)]
         for measure in MEASURES:
             row.append(percent(results.improvement(name, GRID, measure)))
-            row.append(percent(results.improvement(ours, GRID, measure, name)))
+            row.append(percent(results.improvement(name, GRID, measure, ours)))
         rows.append(row)
     text = (
         "## Its peers\n\nSame data, network, seeds, number of steps and random numbers. SA-DPM "
         "calls the network twice in each training step, so it has twice the computation of the "
-        f"others. Beside each, how much {title(results, ours)} improves on it (negative: the peer "
-        "is better):\n\n"
-        + markdown_table(["", "peer, 8-bit", "k = 49 over it", "peer, raw", "k = 49 over it"], rows)
+        f"others. Each over plain training, and over {title(results, ours)} (positive: the peer is "
+        "better):\n\n" + markdown_table(["", "8-bit", "over k = 49", "raw", "over k = 49"], rows)
     )
     rows = []
     for skip in (49, 99):
