@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal, Protocol, get_args
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -137,12 +136,11 @@ class _DdimLoss:
 
     def _make_criterion(self, b: Tensor) -> SkipStepLoss:
         betas = as_float64("b", b)
+        # The trainer's schedule "jsd" ends with β = 1.
         check_all("b", betas, (betas > 0) & (betas <= 1), "lie in (0, 1]")
-        # Not `from_betas`: the trainer's schedule "jsd" ends with β = 1, that is with ᾱ = 0.
-        schedule = NoiseSchedule(
-            torch.log1p(-betas).cumsum(0), name=f"NoiseSchedule.from_betas([{betas.numel()}])"
+        return SkipStepLoss(
+            NoiseSchedule.from_betas(betas), self.skip_set, reduction="none", **self.options
         )
-        return SkipStepLoss(schedule, self.skip_set, reduction="none", **self.options)
 
     @override
     def __repr__(self) -> str:

@@ -176,6 +176,7 @@ class PipelineGain:
         self._make = make
         self._scaled: Any = make(denoiser, prediction_type=prediction_type_of(pipe.scheduler))
         self._pipe = pipe
+        self._scheduler = pipe.scheduler
         self._denoiser = denoiser
         self._noisy_channels = noisy_channels
         # torch.compile wraps a module; the wrapped one knows the names of the arguments.
@@ -216,6 +217,8 @@ class PipelineGain:
         # A copy of the denoiser has copied the hook, but it is not what the handle is for.
         if module is not self._denoiser or self._scaled is self._denoiser:
             return output
+        if self._pipe.scheduler is not self._scheduler:
+            self._check_exchanged()
         call = self._signature.bind(*args, **kwargs).arguments
         x_t = call["sample"] if "sample" in call else call["hidden_states"]
         prediction = read_output(output)
@@ -229,6 +232,15 @@ class PipelineGain:
         if prediction_type != self._scaled.prediction_type:
             self._scaled = self._make(self._denoiser, prediction_type=prediction_type)
         return self._scaled.rescale(output, x_t, call["timestep"])
+
+    def _check_exchanged(self) -> None:
+        """Raise ValueError unless a pipeline's new scheduler has the schedule of the gain."""
+        if not is_the_table_of(self._scaled.schedule, _schedule(self._pipe).alphas_cumprod):
+            raise ValueError(
+                f"pipe has another scheduler, a {type(self._pipe.scheduler).__name__}, whose "
+                "alphas_cumprod are not those of the gain: remove the gain and put it on anew"
+            )
+        self._scheduler = self._pipe.scheduler
 
     def _without_conditions(
         self, x_t: Tensor, sizes: tuple[int, ...], prediction_type: PredictionType

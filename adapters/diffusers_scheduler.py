@@ -92,12 +92,15 @@ def _rebuilt(config: Any, num_train_timesteps: int) -> NoiseSchedule | None:
     """The schedule that a scheduler's config names, in float64; None if it is not one of ours."""
     named = config.get("beta_schedule", "squaredcos_cap_v2")  # UnCLIP knows no other
     betas = config.get("trained_betas")
-    if betas is not None:
-        return NoiseSchedule.from_betas(betas)
-    if named in ("linear", "scaled_linear"):
-        build = getattr(NoiseSchedule, named)
-        exact: NoiseSchedule = build(num_train_timesteps, config["beta_start"], config["beta_end"])
-        return exact
-    if named == "squaredcos_cap_v2":
-        return NoiseSchedule.cosine(num_train_timesteps)
-    return None
+    exact: NoiseSchedule | None = None
+    try:
+        if betas is not None:
+            exact = NoiseSchedule.from_betas(betas)
+        elif named in ("linear", "scaled_linear"):
+            build = getattr(NoiseSchedule, named)
+            exact = build(num_train_timesteps, config["beta_start"], config["beta_end"])
+        elif named == "squaredcos_cap_v2":
+            exact = NoiseSchedule.cosine(num_train_timesteps)
+    except ValueError:  # β of 0 or 1 at an end: the scheduler's table has them
+        return None
+    return exact

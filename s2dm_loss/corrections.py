@@ -162,7 +162,14 @@ class SkipGain(PredictionScaling):
 
     @override
     def scale(self, t: Tensor, strength: float) -> Tensor:
-        s = gain(self.schedule, abs(strength), t=t, tau=self.tau, max_c2=self.max_c2)
+        s = gain(
+            self.schedule,
+            abs(strength),
+            t=t,
+            tau=self.tau,
+            prediction_type=self.prediction_type,
+            max_c2=self.max_c2,
+        )
         return s if strength > 0 else 1 / s
 
     @override

@@ -137,15 +137,16 @@ class FrechetComparison:
         ]
         covariance = (parts[0] + parts[1]).reshape(len(distance), len(distance))
         error = covariance.diagonal().sqrt()
-        values, vectors = torch.linalg.eigh(covariance)
+        # Correlations, so that the variance of a set that has diverged does not swamp the others'.
+        per_error = 1 / error.masked_fill(error == 0, torch.inf)
+        values, vectors = torch.linalg.eigh(per_error[:, None] * covariance * per_error)
         normal = torch.randn(
             DRAWS, len(distance), generator=self._generator, dtype=torch.float64, device="cpu"
         )
-        noise = (normal * values.clamp(min=0).sqrt()) @ vectors.T
-        # One bound for all: the largest of their standardised deviations.
-        largest = (noise / error.masked_fill(error == 0, torch.inf)).abs().amax(1)
-        reach = torch.quantile(largest, CONFIDENCE) * error
-        winners = (difference + noise).argmin(1)
+        deviations = (normal * values.clamp(min=0).sqrt()) @ vectors.T
+        # One bound for all: the largest of the standardised deviations.
+        reach = torch.quantile(deviations.abs().amax(1), CONFIDENCE) * error
+        winners = (difference + deviations * error).argmin(1)
         return Differences(
             distance,
             difference,

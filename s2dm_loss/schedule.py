@@ -137,14 +137,19 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Any) -> Self:
-        """Build from β_t, a sequence of shape [T] with every value in (0, 1)."""
+        """Build from β_t, a sequence of shape [T] with every value in (0, 1).
+
+        The last may be 1, which leaves no signal (zero terminal SNR).
+        """
         table = as_float64("betas", betas)
         if len(table) >= _TELLING_LENGTH and table[0] > 0.5 and bool((table.diff() < 0).all()):
             raise ValueError(
                 f"betas must be the β of each timestep, got values that fall from {table[0]:.3g} "
                 f"to {table[-1]:.3g}, which look like ᾱ: from_alphas_cumprod takes them"
             )
-        check_all("betas", table, (table > 0) & (table < 1), "lie in (0, 1)")
+        good = (table > 0) & (table < 1)
+        good[-1:] |= table[-1:] == 1
+        check_all("betas", table, good, "lie in (0, 1), the last in (0, 1]")
         return cls(_log_alphas_cumprod(table), name=f"NoiseSchedule.from_betas([{len(table)}])")
 
     @classmethod

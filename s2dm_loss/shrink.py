@@ -3,9 +3,6 @@
 A network trained with the loss converges to s(t) E[ε | x_t], one trained with the plain loss to
 E[ε | x_t]. So s(t) times the plain network's ε̂ is where the loss would have led it. Dividing ε̂ by a
 constant λ is known as Epsilon Scaling (Ning et al., arXiv 2308.15321); here λ(t) = 1 / s(t).
-
-s(t) is that of a network that predicts the noise, whatever the one at hand predicts. At late t a
-loss on v or x_0 teaches less of it (`SkipStepLoss.from_output`).
 """
 
 from __future__ import annotations
@@ -27,8 +24,15 @@ from s2dm_loss.checks import (
     check_per_sample,
     describe,
 )
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator, coefficients
+from s2dm_loss.coefficients import (
+    DEFAULT_MAX_C2,
+    DEFAULT_TAU,
+    Coefficients,
+    Estimator,
+    coefficients,
+)
 from s2dm_loss.functional import along
+from s2dm_loss.output import bound_on_c2
 from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, output_scales, read_output
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
@@ -41,6 +45,7 @@ def gain(
     t: Tensor | None = None,
     tau: float = DEFAULT_TAU,
     estimator: Estimator = "expected",
+    prediction_type: PredictionType = "epsilon",
     max_c2: float = DEFAULT_MAX_C2,
 ) -> Tensor:
     """Return s(t), float64: the factor on E[ε | x_t] that the loss trains a network to.
@@ -51,14 +56,39 @@ def gain(
         t: Times of any shape; every timestep of a discrete schedule if not given.
         tau: τ in [0, 1].
         estimator: "expected" and "fresh" have the same gain, "shared" another.
+        prediction_type: What the network predicts. At late t the loss on v, x_0 or flow teaches
+            less of the gain than that on ε; see `SkipStepLoss.from_output`.
         max_c2: Upper bound on c²; see `coefficients`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as said; the message names it.
 
     >>> from s2dm_loss import NoiseSchedule
     >>> s = gain(NoiseSchedule.linear(1000), skip_set=49)
     >>> float(s[0]), round(float(1 / s.min()), 4)
     (1.0, 1.0164)
     """
-    return coefficients(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2).gain
+    return _taught(schedule, skip_set, t, tau, estimator, prediction_type, max_c2).gain
+
+
+def _taught(
+    schedule: Schedule,
+    skip_set: Skips,
+    t: Tensor | None,
+    tau: float,
+    estimator: Estimator,
+    prediction_type: PredictionType,
+    max_c2: float,
+) -> Coefficients:
+    """Return the `Coefficients` of a loss without a weighting."""
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    at_t = coefficients(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2)
+    if t is None:
+        t = schedule.timesteps
+    if t is None:  # which `coefficients` has refused
+        return at_t
+    a, b = schedule.alpha_sigma(t)
+    return at_t.bounded(bound_on_c2(prediction_type, None, a, b, max_c2))
 
 
 def epsilon_scaling(
@@ -68,10 +98,11 @@ def epsilon_scaling(
     t: Tensor | None = None,
     tau: float = DEFAULT_TAU,
     estimator: Estimator = "expected",
+    prediction_type: PredictionType = "epsilon",
     max_c2: float = DEFAULT_MAX_C2,
 ) -> Tensor:
     """Return λ(t) = 1 / s(t), float64, in the terms of Epsilon Scaling; arguments as for `gain`."""
-    return gain(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2).reciprocal()
+    return _taught(schedule, skip_set, t, tau, estimator, prediction_type, max_c2).gain.reciprocal()
 
 
 class _Rescaled(FixedSettings, nn.Module):
@@ -109,9 +140,10 @@ class _Rescaled(FixedSettings, nn.Module):
 
         Args:
             x_t: The model's input, of shape [B, ...].
-            t: Times of shape [B], or one for all. On a discrete schedule a fractional timestep
-                (Euler's) takes the gain of the nearest one. On a table of σ they are its rows: of
-                a network that is called with σ, `rescale` scales the output.
+            t: Times of shape [B], or one for all, on the schedule's own clock. On a discrete
+                schedule a fractional timestep (Euler's) takes the gain of the nearest one; on a
+                table of σ they are its rows. Of a network that is called with anything else (σ,
+                t / T, timesteps rescaled to 1000) `rescale` scales the output.
             args: Further arguments of the model.
             kwargs: Further arguments of the model.
 
@@ -194,8 +226,8 @@ class ShrunkModel(_Rescaled):
 
     It is called as the model is, `shrunk(x_t, t, ...)`, and returns what the model returns, so it
     takes the model's place in any sampling loop. A learned variance beside the prediction (2C
-    channels) is left as it is. Of v and x_0 it scales the ε̂ in them by the same s(t), also at late
-    times at which the loss on such an output would teach less of it.
+    channels) is left as it is. In another prediction than the noise it is the ε̂ that is scaled, by
+    the s(t) that the loss on such an output teaches.
 
     >>> from s2dm_loss import NoiseSchedule, ShrunkModel
     >>> class Model(nn.Module):
@@ -232,13 +264,14 @@ class ShrunkModel(_Rescaled):
 
     @override
     def _scale_and_excess(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        at_t = coefficients(
+        at_t = _taught(
             self.schedule,
             self.skip_set,
-            t=t,
-            tau=self.tau,
-            estimator=self.estimator,
-            max_c2=self.max_c2,
+            t,
+            self.tau,
+            self.estimator,
+            self.prediction_type,
+            self.max_c2,
         )
         return at_t.gain, at_t.gain_excess
 

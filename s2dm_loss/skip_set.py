@@ -198,6 +198,9 @@ class _SamplingStride(SkipSet):
         return f"SkipSet.for_sampling_steps({self.num_inference_steps})"
 
 
+_FLOAT32_ROUNDING = 2.0**-23
+
+
 class _SampledTimesteps(SkipSet):
     """The latest sampled timestep before t."""
 
@@ -223,7 +226,9 @@ class _SampledTimesteps(SkipSet):
         self.check(schedule)
         t = _as_times(t)
         sampled = (self.sampled if t.is_floating_point() else self.rounded).to(t.device, t.dtype)
-        index = torch.searchsorted(sampled, t.contiguous()) - 1
+        # A sampled time in float32, widened again, may lie a little above the one in the list.
+        before = t * (1 - _FLOAT32_ROUNDING) if t.is_floating_point() else t
+        index = torch.searchsorted(sampled, before.contiguous()) - 1
         earlier = sampled[index.clamp(min=0)]
         valid = index >= 0
         return torch.where(valid, earlier, t)[None], valid[None]

@@ -618,6 +618,14 @@ def test_trained_betas_and_short_schedules():
     assert repr(skip_loss.criterion.schedule) == "NoiseSchedule.linear(20)"
 
 
+@pytest.mark.parametrize("betas", [[0.01, 0.02, 0.5, 1.0], [0.0, 0.01, 0.02, 0.05]])
+def test_betas_of_no_signal_and_of_no_noise(betas):
+    """β = 1 at the end is zero terminal SNR, as in Algorithm 1 of arXiv 2305.08891."""
+    schedule = schedule_of(make_scheduler(trained_betas=betas))
+    expected = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
+    torch.testing.assert_close(schedule.alphas_cumprod, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", ["RePaintScheduler", "UnCLIPScheduler"])
 def test_schedulers_that_say_less(name):
     scheduler = make_scheduler(name)

@@ -185,6 +185,21 @@ def test_a_whole_pipeline(kind, unet, monkeypatch):
     assert not [key for key in unet.state_dict() if "hook" in key]
 
 
+def test_a_scheduler_that_is_exchanged_has_to_be_of_the_same_schedule(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    with shrink_pipeline(pipe, skip_set=99), torch.no_grad():
+        pipe.scheduler = make_scheduler("UniPCMultistepScheduler")
+        unet(torch.zeros(1, 1, 8, 8), 500)
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        with pytest.raises(ValueError, match="alphas_cumprod"):
+            unet(torch.zeros(1, 1, 8, 8), 500)
+        pipe.scheduler = make_scheduler("DDIMScheduler", beta_end=0.03)
+        with pytest.raises(ValueError, match="remove the gain"):
+            unet(torch.zeros(1, 1, 8, 8), 500)
+        pipe.scheduler = make_scheduler("DDIMScheduler")
+        unet(torch.zeros(1, 1, 8, 8), 500)
+
+
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_guidance_on_a_doubled_batch(return_dict):
     """One 0-d timestep, a batch of unconditional and conditional halves, and text."""
@@ -238,7 +253,8 @@ def test_other_outputs_shrink_their_noise(prediction_type, zero_snr, unet):
     def eps_hat(out):
         return a * out + b * x if prediction_type == "v_prediction" else (x - a * out) / b
 
-    s = gain(NoiseSchedule.linear(1000), 99)[timesteps].reshape(-1, 1, 1, 1)
+    s = gain(NoiseSchedule.linear(1000), 99, prediction_type=prediction_type)[timesteps]
+    s = s.reshape(-1, 1, 1, 1)
     if zero_snr:  # at ᾱ = 0 the output says nothing of ε̂, and stays
         assert torch.equal(shrunk[2], output[2])
     else:

@@ -262,7 +262,12 @@ CASES = [
         r"t must be given for a continuous schedule",
     ),
     # schedules
-    ("beta 1", lambda: NoiseSchedule.from_betas([0.5, 1.0]), ValueError, r"betas.*1.0 at index 1"),
+    (
+        "beta 1",
+        lambda: NoiseSchedule.from_betas([0.5, 1.0, 0.5]),
+        ValueError,
+        r"betas.*1.0 at index 1",
+    ),
     ("beta 0", lambda: NoiseSchedule.from_betas([0.0]), ValueError, r"betas must lie in \(0, 1\)"),
     ("beta nan", lambda: NoiseSchedule.from_betas([0.1, NAN]), ValueError, r"betas.*NaN.*index 1"),
     ("no betas", lambda: NoiseSchedule.from_betas([]), ValueError, r"betas must be 1-d and not"),

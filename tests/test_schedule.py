@@ -436,3 +436,9 @@ def test_times_are_drawn_from_the_smallest_on():
 def test_logarithms_that_are_never_below_zero_can_be_a_path():
     path = ContinuousSchedule(lambda t: (0 * t, 1 + 3 * t))
     assert float(path.alpha_sigma(torch.tensor(1.0))[1]) == pytest.approx(math.exp(4))
+
+
+def test_a_last_beta_of_1_is_zero_terminal_snr():
+    schedule = NoiseSchedule.from_betas([0.1, 0.5, 1.0])
+    assert schedule.alphas_cumprod.tolist() == pytest.approx([0.9, 0.45, 0.0], abs=1e-16)
+    assert schedule.alphas_cumprod[-1] == 0

@@ -130,6 +130,19 @@ def test_intervals_hold_together():
     assert 135 <= held < 150
 
 
+def test_a_set_that_has_diverged_leaves_the_others_their_intervals():
+    """Its variance must not swamp theirs in the rounding of a decomposition."""
+    samples, data, _ = scaled_pair(8, 400, 0)
+    widths = []
+    for factor in (1.5, 1e7, 3e7, 1e12):
+        comparison = FrechetComparison(inside(data), 400, 0)
+        for scale in (1.0, 1.05, 1.2, factor):
+            comparison.add(inside(samples * scale))
+        found = comparison.differences()
+        widths.append(float(found.high[2] - found.low[2]))
+    assert all(0.8 < width / widths[0] < 1.3 for width in widths), widths
+
+
 def test_a_set_that_is_not_finite_takes_no_part():
     samples, data, _ = scaled_pair(3, 200, 0)
     found = []

@@ -11,6 +11,7 @@ from s2dm_loss import (
     NoiseSchedule,
     ScaledModel,
     ShrunkModel,
+    SkipStepLoss,
     coefficients,
     epsilon_from_output,
     epsilon_scaling,
@@ -117,14 +118,63 @@ def test_a_sigma_is_no_timestep_of_a_table_of_sigmas():
     torch.testing.assert_close(output, 0.7 * s * x_t, rtol=1e-12, atol=0)
 
 
+# ∂ε̂/∂output squared, on a path with a² = ᾱ: what c² may be at most, over max_c2.
+RATIO_SQUARED = {
+    "epsilon": torch.ones_like,
+    "v_prediction": lambda bar: bar,
+    "sample": lambda bar: bar / (1 - bar),
+    "flow": lambda bar: bar / (bar.sqrt() + (1 - bar).sqrt()) ** 2,
+    "score": lambda bar: 1 - bar,
+}
+
+
+def taught(schedule, kind, k=99, tau=0.99, max_c2=100.0):
+    """The gain that the loss teaches a network of this type: c² has a bound of the output's too."""
+    bar = schedule.alphas_cumprod
+    before = torch.cat([bar.new_full((k,), torch.nan), bar[:-k]])
+    c2 = (before / bar - 1).clamp(max=max_c2).minimum(max_c2 * RATIO_SQUARED[kind](bar))
+    return torch.where(torch.arange(len(bar)) < k, 1.0, 1 / (1 + (1 - tau) / tau * c2))
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "sample", "flow", "score"])
 def test_other_prediction_types_have_the_gain_on_epsilon(kind):
-    model, x_t, t = Model(), normal(3, 2, seed=0), torch.tensor([200, 500, 900])
+    """While the bound of the output does not act it is the same for all; later it is weaker."""
+    model, x_t, t = Model(), normal(4, 2, seed=0), torch.tensor([200, 500, 700, 900])
     shrunk = ShrunkModel(model, LINEAR, 99, prediction_type=kind)
     before = epsilon_from_output(model(x_t, t), x_t, t, LINEAR, kind)
     after = epsilon_from_output(shrunk(x_t, t), x_t, t, LINEAR, kind)
-    s = torch.tensor([s_of(200), s_of(500), s_of(900)], dtype=torch.float64)[:, None]
-    torch.testing.assert_close(after, s * before, rtol=1e-9, atol=1e-9)
+    s = taught(LINEAR, kind)[t]
+    assert s[:2].tolist() == pytest.approx([s_of(200), s_of(500)], rel=1e-12)
+    torch.testing.assert_close(after, s[:, None] * before, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gain(LINEAR, 99, t=t, prediction_type=kind), s)
+    torch.testing.assert_close(epsilon_scaling(LINEAR, 99, t=t, prediction_type=kind), 1 / s)
+
+
+@pytest.mark.parametrize("kind", list(RATIO_SQUARED))
+@pytest.mark.parametrize("weak", [False, True])
+def test_a_trained_network_and_a_shrunk_one_are_the_same(kind, weak):
+    """Output for output: the target of the loss is what a perfect plain network becomes."""
+    schedule = LINEAR.rescale_zero_terminal_snr() if weak else LINEAR
+    t, x0, noise = torch.arange(0, 1000, 37), normal(28, 3, seed=1), normal(28, 3, seed=2)
+    a, b = (scale[:, None] for scale in schedule.alpha_sigma(t))
+    x_t = a * x0 + b * noise
+    target = {
+        "epsilon": noise,
+        "v_prediction": a * noise - b * x0,
+        "sample": x0,
+        "flow": noise - x0,
+        "score": -noise / b,
+    }[kind]
+
+    class Perfect(nn.Module):
+        def forward(self, x_t, t):
+            return target
+
+    for k in (9, 99):
+        shrunk = ShrunkModel(Perfect(), schedule, k, prediction_type=kind)
+        criterion = SkipStepLoss(schedule, k, prediction_type=kind)
+        taught = criterion.regression_target(target, x_t, t).target
+        torch.testing.assert_close(shrunk(x_t, t), taught, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow", "score"])
@@ -145,7 +195,7 @@ def test_every_timestep_is_finite_and_has_the_gain_while_there_is_signal(schedul
     before, after = (
         epsilon_from_output(out, x_t, t, schedule, kind)[signal] for out in (model(x_t, t), output)
     )
-    s = gain(schedule, 99)[signal, None]
+    s = taught(schedule, kind)[signal, None]
     torch.testing.assert_close(after, s * before, rtol=1e-7, atol=1e-7)
     if schedule.alphas_cumprod[-1] == 0 and kind in ("v_prediction", "sample", "flow"):
         assert torch.equal(output[-1], model(x_t, t)[-1])

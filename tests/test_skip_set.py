@@ -88,6 +88,19 @@ def test_continuous_timesteps():
     np.testing.assert_allclose(earlier[0, 1:].numpy(), [0.2, 0.25, 0.25])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sampled_time_in_float32_is_not_after_itself(dtype):
+    """float32 has no 0.1; widened again it is a little above it, or below."""
+    times = [i / 10 for i in range(11)]
+    t = torch.tensor(times, dtype=dtype).double()
+    earlier, valid = SkipSet.from_timesteps(times).earlier(t, ContinuousSchedule.vp())
+    assert valid.tolist() == [[False] + [True] * 10]
+    np.testing.assert_allclose(earlier[0, 1:].numpy(), times[:-1], atol=1e-15)
+    # A time between two is after the first of them, however near.
+    earlier, _ = SkipSet.from_timesteps(times).earlier(t * (1 + 1e-6), ContinuousSchedule.vp())
+    np.testing.assert_allclose(earlier[0, 1:].numpy(), times[1:], atol=1e-15)
+
+
 def test_numbers_of_numpy_count():
     assert repr(SkipSet(np.int64(9))) == "SkipSet(9)"
     assert repr(SkipSet(np.array([9, 1]))) == "SkipSet([1, 9])"
