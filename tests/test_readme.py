@@ -10,14 +10,14 @@ pytest.importorskip("matplotlib", reason="so do its pages")
 from benchmarks.quality.corrections import ScoreRescaling
 from benchmarks.quality.evidence.cifar10_answers import (
     MARGIN,
-    OTHERS,
     PRESET,
     answer,
     by_kind,
     is_sound,
-    learned_shares,
+    left_by_network,
     over_ddim,
     over_plain,
+    spread_left,
 )
 from benchmarks.quality.evidence.corrections import CELLS as CORRECTED
 from benchmarks.quality.evidence.corrections import SOLVERS, names_of, of_family
@@ -30,7 +30,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks/results/quality"
 CELLS = [Cell(name, steps) for name in ("ddim", "pndm", "deis") for steps in (10, 20, 50, 100)]
 TEN_STEPS = [Cell("ddim", 10)]
-SPECTRAL, (WIDE, BRIEF, TINY) = PRESET, OTHERS
+SPECTRAL, TINY = "cifar10-spectral", "cifar10-tiny"
 
 
 def results_of(name: str) -> Results:
@@ -100,81 +100,72 @@ def recommended(results, label) -> str:
     return " and ".join(f"{100 * (1 - one['corrected'] / one['plain']):+.1f} %" for one in searches)
 
 
+def by_seed(results, method) -> str:
+    values = results.improvements(method, TEN_STEPS[0], "images_frechet").values()
+    return " and ".join(f"{value:+.1f} %" for value in values)
+
+
 def test_what_the_readme_says_of_cifar10_is_so():
-    results, flat = results_of(SPECTRAL), " ".join(README.split())
-    ten = TEN_STEPS[0]
-    found = answer(results)
-    assert said(found["loss"]) in README
-    assert max(-found["loss"].low, found["loss"].high) <= MARGIN  # "equivalent"
-    assert said(found["correction"]) in README
+    results, flat = results_of(PRESET), " ".join(README.split())
+    ten, found = TEN_STEPS[0], answer(results)
+    assert {one.count for one in found.values() if one is not None} == {3}
+    assert f"{said(found['loss'])}, which we call equivalent" in flat
+    assert max(-found["loss"].low, found["loss"].high) <= MARGIN
+    assert f"k = 49 on CIFAR10 {said(over_plain(results, 'skip49-expected', ten))};" in flat
+    gained = over_plain(results, "plain+gain49", ten)
+    assert f"does as much: {said(gained)} on CIFAR10 with k = 49" in flat
+    assert gained.mean > over_plain(results, "skip49-expected", ten).mean
+    assert f"did most: {said(found['correction'])} on CIFAR10" in flat
     candidates = [name for name in results.methods if name.startswith("plain+")]
     chosen = results.chosen_elsewhere(candidates, ten, "images_frechet")
-    assert set(chosen.values()) <= set(of_family(ScoreRescaling, [ScoreRescaling(1.05)]))
-    assert max(found[solver].mean for solver in SOLVERS) == found["unipc"].mean
-    assert f"than DDIM's by {found['unipc'].mean:.1f} % on CIFAR10, by" in flat
-    assert recommended(results, "score rescaling, k = 1.03") in flat
-    worst = over_plain(results, "plain+rescaling1.4", ten)
-    assert f"k = 1.4, +6.4 % and +8.4 %, which here is {worst.mean:+.1f} %" in flat
-    of_gain = results.improvements("plain+gain49", ten, "images_frechet").values()
-    assert f"{' and '.join(f'{one:+.1f} %' for one in of_gain)} here" in flat
-    # What the plot's description says of its points.
-    losses, gains, corrections, solvers = by_kind(results)
-    small = [value for values in (*losses.values(), *gains.values()) for value in values]
-    assert max(map(abs, small)) < 6
-    assert all(10 < value < 11.5 for value in corrections["Temporal Score Rescaling"])
-    assert all(17 < value < 20.5 for value in solvers["UniPC"])
+    assert set(chosen.values()) == set(of_family(ScoreRescaling, [ScoreRescaling(1.05)]))
+    assert max(one.mean for s in SOLVERS if (one := found[s])) == found["unipc"].mean
+    assert f"than DDIM's by {found['unipc'].mean:.1f} % on CIFAR10 and" in flat
+    with_unipc = over_plain(results, "plain+gain49", Cell("unipc", 10))
+    assert f"The same gain of k = 49 did {said(with_unipc)} with UniPC" in flat
     assert f"({millions(results)} million parameters, 2 million images seen)" in flat
     assert is_sound(results) is False
-    assert all(0.065 < each < 0.08 for each in lacking(results))  # "lack 7 %"
 
 
-def test_what_the_readme_says_of_a_larger_network_on_cifar10_is_so():
-    results, flat = results_of(WIDE), " ".join(README.split())
+def test_what_the_readme_says_of_other_networks_on_cifar10_is_so():
+    spectral, tiny, flat = results_of(SPECTRAL), results_of(TINY), " ".join(README.split())
     ten = TEN_STEPS[0]
-    assert f"by {over_ddim(results, 'unipc', 10).mean:.1f} % with a larger network there" in flat
-    of_gain = results.improvements("plain+gain49", ten, "images_frechet").values()
-    assert f"{' and '.join(f'{one:+.1f} %' for one in of_gain)} on two larger ones" in flat
-    assert f"those of the larger ({millions(results)} million) lack 4 to 5 %" in flat
-    assert all(0.035 < each < 0.055 for each in lacking(results))  # "lack 4 to 5 %"
-    assert not any(name.startswith("skip") for name in results.methods)
-    assert all(31.5 < value < 32.5 for value in by_kind(results)[-1]["UniPC"])  # in the plot
+    assert f"on a smaller network {by_seed(spectral, 'plain+gain49')}, and" in flat
+    sizes = [
+        results.record["trainings"]["plain"]["0"]["parameters"]
+        for results in (spectral, results_of(PRESET))
+    ]
+    assert sizes[0] < sizes[1]
+    images = [PRESETS[name].budget.steps for name in (TINY, SPECTRAL)]
+    assert images[0] * 4 == images[1]  # "a quarter as long"
+    assert f"{said(over_plain(tiny, 'plain+gain49', ten))} on one trained for a quarter" in flat
+    assert f"k = 1.03, {recommended(spectral, 'score rescaling, k = 1.03')} on noise" in flat
+    younger = recommended(tiny, "score rescaling, k = 1.4")
+    worst = over_plain(spectral, "plain+rescaling1.4", ten)
+    assert f"k = 1.4, which there did {younger} and on the other does {worst.mean:+.1f} %" in flat
 
 
-def test_what_the_readme_says_of_the_larger_network_after_fewer_images_is_so():
-    results, flat = results_of(BRIEF), " ".join(README.split())
-    ten = TEN_STEPS[0]
-    of_gain = results.improvements("plain+gain49", ten, "images_frechet").values()
-    said_of_gain = " and ".join(f"{one:+.1f} %" for one in of_gain)
-    assert f"and {said_of_gain} on these after a fifth of the training" in flat
-    steps = [PRESETS[name].budget.steps for name in (BRIEF, WIDE)]
-    assert steps[0] / steps[1] == pytest.approx(1 / 5, abs=0.02)
-    assert results.record["settings"]["network"] == results_of(WIDE).record["settings"]["network"]
-    shares = " and ".join(f"{100 * share:.0f} %" for share in learned_shares(results, 49))
-    assert f"with k = 49, had come {shares} of the way" in flat
-    assert PRESETS[BRIEF].budget.branch_at == 0.75  # "the last quarter"
-    losses = [said(over_plain(results, f"skip{skip}-expected", ten)) for skip in (9, 49)]
-    assert f"k = 9 {losses[0]}, k = 49 {losses[1]}." in flat
-    rescaled = said(over_plain(results, "plain+rescaling1.05", ten))
-    assert f"{rescaled} with the larger network after fewer images" in flat
+def test_what_the_plots_description_says_is_so():
+    losses, gains, corrections, solvers = by_kind(results_of(PRESET))
+    assert list(losses) == ["S²-DM k = 9, expected", "S²-DM k = 49, expected"]
+    k_9, k_49 = losses.values()
+    assert all(0.4 < value < 1 for value in k_9)
+    assert all(4 < value < 5.2 for value in k_49)
+    assert all(5 < value < 8 for value in gains["gain k = 49"])
+    assert all(16 < value < 18 for value in corrections["Temporal Score Rescaling"])
+    assert all(31.5 < value < 32.5 for value in solvers["UniPC"])
+
+
+def test_the_readme_says_what_spread_is_lacking():
+    results = results_of(PRESET)
+    cell = Cell("ddim", 50)
+    lacking = [1 - one for one in left_by_network(results, cell, spread_left(results, cell))]
+    assert all(0.03 < one < 0.04 for one in lacking)  # "lack 3 to 4 %"
+    assert "its samples lack 3 to 4 % of the data's spread" in " ".join(README.split())
 
 
 def millions(results) -> str:
     return f"{results.record['trainings']['plain']['0']['parameters'] / 1e6:.2f}"
-
-
-def lacking(results) -> list[float]:
-    """The shares of the data's spread that samples lack besides what the sampler takes."""
-    alone = results.record["gaussian_spreads"]["ddim-50"]
-    spreads = results.values("plain", Cell("ddim", 50), "spread").values()
-    return [1 - spread / alone for spread in spreads]
-
-
-def test_what_the_readme_says_of_a_younger_network_on_cifar10_is_so():
-    results = results_of(TINY)
-    assert said(over_plain(results, "plain+gain49", TEN_STEPS[0])) in README
-    assert recommended(results, "score rescaling, k = 1.4") in README
-    images = [PRESETS[name].budget.steps for name in (TINY, SPECTRAL)]
-    assert images[0] * 4 == images[1]  # "a quarter as long"
 
 
 @pytest.mark.parametrize("measure", ["images_frechet", "raw_frechet"])
