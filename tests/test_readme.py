@@ -115,12 +115,17 @@ def test_what_the_readme_says_of_cifar10_is_so():
     gained = over_plain(results, "plain+gain49", ten)
     assert f"does as much: {said(gained)} on CIFAR10 with k = 49" in flat
     assert gained.mean > over_plain(results, "skip49-expected", ten).mean
+    young = [over_plain(results, f"plain@{n}+gain49", ten, f"plain@{n}").mean for n in (25, 50)]
+    shares = f"({young[0]:+.1f} % after a quarter of the training, {young[1]:+.1f} % after half)"
+    assert shares in flat
     assert f"did most: {said(found['correction'])} on CIFAR10" in flat
     candidates = [name for name in results.methods if name.startswith("plain+")]
     chosen = results.chosen_elsewhere(candidates, ten, "images_frechet")
     assert set(chosen.values()) == set(of_family(ScoreRescaling, [ScoreRescaling(1.05)]))
     assert max(one.mean for s in SOLVERS if (one := found[s])) == found["unipc"].mean
     assert f"than DDIM's by {found['unipc'].mean:.1f} % on CIFAR10 and" in flat
+    loss_with_unipc = over_plain(results, "skip49-expected", Cell("unipc", 10))
+    assert f"loss with k = 49 adds {said(loss_with_unipc)}." in flat
     with_unipc = over_plain(results, "plain+gain49", Cell("unipc", 10))
     assert f"The same gain of k = 49 did {said(with_unipc)} with UniPC" in flat
     assert f"({millions(results)} million parameters, 2 million images seen)" in flat

@@ -105,7 +105,8 @@ does the gain help a network that has seen a fifth of the images as much? Same m
 margin; features in float32, since that processor has no bfloat16.
 
 Then `cifar10-wide` again from the start, on a faster processor, and its cells replace the first
-run's, which they repeat to the last digit where both have run. Training with k = 49 comes forward in the preset, with DDIM and with UniPC: on
+run's, which they repeat to the last digit where both have run. Training with k = 49 comes forward
+in the preset, with DDIM and with UniPC: on
 `cifar10-brief` it had come a quarter of the way to its gain. Here it has 4,000 steps instead of
 750, and 14 % of the averaged weights, not 47 %, are still those from before. Does it come further,
 and does it help where its gain helps? A third seed, for which cells are cut first. And the spread
