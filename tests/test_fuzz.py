@@ -333,6 +333,8 @@ def test_coefficients_gain_and_the_shrunk_model(data: st.DataObject) -> None:
     x_t, output = normal(3, 2, seed=1), normal(3, 2, seed=2)
     found = coefficients(case.schedule, case.skip_set, t=case.t, tau=tau, max_c2=max_c2)
     s = gain(case.schedule, case.skip_set, t=case.t, tau=tau, max_c2=max_c2)
+    options: Any = {"t": case.t, "tau": tau, "max_c2": max_c2, "prediction_type": kind}
+    of_output = gain(case.schedule, case.skip_set, **options)
 
     class Fixed(nn.Module):
         def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -353,6 +355,9 @@ def test_coefficients_gain_and_the_shrunk_model(data: st.DataObject) -> None:
         if a < 1e-3 or b < 1e-3:
             continue  # where the conversions themselves cancel
         p, q = oracle.parts(kind, a, b)
+        at = oracle.scales(pair, case.earlier[i], tau, max_c2, None, oracle.ratio_of(kind, pair))
+        expected_gain = at.tau / (at.tau + (1 - at.tau) * at.c2)
+        assert float(of_output[i]) == pytest.approx(expected_gain, rel=1e-8)
         by_hand = (a * output[i] - p * x_t[i]) / (a * q - b * p)
         torch.testing.assert_close(eps_hat[i], by_hand, rtol=1e-6, atol=1e-6)
         scaled = expected_gain * by_hand

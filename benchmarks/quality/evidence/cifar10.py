@@ -106,13 +106,12 @@ margin; features in float32, since that processor has no bfloat16.
 
 Then `cifar10-wide` again from the start, on a faster processor, and its cells replace the first
 run's, which they repeat to the last digit where both have run. Training with k = 49 comes forward
-in the preset, with DDIM and with UniPC: on
-`cifar10-brief` it had come a quarter of the way to its gain. Here it has 4,000 steps instead of
-750, and 14 % of the averaged weights, not 47 %, are still those from before. Does it come further,
-and does it help where its gain helps? A third seed, for which cells are cut first. And the spread
-that soundness is judged by is now that of the samples as the sampler returns them, like that which
-it is compared with; of the networks before, only that of their 8-bit images was kept, of which the
-clamp has taken something.\
+in the preset, with DDIM and with UniPC: on `cifar10-brief` it had come a quarter of the way to its
+gain. Here it has 4,000 steps instead of 750, and 14 % of the averaged weights, not 47 %, are still
+those from before. Does it come further, and does it help where its gain helps? A third seed, for
+which cells are cut first. And the spread that soundness is judged by is now that of the samples as
+the sampler returns them, like that which it is compared with; of the networks before, only that of
+their 8-bit images was kept, of which the clamp has taken something.\
 """
 
 
