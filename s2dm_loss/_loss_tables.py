@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from s2dm_loss._tables import TimeTable
-from s2dm_loss.coefficients import Coefficients, CompletedSquare, Estimator, coefficients
-from s2dm_loss.output import OutputSquare, bound_on_c2, output_square, output_weights
+from s2dm_loss.coefficients import Coefficients, CompletedSquare, Estimator
+from s2dm_loss.output import OutputSquare, output_coefficients, output_square, output_weights
 from s2dm_loss.prediction import PredictionType
 from s2dm_loss.schedule import Schedule, wide_dtype
 from s2dm_loss.skip_set import SkipSet
@@ -72,16 +72,16 @@ class LossTables:
         return Coefficients(tau, c, c2, self._estimator)
 
     def _tau_c_c2_at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        at_t = coefficients(
+        at_t = output_coefficients(
             self._schedule,
             self._skip_set,
-            t=t,
+            t,
             tau=self._tau,
             estimator=self._estimator,
+            prediction_type=self._prediction_type,
+            weighting=self._weighting,
             max_c2=self._max_c2,
         )
-        a, b = self._schedule.alpha_sigma(t)
-        at_t = at_t.bounded(bound_on_c2(self._prediction_type, self._weighting, a, b, self._max_c2))
         return at_t.tau, at_t.c, at_t.c2
 
     def _square_at(self, t: Tensor) -> CompletedSquare:

@@ -29,8 +29,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2dm_loss.coefficients import Coefficients
+from s2dm_loss.coefficients import Coefficients, Estimator, coefficients
 from s2dm_loss.prediction import PredictionType, output_scales
+from s2dm_loss.schedule import Schedule
+from s2dm_loss.skip_set import Skips
 from s2dm_loss.weighting import weights_at, within_the_ends
 
 
@@ -97,6 +99,27 @@ def output_square(
         on_data=scales.p,
         on_noise=scales.q + per_ratio(less, scales.inverse_ratio),
     )
+
+
+def output_coefficients(
+    schedule: Schedule,
+    skip_set: Skips,
+    t: Tensor | None,
+    *,
+    tau: float,
+    estimator: Estimator,
+    prediction_type: PredictionType,
+    max_c2: float,
+    weighting: Callable[[Tensor], Tensor] | None = None,
+) -> Coefficients:
+    """Return the `Coefficients` of the loss on an output, with the bound of `bound_on_c2`."""
+    at_t = coefficients(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2)
+    if t is None:
+        t = schedule.timesteps
+    if t is None:  # which `coefficients` has refused
+        return at_t
+    a, b = schedule.alpha_sigma(t)
+    return at_t.bounded(bound_on_c2(prediction_type, weighting, a, b, max_c2))
 
 
 def bound_on_c2(

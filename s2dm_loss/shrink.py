@@ -24,15 +24,9 @@ from s2dm_loss.checks import (
     check_per_sample,
     describe,
 )
-from s2dm_loss.coefficients import (
-    DEFAULT_MAX_C2,
-    DEFAULT_TAU,
-    Coefficients,
-    Estimator,
-    coefficients,
-)
+from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.functional import along
-from s2dm_loss.output import bound_on_c2
+from s2dm_loss.output import output_coefficients
 from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, output_scales, read_output
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
@@ -68,27 +62,16 @@ def gain(
     >>> float(s[0]), round(float(1 / s.min()), 4)
     (1.0, 1.0164)
     """
-    return _taught(schedule, skip_set, t, tau, estimator, prediction_type, max_c2).gain
-
-
-def _taught(
-    schedule: Schedule,
-    skip_set: Skips,
-    t: Tensor | None,
-    tau: float,
-    estimator: Estimator,
-    prediction_type: PredictionType,
-    max_c2: float,
-) -> Coefficients:
-    """Return the `Coefficients` of a loss without a weighting."""
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    at_t = coefficients(schedule, skip_set, t=t, tau=tau, estimator=estimator, max_c2=max_c2)
-    if t is None:
-        t = schedule.timesteps
-    if t is None:  # which `coefficients` has refused
-        return at_t
-    a, b = schedule.alpha_sigma(t)
-    return at_t.bounded(bound_on_c2(prediction_type, None, a, b, max_c2))
+    return output_coefficients(
+        schedule,
+        skip_set,
+        t,
+        tau=tau,
+        estimator=estimator,
+        prediction_type=prediction_type,
+        max_c2=max_c2,
+    ).gain
 
 
 def epsilon_scaling(
@@ -102,7 +85,16 @@ def epsilon_scaling(
     max_c2: float = DEFAULT_MAX_C2,
 ) -> Tensor:
     """Return λ(t) = 1 / s(t), float64, in the terms of Epsilon Scaling; arguments as for `gain`."""
-    return _taught(schedule, skip_set, t, tau, estimator, prediction_type, max_c2).gain.reciprocal()
+    s = gain(
+        schedule,
+        skip_set,
+        t=t,
+        tau=tau,
+        estimator=estimator,
+        prediction_type=prediction_type,
+        max_c2=max_c2,
+    )
+    return s.reciprocal()
 
 
 class _Rescaled(FixedSettings, nn.Module):
@@ -264,14 +256,14 @@ class ShrunkModel(_Rescaled):
 
     @override
     def _scale_and_excess(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        at_t = _taught(
+        at_t = output_coefficients(
             self.schedule,
             self.skip_set,
             t,
-            self.tau,
-            self.estimator,
-            self.prediction_type,
-            self.max_c2,
+            tau=self.tau,
+            estimator=self.estimator,
+            prediction_type=self.prediction_type,
+            max_c2=self.max_c2,
         )
         return at_t.gain, at_t.gain_excess
 

@@ -49,3 +49,14 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.
 def timesteps(size: int, count: int, seed: int) -> torch.Tensor:
     """`count` random timesteps in [0, size)."""
     return torch.randint(size, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def targets_of(x0, eps, a, b):
+    """What a perfect network of each type puts out, by the definitions."""
+    return {
+        "epsilon": eps,
+        "v_prediction": a * eps - b * x0,
+        "sample": x0,
+        "flow": eps - x0,
+        "score": -eps / b,
+    }

@@ -14,7 +14,7 @@ from s2dm_loss import (
     epsilon_from_output,
 )
 from s2dm_loss.output import bound_on_c2, output_square
-from tests.strategies import normal
+from tests.strategies import normal, targets_of
 
 TYPES = ["epsilon", "v_prediction", "sample", "flow", "score"]
 LINEAR = NoiseSchedule.linear(1000)
@@ -40,17 +40,6 @@ def times_of(schedule):
     if schedule.timesteps is not None:
         return schedule.timesteps
     return torch.linspace(0, 1, 41, dtype=torch.float64)
-
-
-def targets_of(x0, eps, a, b):
-    """What a perfect network of each type puts out, by the definitions."""
-    return {
-        "epsilon": eps,
-        "v_prediction": a * eps - b * x0,
-        "sample": x0,
-        "flow": eps - x0,
-        "score": -eps / b,
-    }
 
 
 def batch(schedule, t, kind, seed=0):

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, skip_step_loss
-from tests.strategies import normal, schedules, schedules_with_skip, seeds, shapes, taus, timesteps
+from tests.strategies import (
+    normal,
+    schedules,
+    schedules_with_skip,
+    seeds,
+    shapes,
+    targets_of,
+    taus,
+    timesteps,
+)
 
 ESTIMATORS = ["expected", "fresh", "shared"]
 LINEAR = NoiseSchedule.linear(1000)
@@ -332,13 +341,7 @@ class TestForward:
         a, b = bar.sqrt(), (1 - bar).sqrt()
         eps_hat = normal(3, 2, seed=2)
         x0_hat = (a * x0 + b * noise - b * eps_hat) / a
-        outputs = {
-            "epsilon": eps_hat,
-            "v_prediction": a * eps_hat - b * x0_hat,
-            "sample": x0_hat,
-            "flow": eps_hat - x0_hat,
-            "score": -eps_hat / b,
-        }
+        outputs = targets_of(x0_hat, eps_hat, a, b)
         # "uniform" is the loss of the noise; only the constant, which ε̂ does not touch, is left out
         # where the output is something else.
         losses = {

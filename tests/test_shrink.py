@@ -17,7 +17,7 @@ from s2dm_loss import (
     epsilon_scaling,
     gain,
 )
-from tests.strategies import normal
+from tests.strategies import normal, targets_of
 
 LINEAR = NoiseSchedule.linear(1000)
 
@@ -158,13 +158,7 @@ def test_a_trained_network_and_a_shrunk_one_are_the_same(kind, weak):
     t, x0, noise = torch.arange(0, 1000, 37), normal(28, 3, seed=1), normal(28, 3, seed=2)
     a, b = (scale[:, None] for scale in schedule.alpha_sigma(t))
     x_t = a * x0 + b * noise
-    target = {
-        "epsilon": noise,
-        "v_prediction": a * noise - b * x0,
-        "sample": x0,
-        "flow": noise - x0,
-        "score": -noise / b,
-    }[kind]
+    target = targets_of(x0, noise, a, b)[kind]
 
     class Perfect(nn.Module):
         def forward(self, x_t, t):
@@ -214,7 +208,7 @@ def test_continuous_time():
 def test_computes_the_gain_once_however_many_sampling_steps(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "s2dm_loss.shrink.coefficients",
+        "s2dm_loss.output.coefficients",
         lambda *a, **k: calls.append(k["t"]) or coefficients(*a, **k),
     )
     shrunk, x_t = ShrunkModel(Model(), LINEAR, 99), torch.ones(2, 3, dtype=torch.float64)
