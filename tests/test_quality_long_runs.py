@@ -123,7 +123,7 @@ def stopped_at(preset: Any, root: Path, step: int, monkeypatch: pytest.MonkeyPat
         patched.setattr(runner.Bench, "model", stop)
         with pytest.raises(KeyboardInterrupt):
             run(preset, root)
-    return Layout(root).model(Plain(), 0)
+    return Layout(root, root).model(Plain(), 0)
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text"])
@@ -254,7 +254,7 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_run_killed_just_before_it_tidied_up_is_tidied_up(tmp_path: Path) -> None:
     run(ONE_ARM, tmp_path)
-    folder = Layout(tmp_path).model(Plain(), 0)
+    folder = Layout(tmp_path, tmp_path).model(Plain(), 0)
     (folder / NEWEST).write_bytes(b"left")
     (tmp_path / "cells/plain/seed0/ddim-2").mkdir()
     (tmp_path / "cells/plain/seed0/ddim-2/0.pt").write_bytes(b"left")

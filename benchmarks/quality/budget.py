@@ -22,8 +22,8 @@ class Budget:
         warmup: Steps over which the learning rate rises from zero.
         keep_at: Shares of the steps after which the whole state is kept for good, as
             `state-<percent>.pt`: to compare a network with its younger self, and to branch from.
-        branch_at: The one of these shares at which every objective but the plain one starts, from
-            the plain run's state of its seed; None to train each from the start.
+        branch_at: The one of these shares at which an objective that branches starts, from the
+            plain run's state of its seed; None to train each from the start.
     """
 
     steps: int

@@ -30,9 +30,26 @@ from benchmarks.quality.settings import differences
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a run keeps its files."""
+    """Where a run keeps its files.
+
+    Attributes:
+        root: The run's folder.
+        networks: The folder of the run that its networks are of: its own, or another's.
+    """
 
     root: Path
+    networks: Path
+
+    @classmethod
+    def of(cls, preset: Preset, root: Path) -> Layout:
+        """Return the layout of a preset's folder, beside that of the preset whose networks it has.
+
+        Args:
+            preset: The experiment.
+            root: Its folder.
+        """
+        other = preset.networks_of
+        return cls(root, root if other is None else root.parent / other)
 
     @property
     def settings(self) -> Path:
@@ -51,7 +68,7 @@ class Layout:
 
     def model(self, objective: Objective, seed: int) -> Path:
         """Return the folder of one training run."""
-        return self.root / "models" / objective.name / f"seed{seed}"
+        return self.networks / "models" / objective.name / f"seed{seed}"
 
     def cell(self, method: Method, seed: int, sampler: str, steps: int) -> Path:
         """Return the file of one result."""
@@ -99,18 +116,20 @@ def claimed(preset: Preset, root: Path, *, first: bool) -> Iterator[None]:
 
 
 def _check_settings(preset: Preset, root: Path) -> None:
-    path = Layout(root).settings
-    if not path.exists():
-        save_json(path, preset.settings)
-        return
-    stored = load_json(path)
-    differing = differences(stored, preset.settings)
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"out: {root} holds results of other settings ({', '.join(differing)}): {key} is "
-            f"{stored.get(key)!r} there and {preset.settings[key]!r} here; choose another folder"
-        )
+    layout = Layout.of(preset, root)
+    trained = {key: preset.settings[key] for key in ("data", "schedule", "network", "budget")}
+    for folder, current in ((root, preset.settings), (layout.networks, trained)):
+        path = folder / layout.settings.name
+        stored = load_json(path) if path.exists() else current
+        differing = differences(stored, current)
+        if differing:
+            key = differing[0]
+            raise ValueError(
+                f"out: {folder} holds results of other settings ({', '.join(differing)}): {key} is "
+                f"{stored.get(key)!r} there and {current[key]!r} here; choose another folder"
+            )
+    if not layout.settings.exists():
+        save_json(layout.settings, preset.settings)
 
 
 def _remove_what_is_empty(root: Path, made: list[Path]) -> None:

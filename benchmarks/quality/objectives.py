@@ -84,9 +84,12 @@ class Objective(Named, ABC):
 
     Attributes:
         model_calls: Network evaluations per training step.
+        branches: Whether it starts from the plain run's state, where a budget says when: what
+            would be trained from the start is not judged by its last steps.
     """
 
     model_calls: ClassVar[int] = 1
+    branches: ClassVar[bool] = True
 
     def parts(self, _schedule: NoiseSchedule) -> nn.Module:
         """Return what is made once of a schedule."""
@@ -115,6 +118,7 @@ class Plain(Objective):
 
     label = "plain"
     heading = "plain L_simple"
+    branches = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ class MinSNR(Objective):
 
     label = "min-snr-{gamma:g}"
     heading = "Min-SNR-{gamma:g}"
+    branches = False
 
     gamma: float = 5.0
 

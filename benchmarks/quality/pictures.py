@@ -52,7 +52,7 @@ def samples_figure(
 
     Every panel starts from the same noise, so an image can be followed from panel to panel.
     """
-    layout = Layout(root)
+    layout = Layout.of(preset, root)
     known = {arm.method.name: arm.method for arm in preset.arms}
     with mpl.rc_context(STYLE):
         height, width = 0.9 * (len(cells) + 1) + 0.3, 3.4 * len(methods) + 0.6

@@ -13,7 +13,7 @@ import torch
 from benchmarks.quality import data as datasets
 from benchmarks.quality.checkpoint import newest_state
 from benchmarks.quality.layout import Layout
-from benchmarks.quality.objectives import Objective, Plain
+from benchmarks.quality.objectives import Objective
 from benchmarks.quality.presets import Arm, Preset
 from benchmarks.quality.samplers import sample
 from s2dm_loss import NoiseSchedule
@@ -41,7 +41,7 @@ def jobs(preset: Preset) -> list[Job]:
 
 def branching(preset: Preset, objective: Objective) -> float | None:
     """Return the share of the plain run's steps at which a training starts; None for none."""
-    return None if isinstance(objective, Plain) else preset.budget.branch_at
+    return preset.budget.branch_at if objective.branches else None
 
 
 def training_steps(preset: Preset, objective: Objective) -> int:
@@ -79,7 +79,7 @@ class Plan:
 
 def plan(preset: Preset, root: Path) -> Plan:
     """Return what a run would have to do; reads the folder and starts nothing."""
-    layout = Layout(root)
+    layout = Layout.of(preset, root)
     trainings = network_steps = cells = sampling_calls = 0
     cost = done = 0.0
     seen = set()

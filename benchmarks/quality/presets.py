@@ -85,6 +85,8 @@ class Preset:
         workers: Processes, where nobody says otherwise.
         columns: The methods of the picture and of the short table, by name.
         paper: The paper's numbers for this data set, to be printed beside ours.
+        networks_of: The preset whose networks it samples, in a folder beside its own; None for
+            networks of its own.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Preset:
     workers: int = 1
     columns: tuple[str, ...] = ()
     paper: dict[str, str] = field(default_factory=dict)
+    networks_of: str | None = None
 
     @property
     def settings(self) -> dict[str, str | int]:
@@ -424,6 +427,14 @@ WIDE_ARMS = (
     arm(Plain(), Gain(49), ("deis", "pndm"), TEN),
     *(arm(objective, samplers=("ddim-quad",), steps=TEN) for objective in (Plain(), SkipStep(9))),
     *(arm(Plain(), EpsilonScaling(1.0, slope), ("ddim",), TEN) for slope in (-0.02, 0.02)),
+    arm(Plain(), ScoreRescaling(1.05), ("ddim",), (20, 50)),
+    arm(SkipStep(49), samplers=("deis", "pndm"), steps=TEN),
+    arm(SkipStep(9), samplers=("pndm",), steps=TEN),
+    arm(Plain(), ScoreRescaling(1.05), ("unipc", "deis", "pndm"), TEN),
+    *(arm(SkipStep(k), samplers=("ddim",), steps=(50,)) for k in (9, 49)),
+    arm(Plain(), Gain(49), ("ddim",), (50,)),
+    arm(Plain(), samplers=("dpm++2m", "deis", "pndm"), steps=(20,)),
+    arm(SkipStep(49), samplers=("ddim-quad",), steps=TEN),
     arm(SkipStep(9, "fresh"), samplers=("ddim",), steps=TEN),
 )
 CIFAR10_WIDE = replace(
@@ -435,6 +446,35 @@ CIFAR10_WIDE = replace(
     ),
     arms=WIDE_ARMS,
     seeds=(0, 1, 2),
+)
+# The cells that the answer is of, with as many samples as there are test images; then Min-SNR.
+CIFAR10_WIDE_10K = replace(
+    CIFAR10_WIDE,
+    name="cifar10-wide-10k",
+    about="the main cells of cifar10-wide with 10,000 samples, and Min-SNR from the start",
+    samples=10_000,
+    arms=(
+        arm(Plain(), samplers=("ddim", "unipc"), steps=TEN),
+        *(arm(Plain(), one, ("ddim",), TEN) for one in (Gain(9), Gain(49), ScoreRescaling(1.05))),
+        *(arm(SkipStep(k), samplers=("ddim",), steps=TEN) for k in (9, 49)),
+        arm(MinSNR(), samplers=("ddim", "unipc"), steps=TEN),
+        *(arm(MinSNR(), Gain(k), ("ddim",), TEN) for k in (9, 49)),
+    ),
+    networks_of="cifar10-wide",
+)
+# Down to where a sampler's own error is nothing; few samples, so the kernel distance is the one
+# to read: it has no bias.
+CIFAR10_WIDE_LONG = replace(
+    CIFAR10_WIDE,
+    name="cifar10-wide-long",
+    about="cifar10-wide with up to 1000 steps of DDIM and fewer samples",
+    samples=1_000,
+    arms=tuple(
+        arm(objective, samplers=("ddim",), steps=(steps,))
+        for steps in (10, 200, 1000)
+        for objective in (Plain(), SkipStep(9))
+    ),
+    networks_of="cifar10-wide",
 )
 # As `cifar10-wide`, with a budget that an older processor trains and samples in two hours: the loss
 # against its gain first.
@@ -476,6 +516,7 @@ PRESETS = {
         *(DIGITS, DIGITS_FULL, TEXTURES, PATCHES),
         *(DIGITS_CORRECTIONS, TEXTURES_CORRECTIONS, DIGITS_REDUCTION),
         *(CIFAR10_TINY, CIFAR10_SMALL, CIFAR10_SPECTRAL, CIFAR10_WIDE, CIFAR10_BRIEF),
+        *(CIFAR10_WIDE_10K, CIFAR10_WIDE_LONG),
         *(CIFAR10, CELEBA),
     )
 }

@@ -21,7 +21,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
     A row is [method, seed, sampler, steps, raw Fréchet, raw kernel, Fréchet of the images, kernel
     of the images, spread], with None where a feature network takes no raw samples.
     """
-    layout = Layout(root)
+    layout = Layout.of(preset, root)
     rows: list[list[Any]] = []
     titles: dict[str, str] = {}
     trainings: dict[str, dict[str, Any]] = {}

@@ -63,7 +63,7 @@ class Bench:
     def __init__(self, preset: Preset, root: Path, data_folder: Path | None = None) -> None:
         """Load the data and make the feature network."""
         self.preset = preset
-        self.layout = Layout(root)
+        self.layout = Layout.of(preset, root)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.schedule = NoiseSchedule.linear(1000)
         self.data = datasets.load(preset.data, data_folder)

@@ -79,7 +79,7 @@ def _budget(budget: Budget) -> str:
         parts.append("images mirrored at random")
     if budget.branch_at is not None:
         parts.append(
-            "every loss but the plain one from the plain run's state after "
+            "every loss but the plain one and Min-SNR from the plain run's state after "
             f"{budget.branch_at:.0%} of the steps, with the same images, timesteps and noise"
         )
     return ", ".join(parts) + f"; weights averaged with decay {budget.ema_decay:g} for sampling"

@@ -111,7 +111,17 @@ gain. Here it has 4,000 steps instead of 750, and 14 % of the averaged weights, 
 those from before. Does it come further, and does it help where its gain helps? A third seed, for
 which cells are cut first. And the spread that soundness is judged by is now that of the samples as
 the sampler returns them, like that which it is compared with; of the networks before, only that of
-their 8-bit images was kept, of which the clamp has taken something.\
+their 8-bit images was kept, of which the clamp has taken something.
+
+Then more of the same networks, written down before the first sample of it. `cifar10-wide` itself:
+its remaining cells, score rescaling by 1.05, which was chosen for DDIM at 10 steps, at 20 and 50
+steps and with other solvers, and the losses at 50 steps: what is left of an effect where the
+sampler errs less? `cifar10-wide-10k`: the cells of the answer with 10,000 samples, as many as there
+are test images; and Min-SNR-5, trained from the start with the plain run's first weights, images,
+timesteps and noise: does it do more than a gain, and does the gain of k = 9 or k = 49 add to it?
+`cifar10-wide-long`: DDIM at 200 and 1000 steps, the plain network and k = 9, with 1,000 samples,
+to be read by the kernel distance, which has no bias. Cut first: seeds of Min-SNR, then 1000
+steps.\
 """
 
 
