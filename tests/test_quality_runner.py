@@ -19,7 +19,7 @@ from benchmarks.files import load_json, load_tensors, write_whole
 from benchmarks.quality import cli, runner
 from benchmarks.quality.data import load_digits, to_model_range, to_uint8
 from benchmarks.quality.objectives import Plain
-from benchmarks.quality.plan import jobs, plan
+from benchmarks.quality.plan import jobs, plan, training_steps
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.record import collect
 from benchmarks.quality.report import keep, write_report
@@ -211,6 +211,57 @@ def test_other_settings_are_refused(finished: Path) -> None:
         ValueError, match=r"other settings \(samples\): samples is 64 there and 128"
     ):
         run(other, finished)
+
+
+def test_a_preset_samples_the_networks_of_another(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "tiny")
+    more = replace(ONE_ARM, name="more", samples=128, networks_of="tiny")
+    assert plan(more, tmp_path / "more").trainings == 0
+    run(more, tmp_path / "more")
+    assert not (tmp_path / "more" / "models").exists()
+    # The first batch starts from the same noise.
+    few, many = (
+        load_tensors(tmp_path / name / "cells/plain/seed0/ddim-2.pt")["samples"]
+        for name in ("tiny", "more")
+    )
+    torch.testing.assert_close(few, many, rtol=0, atol=0)
+    record = collect(more, tmp_path / "more")
+    assert record["trainings"]["plain"]["0"]["steps"] == TINY.budget.steps
+    assert {row[3] for row in record["rows"]} == {2, 3}
+
+
+def test_networks_of_other_settings_are_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "tiny")
+    longer = replace(TINY.budget, steps=13)
+    other = replace(ONE_ARM, name="more", budget=longer, networks_of="tiny")
+    with pytest.raises(
+        ValueError, match=r"tiny holds results of other settings \(budget\): budget"
+    ):
+        run(other, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_what_samples_anothers_networks_has_its_settings() -> None:
+    shared = [preset for preset in PRESETS.values() if preset.networks_of is not None]
+    assert {preset.name for preset in shared} == {"cifar10-wide-10k", "cifar10-wide-long"}
+    for preset in shared:
+        other = PRESETS[preset.networks_of or ""]
+        for key in ("data", "schedule", "network", "budget"):
+            assert preset.settings[key] == other.settings[key]
+
+
+def test_what_branches_and_what_is_trained_from_the_start() -> None:
+    preset = PRESETS["cifar10-wide-10k"]
+    steps = {
+        one.method.objective.name: training_steps(preset, one.method.objective)
+        for one in preset.arms
+    }
+    assert steps == {
+        "plain": 16_000,
+        "min-snr-5": 16_000,
+        "skip9-expected": 4_000,
+        "skip49-expected": 4_000,
+    }
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

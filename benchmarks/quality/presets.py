@@ -474,6 +474,7 @@ CIFAR10_WIDE_LONG = replace(
         for steps in (10, 200, 1000)
         for objective in (Plain(), SkipStep(9))
     ),
+    columns=("plain", "skip9-expected"),
     networks_of="cifar10-wide",
 )
 # As `cifar10-wide`, with a budget that an older processor trains and samples in two hours: the loss
