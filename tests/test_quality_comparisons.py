@@ -146,8 +146,8 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
     assert "+50.0 %" in half
     assert "The spread is settled from the first quarter on" in text
     assert "Of the preset, for want of time" not in text
-    assert "| S²-DM k = 9, expected | DDIM, 10 steps | 2.0 | **+3.0 % [+3.0, +3.0]** |" in text
-    assert "| +30.000 | 0.970, 0.970, 0.970 |" in text
+    assert "| S²-DM k = 9, expected | **+3.0 % [+3.0, +3.0]** |" in text
+    assert "| +30.0 | 0.970, 0.970, 0.970 |" in text
     assert "margin of 2 %" not in text
 
     for row in record["rows"]:
@@ -250,7 +250,7 @@ def test_the_networks_of_before_stand_beside(tmp_path: Path) -> None:
     only_there = next(line for line in after.splitlines() if "λ = 0.995 " in line)
     assert only_there.split(" | ")[1] == ""
     losses = after.split(f"The loss and its gain on `{earlier}`")[1]
-    assert "| S²-DM k = 9, expected | DDIM, 10 steps | 4.5 | **+10.0 % [+10.0, +10.0]** |" in losses
+    assert "| S²-DM k = 9, expected | **+10.0 % [+10.0, +10.0]** |" in losses
     assert "the difference is at most 10.0 % of the distance" in losses  # its gain does nothing
     alone = pages_of(tmp_path / "alone", there)
     assert "k = 9 changes" in alone["evidence_cifar10.md"].split("\n\n")[2]
@@ -277,3 +277,53 @@ def test_improvements_are_of_the_8_bit_distance() -> None:
     found = Results(record).improvement("skip9-expected", [TEN], IMAGES)
     assert found is not None
     assert found.mean == pytest.approx(50)
+
+
+def table_rows(text: str, heading: str) -> dict[str, list[str]]:
+    """The rows of the first table after a heading, by their first column."""
+    _, _, after = text.partition(heading)
+    table = after[after.index("\n|") :].split("\n\n")[0].strip().splitlines()
+    return {cells[0]: cells[1:] for cells in (row[2:-2].split(" | ") for row in table)}
+
+
+def test_other_samplers_stand_beside_one_another(tmp_path: Path) -> None:
+    factors = {"plain": 1.0, "plain+gain9": 0.9, "plain+gain49": 0.8, "plain+rescaling1.05": 0.7}
+    record = a_record(PRESET, factors | {"skip9-expected": 1.1, "skip49-expected": 1.2, "deis": 3})
+    text = pages_of(tmp_path, record)["evidence_cifar10.md"]
+    rows = table_rows(text, "The same with other samplers and steps")
+    assert "DDIM, 10 steps" not in rows
+    head = rows[""]
+    twenty = dict(zip(head, rows["DDIM, 20 steps"], strict=True))
+    assert twenty["plain"] == "2.0"
+    assert twenty["S²-DM k = 9, expected"] == "**-10.0 % [-10.0, -10.0]**"
+    assert twenty["gain k = 49"] == "**+20.0 % [+20.0, +20.0]**"
+    assert twenty["Temporal Score Rescaling k = 1.05"] == "**+30.0 % [+30.0, +30.0]**"
+    deis = dict(zip(head, rows["DEIS, 10 steps"], strict=True))
+    assert deis["plain"] == "6.0"
+    assert deis["gain k = 9"] == ""  # that is not measured with DEIS
+    assert not any(cell.sampler == "dpm++2m" for cell in Results(record).cells("plain+gain9"))
+    assert "DPM++ 2M, 10 steps" not in rows  # plain alone
+
+
+def test_more_samples_min_snr_and_many_steps(tmp_path: Path) -> None:
+    few = a_record(PRESET, {"plain": 1.0, "plain+gain9": 0.9, "unipc": 0.5})
+    factors = {"plain": 1.0, "plain+gain9": 0.88, "unipc": 0.5, "min-snr-5": 0.8}
+    more = a_record("cifar10-wide-10k", factors | {"min-snr-5+gain9": 0.6})
+    long = a_record("cifar10-wide-long", {"plain": 1.0, "skip9-expected": 1.25})
+    text = pages_of(tmp_path, few, more, long)["evidence_cifar10.md"]
+    rows = table_rows(text, "## With 10,000 samples")
+    gain9 = ["**+10.0 % [+10.0, +10.0]**", "**+12.0 % [+12.0, +12.0]**", "+120.0"]
+    assert rows["plain L_simple + gain k = 9"] == gain9
+    # UniPC's own kernel distance is the plain network's here, and nothing is taken off.
+    assert rows["UniPC, 10 steps"] == [*["**+50.0 % [+50.0, +50.0]**"] * 2, "+0.0"]
+    assert "moves no improvement by more than 2.0 percentage points" in text
+    rows = table_rows(text, "## Min-SNR from the start")
+    assert rows["Min-SNR-5 over plain"][1:3] == ["**+20.0 % [+20.0, +20.0]**", "+200.0"]
+    assert rows["gain k = 9 on it, over Min-SNR"][1:3] == ["**+25.0 % [+25.0, +25.0]**", "+200.0"]
+    rows = table_rows(text, "## With many steps")
+    expected = ["2.0", "**-25.0 % [-25.0, -25.0]**", "1000.0", "-250.0", "0.970, 0.970, 0.970"]
+    assert rows["DDIM, 200 steps"] == rows["DDIM, 1000 steps"] == expected
+    alone = pages_of(tmp_path / "alone", few)["evidence_cifar10.md"]
+    for heading in ("## With 10,000 samples", "## Min-SNR", "## With many steps"):
+        assert heading in text
+        assert heading not in alone

@@ -3,17 +3,18 @@
 Every number, every "better" and every "no difference" comes out of the records; the prose only says
 what was asked.  A method of a preset that has no results is "not measured yet".
 
-=================  ==================================================
+=================  ==============================================================
 `records`          the committed results, and which methods they hold
 `conclusions`      `evidence.md`: conclusions, advice, one table
 `results`          `evidence_results.md`: every table
 `questions`        the six questions, a section of that page
 `cifar10`          `evidence_cifar10.md`: photographs, and the protocol
 `cifar10_answers`  what is said of CIFAR10, computed
+`cifar10_more`     its parts on other samplers, more samples, Min-SNR, many steps
 `corrections`      `evidence_corrections.md`: corrections of a trained network
 `method`           `evidence_method.md`: how it was measured
 `figures`          the figures
-=================  ==================================================
+=================  ==============================================================
 """
 
 from __future__ import annotations

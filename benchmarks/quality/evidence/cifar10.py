@@ -12,7 +12,9 @@ from benchmarks.pages.tables import MISSING, counted, listed, markdown_table
 from benchmarks.quality.corrections import BandGains, Gain
 from benchmarks.quality.evidence.cifar10_answers import (
     LATE,
+    LONG,
     MARGIN,
+    MORE,
     PRESET,
     SETTLED,
     SOUND,
@@ -31,6 +33,12 @@ from benchmarks.quality.evidence.cifar10_answers import (
     spread_left,
     strengths,
     without_training,
+)
+from benchmarks.quality.evidence.cifar10_more import (
+    by_sampler,
+    min_snr,
+    with_many_steps,
+    with_more_samples,
 )
 from benchmarks.quality.evidence.corrections import KERNEL, SOLVERS, band_table
 from benchmarks.quality.evidence.figures import by_seed
@@ -149,11 +157,17 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
         yield from _losses(results)
         yield from _corrections(results)
         yield from _together(results)
+        more, long = (evidence.results(name) for name in (MORE, LONG))
+        if more is not None:
+            yield from with_more_samples(results, more)
+            yield from min_snr(more)
+        if long is not None:
+            yield from with_many_steps(long)
         yield from _younger(results)
         if others:
             yield from _networks(measured)
         yield from _searched(measured)
-        yield from _not_run(measured)
+        yield from _not_run([*measured, *(one for one in (more, long) if one is not None)])
     else:
         yield f"CIFAR10, preset `{PRESET}`: {MISSING}."
     yield "## Protocol"
@@ -253,22 +267,22 @@ def _sound(results: Results) -> Iterable[str]:
 
 def _losses(results: Results) -> Iterable[str]:
     rows, equivalent = [], []
-    names = [trained(9), f"{trained(9).removesuffix('expected')}fresh", corrected(9)]
-    for name in (*names, trained(49), corrected(49), "min-snr-5"):
+    fresh = f"{trained(9).removesuffix('expected')}fresh"
+    for name in (trained(9), fresh, corrected(9), trained(49), corrected(49)):
         for cell in results.cells(name) if name in results.methods else []:
             found = over_plain(results, name, cell)
-            if found is None:
-                continue
-            kernel = results.difference(name, [cell], KERNEL)
-            plain = list(results.values("plain", cell, IMAGES).values())
-            row = [results.title(name), cell_title(cell), f"{np.mean(plain):.1f}", percent(found)]
-            row.append(MISSING if kernel is None else f"{1e3 * kernel.mean:+.3f}")
-            spreads = results.values(name, cell, "spread").values()
-            row.append(", ".join(f"{spread:.3f}" for spread in spreads))
-            rows.append(row)
-            if max(-found.low, found.high) <= MARGIN:
+            if found is not None and max(-found.low, found.high) <= MARGIN:
                 equivalent.append(f"{results.title(name)} with {cell_title(cell)}")
-    yield markdown_table(["", "sampler", "plain", "Fréchet", "kernel", "spread"], rows)
+        if (found := over_plain(results, name, TEN)) is None:
+            continue
+        kernel = results.difference(name, [TEN], KERNEL)
+        row = [results.title(name), percent(found)]
+        row.append(MISSING if kernel is None else f"{1e3 * kernel.mean:+.1f}")
+        spreads = results.values(name, TEN, "spread").values()
+        rows.append([*row, ", ".join(f"{spread:.3f}" for spread in spreads)])
+    yield markdown_table(["DDIM, 10 steps", "Fréchet", "kernel", "spread"], rows)
+    chosen = dict.fromkeys(chosen_correction(results).values())
+    yield by_sampler(results, [name for name in chosen if name != "plain"])
     if equivalent:
         yield (
             f"Equivalent to plain training by the margin of {MARGIN:g} % that was set before: "

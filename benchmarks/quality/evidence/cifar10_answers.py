@@ -24,6 +24,10 @@ PRESET = "cifar10-wide"
 """The network that the answer is of: the nearest to a sound one, with the most seeds."""
 OTHERS = ("cifar10-spectral", "cifar10-brief", "cifar10-tiny")
 """The others."""
+MORE = "cifar10-wide-10k"
+"""The cells of the answer with more samples, and Min-SNR."""
+LONG = "cifar10-wide-long"
+"""The same network with many steps."""
 SOUND = 0.03
 """How far the spread of a sound network's samples may be from what the sampler leaves."""
 SPREAD_CELLS = (*(Cell("ddim", steps) for steps in (10, 20, 50, 100)), Cell("unipc", 50))

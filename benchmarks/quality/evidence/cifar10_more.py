@@ -1,0 +1,164 @@
+"""Parts of `evidence_cifar10.md`: other samplers, more samples, Min-SNR, many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from benchmarks.pages.tables import MISSING, counted, listed, markdown_table
+from benchmarks.quality.corrections import Gain
+from benchmarks.quality.evidence.cifar10_answers import over_ddim, over_plain, without_training
+from benchmarks.quality.evidence.corrections import KERNEL
+from benchmarks.quality.evidence.records import IMAGES, TEN, corrected, title, trained
+from benchmarks.quality.objectives import Method, MinSNR
+from benchmarks.quality.statistics import Cell, Interval, Results
+from benchmarks.quality.tables import cell_title, percent
+
+MIN_SNR = MinSNR().name
+MIN_SNR_GAINS = tuple(Method(MinSNR(), Gain(skip)).name for skip in (9, 49))
+
+
+def by_sampler(results: Results, more: Iterable[str] = ()) -> str:
+    """Return the improvements of the loss and of its gain in all cells but the headline's.
+
+    Args:
+        results: Of a network.
+        more: Further methods.
+    """
+    cells = [cell for cell in sorted(results.cells("plain")) if cell != TEN]
+    found = {
+        name: {cell: one for cell in cells if (one := over_plain(results, name, cell)) is not None}
+        for name in (trained(9), corrected(9), trained(49), corrected(49), *more)
+    }
+    rows = [
+        [
+            cell_title(cell),
+            f"{_mean(results, 'plain', cell):.1f}",
+            *(
+                percent(column[cell]) if cell in column else ""
+                for column in found.values()
+                if column
+            ),
+        ]
+        for cell in cells
+        if any(cell in column for column in found.values())
+    ]
+    if not rows:
+        return ""
+    header = [
+        title(results, name).removeprefix("plain L_simple + ") for name in found if found[name]
+    ]
+    text = markdown_table(["", "plain", *header], rows)
+    return f"The same with other samplers and steps, Fréchet:\n\n{text}"
+
+
+def with_more_samples(results: Results, more: Results) -> Iterable[str]:
+    """Yield what as many samples as there are test images say, of the cells of the answer.
+
+    Args:
+        results: The answer's.
+        more: Of the same networks, with more samples.
+    """
+    few, many = (f"{one.record['settings']['samples']:,}" for one in (results, more))
+    yield f"## With {many} samples"
+    yield (
+        f"The cells of the answer again, with as many samples as there are test images; the first "
+        f"{few} are those above. As many training images lie at **{more.floor:.1f}**, and at "
+        f"{1e3 * more.record['floor']['kernel']:.2f} thousandths by the kernel distance. DDIM at "
+        "10 steps, or the solver named."
+    )
+    names = [trained(9), corrected(9), trained(49), corrected(49)]
+    names += [name for name in without_training(more, TEN) if name not in names]
+    rows, moved = [], []
+    pairs = [(title(more, name), name, TEN) for name in names]
+    pairs += [(cell_title(cell), "plain", cell) for cell in more.cells("plain") if cell != TEN]
+    for heading, name, cell in pairs:
+        found = [_over_ddim(one, name, cell) for one in (results, more)]
+        rows.append([heading, *map(percent, found), _off_ddims_kernel(more, name, cell)])
+        if None not in found:
+            moved.append(abs(found[0].mean - found[1].mean))  # type: ignore[union-attr]
+    header = ["", f"{few} samples", f"{many} samples", f"kernel, {many}"]
+    yield markdown_table(header, rows)
+    if moved:
+        yield (
+            f"Doubling the samples moves no improvement by more than {max(moved):.1f} percentage "
+            "points."
+        )
+
+
+def min_snr(results: Results) -> Iterable[str]:
+    """Yield what Min-SNR from the start does, and what a gain adds to it."""
+    seeds = results.values(MIN_SNR, TEN, IMAGES)
+    if not seeds:
+        return
+    yield "## Min-SNR from the start"
+    yield (
+        f"{title(results, MIN_SNR)}, trained from the plain run's first weights with its images, "
+        f"timesteps and noise; {counted(len(seeds), 'seed')}, "
+        f"{results.record['settings']['samples']:,} samples."
+    )
+    rows = []
+    for cell in results.cells(MIN_SNR):
+        found = over_plain(results, MIN_SNR, cell)
+        rows.append([f"{title(results, MIN_SNR)} over plain", cell_title(cell), percent(found)])
+        kernel = results.difference(MIN_SNR, [cell], KERNEL)
+        rows[-1] += [_thousandths(kernel), _spreads(results, MIN_SNR, cell)]
+    for name in MIN_SNR_GAINS:
+        if results.values(name, TEN):
+            found = over_plain(results, name, TEN, MIN_SNR)
+            kernel = results.difference(name, [TEN], KERNEL, MIN_SNR)
+            heading = title(results, name).removeprefix(f"{title(results, MIN_SNR)} + ")
+            rows.append([f"{heading} on it, over Min-SNR", cell_title(TEN), percent(found)])
+            rows[-1] += [_thousandths(kernel), _spreads(results, name, TEN)]
+    yield markdown_table(["", "sampler", "Fréchet", "kernel", "spread"], rows)
+
+
+def with_many_steps(long: Results) -> Iterable[str]:
+    """Yield what the loss does where the sampler's own error is small."""
+    yield "## With many steps"
+    cells = [cell for cell in sorted(long.cells("plain")) if long.values(trained(9), cell)]
+    rows = []
+    for cell in cells:
+        plain = long.values("plain", cell, KERNEL).values()
+        rows.append(
+            [
+                cell_title(cell),
+                f"{_mean(long, 'plain', cell):.1f}",
+                percent(over_plain(long, trained(9), cell)),
+                f"{1e3 * np.mean(list(plain)):.1f}",
+                _thousandths(long.difference(trained(9), [cell], KERNEL)),
+                _spreads(long, "plain", cell),
+            ]
+        )
+    seeds = sorted({len(long.values("plain", cell)) for cell in cells})
+    yield (
+        f"{long.record['settings']['samples']:,} samples a cell, "
+        f"{listed([str(count) for count in seeds])} seeds. So few lie far from the test images by "
+        f"the Fréchet distance whatever they are, as many training images at {long.floor:.0f}: "
+        "read the kernel distance, in thousandths, which has no bias."
+    )
+    header = ["", "plain, Fréchet", "k = 9", "plain, kernel", "taken off it by k = 9", "spread"]
+    yield markdown_table(header, rows)
+
+
+def _over_ddim(results: Results, name: str, cell: Cell) -> Interval | None:
+    return over_plain(results, name, cell) if name != "plain" else over_ddim(results, *cell)
+
+
+def _off_ddims_kernel(results: Results, name: str, cell: Cell) -> str:
+    ours, theirs = results.values(name, cell, KERNEL), results.values("plain", TEN, KERNEL)
+    found = [theirs[seed] - ours[seed] for seed in ours if seed in theirs]
+    return f"{1e3 * np.mean(found):+.1f}" if found else MISSING
+
+
+def _thousandths(found: Interval | None) -> str:
+    return MISSING if found is None else f"{1e3 * found.mean:+.1f}"
+
+
+def _spreads(results: Results, name: str, cell: Cell) -> str:
+    return ", ".join(f"{value:.3f}" for value in results.values(name, cell, "spread").values())
+
+
+def _mean(results: Results, name: str, cell: Cell) -> float:
+    return float(np.mean(list(results.values(name, cell, IMAGES).values())))
