@@ -52,6 +52,7 @@ def a_record(
         "trainings": {"plain": {"0": {}, "1": {}}},
         "band_spreads": {"ddim-10, seed 0": [0.5, 0.9], "ddim-10, seed 1": [0.7, 1.1]},
         "fitted": {"plain+band-gains": {"ddim-10, seed 0": {"0": [0.5], "950": [colour]}}},
+        "gaussian_band_spreads": {"ddim-10": [0.9, 0.8]},
         "gaussian_spreads": {"ddim-10": 0.8, "ddim-50": 0.96, "ddim-100": 0.98, "unipc-50": 0.99},
     }
 
@@ -140,7 +141,8 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
         in text
     )
     assert "at t ≥ 900: 1.020 to 1.020" in text
-    assert "| DDIM, 10 steps | 0.60 | 1.00 |" in text  # the record has bands of two seeds
+    bands = "| DDIM, 10 steps | 0.60 | 1.00 |\n"  # the record has bands of two seeds
+    assert bands + "| what the sampler leaves of Gaussian data | 0.90 | 0.80 |" in text
     assert "at most 1.0 % of the distance" in text  # 0.97 against 0.96
     half = next(line for line in text.splitlines() if line.startswith("| 50 % |"))
     assert "+50.0 %" in half

@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from click.testing import CliRunner
 from filelock import FileLock
+from numpy.typing import NDArray
 from quality_tools import ONE_ARM, TINY
+from scipy.fft import dctn
 from torch import Tensor
 
 from benchmarks.files import load_json, load_tensors, write_whole
@@ -26,7 +29,7 @@ from benchmarks.quality.report import keep, write_report
 from benchmarks.quality.runner import Bench, run
 from benchmarks.quality.samplers import sample
 from benchmarks.quality.streams import Purpose, generator
-from s2dm_loss import gain
+from s2dm_loss import NoiseSchedule, gain
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,39 @@ def test_a_cell_is_of_its_own_methods_samples(
     assert cell["raw"]["frechet"] == pytest.approx(bench.distances.compare(samples).frechet)
     saved = bench.distances.compare(to_uint8(samples))
     assert cell["images"]["frechet"] == pytest.approx(saved.frechet)
+
+
+def test_what_the_sampler_alone_leaves_of_each_band(finished: Path) -> None:
+    """By matrices in pixels, where the code has a number for each principal axis."""
+    pixels = to_model_range(load_digits().images).double().flatten(1)
+    covariance = np.cov(pixels.numpy().T)
+    levels = NoiseSchedule.linear(1000).alphas_cumprod.double()
+
+    def exact(x: Tensor, t: Tensor) -> Tensor:
+        level = float(levels[t])
+        total = level * covariance + (1 - level) * np.eye(64)
+        return (1 - level) ** 0.5 * x @ torch.from_numpy(np.linalg.inv(total))
+
+    start = torch.eye(64, dtype=torch.float64)
+    schedule = NoiseSchedule.linear(1000)
+    linear = sample(exact, "ddim", schedule, 3, start, torch.Generator()).numpy()
+
+    def bands(squares: NDArray[np.float64]) -> list[float]:
+        cosines = dctn(np.eye(64).reshape(64, 8, 8), axes=(1, 2), norm="ortho").reshape(64, 64)
+        powers = np.einsum("ik,ij,jk->k", cosines, squares, cosines).reshape(8, 8)
+        place = np.maximum(*np.indices((8, 8)))
+        edges = ((0, 1), (1, 2), (2, 4), (4, 8))
+        return [powers[(low <= place) & (place < high)].sum() for low, high in edges]
+
+    cell = load_json(finished / "cells/plain/seed0/ddim-3.json")
+    left, whole = bands(linear.T @ linear), bands(covariance)
+    wanted = [(a / b) ** 0.5 for a, b in zip(left, whole, strict=True)]
+    assert cell["gaussian_band_spreads"] == pytest.approx(wanted, rel=1e-3)
+    assert cell["gaussian_spread"] == pytest.approx((sum(left) / sum(whole)) ** 0.5, rel=1e-3)
+    assert max(wanted) - min(wanted) > 0.05
+    assert "gaussian_band_spreads" not in load_json(
+        finished / "cells/skip9-expected/seed0/ddim-3.json"
+    )
 
 
 def test_the_spread_before_the_clamp_of_samples_that_are_kept_in_8_bits(

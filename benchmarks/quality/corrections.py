@@ -293,11 +293,13 @@ def gaussian_gains(
     return times, torch.stack(gains)
 
 
-def gaussian_spread(sampler: str, schedule: NoiseSchedule, steps: int, variances: Tensor) -> float:
-    """Return the spread of a deterministic sampler's samples over the data's, for Gaussian data.
+def gaussian_variances(
+    sampler: str, schedule: NoiseSchedule, steps: int, variances: Tensor
+) -> Tensor:
+    """Return the variances of a deterministic sampler's samples of Gaussian data, float64 `[D]`.
 
     With the exact ε̂, √(1−ᾱ) x_t / (1 − ᾱ + ᾱ v) along an axis of variance v, each sample is
-    proportional to its start. So this is what a sampler alone loses, with nothing left to learn.
+    proportional to its start. So this is what a sampler alone leaves, with nothing left to learn.
 
     Args:
         sampler: A sampler that draws no noise.
@@ -312,8 +314,7 @@ def gaussian_spread(sampler: str, schedule: NoiseSchedule, steps: int, variances
         return (1 - level).sqrt() / (1 - level + level * variances) * x
 
     start = torch.ones_like(variances)[None]
-    samples = sample(exact, sampler, schedule, steps, start, torch.Generator())
-    return float((samples.square().sum() / variances.sum()).sqrt())
+    return sample(exact, sampler, schedule, steps, start, torch.Generator())[0].square()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
     fitted: dict[str, dict[str, Any]] = {}
     bands: dict[str, list[float]] = {}
     alone: dict[str, float] = {}
+    alone_in_bands: dict[str, list[float]] = {}
     raw_spreads: dict[str, dict[str, float]] = {}
     commits: dict[str, None] = {}  # a run that was resumed may have several; in order, once each
     for job in jobs(preset):
@@ -56,6 +57,10 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
                 spreads[str(seed)] = round(cell["raw_spread"], 5)
             if "gaussian_spread" in cell:
                 alone[f"{sampler}-{steps}"] = round(cell["gaussian_spread"], 5)
+            if "gaussian_band_spreads" in cell:
+                alone_in_bands[f"{sampler}-{steps}"] = [
+                    round(value, 4) for value in cell["gaussian_band_spreads"]
+                ]
             if "fitted" in cell:
                 fitted.setdefault(method.name, {})[f"{sampler}-{steps}, seed {seed}"] = {
                     t: [round(gain, 4) for gain in gains] for t, gains in cell["fitted"].items()
@@ -85,6 +90,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         "fitted": fitted,
         "band_spreads": bands,
         "gaussian_spreads": alone,
+        "gaussian_band_spreads": alone_in_bands,
         "raw_spreads": raw_spreads,
         "searches": [load_json(path) for path in sorted(root.glob("search-*.json"))],
     }  # fmt: skip

@@ -36,7 +36,7 @@ from benchmarks.quality.corrections import (
     Frequencies,
     PrincipalAxes,
     Setting,
-    gaussian_spread,
+    gaussian_variances,
 )
 from benchmarks.quality.layout import Layout, claimed
 from benchmarks.quality.metrics import FeatureDistances, noise_floor
@@ -231,15 +231,28 @@ class Bench:
         return samples, torch.stack([batch["moments"] for batch in batches]).sum(0)
 
     @cached_property
-    def _data_variances(self) -> Tensor:
-        return PrincipalAxes(self.data).variances
+    def _axes(self) -> tuple[Tensor, Tensor]:
+        """The data's variance along each principal axis `[D]`, and of each its bands `[D, bands]`.
 
-    def _spread_without_network(self, method: Method, sampler: str, steps: int) -> dict[str, float]:
+        A band of an axis is the share of its length that lies in the band.
+        """
+        axes = PrincipalAxes(self.data)
+        images = axes.get_buffer("axes").T.double().view(-1, *self.data.shape)
+        shares = self.frequencies.coordinates(images).square().sum(1).flatten(1)
+        bands = shares.new_zeros(len(shares), self.frequencies.count)
+        bands.index_add_(1, self.frequencies.bands.flatten(), shares)
+        return axes.variances, bands
+
+    def _spread_without_network(self, method: Method, sampler: str, steps: int) -> dict[str, Any]:
         """Return what spread the sampler itself leaves, once for the plain network's cells."""
         if method.name != "plain" or sampler == "ddpm":
             return {}
-        spread = gaussian_spread(sampler, self.schedule, steps, self._data_variances)
-        return {"gaussian_spread": spread}
+        variances, bands = self._axes
+        left = gaussian_variances(sampler, self.schedule, steps, variances)
+        return {
+            "gaussian_spread": float((left.sum() / variances.sum()).sqrt()),
+            "gaussian_band_spreads": ((left @ bands) / (variances @ bands)).sqrt().tolist(),
+        }
 
     def _band_spreads(self, samples: Tensor) -> Tensor:
         """Return the standard deviation in each octave of frequencies, of this process's share."""

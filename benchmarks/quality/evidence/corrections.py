@@ -232,11 +232,17 @@ def band_table(results: Results) -> str:
     for key, bands in stored.items():
         sampler, steps = key.split(",")[0].rsplit("-", 1)
         by_cell.setdefault(Cell(sampler, int(steps)), []).append(bands)
-    rows = [
-        [cell_title(cell), *(f"{value:.2f}" for value in np.mean(found, axis=0))]
-        for cell, found in sorted(by_cell.items())
-        if cell.sampler == "ddim"
-    ]
+    alone = results.record.get("gaussian_band_spreads", {})
+    rows: list[list[str]] = []
+    for cell in sorted(by_cell):
+        if cell.sampler != "ddim":
+            continue
+        measured = {cell_title(cell): np.mean(by_cell[cell], axis=0).tolist()}
+        if left := alone.get(f"{cell.sampler}-{cell.steps}"):
+            measured["what the sampler leaves of Gaussian data"] = left
+        rows += [
+            [heading, *(f"{value:.2f}" for value in values)] for heading, values in measured.items()
+        ]
     if not rows:
         return ""
     octaves = [f"octave {i}" for i in range(1, len(rows[0]) - 1)]
