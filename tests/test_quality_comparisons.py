@@ -147,7 +147,7 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
     half = next(line for line in text.splitlines() if line.startswith("| 50 % |"))
     assert "+50.0 %" in half
     assert "The spread is settled from the first quarter on" in text
-    assert "Of the preset, for want of time" not in text
+    assert "for want of time" not in text
     assert "| S²-DM k = 9, expected | **+3.0 % [+3.0, +3.0]** |" in text
     assert "| +30.0 | 0.970, 0.970, 0.970 |" in text
     assert "margin of 2 %" not in text
@@ -157,7 +157,7 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
     assert "is settled" not in pages_of(tmp_path, record)["evidence_cifar10.md"]
     record["rows"] = [row for row in record["rows"] if row[0] != "plain@25"]
     text = pages_of(tmp_path, record)["evidence_cifar10.md"]
-    assert "for want of time: plain L_simple, 25 % of the training with DDIM, 10 steps" in text
+    assert f"Of `{PRESET}`: plain L_simple, 25 % of the training with DDIM, 10 steps" in text
     for wrong in ({"spread": 0.948}, {"spread": 1.0}, {"colour": 1.04}):
         text = pages_of(tmp_path, a_record(PRESET, factors, **wrong))["evidence_cifar10.md"]
         assert "**Not sound**" in text
@@ -251,7 +251,7 @@ def test_the_networks_of_before_stand_beside(tmp_path: Path) -> None:
     # What only one of them was measured with is blank in the other's column.
     only_there = next(line for line in after.splitlines() if "λ = 0.995 " in line)
     assert only_there.split(" | ")[1] == ""
-    losses = after.split(f"The loss and its gain on `{earlier}`")[1]
+    losses = after.split(f"The loss and its gain on {earlier.removeprefix('cifar10-')}")[1]
     assert "| S²-DM k = 9, expected | **+10.0 % [+10.0, +10.0]** |" in losses
     assert "the difference is at most 10.0 % of the distance" in losses  # its gain does nothing
     alone = pages_of(tmp_path / "alone", there)
@@ -325,7 +325,12 @@ def test_more_samples_min_snr_and_many_steps(tmp_path: Path) -> None:
     rows = table_rows(text, "## With many steps")
     expected = ["2.0", "**-25.0 % [-25.0, -25.0]**", "1000.0", "-250.0", "0.970, 0.970, 0.970"]
     assert rows["DDIM, 200 steps"] == rows["DDIM, 1000 steps"] == expected
+    assert "an answer for good: Inception's features" in text
+    more["rows"] = [row for row in more["rows"] if row[:2] != ["min-snr-5", 2]]
+    text = pages_of(tmp_path, few, more, long)["evidence_cifar10.md"]
+    assert "Of `cifar10-wide-10k`: Min-SNR-5 with DDIM, 10 steps, 1 of 3 seeds" in text
     alone = pages_of(tmp_path / "alone", few)["evidence_cifar10.md"]
+    assert "an answer for good: 10,000 samples a cell, Min-SNR from the start, 200 to" in alone
     for heading in ("## With 10,000 samples", "## Min-SNR", "## With many steps"):
         assert heading in text
         assert heading not in alone

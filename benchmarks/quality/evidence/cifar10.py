@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pages.tables import MISSING, counted, listed, markdown_table
+from benchmarks.pages.tables import MISSING, counted, folded, listed, markdown_table
 from benchmarks.quality.corrections import BandGains, Gain
 from benchmarks.quality.evidence.cifar10_answers import (
     LATE,
     LONG,
     MARGIN,
     MORE,
+    OTHERS,
     PRESET,
     SETTLED,
     SOUND,
@@ -67,6 +68,8 @@ from benchmarks.quality.statistics import (
 from benchmarks.quality.tables import cell_title, percent
 
 FIFTY = Cell("ddim", 50)
+UNTIL_THEN = {MORE: "10,000 samples a cell, Min-SNR from the start", LONG: "200 to 1000 steps"}
+"""What the page lacks as long as a preset has no results."""
 PROTOCOL = """\
 Written down, and committed with the preset, before the first sample was drawn:
 
@@ -167,7 +170,7 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
         if others:
             yield from _networks(measured)
         yield from _searched(measured)
-        yield from _not_run([*measured, *(one for one in (more, long) if one is not None)])
+        yield from _not_run(evidence)
     else:
         yield f"CIFAR10, preset `{PRESET}`: {MISSING}."
     yield "## Protocol"
@@ -455,8 +458,10 @@ def _networks(measured: list[Results]) -> Iterable[str]:
     yield from _longer_trained(measured)
     for one in measured[1:]:
         if any(one.values(trained(skip), TEN) for skip in (9, 49)):
-            yield f"The loss and its gain on `{one.record['preset']}`, as in the table above:"
-            yield from _losses(one)
+            yield folded(
+                f"The loss and its gain on {_short(one)}, as in the tables above",
+                "\n\n".join(part.strip() for part in _losses(one)),
+            )
 
 
 def _taken_by_the_clamp(measured: list[Results]) -> str:
@@ -502,9 +507,22 @@ def _distances(results: Results) -> str:
     return ", ".join(f"{value:.1f}" for value in values) or MISSING
 
 
-def _not_run(measured: Iterable[Results]) -> Iterable[str]:
+def _not_run(evidence: Evidence) -> Iterable[str]:
     yield "## What was not run"
-    for results in measured:
+    yield (
+        "Of what would make it an answer for good: "
+        + listed(
+            [
+                *(about for name, about in UNTIL_THEN.items() if name not in evidence.records),
+                "Inception's features, the paper's network (`cifar10`) and CelebA",
+            ]
+        )
+        + "."
+    )
+    lines = []
+    for name in (PRESET, MORE, LONG, *OTHERS):
+        if (results := evidence.results(name)) is None:
+            continue
         preset = PRESETS[results.record["preset"]]
         wanted = [
             (arm.method, Cell(sampler, steps))
@@ -512,14 +530,13 @@ def _not_run(measured: Iterable[Results]) -> Iterable[str]:
             for sampler in arm.samplers
             for steps in arm.steps
         ]
-        absent = [
-            f"{method.title} with {cell_title(cell)}"
-            for method, cell in wanted
-            if len(results.values(method.name, cell, IMAGES)) < len(preset.seeds)
-        ]
+        absent = []
+        for method, cell in wanted:
+            count, all_seeds = len(results.values(method.name, cell, IMAGES)), len(preset.seeds)
+            if count < all_seeds:
+                part = f", {all_seeds - count} of {all_seeds} seeds" if count else ""
+                absent.append(f"{method.title} with {cell_title(cell)}{part}")
         if absent:
-            yield f"Of `{preset.name}`, for want of time: {'; '.join(absent)}."
-    yield (
-        "Of what would make it an answer for good: 10,000 samples a cell, Min-SNR from the start, "
-        "200 to 1000 steps, Inception's features, the paper's network (`cifar10`), CelebA."
-    )
+            lines.append(f"- Of `{preset.name}`: {'; '.join(absent)}.")
+    if lines:
+        yield folded("Cells of the presets, for want of time", "\n".join(lines))
