@@ -207,8 +207,8 @@ def _network(results: Results) -> Iterable[str]:
   {images / 50_000:.0f} epochs.
 - **Distances**: {floor["features"]}, {settings["samples"]:,} samples against the 10,000 test
   images. As many training images lie at **{results.floor:.1f}**, and at
-  {1e3 * floor["kernel"]:.2f} thousandths by the kernel distance. Of 8-bit images alone: the features
-  are of photographs, and take no values beyond their range.
+  {1e3 * floor["kernel"]:.2f} thousandths by the kernel distance. Of 8-bit images alone: the
+  features are of photographs, and take no values beyond their range.
 - **Spent**: {counted(len(runs), "training")}, {counted(len(record["rows"]), "cell")};
   `python -m benchmarks.quality run {preset.name} --data FOLDER`, where FOLDER
   is `cifar-10-batches-py` of CIFAR10's python version, or `package` of the npm package
