@@ -18,7 +18,8 @@ from benchmarks.quality.evidence.cifar10_answers import (
     over_ddim,
 )
 from benchmarks.quality.evidence.corrections import CELLS, STUDIES, names_of, verdict_of
-from benchmarks.quality.evidence.records import IMAGES, TEN, Sources
+from benchmarks.quality.evidence.front import front_table
+from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, Sources
 from benchmarks.quality.presets import FITTED, PRESETS, SINGLE
 from benchmarks.quality.statistics import Cell, Results
 
@@ -270,6 +271,32 @@ def test_one_network_after_more_and_fewer_images(tmp_path: Path) -> None:
     other = a_record(OTHERS[2], {"plain": 1.0})
     text = pages_of(tmp_path / "other", longer, other)["evidence_cifar10.md"]
     assert "are one network" not in text
+
+
+def test_the_table_in_front(tmp_path: Path) -> None:
+    """Each row from the record that it is of; the strength of score rescaling from other seeds."""
+    photographs = a_record(
+        PRESET,
+        {"plain": 1.0, "skip9-expected": 0.97, "plain+rescaling1.05": 0.8, "unipc": 0.6},
+    )
+    photographs["searches"] = [
+        {"sampler": "ddim", "steps": 10, "seed": seed, "plain": 2.0, "corrected": 1.5}
+        for seed in (0, 1, 2)
+    ]
+    more = a_record("cifar10-wide-10k", {"plain": 1.0, "min-snr-5": 0.9})
+    digits = a_record("digits-corrections", {"plain": 1.0, "plain+rescaling2": 0.7, "unipc": 0.5})
+    for record in (photographs, more, digits):
+        save_record(tmp_path / f"{record['preset']}.json", record)
+    text = "first\n" + front_table(Evidence(Sources(tmp_path, tmp_path), tmp_path))
+    rows = table_rows(text, "first")
+    both = {name: " / ".join(cells).replace("**", "") for name, cells in rows.items()}
+    assert both["UniPC in DDIM's place"] == "+40.0 % [+40.0, +40.0] / +50.0 % [+50.0, +50.0]"
+    rescaling = both["Temporal Score Rescaling, without training"]
+    assert rescaling == "+20.0 % [+20.0, +20.0] / +30.0 % [+30.0, +30.0]"
+    search = both["what the search recommends, without training"]
+    assert search == "+25.0 % [+25.0, +25.0] / "
+    assert both["the loss, k = 9, the paper's default"] == "+3.0 % [+3.0, +3.0] / "
+    assert both["the weighting Min-SNR-5, from the start"] == "+10.0 % [+10.0, +10.0] / "
 
 
 def test_improvements_are_of_the_8_bit_distance() -> None:

@@ -5,6 +5,7 @@ what was asked.  A method of a preset that has no results is "not measured yet".
 
 =================  ==============================================================
 `records`          the committed results, and which methods they hold
+`front`            the table that the README and `evidence.md` begin with
 `conclusions`      `evidence.md`: conclusions, advice, one table
 `results`          `evidence_results.md`: every table
 `questions`        the six questions, a section of that page

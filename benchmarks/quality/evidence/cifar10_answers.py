@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from benchmarks.pages.tables import MISSING, listed
+from benchmarks.pages.tables import MISSING
 from benchmarks.quality.corrections import BandGains, Gain
 from benchmarks.quality.evidence.corrections import FAMILIES, SOLVERS
 from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, corrected, trained
@@ -84,6 +84,19 @@ def chosen_correction(results: Results) -> dict[int, str]:
     return results.chosen_elsewhere(candidates, TEN, IMAGES)
 
 
+def searched(results: Results, cell: Cell = TEN) -> Interval | None:
+    """Return what the search's recommendations do in a cell, on noise that it has not seen."""
+    found = [
+        one
+        for one in results.record.get("searches", [])
+        if Cell(one["sampler"], one["steps"]) == cell
+    ]
+    return improvement_of_ratios(
+        {one["seed"]: one["corrected"] for one in found},
+        {one["seed"]: one["plain"] for one in found},
+    )
+
+
 def strengths(*presets: str) -> list[str]:
     """Return the corrections of the finished plain network with one strength, sorted by it."""
     single = {
@@ -106,12 +119,10 @@ def in_short(results: Results) -> str:
     solvers = {s: one for s in SOLVERS if (one := found[s]) is not None}
     best = max(solvers, key=lambda s: solvers[s].mean, default=None)
     solver = MISSING if best is None else f"{percent(solvers[best])} ({TITLES[best]})"
-    searched = [
-        f"{100 * (1 - one['corrected'] / one['plain']):+.1f} %"
-        for one in results.record.get("searches", [])
-        if Cell(one["sampler"], one["steps"]) == TEN
-    ]
-    search = f"what the search recommends, by {listed(searched)}; " if searched else ""
+    found_by_search = searched(results)
+    search = (
+        f"what the search recommends, by {percent(found_by_search)}; " if found_by_search else ""
+    )
     return (
         "the paper's loss at its default k = 9 changes the 8-bit distance of DDIM's samples at 10 "
         f"steps by {percent(found['loss'])}; the best correction of those tried below, chosen on "

@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks.pages.tables import MISSING, counted, listed, markdown_table
 from benchmarks.quality.evidence.cifar10_answers import in_short, measured_networks
 from benchmarks.quality.evidence.figures import by_steps
+from benchmarks.quality.evidence.front import front_table
 from benchmarks.quality.evidence.records import (
     GRID,
     IMAGES,
@@ -81,6 +82,7 @@ def conclusions(evidence: Evidence) -> Iterable[str]:
         "percentage is the change of the Fréchet distance to the data against plain training, "
         "with a 95 % interval over the seeds, bold where it excludes 0; positive is better."
     )
+    yield front_table(evidence)
     yield "## What was found"
     yield "\n".join(f"- {line}" for line in _findings(evidence, results))
     yield "By sampler and number of steps, from the intervals of each cell:"
