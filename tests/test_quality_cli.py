@@ -41,11 +41,12 @@ def is_one_line(said: Result, line: str) -> None:
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("preset", ["cifar10", "cifar10-wide-10k"])
 def test_a_data_set_that_needs_a_folder_says_so_and_leaves_none(
-    call: Call, tmp_path: Path, dry: list[str]
+    call: Call, tmp_path: Path, preset: str, dry: list[str]
 ) -> None:
-    is_one_line(call("run", "cifar10", *dry), "cifar10 is read from a local folder; name it with -")
-    is_one_line(call("run", "cifar10", "--data", "nowhere", *dry), "there is no folder nowhere")
+    is_one_line(call("run", preset, *dry), "cifar10 is read from a local folder; name it with -")
+    is_one_line(call("run", preset, "--data", "nowhere", *dry), "there is no folder nowhere")
     assert list(tmp_path.iterdir()) == []
 
 

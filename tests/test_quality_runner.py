@@ -251,7 +251,7 @@ def test_other_settings_are_refused(finished: Path) -> None:
 
 def test_a_preset_samples_the_networks_of_another(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "tiny")
-    more = replace(ONE_ARM, name="more", samples=128, networks_of="tiny")
+    more = replace(ONE_ARM, name="more", samples=128, networks_of=TINY)
     assert plan(more, tmp_path / "more").trainings == 0
     run(more, tmp_path / "more")
     assert not (tmp_path / "more" / "models").exists()
@@ -266,10 +266,19 @@ def test_a_preset_samples_the_networks_of_another(finished: Path, tmp_path: Path
     assert {row[3] for row in record["rows"]} == {2, 3}
 
 
+def test_networks_that_another_preset_is_to_have_are_trained_in_its_folder(tmp_path: Path) -> None:
+    more = replace(ONE_ARM, name="more", samples=128, networks_of=ONE_ARM)
+    run(more, tmp_path / "more")
+    assert load_json(tmp_path / "tiny/settings.json") == ONE_ARM.settings
+    assert plan(ONE_ARM, tmp_path / "tiny").trainings == 0
+    with pytest.raises(ValueError, match=r"tiny holds results of other settings \(budget\)"):
+        run(replace(ONE_ARM, budget=replace(TINY.budget, steps=13)), tmp_path / "tiny")
+
+
 def test_networks_of_other_settings_are_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "tiny")
-    longer = replace(TINY.budget, steps=13)
-    other = replace(ONE_ARM, name="more", budget=longer, networks_of="tiny")
+    longer = replace(TINY, budget=replace(TINY.budget, steps=13))
+    other = replace(longer, name="more", networks_of=longer)
     with pytest.raises(
         ValueError, match=r"tiny holds results of other settings \(budget\): budget"
     ):
@@ -281,9 +290,9 @@ def test_what_samples_anothers_networks_has_its_settings() -> None:
     shared = [preset for preset in PRESETS.values() if preset.networks_of is not None]
     assert {preset.name for preset in shared} == {"cifar10-wide-10k", "cifar10-wide-long"}
     for preset in shared:
-        other = PRESETS[preset.networks_of or ""]
+        assert preset.networks_of is PRESETS["cifar10-wide"]
         for key in ("data", "schedule", "network", "budget"):
-            assert preset.settings[key] == other.settings[key]
+            assert preset.settings[key] == preset.networks_of.settings[key]
 
 
 def test_what_branches_and_what_is_trained_from_the_start() -> None:

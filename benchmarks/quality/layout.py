@@ -49,7 +49,7 @@ class Layout:
             root: Its folder.
         """
         other = preset.networks_of
-        return cls(root, root if other is None else root.parent / other)
+        return cls(root, root if other is None else root.parent / other.name)
 
     @property
     def settings(self) -> Path:
@@ -95,7 +95,9 @@ def claimed(preset: Preset, root: Path, *, first: bool) -> Iterator[None]:
     """
     if root.exists() and not root.is_dir():
         raise ValueError(f"out: expected a folder, and {root} is a file")
-    made = [path for path in (root, *root.parents) if not path.exists()]
+    folders = dict.fromkeys((root, Layout.of(preset, root).networks))
+    paths = [path for folder in folders for path in (folder, *folder.parents)]
+    made = [path for path in dict.fromkeys(paths) if not path.exists()]
     root.mkdir(parents=True, exist_ok=True)
     if not first:
         yield
@@ -111,31 +113,34 @@ def claimed(preset: Preset, root: Path, *, first: bool) -> Iterator[None]:
         _check_settings(preset, root)
         yield
     finally:
-        _remove_what_is_empty(root, made)
+        _remove_what_is_empty(made)
         lock.release()
 
 
 def _check_settings(preset: Preset, root: Path) -> None:
     layout = Layout.of(preset, root)
-    trained = {key: preset.settings[key] for key in ("data", "schedule", "network", "budget")}
-    for folder, current in ((root, preset.settings), (layout.networks, trained)):
-        path = folder / layout.settings.name
-        stored = load_json(path) if path.exists() else current
-        differing = differences(stored, current)
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"out: {folder} holds results of other settings ({', '.join(differing)}): {key} is "
-                f"{stored.get(key)!r} there and {current[key]!r} here; choose another folder"
-            )
+    if preset.networks_of is not None:
+        _check_settings(preset.networks_of, layout.networks)
     if not layout.settings.exists():
         save_json(layout.settings, preset.settings)
+        return
+    stored = load_json(layout.settings)
+    differing = differences(stored, preset.settings)
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"out: {root} holds results of other settings ({', '.join(differing)}): {key} is "
+            f"{stored.get(key)!r} there and {preset.settings[key]!r} here; choose another folder"
+        )
 
 
-def _remove_what_is_empty(root: Path, made: list[Path]) -> None:
+def _remove_what_is_empty(made: list[Path]) -> None:
     """Remove the folders that this run made, if nothing but its claim is in them."""
-    if root in made and {path.name for path in root.iterdir()} <= {"lock", "settings.json"}:
-        for path in root.iterdir():
-            path.unlink()
-        for folder in made:
+    for folder in sorted(made, reverse=True):  # what lies in a folder before the folder
+        if not folder.is_dir():
+            continue
+        content = list(folder.iterdir())
+        if {path.name for path in content} <= {"lock", "settings.json"}:
+            for path in content:
+                path.unlink()
             folder.rmdir()

@@ -102,7 +102,7 @@ class Preset:
     workers: int = 1
     columns: tuple[str, ...] = ()
     paper: dict[str, str] = field(default_factory=dict)
-    networks_of: str | None = None
+    networks_of: Preset | None = None
 
     @property
     def settings(self) -> dict[str, str | int]:
@@ -460,7 +460,7 @@ CIFAR10_WIDE_10K = replace(
         arm(MinSNR(), samplers=("ddim", "unipc"), steps=TEN),
         *(arm(MinSNR(), Gain(k), ("ddim",), TEN) for k in (9, 49)),
     ),
-    networks_of="cifar10-wide",
+    networks_of=CIFAR10_WIDE,
 )
 # Down to where a sampler's own error is nothing; few samples, so the kernel distance is the one
 # to read: it has no bias.
@@ -475,7 +475,7 @@ CIFAR10_WIDE_LONG = replace(
         for objective in (Plain(), SkipStep(9))
     ),
     columns=("plain", "skip9-expected"),
-    networks_of="cifar10-wide",
+    networks_of=CIFAR10_WIDE,
 )
 # As `cifar10-wide`, with a budget that an older processor trains and samples in two hours: the loss
 # against its gain first.
