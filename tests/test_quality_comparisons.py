@@ -16,6 +16,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     by_kind,
     learned_shares,
     over_ddim,
+    without_training,
 )
 from benchmarks.quality.evidence.corrections import CELLS, STUDIES, names_of, verdict_of
 from benchmarks.quality.evidence.front import front_table
@@ -271,6 +272,28 @@ def test_one_network_after_more_and_fewer_images(tmp_path: Path) -> None:
     other = a_record(OTHERS[2], {"plain": 1.0})
     text = pages_of(tmp_path / "other", longer, other)["evidence_cifar10.md"]
     assert "are one network" not in text
+
+
+def test_few_steps_can_flatter(tmp_path: Path) -> None:
+    """What the network gets wrong, few steps leave out: said where an exact solution is farther."""
+    record = a_record(PRESET, {"plain": 1.0, "unipc": 0.6})
+    assert "it wins by what it leaves out" not in pages_of(tmp_path, record)["evidence_cifar10.md"]
+    for row in record["rows"]:
+        if row[0] == "plain" and row[3] == 50:
+            row[6] = (1 + row[1]) * {"ddim": 1.1, "unipc": 0.95}[row[2]]
+    record["band_spreads"] |= {f"ddim-50, seed {s}": [0.9, 0.9, 0.5 + s / 10] for s in (0, 1, 2)}
+    record["gaussian_band_spreads"]["ddim-50"] = [0.9, 1.0, 0.75]
+    text = pages_of(tmp_path, record)["evidence_cifar10.md"]
+    assert "From 10 to 50 steps of DDIM the distance *rises*, by 10.0 %" in text
+    exact, solver = "**+5.0 % [+5.0, +5.0]**", "**+40.0 % [+40.0, +40.0]**"
+    assert f"than DDIM at 10 by {exact}, and UniPC at 10 by {solver}" in text
+    assert "have 0.80 to 0.90 of what the sampler leaves of an octave; least in octave 2" in text
+
+
+def test_corrections_of_another_network_are_not_the_plain_networks() -> None:
+    more = Results(a_record("cifar10-wide-10k", {}))
+    names = {"plain+gain9", "plain+gain49", "plain+rescaling1.05"}
+    assert set(without_training(more, TEN)) == names
 
 
 def test_the_table_in_front(tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def strengths(*presets: str) -> list[str]:
         (type(one).__name__, *vars(one).values(), arm.method.name)
         for preset in presets
         for arm in PRESETS[preset].arms
-        if (one := arm.method.correction) is not None and one.single and arm.method.percent == 100
+        if (one := arm.method.correction) is not None
+        and one.single
+        and arm.method == Method(Plain(), one)
     }
     return [name for *_, name in sorted(single)]
 
@@ -212,6 +214,22 @@ def mean_colour_gains(results: Results) -> list[float]:
     """Return the best gains of the mean colour at late times, over times and seeds."""
     fitted = results.record.get("fitted", {}).get(f"plain+{BandGains().name}", {})
     return [gains[0] for table in fitted.values() for t, gains in table.items() if int(t) >= LATE]
+
+
+def left_by_octave(results: Results, cell: Cell) -> list[float]:
+    """Return the spread in each band of frequencies over what the sampler alone leaves of it.
+
+    Of 8-bit samples, the mean over the seeds; empty where it was not measured.
+    """
+    key = f"{cell.sampler}-{cell.steps}"
+    alone = results.record.get("gaussian_band_spreads", {}).get(key, [])
+    stored = results.record.get("band_spreads", {})
+    found = [bands for name, bands in stored.items() if name.startswith(f"{key},")]
+    return [
+        sum(seeds) / len(seeds) / left
+        for *seeds, left in zip(*found, alone, strict=True)
+        if alone and found
+    ]
 
 
 def is_sound(results: Results) -> bool | None:
