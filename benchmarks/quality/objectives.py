@@ -84,8 +84,8 @@ class Objective(Named, ABC):
 
     Attributes:
         model_calls: Network evaluations per training step.
-        branches: Whether it starts from the plain run's state, where a budget says when: what
-            would be trained from the start is not judged by its last steps.
+        branches: Whether it may start from the plain run's state, where a budget says when; a
+            weighting, which works from the first step on, may not.
     """
 
     model_calls: ClassVar[int] = 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from benchmarks.pages.tables import MISSING
 from benchmarks.quality.corrections import BandGains, Gain
 from benchmarks.quality.evidence.corrections import FAMILIES, SOLVERS
@@ -225,11 +227,9 @@ def left_by_octave(results: Results, cell: Cell) -> list[float]:
     alone = results.record.get("gaussian_band_spreads", {}).get(key, [])
     stored = results.record.get("band_spreads", {})
     found = [bands for name, bands in stored.items() if name.startswith(f"{key},")]
-    return [
-        sum(seeds) / len(seeds) / left
-        for *seeds, left in zip(*found, alone, strict=True)
-        if alone and found
-    ]
+    if not (alone and found):
+        return []
+    return [float(np.mean(seeds)) / left for *seeds, left in zip(*found, alone, strict=True)]
 
 
 def is_sound(results: Results) -> bool | None:

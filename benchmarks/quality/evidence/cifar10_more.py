@@ -74,10 +74,10 @@ def with_more_samples(results: Results, more: Results) -> Iterable[str]:
     pairs = [(title(more, name), name, TEN) for name in names]
     pairs += [(cell_title(cell), "plain", cell) for cell in more.cells("plain") if cell != TEN]
     for heading, name, cell in pairs:
-        found = [_over_ddim(one, name, cell) for one in (results, more)]
-        rows.append([heading, *map(percent, found), _off_ddims_kernel(more, name, cell)])
-        if None not in found:
-            moved.append(abs(found[0].mean - found[1].mean))  # type: ignore[union-attr]
+        before, now = (_over_ddim(one, name, cell) for one in (results, more))
+        rows.append([heading, percent(before), percent(now), _off_ddims_kernel(more, name, cell)])
+        if before is not None and now is not None:
+            moved.append(abs(before.mean - now.mean))
     header = ["", f"{few} samples", f"{many} samples", f"kernel, {many}"]
     yield markdown_table(header, rows)
     if moved:
