@@ -373,7 +373,7 @@ def test_more_samples_min_snr_and_many_steps(tmp_path: Path) -> None:
     assert rows["Min-SNR-5 over plain"][1:3] == ["**+20.0 % [+20.0, +20.0]**", "+200.0"]
     assert rows["gain k = 9 on it, over Min-SNR"][1:3] == ["**+25.0 % [+25.0, +25.0]**", "+200.0"]
     rows = table_rows(text, "## With many steps")
-    expected = ["2.0", "**-25.0 % [-25.0, -25.0]**", "1000.0", "-250.0", "0.970, 0.970, 0.970"]
+    expected = ["3", "2.0", "**-25.0 % [-25.0, -25.0]**", "1000.0", "-250.0", "0.970, 0.970, 0.970"]
     assert rows["DDIM, 200 steps"] == rows["DDIM, 1000 steps"] == expected
     assert "an answer for good: Inception's features" in text
     more["rows"] = [row for row in more["rows"] if row[:2] != ["min-snr-5", 2]]
