@@ -113,11 +113,12 @@ def test_what_the_readme_says_of_cifar10_is_so():
         results.values("plain", TEN, "images_frechet"),
     )
     assert f"nearer than DDIM at 10 by only {said(exact)}." in FLAT
-    loss, gain = (
+    loss, gain, rescaling = (
         said(over_plain(results, name, Cell("unipc", 10)))
-        for name in ("skip49-expected", "plain+gain49")
+        for name in ("skip49-expected", "plain+gain49", "plain+rescaling1.05")
     )
-    assert f"loss with k = 49 adds {loss}, its gain {gain}." in FLAT
+    assert f"loss with k = 49 adds {loss}, its gain {gain}, and the score" in FLAT
+    assert f"the score rescaling that suits DDIM {rescaling}." in FLAT
     assert max(-found["loss"].low, found["loss"].high) <= MARGIN  # "we call it equivalent"
     gained = over_plain(results, "plain+gain49", TEN)
     assert gained.mean > over_plain(results, "skip49-expected", TEN).mean  # "does as much"
