@@ -11,7 +11,7 @@ from s2dm_loss import (
     output_from_epsilon,
 )
 from s2dm_loss.prediction import read_output
-from tests.strategies import normal, schedules, seeds, shapes, timesteps
+from tests.strategies import normal, schedules, seeds, shapes, targets_of, timesteps
 
 TYPES = ["epsilon", "v_prediction", "sample", "flow", "score"]
 PATHS = [
@@ -22,22 +22,11 @@ PATHS = [
 ]
 
 
-def outputs_of(x0, eps, a, b):
-    """What a perfect model of each type returns, by the definitions."""
-    return {
-        "epsilon": eps,
-        "v_prediction": a * eps - b * x0,
-        "sample": x0,
-        "flow": eps - x0,
-        "score": -eps / b,
-    }
-
-
 def check(schedule, t, shape, seed, rtol):
     x0, eps = normal(*shape, seed=seed), normal(*shape, seed=seed + 1)
     a, b = (scale.reshape(-1, *[1] * (len(shape) - 1)) for scale in schedule.alpha_sigma(t))
     x_t = a * x0 + b * eps
-    for kind, output in outputs_of(x0, eps, a, b).items():
+    for kind, output in targets_of(x0, eps, a, b).items():
         found = epsilon_from_output(output, x_t, t, schedule, kind)
         torch.testing.assert_close(found, eps, rtol=rtol, atol=rtol)
         back = output_from_epsilon(eps, x_t, t, schedule, kind)
@@ -64,7 +53,7 @@ def test_zero_terminal_snr_gives_finite_noise(kind):
     """At ᾱ = 0, x_t is the noise itself; every type but "sample" divides by nothing there."""
     schedule = NoiseSchedule.linear(1000).rescale_zero_terminal_snr()
     x0, eps, t = normal(1, 3, seed=0), normal(1, 3, seed=1), torch.tensor([999])
-    output = outputs_of(x0, eps, torch.zeros(1, 1), torch.ones(1, 1))[kind]
+    output = targets_of(x0, eps, torch.zeros(1, 1), torch.ones(1, 1))[kind]
     torch.testing.assert_close(epsilon_from_output(output, eps, t, schedule, kind), eps)
 
 

@@ -17,7 +17,7 @@ from s2dm_loss.weighting import (
     weights_at,
     within_the_ends,
 )
-from tests.strategies import normal
+from tests.strategies import normal, targets_of
 from tests.test_from_output import TYPES, batch, loss_and_gradient
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -71,22 +71,13 @@ def test_the_same_name_is_the_same_loss_of_the_noise(name):
     a, b = (scale[:, None] for scale in LINEAR.alpha_sigma(t))
     x_t = a * x0 + b * eps
 
-    def outputs_of(eps, x0):
-        return {
-            "epsilon": eps,
-            "v_prediction": a * eps - b * x0,
-            "sample": x0,
-            "flow": eps - x0,
-            "score": -eps / b,
-        }
-
     gradients = []
     for kind in TYPES:
         criterion = SkipStepLoss(LINEAR, 49, prediction_type=kind, weighting=name)
-        target = outputs_of(eps, x0)[kind]
+        target = targets_of(x0, eps, a, b)[kind]
 
         def loss(e, kind=kind, criterion=criterion, target=target):
-            output = outputs_of(e, (x_t - b * e) / a)[kind]
+            output = targets_of((x_t - b * e) / a, e, a, b)[kind]
             return criterion.from_output(output, target, x_t, t)
 
         gradients.append(loss_and_gradient(loss, eps_hat)[1])

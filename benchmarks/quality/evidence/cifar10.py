@@ -39,6 +39,8 @@ from benchmarks.quality.evidence.cifar10_answers import (
 from benchmarks.quality.evidence.cifar10_more import (
     by_sampler,
     min_snr,
+    spreads_by_seed,
+    thousandths,
     with_many_steps,
     with_more_samples,
 )
@@ -300,11 +302,10 @@ def _losses(results: Results) -> Iterable[str]:
                 equivalent.append(f"{results.title(name)} with {cell_title(cell)}")
         if (found := over_plain(results, name, TEN)) is None:
             continue
-        kernel = results.difference(name, [TEN], KERNEL)
-        row = [results.title(name), percent(found)]
-        row.append(MISSING if kernel is None else f"{1e3 * kernel.mean:+.1f}")
-        spreads = results.values(name, TEN, "spread").values()
-        rows.append([*row, ", ".join(f"{spread:.3f}" for spread in spreads)])
+        kernel = thousandths(results.difference(name, [TEN], KERNEL))
+        rows.append(
+            [results.title(name), percent(found), kernel, spreads_by_seed(results, name, TEN)]
+        )
     yield markdown_table(["DDIM, 10 steps", "Fréchet", "kernel", "spread"], rows)
     chosen = dict.fromkeys(chosen_correction(results).values())
     yield by_sampler(results, [name for name in chosen if name != "plain"])
@@ -355,9 +356,7 @@ def _corrections(results: Results) -> Iterable[str]:
             found = over_plain(results, name, cell)
             mean = "" if found is None else f"{found.mean:+.1f} %"
             row.append(mean + "".join(f", {value:+.1f}" for value in by_seed.values()))
-        spread = results.values(name, TEN, "spread").values()
-        row.append(", ".join(f"{value:.3f}" for value in spread))
-        rows.append(row)
+        rows.append([*row, spreads_by_seed(results, name, TEN)])
     header = ["", "10 steps: mean, seeds", "20 steps", "spread at 10 steps"]
     yield markdown_table(header, rows)
     chosen = chosen_correction(results)

@@ -103,14 +103,14 @@ def min_snr(results: Results) -> Iterable[str]:
         found = over_plain(results, MIN_SNR, cell)
         rows.append([f"{title(results, MIN_SNR)} over plain", cell_title(cell), percent(found)])
         kernel = results.difference(MIN_SNR, [cell], KERNEL)
-        rows[-1] += [_thousandths(kernel), _spreads(results, MIN_SNR, cell)]
+        rows[-1] += [thousandths(kernel), spreads_by_seed(results, MIN_SNR, cell)]
     for name in MIN_SNR_GAINS:
         if results.values(name, TEN):
             found = over_plain(results, name, TEN, MIN_SNR)
             kernel = results.difference(name, [TEN], KERNEL, MIN_SNR)
             heading = title(results, name).removeprefix(f"{title(results, MIN_SNR)} + ")
             rows.append([f"{heading} on it, over Min-SNR", cell_title(TEN), percent(found)])
-            rows[-1] += [_thousandths(kernel), _spreads(results, name, TEN)]
+            rows[-1] += [thousandths(kernel), spreads_by_seed(results, name, TEN)]
     yield markdown_table(["", "sampler", "Fréchet", "kernel", "spread"], rows)
 
 
@@ -128,8 +128,8 @@ def with_many_steps(long: Results) -> Iterable[str]:
                 f"{_mean(long, 'plain', cell):.1f}",
                 percent(over_plain(long, trained(9), cell)),
                 f"{1e3 * np.mean(plain):.1f}",
-                _thousandths(long.difference(trained(9), [cell], KERNEL)),
-                _spreads(long, "plain", cell),
+                thousandths(long.difference(trained(9), [cell], KERNEL)),
+                spreads_by_seed(long, "plain", cell),
             ]
         )
     yield (
@@ -151,11 +151,13 @@ def _off_ddims_kernel(results: Results, name: str, cell: Cell) -> str:
     return f"{1e3 * np.mean(found):+.1f}" if found else MISSING
 
 
-def _thousandths(found: Interval | None) -> str:
+def thousandths(found: Interval | None) -> str:
+    """Return a difference of kernel distances as text."""
     return MISSING if found is None else f"{1e3 * found.mean:+.1f}"
 
 
-def _spreads(results: Results, name: str, cell: Cell) -> str:
+def spreads_by_seed(results: Results, name: str, cell: Cell) -> str:
+    """Return the spreads of a method's samples as text, by seed."""
     return ", ".join(f"{value:.3f}" for value in results.values(name, cell, "spread").values())
 
 
