@@ -477,6 +477,30 @@ CIFAR10_WIDE_LONG = replace(
     columns=("plain", "skip9-expected"),
     networks_of=CIFAR10_WIDE,
 )
+# The same network for longer, until it is sound; one seed, the nearest to it.
+LONGER_ARMS = (
+    arm(Plain(), samplers=("ddim",), steps=TEN),
+    *(arm(Plain(), Gain(k), ("ddim",), TEN) for k in (9, 49)),
+    *(arm(SkipStep(k), samplers=("ddim",), steps=TEN) for k in (9, 49)),
+    arm(Plain(), samplers=("ddim",), steps=(50, 100)),
+    arm(Plain(), samplers=("unipc",), steps=(10, 50)),
+    arm(Plain(), BandGains(), ("ddim",), TEN),
+    arm(Plain(), ScoreRescaling(1.05), ("ddim",), (10, 20)),
+    arm(Plain(), StartScaling(1.03), ("ddim",), TEN),
+    arm(Plain(), samplers=("dpm++2m", "deis", "pndm"), steps=TEN),
+    *(arm(one, samplers=("ddim",), steps=(20,)) for one in (Plain(), SkipStep(9), SkipStep(49))),
+    arm(Plain(), Gain(49), ("ddim",), (20,)),
+    arm(SkipStep(49), samplers=("unipc",), steps=TEN),
+    *(arm(SkipStep(k), samplers=("ddim",), steps=(50,)) for k in (9, 49)),
+)
+CIFAR10_LONGER = replace(
+    CIFAR10_WIDE,
+    name="cifar10-longer",
+    about="cifar10-wide, trained for longer; data from a local folder, 2 hours on 2 cores",
+    budget=replace(CIFAR10_WIDE.budget, steps=28_000),
+    arms=LONGER_ARMS,
+    seeds=(2,),
+)
 # As `cifar10-wide`, with a budget that an older processor trains and samples in two hours: the loss
 # against its gain first.
 BRIEF_ARMS = (
@@ -498,6 +522,17 @@ CIFAR10_BRIEF = replace(
     arms=BRIEF_ARMS,
     seeds=(0, 1),
 )
+CIFAR10_REDUCTION = replace(
+    CIFAR10_BRIEF,
+    name="cifar10-reduction",
+    about="a sum in place of a mean, with a clipped gradient; data from a local folder, an hour",
+    budget=replace(CIFAR10_BRIEF.budget, branch_at=None, keep_at=()),
+    arms=(
+        *(arm(objective, samplers=("ddim",), steps=(10, 20)) for objective in (Plain(), Summed())),
+        *(arm(objective, samplers=("unipc",), steps=TEN) for objective in (Plain(), Summed())),
+    ),
+    columns=("plain", "plain-sum"),
+)
 CELEBA = replace(
     CIFAR10,
     name="celeba",
@@ -517,7 +552,7 @@ PRESETS = {
         *(DIGITS, DIGITS_FULL, TEXTURES, PATCHES),
         *(DIGITS_CORRECTIONS, TEXTURES_CORRECTIONS, DIGITS_REDUCTION),
         *(CIFAR10_TINY, CIFAR10_SMALL, CIFAR10_SPECTRAL, CIFAR10_WIDE, CIFAR10_BRIEF),
-        *(CIFAR10_WIDE_10K, CIFAR10_WIDE_LONG),
+        *(CIFAR10_WIDE_10K, CIFAR10_WIDE_LONG, CIFAR10_LONGER, CIFAR10_REDUCTION),
         *(CIFAR10, CELEBA),
     )
 }

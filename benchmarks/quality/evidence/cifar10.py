@@ -135,7 +135,17 @@ are test images; and Min-SNR-5, trained from the start with the plain run's firs
 timesteps and noise: does it do more than a gain, and does the gain of k = 9 or k = 49 add to it?
 `cifar10-wide-long`: DDIM at 200 and 1000 steps, the plain network and k = 9, with 1,000 samples,
 to be read by the kernel distance, which has no bias. Cut first: seeds of Min-SNR, then 1000
-steps.\
+steps.
+
+None of the three seeds of `cifar10-wide` is sound in every cell; one misses it by a hair. So
+`cifar10-longer`: that seed of the same network from the start again, with 3.6 million images in
+place of 2 million, and the losses branched at three quarters of that. Does the answer stand on a
+network that is sound? One seed, since soundness comes before seeds: no intervals, and the strengths
+are those that were chosen on `cifar10-wide`. Its sizes are to be read beside the same seed's there.
+And `cifar10-reduction`, two seeds with the budget of `cifar10-brief`: the released code averages
+over pixels where its base sums, at a gradient clipped at 1. Does a sum in place of the mean, with
+nothing else changed, do what the paper reports of its loss? Expected: nothing, as Adam divides a
+factor out. Cut first: its second seed, then the cells of `cifar10-longer` from their end.\
 """
 
 
