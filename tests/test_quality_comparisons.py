@@ -375,7 +375,7 @@ def test_more_samples_min_snr_and_many_steps(tmp_path: Path) -> None:
     rows = table_rows(text, "## With many steps")
     expected = ["3", "2.0", "**-25.0 % [-25.0, -25.0]**", "1000.0", "-250.0", "0.970, 0.970, 0.970"]
     assert rows["DDIM, 200 steps"] == rows["DDIM, 1000 steps"] == expected
-    assert "an answer for good: Inception's features" in text
+    assert "an answer for good: a network that is sound, a sum in place of a mean, I" in text
     more["rows"] = [row for row in more["rows"] if row[:2] != ["min-snr-5", 2]]
     text = pages_of(tmp_path, few, more, long)["evidence_cifar10.md"]
     assert "Of `cifar10-wide-10k`: Min-SNR-5 with DDIM, 10 steps, 1 of 3 seeds" in text
@@ -384,3 +384,41 @@ def test_more_samples_min_snr_and_many_steps(tmp_path: Path) -> None:
     for heading in ("## With 10,000 samples", "## Min-SNR", "## With many steps"):
         assert heading in text
         assert heading not in alone
+
+
+def test_the_same_network_trained_for_longer(tmp_path: Path) -> None:
+    """Beside the seed that it shares, and with a judgement of its own on soundness."""
+    before = a_record(PRESET, {"plain": 1.0, "skip9-expected": 0.9, "unipc": 0.5}, spread=0.9)
+    for row in before["rows"]:
+        if row[0] == "skip9-expected" and row[1] == 2:
+            row[6] *= 0.8 / 0.9
+    after = a_record("cifar10-longer", {"plain": 0.5, "skip9-expected": 0.35, "unipc": 0.6})
+    after["raw_spreads"] = {
+        cell: {"2": alone * 0.98} for cell, alone in after["gaussian_spreads"].items()
+    }
+    after["fitted"] = {"plain+band-gains": {"ddim-10, seed 2": {"950": [1.01]}}}
+    text = pages_of(tmp_path, before, after)["evidence_cifar10.md"]
+    part = text.partition("## The same network, trained for longer")[2].partition("\n## ")[0]
+    assert "1 seed of 3,584,000 images in place of 2,048,000." in part
+    assert "**Sound**, as the protocol asks" in part
+    assert "**Not sound**" in text.partition(part)[0]
+    assert "goes from 3.0 to 1.5." in part  # the seed's own, not the mean of all
+    rows = table_rows(part, "of other solvers over DDIM")
+    assert rows["S²-DM k = 9, expected, DDIM, 10 steps"][1:] == ["+20.0 %", "+30.0 %"]
+    assert rows["UniPC, 10 steps"] == ["**+50.0 % [+50.0, +50.0]**", "+50.0 %", "+40.0 %"]
+    assert not any(name.startswith("DDIM") for name in rows)  # plain over itself
+    # The rest are 1.5 in both, of plain networks at 1 and at 0.5: -50 % and -200 %.
+    assert "moves by more than 150.0 percentage points" in part
+
+
+def test_a_sum_in_place_of_the_mean(tmp_path: Path) -> None:
+    here = a_record(PRESET, {"plain": 1.0})
+    reduced = a_record("cifar10-reduction", {"plain": 1.0, "plain-sum": 1.1, "unipc": 0.5})
+    text = pages_of(tmp_path, here, reduced)["evidence_cifar10.md"]
+    rows = table_rows(text, "## A sum in place of a mean")
+    assert rows["DDIM, 20 steps"][:3] == ["1.5", "**-10.0 % [-10.0, -10.0]**", "-100.0"]
+    assert rows["UniPC, 10 steps"][0] == "0.8"
+    assert "clip the gradient's norm at 1. The plain loss both ways, 2 seeds of 384,000" in text
+    only_plain = [row for row in reduced["rows"] if row[0] == "plain"]
+    text = pages_of(tmp_path, here, reduced | {"rows": only_plain})["evidence_cifar10.md"]
+    assert "## A sum in place" not in text

@@ -467,7 +467,7 @@ CIFAR10_WIDE_10K = replace(
 CIFAR10_WIDE_LONG = replace(
     CIFAR10_WIDE,
     name="cifar10-wide-long",
-    about="cifar10-wide with up to 1000 steps of DDIM and fewer samples",
+    about="up to 1000 steps of DDIM with the networks of cifar10-wide, and fewer samples",
     samples=1_000,
     arms=tuple(
         arm(objective, samplers=("ddim",), steps=(steps,))
@@ -496,7 +496,7 @@ LONGER_ARMS = (
 CIFAR10_LONGER = replace(
     CIFAR10_WIDE,
     name="cifar10-longer",
-    about="cifar10-wide, trained for longer; data from a local folder, 2 hours on 2 cores",
+    about="CIFAR10, cifar10-wide's network for longer; data from a local folder, 2 hours",
     budget=replace(CIFAR10_WIDE.budget, steps=28_000),
     arms=LONGER_ARMS,
     seeds=(2,),
@@ -517,7 +517,7 @@ BRIEF_ARMS = (
 CIFAR10_BRIEF = replace(
     CIFAR10_WIDE,
     name="cifar10-brief",
-    about="cifar10-wide, trained for a fifth as long; data from a local folder, 2 hours on 2 cores",
+    about="CIFAR10, cifar10-wide's network for a fifth as long; data from a local folder, 2 hours",
     budget=replace(CIFAR10_WIDE.budget, steps=3_000, ema_decay=0.999),
     arms=BRIEF_ARMS,
     seeds=(0, 1),
@@ -525,7 +525,7 @@ CIFAR10_BRIEF = replace(
 CIFAR10_REDUCTION = replace(
     CIFAR10_BRIEF,
     name="cifar10-reduction",
-    about="a sum in place of a mean, with a clipped gradient; data from a local folder, an hour",
+    about="CIFAR10, a sum in place of a mean with a clip; data from a local folder, an hour",
     budget=replace(CIFAR10_BRIEF.budget, branch_at=None, keep_at=()),
     arms=(
         *(arm(objective, samplers=("ddim",), steps=(10, 20)) for objective in (Plain(), Summed())),

@@ -143,6 +143,12 @@ class Results:
         # The samples as the sampler returns them, where the feature network takes them.
         self.primary = "raw_frechet" if "raw_frechet" in self._values else "images_frechet"
 
+    def of_seeds(self, seeds: Iterable[int]) -> Results:
+        """Return the results of some of the seeds."""
+        place, kept = self.record["columns"].index("seed"), set(seeds)
+        rows = [row for row in self.record["rows"] if row[place] in kept]
+        return Results({**self.record, "rows": rows})
+
     @property
     def methods(self) -> list[str]:
         """Names of the methods that have results, in the order of the run."""

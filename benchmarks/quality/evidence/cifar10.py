@@ -13,10 +13,12 @@ from benchmarks.quality.corrections import BandGains, Gain
 from benchmarks.quality.evidence.cifar10_answers import (
     LATE,
     LONG,
+    LONGER,
     MARGIN,
     MORE,
     OTHERS,
     PRESET,
+    REDUCTION,
     SETTLED,
     SOUND,
     SPREAD_CELLS,
@@ -39,8 +41,10 @@ from benchmarks.quality.evidence.cifar10_answers import (
 from benchmarks.quality.evidence.cifar10_more import (
     by_sampler,
     min_snr,
+    reduction,
     spreads_by_seed,
     thousandths,
+    trained_longer,
     with_many_steps,
     with_more_samples,
 )
@@ -71,7 +75,12 @@ from benchmarks.quality.statistics import (
 from benchmarks.quality.tables import cell_title, percent
 
 FIFTY = Cell("ddim", 50)
-UNTIL_THEN = {MORE: "10,000 samples a cell, Min-SNR from the start", LONG: "200 to 1000 steps"}
+UNTIL_THEN = {
+    MORE: "10,000 samples a cell, Min-SNR from the start",
+    LONG: "200 to 1000 steps",
+    LONGER: "a network that is sound",
+    REDUCTION: "a sum in place of a mean",
+}
 """What the page lacks as long as a preset has no results."""
 PROTOCOL = """\
 Written down, and committed with the preset, before the first sample was drawn:
@@ -163,7 +172,9 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
             by_seed({_short(one): by_kind(one) for one in measured}),
         )
         yield from _network(results)
+        yield "## Is the plain network sound?"
         yield from _sound(results)
+        yield from _few_steps_flatter(results)
         yield "## The loss, and its gain without training"
         yield (
             "8-bit. Fréchet: improvement over the plain network. Kernel: 1,000 times what is taken "
@@ -173,13 +184,23 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
         yield from _losses(results)
         yield from _corrections(results)
         yield from _together(results)
-        more, long = (evidence.results(name) for name in (MORE, LONG))
+        more, long, longer, reduced = map(evidence.results, (MORE, LONG, LONGER, REDUCTION))
         if more is not None:
             yield from with_more_samples(results, more)
             yield from min_snr(more)
         if long is not None:
             yield from with_many_steps(long)
+        if reduced is not None:
+            yield from reduction(reduced)
         yield from _younger(results)
+        if longer is not None:
+            yield "## The same network, trained for longer"
+            yield (
+                f"{counted(len(longer.values('plain', TEN)), 'seed').capitalize()} of "
+                f"{_images(longer)} images in place of {_images(results)}."
+            )
+            yield from _sound(longer)
+            yield from trained_longer(results, longer)
         if others:
             yield from _networks(measured)
         yield from _searched(measured)
@@ -229,7 +250,6 @@ def _network(results: Results) -> Iterable[str]:
 
 
 def _sound(results: Results) -> Iterable[str]:
-    yield "## Is the plain network sound?"
     rows = []
     for cell in SPREAD_CELLS:
         values = results.values("plain", cell, "spread")
@@ -279,7 +299,6 @@ def _sound(results: Results) -> Iterable[str]:
             f"At 50 steps the samples have {min(octaves):.2f} to {max(octaves):.2f} of what the "
             f"sampler leaves of an octave; least in octave {worst + 1}. That is the network's part."
         )
-    yield from _few_steps_flatter(results)
 
 
 def _few_steps_flatter(results: Results) -> Iterable[str]:
@@ -545,13 +564,13 @@ def _not_run(evidence: Evidence) -> Iterable[str]:
         + listed(
             [
                 *(about for name, about in UNTIL_THEN.items() if name not in evidence.records),
-                "Inception's features, the paper's network (`cifar10`) and CelebA",
+                *("Inception's features", "the paper's network (`cifar10`)", "CelebA"),
             ]
         )
         + "."
     )
     lines = []
-    for name in (PRESET, MORE, LONG, *OTHERS):
+    for name in (PRESET, MORE, LONG, LONGER, REDUCTION, *OTHERS):
         if (results := evidence.results(name)) is None:
             continue
         preset = PRESETS[results.record["preset"]]

@@ -30,6 +30,10 @@ MORE = "cifar10-wide-10k"
 """The cells of the answer with more samples, and Min-SNR."""
 LONG = "cifar10-wide-long"
 """The same network with many steps."""
+LONGER = "cifar10-longer"
+"""The same network, trained for longer."""
+REDUCTION = "cifar10-reduction"
+"""The sum in place of the mean."""
 SOUND = 0.03
 """How far the spread of a sound network's samples may be from what the sampler leaves."""
 SPREAD_CELLS = (*(Cell("ddim", steps) for steps in (10, 20, 50, 100)), Cell("unipc", 50))
