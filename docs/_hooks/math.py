@@ -22,15 +22,7 @@ from mkdocs.structure.pages import Page
 _FORMULA = re.compile(
     r"<(?P<tag>span|div) class=\"arithmatex\">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>", re.S
 )
-_CONVERTER = LatexToMathML(
-    macros={
-        "ab": r"\bar{\alpha}",
-        "eps": r"\varepsilon",
-        "epshat": r"\hat{\varepsilon}",
-        "mse": r"\operatorname{mse}",
-        "skip": r"\alpha_{\mathrm{skip}}",
-    },
-)
+_CONVERTER = LatexToMathML()
 _CHARACTERS = [
     range(0x20, 0x7F),  # ASCII
     range(0xA0, 0x100),
