@@ -132,7 +132,7 @@ def in_short(results: Results) -> str:
         f"what the search recommends, by {percent(found_by_search)}; " if found_by_search else ""
     )
     return (
-        "the paper's loss at its default k = 9 changes the 8-bit distance of DDIM's samples at 10 "
+        "the paper's loss at its default k = 9 shortens the 8-bit distance of DDIM's samples at 10 "
         f"steps by {percent(found['loss'])}; the best correction of those tried below, chosen on "
         f"other seeds, by {percent(found['correction'])}; {search}the best other solver at the "
         f"same number of network calls by {solver}"

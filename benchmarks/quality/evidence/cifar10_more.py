@@ -83,7 +83,7 @@ def with_more_samples(results: Results, more: Results) -> Iterable[str]:
     yield markdown_table(header, rows)
     if moved:
         yield (
-            f"Doubling the samples moves no improvement by more than {max(moved):.1f} percentage "
+            f"Doubling the samples moves no improvement by more than {max(moved):.2f} percentage "
             "points."
         )
 

@@ -225,19 +225,26 @@ def _worse_with_steps(results: Results) -> str:
     )
 
 
-def band_table(results: Results) -> str:
-    """Return the spread of the plain network's samples over the data's, by octave."""
-    stored = results.record.get("band_spreads", {})
+def band_spreads(results: Results) -> dict[Cell, list[float]]:
+    """Return the spread of the plain network's samples over the data's, by cell and band.
+
+    The mean over the seeds; the first band is the mean of a channel, the others are octaves.
+    """
     by_cell: dict[Cell, list[list[float]]] = {}
-    for key, bands in stored.items():
+    for key, bands in results.record.get("band_spreads", {}).items():
         sampler, steps = key.split(",")[0].rsplit("-", 1)
         by_cell.setdefault(Cell(sampler, int(steps)), []).append(bands)
+    return {cell: np.mean(by_cell[cell], axis=0).tolist() for cell in sorted(by_cell)}
+
+
+def band_table(results: Results, samplers: Sequence[str] = ("ddim",)) -> str:
+    """Return `band_spreads` as a table, beside what the sampler alone leaves where it is known."""
     alone = results.record.get("gaussian_band_spreads", {})
     rows: list[list[str]] = []
-    for cell in sorted(by_cell):
-        if cell.sampler != "ddim":
+    for cell, bands in band_spreads(results).items():
+        if cell.sampler not in samplers:
             continue
-        measured = {cell_title(cell): np.mean(by_cell[cell], axis=0).tolist()}
+        measured = {cell_title(cell): bands}
         if left := alone.get(f"{cell.sampler}-{cell.steps}"):
             measured["what the sampler leaves of Gaussian data"] = left
         rows += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.pages.tables import markdown_table
+from benchmarks.pages.tables import counted, markdown_table
 from benchmarks.quality.corrections import ScoreRescaling
 from benchmarks.quality.evidence.cifar10_answers import (
     MORE,
@@ -16,6 +16,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
 )
 from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, corrected, methods, trained
 from benchmarks.quality.objectives import MinSNR
+from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.statistics import Interval, Results
 from benchmarks.quality.tables import percent
 
@@ -72,6 +73,22 @@ def front_table(evidence: Evidence) -> str:
             for name, columns in found.items()
             if any(columns)
         ],
+    )
+
+
+def front_note(evidence: Evidence) -> str:
+    """Return what a reader of the table has to know of its rows; nothing without CIFAR10's."""
+    cifar10, more = evidence.results(PRESET), evidence.results(MORE)
+    share = PRESETS[PRESET].budget.branch_at
+    if cifar10 is None or more is None or share is None:
+        return ""
+    min_snr = counted(len(more.values(MinSNR().name, TEN)), "seed")
+    few, many = (f"{one.record['settings']['samples']:,}" for one in (cifar10, more))
+    return (
+        f"Three or five seeds on the digits, {counted(len(cifar10.values('plain', TEN)), 'seed')} "
+        f"of {few} samples on CIFAR10, where Min-SNR has {min_snr} of {many}. Min-SNR was trained "
+        "from the start on both, the loss on the digits only: on CIFAR10 it had the last "
+        f"{100 * (1 - share):.0f} % of the training."
     )
 
 
