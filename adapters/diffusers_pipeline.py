@@ -98,7 +98,8 @@ def correct_pipeline(
         with correct_pipeline(pipe, recommendation):
             images = pipe(latents=recommendation.correct_noise(latents)).images
 
-    A recommendation about the start noise acts through `latents` alone; one of none does nothing.
+    A recommendation about the start noise acts through `latents` alone, which not every pipeline
+    takes (`DDIMPipeline` does not); one of none does nothing.
 
     Args:
         pipe: A diffusers pipeline with a `scheduler` and a denoiser, `unet` or `transformer`.
