@@ -173,7 +173,7 @@ class _OriginalTimesteps(SkipSet):
         self.skip_set = SkipSet.wrap(skip_set)
         num_timesteps: int = diffusion.num_timesteps
         kept: Sequence[int] = getattr(diffusion, "timestep_map", range(num_timesteps))
-        self.kept = torch.tensor(kept)
+        self.kept = torch.tensor(kept, device="cpu")
         # Only the length of this schedule is read: ᾱ at the timesteps left out is not known.
         original_num_steps: int = getattr(diffusion, "original_num_steps", num_timesteps)
         self.original = NoiseSchedule(torch.zeros(original_num_steps))

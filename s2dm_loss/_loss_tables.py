@@ -52,7 +52,9 @@ class LossTables:
         self._prediction_type, self._weighting = prediction_type, weighting
         self._normalize = normalize
         timesteps = schedule.timesteps
-        times = torch.linspace(0, 1, _PROBES, device="cpu") if timesteps is None else timesteps
+        # A weight may have no bound at a time that is never drawn.
+        first: float = getattr(schedule, "min_time", 0.0)
+        times = torch.linspace(first, 1, _PROBES, device="cpu") if timesteps is None else timesteps
         self._tau_c_c2_at(times[:1])
         self.coefficients = TimeTable(self._tau_c_c2_at, timesteps)
         check_weights(self._weights_at(times, prediction_type))
@@ -65,6 +67,7 @@ class LossTables:
         """Have copies ready on a device."""
         for table in (self.coefficients, self.square, self.output, self.terms, self.path):
             table.copy_to(device)
+        self._skip_set.copy_to(device)
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
         """Return the `Coefficients` at times of any shape, in float64."""

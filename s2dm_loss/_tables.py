@@ -17,6 +17,31 @@ from torch import Tensor
 from s2dm_loss._head import whole
 
 
+class DeviceCopies:
+    """A tensor on the CPU, and a copy of it in each type and on each device that asks."""
+
+    def __init__(self, source: Tensor) -> None:
+        """Take the tensor."""
+        self.source = source
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the tensor on a device and in a type, copied the first time only."""
+        copy = self._copies.get((device, dtype))
+        if copy is not None:
+            return copy
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self.source.to(device, dtype)
+        with torch.inference_mode(False):
+            copy = self.source.to(device, dtype)
+        if type(copy) is Tensor:  # and no fake tensor
+            self._copies[device, dtype] = copy
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": {}}
+
+
 class TimeTable:
     """A function of t with several values, as a table over a schedule's timesteps.
 
@@ -33,15 +58,14 @@ class TimeTable:
             timesteps: All times, int64 of shape [T]; None in continuous time.
         """
         self._function = function
-        self._source: Tensor | None = None
-        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._table: DeviceCopies | None = None
         if timesteps is None:
             return
         # Whatever default device, gradient or inference mode this is made under.
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             values = function(timesteps)
             there = [value for value in values if value is not None]
-            self._source = torch.stack(there, dim=-1).to("cpu", torch.float64)
+            self._table = DeviceCopies(torch.stack(there, dim=-1).to("cpu", torch.float64))
         present = iter(range(len(there)))
         self._columns = [None if value is None else next(present) for value in values]
         self.copy_to(torch.device("cpu"))
@@ -53,31 +77,16 @@ class TimeTable:
             ValueError: if a timestep lies outside the table; see `read_table`.
         """
         t = whole(t)
-        if self._source is None:
+        if self._table is None:
             values = self._function(t)
             return [None if value is None else value.to(dtype) for value in values]
-        rows = read_table(self._copy(self._source, t.device, dtype), t).unbind(-1)
+        rows = read_table(self._table.on(t.device, dtype), t).unbind(-1)
         return [None if column is None else rows[column] for column in self._columns]
 
     def copy_to(self, device: torch.device) -> None:
         """Have the float32 copy ready on a device, as a compiled call cannot keep one."""
-        if self._source is not None and device.type != "meta":
-            self._copy(self._source, device, torch.float32)
-
-    def _copy(self, source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        copy = self._copies.get((device, dtype))
-        if copy is not None:
-            return copy
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return source.to(device, dtype)
-        with torch.inference_mode(False):
-            copy = source.to(device, dtype)
-        if type(copy) is Tensor:  # and no fake tensor
-            self._copies[device, dtype] = copy
-        return copy
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copies": {}}
+        if self._table is not None and device.type != "meta":
+            self._table.on(device, torch.float32)
 
 
 def read_table(table: Tensor, t: Tensor) -> Tensor:

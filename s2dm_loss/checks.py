@@ -75,7 +75,12 @@ class FixedSettings:
                 f"{name} is read when a {type(self).__name__} is made and cannot be changed after "
                 "that: make another one"
             )
-        super().__setattr__(name, value)
+        if name in self._fixed:
+            # Past nn.Module, which would take a schedule or a weighting that is one for a part of
+            # the network: with keys in its checkpoints, and to be moved and cast with it.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def check_batch(name: str, value: object) -> Tensor:

@@ -110,8 +110,7 @@ class Coefficients:
     @property
     def weight(self) -> Tensor:
         """A = τ + (1-τ) c², the weight of the one remaining squared error."""
-        # c² can be infinite, without a bound on it, where τ is 1.
-        return self.tau + torch.where(self.tau < 1, (1 - self.tau) * self.c2, 0.0)
+        return self.tau + self._skip_share(self.c2)
 
     @property
     def gain(self) -> Tensor:
@@ -122,7 +121,7 @@ class Coefficients:
     def gain_excess(self) -> Tensor:
         """`gain` - 1 without cancellation, as it may be divided by what is next to nothing."""
         c = self.c if self.estimator == "shared" else 0.0
-        return (1 - self.tau) * (c - self.c2) / self._safe_weight
+        return self._skip_share(c - self.c2) / self._safe_weight
 
     def complete_square(self, *, normalize: bool = False) -> CompletedSquare:
         """Return the one quadratic; with `normalize`, mse(ε̂, target) without A and constant."""
@@ -130,11 +129,15 @@ class Coefficients:
         a = self.weight
         safe = self._safe_weight
         s = self.tau / safe
-        g = (1 - self.tau) * self.c / safe
+        g = self._skip_share(self.c) / safe
         square = _SQUARES[self.estimator](self.tau, a, s, g)
         if normalize:
             return CompletedSquare(torch.ones_like(a), square.gain, skip_gain=square.skip_gain)
         return square
+
+    def _skip_share(self, factor: Tensor) -> Tensor:
+        """Return (1-τ) times a factor, which without a bound on c² can be infinite where τ is 1."""
+        return torch.where(self.tau < 1, (1 - self.tau) * factor, 0.0)
 
     @property
     def _safe_weight(self) -> Tensor:
@@ -204,9 +207,9 @@ def coefficients(
     if not isinstance(t, Tensor):
         raise TypeError(f"t must be a tensor, got {describe(t)}")
     schedule.check_timesteps(t)
+    earlier, valid = SkipSet.wrap(skip_set).earlier(t, schedule)
     if t.is_floating_point():
         t = t.to(wide_dtype(t.device))
-    earlier, valid = SkipSet.wrap(skip_set).earlier(t, schedule)
 
     at_earlier, at_t = (schedule.log_alphas_cumprod_at(time) for time in (earlier, t))
     # Where a skip is lost in rounding, also between two infinities, nothing has been skipped.

@@ -267,13 +267,14 @@ def standard_corrections(
 
 def _ascending(strengths: Sequence[float], none: float) -> tuple[float, ...]:
     check_iterable("strengths", strengths)
+    strengths = tuple(strengths)  # an iterator is empty the second time
     for strength in strengths:
         check_number("strengths", strength, -torch.inf, torch.inf, open_ends=True)
     found = tuple(sorted(strengths))
     if not found or len(set(found)) < len(found) or none in found:
         raise ValueError(
             f"strengths must be at least one, distinct, and without {none:g}, which is no "
-            f"correction, got {tuple(strengths)!r}"
+            f"correction, got {strengths!r}"
         )
     return found
 

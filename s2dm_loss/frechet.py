@@ -18,6 +18,7 @@ eigenproblems for each set, and no resampling.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import NamedTuple
 
@@ -106,13 +107,13 @@ class FrechetComparison:
         by_sample = torch.zeros(len(samples), dtype=torch.float64, device="cpu")
         by_datum = torch.zeros(len(self._data), dtype=torch.float64, device="cpu")
         distance = torch.inf
-        if bool(samples.isfinite().all()):
-            whole, *data_halves = self._data_gaussians
-            parts = [
-                _Pair(_Gaussian(samples[half]), data)
-                for half, data in zip(self._halves, data_halves, strict=True)
-            ]
-            distance = 2 * _Pair(_Gaussian(samples), whole).distance
+        gaussians = [_Gaussian(samples), *(_Gaussian(samples[half]) for half in self._halves)]
+        # Finite samples can be too large to be squared.
+        if all(gaussian.is_finite for gaussian in gaussians):
+            whole, *parts = (
+                _Pair(*pair) for pair in zip(gaussians, self._data_gaussians, strict=True)
+            )
+            distance = 2 * whole.distance
             distance -= sum(part.distance for part in parts) / 2
             # Each half by the map of the other: a map follows the samples it was made from.
             for part, half, rows in zip(
@@ -167,6 +168,11 @@ class _Gaussian:
         self.trace = float(self.covariance.diagonal().sum())
         # Of what lies outside the axes only the root mean square is followed.
         self.outside = float(coordinates[:, -1].square().mean().sqrt())
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that a distance is made of is."""
+        return bool(self.covariance.isfinite().all()) and math.isfinite(self.outside)
 
     @cached_property
     def factor(self) -> Tensor:

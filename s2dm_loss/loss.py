@@ -102,8 +102,9 @@ class SkipStepLoss(FixedSettings, nn.Module):
             prediction_type: What `model` predicts: "epsilon", "v_prediction", "sample", "flow" or
                 "score".
             weighting: What the error of the noise counts at each t: a name such as "min_snr" or a
-                function of log SNR, see `s2dm_loss.weighting`. None is the paper's loss, and for a
-                network that predicts something else the plain mean squared error of its output.
+                fixed function of log SNR, see `s2dm_loss.weighting`. None is the paper's loss, and
+                for a network that predicts something else the plain mean squared error of its
+                output.
             normalize: Drop the weight A(t) and the constant, leaving mse(ε̂, target), which has the
                 same minimiser and weighs every timestep alike.
             max_c2: Upper bound on c², and on c² times what an error of the noise counts, where that

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from s2dm_loss._tables import DeviceCopies
 from s2dm_loss.checks import as_float64, check_all, check_count, describe
-from s2dm_loss.schedule import Schedule
+from s2dm_loss.schedule import Schedule, wide_dtype
 
 
 class SkipSet:
@@ -83,7 +84,9 @@ class SkipSet:
         Args:
             timesteps: What a sampler visits, e.g. a diffusers `scheduler.timesteps` after
                 `set_timesteps`: in any order, with repeats (PNDM) and offsets as they are. On a
-                discrete schedule fractional values (Euler's) are rounded to the trained ones.
+                discrete schedule fractional values (Euler's) are rounded to the trained ones. In
+                continuous time a t that is a sampled one but for rounding, or up to a sixteenth of
+                the way to the next, is paired with the one before that.
         """
         return _SampledTimesteps(torch.unique(as_float64("timesteps", timesteps)))
 
@@ -93,7 +96,7 @@ class SkipSet:
         skipped = as_float64("timesteps", timesteps).round().long()
         count = check_count("num_train_timesteps", num_train_timesteps)
         check_all("timesteps", skipped, (skipped >= 0) & (skipped < count), f"lie in [0, {count})")
-        visited = torch.ones(count, dtype=torch.bool)
+        visited = torch.ones(count, dtype=torch.bool, device="cpu")
         visited[skipped] = False
         if not visited.any():
             raise ValueError("timesteps must leave at least one timestep to the sampler, got all")
@@ -129,14 +132,18 @@ class SkipSet:
             schedule: The schedule.
 
         Returns:
-            Two tensors of shape [J, *t.shape], J being the number of skips: the earlier times, t
-            itself where the pair is not valid, and a bool mask.
+            Two tensors of shape [J, *t.shape], J being the number of skips: the earlier times in
+            int64 or, in continuous time, float64, t itself where the pair is not valid, and a bool
+            mask.
         """
         self.check(schedule)
-        t = _as_times(t)
+        rounding, t = _rounding(t), _as_times(t)
         earlier = torch.stack([t - offset for offset in self.offsets])
-        valid = earlier >= 0
-        return torch.where(valid, earlier, t), valid
+        valid = earlier >= -rounding * t
+        return torch.where(valid, earlier.clamp(min=0), t), valid
+
+    def copy_to(self, device: torch.device) -> None:
+        """Have what is looked up ready on a device, as a compiled call cannot keep a copy."""
 
     @override
     def __repr__(self) -> str:
@@ -150,7 +157,12 @@ Skips: TypeAlias = SkipSet | int | float | Iterable[int] | Iterable[float]
 
 def _as_times(t: Tensor) -> Tensor:
     """Return times in a type that holds their differences: small integers would wrap around."""
-    return t if t.is_floating_point() else t.long()
+    return t.to(wide_dtype(t.device)) if t.is_floating_point() else t.long()
+
+
+def _rounding(t: Tensor) -> float:
+    """Return by what share of itself a time may be off, in the type it comes in."""
+    return torch.finfo(t.dtype).eps if t.is_floating_point() else 0
 
 
 def _offset(value: object) -> float:
@@ -198,18 +210,31 @@ class _SamplingStride(SkipSet):
         return f"SkipSet.for_sampling_steps({self.num_inference_steps})"
 
 
-_FLOAT32_ROUNDING = 2.0**-23
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """Return `values[index]`, which fake tensors of a GPU that is not there cannot do."""
+    return values.index_select(0, index.reshape(-1)).reshape(index.shape)
+
+
+_SAME_TIME = 1 / 16
+"""Up to this share of the way to the next sampled time, a time is that sampled one."""
 
 
 class _SampledTimesteps(SkipSet):
-    """The latest sampled timestep before t."""
+    """The latest sampled timestep before t.
+
+    In continuous time a sampler's own time need not be the one in the list to the last digit: it
+    is rounded to another type, or is what a loop of t -= dt has come to. A little above the one in
+    the list, it would be paired with that, itself, and have no skip.
+    """
 
     offsets = ()
 
     def __init__(self, timesteps: Tensor) -> None:
-        self.sampled = timesteps
-        self.rounded = torch.unique(timesteps.round().long())
         self.ends = float(timesteps[0]), float(timesteps[-1])
+        gaps = timesteps.diff()
+        gaps = torch.cat([gaps, gaps[-1:] if len(gaps) else torch.zeros_like(timesteps)])
+        self._sampled = DeviceCopies(torch.stack([timesteps, gaps]))
+        self._rounded = DeviceCopies(torch.unique(timesteps.round().long()))
 
     @override
     def check(self, schedule: Schedule) -> None:
@@ -224,18 +249,29 @@ class _SampledTimesteps(SkipSet):
     @override
     def earlier(self, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         self.check(schedule)
-        t = _as_times(t)
-        sampled = (self.sampled if t.is_floating_point() else self.rounded).to(t.device, t.dtype)
-        # A sampled time in float32, widened again, may lie a little above the one in the list.
-        before = t * (1 - _FLOAT32_ROUNDING) if t.is_floating_point() else t
-        index = torch.searchsorted(sampled, before.contiguous()) - 1
-        earlier = sampled[index.clamp(min=0)]
+        rounding, t = _rounding(t), _as_times(t)
+        if t.is_floating_point():
+            sampled, gaps = self._sampled.on(t.device, t.dtype)
+            index = torch.searchsorted(sampled, t.contiguous()) - 1
+            before = index.clamp(min=0)
+            gap = _pick(gaps, before)
+            near = (rounding * t).clamp(min=_SAME_TIME * gap, max=gap / 2)
+            index = index - (t - _pick(sampled, before) <= near).long()
+        else:
+            sampled = self._rounded.on(t.device, t.dtype)
+            index = torch.searchsorted(sampled, t.contiguous()) - 1
+        earlier = _pick(sampled, index.clamp(min=0))
         valid = index >= 0
-        return torch.where(valid, earlier, t)[None], valid[None]
+        return torch.where(valid, earlier, t).unsqueeze(0), valid.unsqueeze(0)
+
+    @override
+    def copy_to(self, device: torch.device) -> None:
+        if device.type != "meta":
+            self._sampled.on(device, wide_dtype(device))
 
     @override
     def __repr__(self) -> str:
-        values = [f"{value:g}" for value in self.sampled.tolist()]
+        values = [f"{value:g}" for value in self._sampled.source[0].tolist()]
         if len(values) > 6:
             values = [*values[:3], "...", *values[-2:]]
         return f"SkipSet.from_timesteps([{', '.join(values)}])"

@@ -203,8 +203,9 @@ class _Probe(nn.Module):
             output = self.output_of(x_t).detach().clone()
         else:
             # Not the trainer's own numbers, which may be its noise, and the output all right.
-            source = torch.Generator().manual_seed(self.seed + 1)
-            output = torch.randn(x_t.shape, generator=source, dtype=torch.float64).to(x_t)
+            source = torch.Generator("cpu").manual_seed(self.seed + 1)
+            drawn = torch.randn(x_t.shape, generator=source, dtype=torch.float64, device="cpu")
+            output = drawn.to(x_t)
         self.output = output.requires_grad_()
         return self.output
 

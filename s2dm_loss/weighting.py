@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2dm_loss.checks import check_number, describe
 
@@ -110,6 +110,11 @@ def read_weighting(weighting: Weighting | None) -> Callable[[Tensor], Tensor] | 
     Raises:
         TypeError, ValueError: if it is neither a known name nor a function.
     """
+    if isinstance(weighting, nn.Module) and any(w.requires_grad for w in weighting.parameters()):
+        raise ValueError(
+            f"weighting must be fixed, got {weighting!r} with parameters to train: multiply what "
+            'the loss returns with reduction="none" by it'
+        )
     if weighting is None or (callable(weighting) and not isinstance(weighting, type)):
         return weighting
     if isinstance(weighting, str) and weighting in _DEFAULTS:
@@ -149,8 +154,10 @@ def check_weights(weights: Tensor) -> None:
     good = (weights >= 0) & (weights <= _LARGEST_WEIGHT)
     if not good.all():
         index = int((~good).nonzero()[0])
+        early = index < weights.numel() / 2
+        what, unbounded = ("noise", "snr") if early else ("signal", "1 / snr")
         raise ValueError(
             f"weighting must lie in [0, {_LARGEST_WEIGHT:g}] on the scale of the model's output, "
             f"got {weights[index].item():.3g} at index {index} of {weights.numel()} times: where "
-            "there is no signal, 1 / snr has no bound"
+            f"there is no {what}, {unbounded} has no bound"
         )

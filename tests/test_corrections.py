@@ -226,6 +226,10 @@ def test_one_of_a_users_own():
     assert repr(Clipped()) == "Clipped(1, 2)"
 
 
+def test_strengths_may_come_from_an_iterator():
+    assert ConstantScaling(LINEAR, (s for s in (1.1, 0.9))).strengths == (0.9, 1.1)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [

@@ -329,8 +329,14 @@ def test_no_bound_on_c2_where_nothing_is_left_of_the_data():
     t = torch.tensor([500, 999])
     output, target, x_t = torch.randn(3, 2, 4, dtype=torch.float64)
     plain = (output - target).square().mean()
-    unbounded = SkipStepLoss(schedule, 9, tau=1.0, max_c2=math.inf)
-    torch.testing.assert_close(unbounded.from_prediction(output, target, t), plain)
+    for estimator in ("expected", "fresh", "shared"):
+        options = {"tau": 1.0, "max_c2": math.inf, "estimator": estimator}
+        unbounded = SkipStepLoss(schedule, 9, **options)
+        torch.testing.assert_close(unbounded.from_prediction(output, target, t), plain)
+        of_score = SkipStepLoss(schedule, 9, prediction_type="score", **options)
+        b = schedule.alpha_sigma(t)[1][:, None]
+        found = of_score(lambda x_t, t, b=b: -output / b, x_t, t=t, noise=target)
+        torch.testing.assert_close(found, ((output - target) / b).square().mean())
     for kind in ("v_prediction", "sample"):
         options = {"prediction_type": kind, "reduction": "none"}
         loss = SkipStepLoss(schedule, 9, max_c2=math.inf, **options)

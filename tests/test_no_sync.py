@@ -9,12 +9,17 @@ CPU.
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, ShrunkModel, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, ShrunkModel, SkipSet, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss
 
 LINEAR, FLOW = NoiseSchedule.linear(1000), ContinuousSchedule.flow()
-SCHEDULES = {"discrete": (LINEAR, 49), "continuous": (FLOW, 0.1)}
+SCHEDULES = {
+    "discrete": (LINEAR, 49),
+    "continuous": (FLOW, 0.1),
+    "sampled": (FLOW, SkipSet.from_timesteps([0.0, 0.5, 1.0])),
+}
 ESTIMATORS = ["expected", "fresh", "shared"]
 SHAPE = (4, 3, 8, 8)
 
@@ -86,6 +91,41 @@ def test_forward_stays_on_a_fake_gpu(name, estimator, kind):
         for loss in calls_of(losses, x, times(schedule, "cuda"), x):
             assert loss.device.type == "cuda"
         assert shrunk.rescale(x, x, times(LINEAR, "cuda")).device.type == "cuda"
+
+
+class CopiesToDevice(TorchDispatchMode):
+    """Which operators take a tensor of the CPU and return one of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        of_cpu = any(
+            tensor.device.type == "cpu" and tensor.ndim > 0
+            for tensor in args
+            if isinstance(tensor, torch.Tensor)
+        )
+        if of_cpu and isinstance(result, torch.Tensor) and result.device.type == "meta":
+            self.found.append(str(function))
+        return result
+
+
+@CASES
+def test_nothing_is_copied_to_the_device_twice(name, estimator, kind):
+    """A copy from memory that is not pinned is a wait, and a CUDA graph cannot hold one."""
+    schedule, skip = SCHEDULES[name]
+    losses = losses_of(kind, schedule, skip, estimator)
+    x = torch.empty(SHAPE, device="meta")
+    t = times(schedule, "meta")
+    list(calls_of(losses, x, t, x))
+    with CopiesToDevice() as copies:
+        list(calls_of(losses, x, t, x))
+    assert copies.found == []
+    with CopiesToDevice() as copies:
+        torch.ones(3).to("meta")
+    assert len(copies.found) == 1
 
 
 def test_a_value_would_be_noticed():

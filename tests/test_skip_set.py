@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, gain
 
 SCHEDULE = NoiseSchedule.linear(100)
 
@@ -96,9 +96,58 @@ def test_a_sampled_time_in_float32_is_not_after_itself(dtype):
     earlier, valid = SkipSet.from_timesteps(times).earlier(t, ContinuousSchedule.vp())
     assert valid.tolist() == [[False] + [True] * 10]
     np.testing.assert_allclose(earlier[0, 1:].numpy(), times[:-1], atol=1e-15)
-    # A time between two is after the first of them, however near.
-    earlier, _ = SkipSet.from_timesteps(times).earlier(t * (1 + 1e-6), ContinuousSchedule.vp())
-    np.testing.assert_allclose(earlier[0, 1:].numpy(), times[1:], atol=1e-15)
+    # A time between two is after the first of them.
+    earlier, _ = SkipSet.from_timesteps(times).earlier(t[:-1] + 0.01, ContinuousSchedule.vp())
+    np.testing.assert_allclose(earlier[0].numpy(), times[:-1], atol=1e-15)
+
+
+def accumulated(steps):
+    """As an Euler loop goes, t -= dt in float32."""
+    t, times = torch.ones(()), []
+    for _ in range(steps):
+        times.append(t)
+        t = t - 1 / steps
+    return torch.stack(times)
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50, 128])
+@pytest.mark.parametrize(
+    "times_of",
+    [
+        accumulated,
+        lambda steps: 1 - torch.arange(steps) / steps,
+        lambda steps: torch.linspace(1, 0, steps + 1)[:-1].half(),
+        lambda steps: torch.linspace(1, 0, steps + 1)[:-1].bfloat16(),
+    ],
+    ids=["accumulated", "float32", "float16", "bfloat16"],
+)
+@pytest.mark.parametrize("schedule", [ContinuousSchedule.vp(), ContinuousSchedule.flow()], ids=repr)
+def test_a_samplers_times_have_their_gain_however_they_are_rounded(schedule, times_of, steps):
+    """Against the gain of the exact times, which the closed form of c² gives."""
+    exact = [(steps - i) / steps for i in range(steps)]
+    t = torch.tensor(exact, dtype=torch.float64)
+    ratio = (
+        schedule.log_alphas_cumprod_at(t - 1 / steps) - schedule.log_alphas_cumprod_at(t)
+    ).exp()
+    expected = 0.99 / (0.99 + 0.01 * (ratio - 1).clamp(max=100))
+    skip_set = SkipSet.from_timesteps([i / steps for i in range(steps + 1)])
+    rounded = times_of(steps)
+    earlier, valid = skip_set.earlier(rounded, schedule)
+    assert valid.all()
+    np.testing.assert_allclose(earlier[0].numpy(), np.array(exact) - 1 / steps, atol=1e-12)
+    found = gain(schedule, skip_set, t=rounded)
+    # The gain of a time that is off by its rounding; at no step it is lost.
+    off = torch.maximum((rounded.double() - t).abs() * steps, torch.tensor(1e-6))
+    assert (((1 - found) / (1 - expected) - 1).abs() < 4 * off + 1e-5).all()
+
+
+def test_a_skip_of_the_whole_time_in_float32_is_valid():
+    """float32's 0.04 is a little less than 0.04, of which the skip is all."""
+    t = torch.tensor([0.02, 0.04, 0.08])
+    earlier, valid = SkipSet.for_sampling_steps(25).earlier(t, ContinuousSchedule.vp())
+    assert valid.tolist() == [[False, True, True]]
+    np.testing.assert_allclose(earlier[0, 1:].numpy(), [0.0, 0.04], atol=1e-8)
+    assert (earlier >= 0).all()
 
 
 def test_numbers_of_numpy_count():

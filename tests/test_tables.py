@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2dm_loss import NoiseSchedule, ShrunkModel, SkipStepLoss
+from s2dm_loss import NoiseSchedule, ScaledModel, ShrunkModel, SkipSet, SkipStepLoss
 from s2dm_loss._tables import TimeTable
 from tests.strategies import normal
 
@@ -147,12 +147,59 @@ def test_made_and_first_called_in_inference_mode(kind):
         assert leaf.grad is not None
 
 
+class Path(nn.Module):
+    """A schedule of a user's own, with its ᾱ in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("inner", LINEAR.alphas_cumprod)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(LINEAR, name)
+
+
+class Halved(nn.Module):
+    """A weighting, and a scale, with a number in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(0.5))
+
+    def forward(self, t):
+        return self.factor * torch.ones(t.shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda part: SkipStepLoss(LINEAR, 9, weighting=part), "weighting"),
+        (lambda part: ScaledModel(nn.Identity(), LINEAR, part), "scale"),
+        (lambda part: SkipStepLoss(part, 9), "schedule"),
+        (lambda part: ShrunkModel(nn.Identity(), part, 9), "schedule"),
+    ],
+)
+def test_a_setting_that_is_a_module_is_a_setting(make, name):
+    """No key of a checkpoint, no parameter, nothing to move; and it cannot be changed."""
+    part = Path() if name == "schedule" else Halved()
+    module = make(part)
+    assert getattr(module, name) is part
+    assert list(module.state_dict()) == list(module.buffers()) == []
+    with pytest.raises(AttributeError, match=f"{name} is read when a"):
+        setattr(module, name, Halved())
+    again = copy.deepcopy(module)
+    assert type(getattr(again, name)) is type(part)
+
+
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_made_under_a_default_device(device):
     with torch.device(device):
         criterion = SkipStepLoss(NoiseSchedule.linear(1000), 9, normalize=True, reduction="none")
         for make in (NoiseSchedule.cosine, NoiseSchedule.scaled_linear):
             SkipStepLoss(make(100), 9)
+        assert repr(SkipSet.from_skipped([1, 3], 5)) == "SkipSet.from_timesteps([0, 2, 4])"
     Loss().check(criterion)
 
 

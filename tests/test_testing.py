@@ -71,6 +71,12 @@ def test_a_right_swap_passes(schedule, kind, t, skip):
     assert "gradient at tau over plain" in str(report)
 
 
+def test_a_right_swap_passes_whatever_the_default_device():
+    trainer = Trainer(LINEAR, "epsilon", T)
+    with torch.device("meta"):
+        assert check_swap(trainer.loss, right(trainer, LINEAR)).calls == 1
+
+
 def by_weights(trainer, schedule, skip):
     """The recipe that the pages used to give: right at τ = 1, and 2000 times too large below."""
 

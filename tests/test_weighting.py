@@ -123,6 +123,34 @@ def test_a_function_of_ones_own_and_weights_beside_it():
     )
 
 
+class Learned(torch.nn.Module):
+    """As EDM2's, which is trained beside the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.u = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, log_snr):
+        return self.u.exp() * torch.ones_like(log_snr)
+
+    def __repr__(self):
+        return "Learned()"
+
+
+def test_a_weight_without_bound_where_no_time_is_drawn():
+    """√snr of x_0 where β ∫ is 0.1 t: 1e3 at the smallest t that is drawn, without bound at 0."""
+    criterion = SkipStepLoss(
+        ContinuousSchedule.vp(), 0.01, prediction_type="sample", weighting="debiased", tau=1.0
+    )
+    output, target, x_t = normal(3, 1, 5, seed=0).unbind(0)
+    found = criterion.from_output(output, target, x_t, torch.tensor([1e-5], dtype=torch.float64))
+    integral = 0.1 * 1e-5 + 0.5 * (20 - 0.1) * 1e-10
+    snr = math.exp(-integral) / -math.expm1(-integral)
+    expected = math.sqrt(snr) * (output - target).square().mean()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    assert math.sqrt(snr) > 900
+
+
 @pytest.mark.parametrize("name", ["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"])
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("schedule", [ZERO_SNR, ContinuousSchedule.flow()], ids=repr)
@@ -204,12 +232,17 @@ def test_a_weighting_is_a_value():
                 ContinuousSchedule.flow(), 0.01, prediction_type="sample", weighting="uniform"
             ),
             ValueError,
-            r"weighting must lie in \[0, 1e\+06\].*index 0 of 17",
+            r"weighting must lie in \[0, 1e\+06\].*index 0 of 17.* no noise, snr has no bound",
         ),
         (
             lambda: SkipStepLoss(ContinuousSchedule.flow(), 0.01, weighting="debiased"),
             ValueError,
-            r"weighting must lie in \[0, 1e\+06\].*index 16 of 17",
+            r"weighting must lie in \[0, 1e\+06\].*index 16 of 17.* no signal, 1 / snr has no b",
+        ),
+        (
+            lambda: SkipStepLoss(LINEAR, weighting=Learned()),
+            ValueError,
+            r"weighting must be fixed, got Learned\(\) with parameters to train",
         ),
         (
             lambda: SkipStepLoss(LINEAR, weighting=lambda log_snr: -log_snr),
