@@ -366,6 +366,19 @@ def test_the_report(finished: Path, tmp_path: Path) -> None:
     assert load_json(tmp_path / "tiny.json") == record
 
 
+@pytest.mark.parametrize(("steps", "shown"), [((2, 3), True), ((3,), False)])
+def test_a_column_that_lacks_cells(
+    finished: Path, tmp_path: Path, steps: tuple[int, ...], shown: bool
+) -> None:
+    """The picture shows the cells that every column has; before, the report was lost with it."""
+    plain, gain_with_two_steps = replace(TINY.arms[0], steps=steps), TINY.arms[2]
+    preset = replace(TINY, arms=(plain, gain_with_two_steps), columns=("plain", "plain+gain99"))
+    root = tmp_path / "run"
+    shutil.copytree(finished, root, ignore=shutil.ignore_patterns("*.png"))
+    assert "| DDIM, 3 steps |" in write_report(preset, root)
+    assert (root / "samples.png").exists() == shown
+
+
 def test_the_command_line(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "digits", replace(TINY, name="digits", seeds=(0,)))
     call = CliRunner().invoke

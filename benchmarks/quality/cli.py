@@ -99,7 +99,7 @@ def _run(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
 @main.command("run")
 @click.argument("preset", type=click.Choice(list(PRESETS)))
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
-@click.option("--workers", type=click.IntRange(1), help="Processes, each with one thread.")
+@click.option("--workers", type=click.IntRange(1), help="Processes, of one thread each if several.")
 @click.option("--seeds", help="Seeds, such as 0,1,2 [the preset's].")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10 or CelebA.")
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")

@@ -16,7 +16,7 @@ from benchmarks.quality.objectives import SkipStep
 from benchmarks.quality.pictures import coefficients_figure, loss_figure, samples_figure
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.record import collect
-from benchmarks.quality.statistics import Results
+from benchmarks.quality.statistics import Cell, Results
 from benchmarks.quality.tables import distance_table
 
 FILES = {
@@ -86,11 +86,11 @@ def write_report(preset: Preset, root: Path, data_folder: Path | None = None) ->
         save_figure(coefficients_figure(skips), root / "coefficients.png")
     if len(preset.seeds) == 1 and len(present) > 1:
         save_figure(loss_figure(record, present), root / "loss.png")
-    fewest, most = min(c.steps for c in cells), max(c.steps for c in cells)
-    shown = [c for c in cells if c.steps == fewest or (c.sampler == "ddim" and c.steps == most)]
-    real = datasets.load(preset.data, data_folder).reference
-    chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-    save_figure(
-        samples_figure(preset, root, shown, present, real[chosen[:128]]), root / "samples.png"
-    )
+    if common := [c for c in cells if all(results.values(name, c) for name in present)]:
+        fewest, most = min(c.steps for c in common), max(c.steps for c in common)
+        shown = [c for c in common if c.steps == fewest or c == Cell("ddim", most)]
+        real = datasets.load(preset.data, data_folder).reference
+        chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+        figure = samples_figure(preset, root, shown, present, real[chosen[:128]])
+        save_figure(figure, root / "samples.png")
     return text

@@ -370,10 +370,10 @@ def _losses(results: Results) -> Iterable[str]:
         least, most = (by(pairs, key=lambda one: one.mean) for by in (min, max))
         signs = [one.sign for one in pairs]
         yield (
-            f"Training with the loss against its gain on the plain network, "
-            f"{counted(len(pairs), 'cell')} of skip, sampler and steps: from {percent(least)} to {percent(most)}; better in "
-            f"{signs.count(1)}, worse in {signs.count(-1)}, not to be told apart in "
-            f"{signs.count(0)}."
+            "Training with the loss against its gain on the plain network, "
+            f"{counted(len(pairs), 'cell')} of skip, sampler and steps: from {percent(least)} to "
+            f"{percent(most)}; better in {signs.count(1)}, worse in {signs.count(-1)}, not to be "
+            f"told apart in {signs.count(0)}."
         )
     budget = PRESETS[results.record["preset"]].budget
     if budget.branch_at is None:
