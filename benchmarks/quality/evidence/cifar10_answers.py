@@ -142,14 +142,17 @@ def in_short(results: Results) -> str:
 def by_kind(results: Results) -> list[dict[str, list[float]]]:
     """Return the improvements at DDIM, 10 steps, by seed: losses, gains, corrections, solvers.
 
-    Of each kind of correction but the gain the strength that is best on the other seeds.
+    Of each kind of correction but the gain the strength that is best on the other seeds; of the
+    losses those that every seed has.
     """
     plain = results.values("plain", TEN, IMAGES)
     methods = {arm.method.name: arm.method for arm in PRESETS[results.record["preset"]].arms}
     losses = [
         name
         for name, one in methods.items()
-        if one == Method(one.objective) and name != "plain" and name in results.methods
+        if one == Method(one.objective)
+        and name != "plain"
+        and results.values(name, TEN).keys() == plain.keys()
     ]
     single = without_training(results, TEN)
     kinds: dict[str, dict[int, str]] = {}
