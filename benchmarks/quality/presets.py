@@ -435,7 +435,9 @@ WIDE_ARMS = (
     arm(Plain(), Gain(49), ("ddim",), (50,)),
     arm(Plain(), samplers=("dpm++2m", "deis", "pndm"), steps=(20,)),
     arm(SkipStep(49), samplers=("ddim-quad",), steps=TEN),
+    arm(Plain(), Gain(149), ("ddim",), TEN),
     arm(SkipStep(9, "fresh"), samplers=("ddim",), steps=TEN),
+    *(arm(SkipStep(k), samplers=("ddim",), steps=(100,)) for k in (9, 49)),
 )
 CIFAR10_WIDE = replace(
     CIFAR10_SPECTRAL,

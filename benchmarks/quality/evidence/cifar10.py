@@ -154,7 +154,8 @@ are those that were chosen on `cifar10-wide`. Its sizes are to be read beside th
 And `cifar10-reduction`, two seeds with the budget of `cifar10-brief`: the released code averages
 over pixels where its base sums, at a gradient clipped at 1. Does a sum in place of the mean, with
 nothing else changed, do what the paper reports of its loss? Expected: nothing, as Adam divides a
-factor out. Cut first: its second seed, then the cells of `cifar10-longer` from their end.\
+factor out. Cut first: its second seed, then the cells of `cifar10-longer` from their end. Of
+`cifar10-wide` two more, if time is left: the gain of k = 149, and the losses at 100 steps.\
 """
 
 
