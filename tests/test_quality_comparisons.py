@@ -393,7 +393,10 @@ def test_more_samples_min_snr_and_many_steps(tmp_path: Path) -> None:
     rows = table_rows(text, "## With many steps")
     expected = ["3", "2.0", "**-25.0 % [-25.0, -25.0]**", "1000.0", "-250.0", "0.970, 0.970, 0.970"]
     assert rows["DDIM, 200 steps"] == rows["DDIM, 1000 steps"] == expected
-    assert "an answer for good: a network that is sound, a sum in place of a mean, I" in text
+    assert (
+        "an answer for good: the same network trained for longer, a sum in place of a mean, I"
+        in text
+    )
     more["rows"] = [row for row in more["rows"] if row[:2] != ["min-snr-5", 2]]
     text = pages_of(tmp_path, few, more, long)["evidence_cifar10.md"]
     assert "Of `cifar10-wide-10k`: Min-SNR-5 with DDIM, 10 steps, 1 of 3 seeds" in text
@@ -414,6 +417,7 @@ def test_the_same_network_trained_for_longer(tmp_path: Path) -> None:
     after["raw_spreads"] = {
         cell: {"2": alone * 0.98} for cell, alone in after["gaussian_spreads"].items()
     }
+    before["raw_spreads"] = {"ddim-50": {"0": 0.5, "1": 0.5, "2": 0.96 * 0.98 - 0.004}}
     after["fitted"] = {"plain+band-gains": {"ddim-10, seed 2": {"950": [1.01]}}}
     text = pages_of(tmp_path, before, after)["evidence_cifar10.md"]
     part = text.partition("## The same network, trained for longer")[2].partition("\n## ")[0]
@@ -427,6 +431,12 @@ def test_the_same_network_trained_for_longer(tmp_path: Path) -> None:
     assert not any(name.startswith("DDIM") for name in rows)  # plain over itself
     # The rest are 1.5 in both, of plain networks at 1 and at 0.5: -50 % and -200 %.
     assert "moves by more than 150.0 percentage points" in part
+    assert "is that of before to within 0.0040 of the data's" in part
+    assert "a network that is sound" not in text
+    after["raw_spreads"]["ddim-50"] = {"2": 0.9}
+    text = pages_of(tmp_path, before, after)["evidence_cifar10.md"]
+    assert "an answer for good: 10,000 samples" in text
+    assert "a network that is sound" in text.partition("an answer for good")[2]
 
 
 def test_a_sum_in_place_of_the_mean(tmp_path: Path) -> None:

@@ -147,7 +147,11 @@ class Results:
         """Return the results of some of the seeds."""
         place, kept = self.record["columns"].index("seed"), set(seeds)
         rows = [row for row in self.record["rows"] if row[place] in kept]
-        return Results({**self.record, "rows": rows})
+        raw = {
+            cell: {seed: value for seed, value in by_seed.items() if int(seed) in kept}
+            for cell, by_seed in self.record.get("raw_spreads", {}).items()
+        }
+        return Results({**self.record, "rows": rows, "raw_spreads": raw})
 
     @property
     def methods(self) -> list[str]:

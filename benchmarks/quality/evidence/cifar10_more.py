@@ -8,7 +8,14 @@ import numpy as np
 
 from benchmarks.pages.tables import MISSING, counted, listed, markdown_table
 from benchmarks.quality.corrections import Gain
-from benchmarks.quality.evidence.cifar10_answers import over_ddim, over_plain, without_training
+from benchmarks.quality.evidence.cifar10_answers import (
+    SETTLED,
+    SPREAD_CELLS,
+    over_ddim,
+    over_plain,
+    raw_spreads,
+    without_training,
+)
 from benchmarks.quality.evidence.corrections import KERNEL
 from benchmarks.quality.evidence.records import IMAGES, TEN, corrected, title, trained
 from benchmarks.quality.objectives import Method, MinSNR, Summed
@@ -176,6 +183,17 @@ def trained_longer(wide: Results, longer: Results) -> Iterable[str]:
         yield (
             f"On the same seed no improvement moves by more than {max(moved):.1f} percentage "
             "points with the longer training."
+        )
+    spreads = [
+        abs(later - earlier)
+        for cell in SPREAD_CELLS
+        for earlier, later in zip(raw_spreads(same, cell), raw_spreads(longer, cell), strict=False)
+    ]
+    if spreads and max(spreads) < SETTLED and now < before:
+        yield (
+            "The spread of the plain network's samples, raw, is that of before to within "
+            f"{max(spreads):.4f} of the data's: more training brings them nearer to the data and "
+            "not farther apart. What is missing of it is not for want of training."
         )
 
 
