@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib", reason="so do its pages")
 from benchmarks.pages.tables import listed
 from benchmarks.quality.corrections import ScoreRescaling
 from benchmarks.quality.evidence.cifar10_answers import (
+    LONGER,
     MARGIN,
     MORE,
     OTHERS,
@@ -29,6 +30,7 @@ from benchmarks.quality.evidence.corrections import CELLS as CORRECTED
 from benchmarks.quality.evidence.corrections import SOLVERS, of_family
 from benchmarks.quality.evidence.front import front_note, front_table
 from benchmarks.quality.evidence.records import TEN, Evidence, Sources, corrected, trained
+from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.statistics import Cell, Results, improvement_of_ratios
 from benchmarks.quality.tables import distance_table
 
@@ -157,6 +159,30 @@ def test_what_the_readme_says_of_min_snr_on_cifar10_is_so():
 def test_what_the_readme_says_of_other_networks_on_cifar10_is_so():
     others = [over_plain(results_of(name), "plain+gain49", TEN) for name in OTHERS]
     assert f"gain of k = 49 did {listed([said(one) for one in others])}." in FLAT
+
+
+def test_what_the_readme_says_of_longer_training_is_so():
+    longer, wide = results_of(LONGER), results_of(PRESET).of_seeds([2])
+    steps = PRESETS[LONGER].budget.steps
+    assert f"trained on {steps * 128 / 1e6:.1f} million images]" in FLAT
+    moved = []
+    for name in longer.methods:
+        for cell in longer.cells(name):
+            if name == "plain" and cell.sampler == "ddim":
+                continue
+            than = Cell("ddim", cell.steps) if name == "plain" else cell
+            before, now = (
+                improvement_of_ratios(
+                    one.values(name, cell, "images_frechet"),
+                    one.values("plain", than, "images_frechet"),
+                ).mean
+                for one in (wide, longer)
+            )
+            moved.append(abs(now - before))
+    assert len(moved) > 15
+    assert f"moves by more than {max(moved):.1f} percentage points." in FLAT
+    for cell, spreads in longer.record["raw_spreads"].items():  # "has the same spread"
+        assert spreads["2"] == pytest.approx(wide.record["raw_spreads"][cell]["2"], abs=1e-3)
 
 
 def test_what_the_readme_says_of_training_and_gain_on_the_digits_is_so():
