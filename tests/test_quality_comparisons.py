@@ -447,6 +447,10 @@ def test_a_sum_in_place_of_the_mean(tmp_path: Path) -> None:
     assert rows["DDIM, 20 steps"][:3] == ["1.5", "**-10.0 % [-10.0, -10.0]**", "-100.0"]
     assert rows["UniPC, 10 steps"][0] == "0.8"
     assert "clip the gradient's norm at 1. The plain loss both ways, 2 seeds of 384,000" in text
+    assert "a gain that was published against the sum may be the mean's" in text
+    nearer = a_record("cifar10-reduction", {"plain": 1.0, "plain-sum": 0.9, "unipc": 0.5})
+    text = pages_of(tmp_path, here, nearer)["evidence_cifar10.md"]
+    assert "The sum is the nearer one in every cell." in text
     only_plain = [row for row in reduced["rows"] if row[0] == "plain"]
     text = pages_of(tmp_path, here, reduced | {"rows": only_plain})["evidence_cifar10.md"]
     assert "## A sum in place" not in text

@@ -224,6 +224,18 @@ def reduction(results: Results) -> Iterable[str]:
     )
     header = ["", "mean, Fréchet", "sum over mean", "kernel", "spread, mean", "spread, sum"]
     yield markdown_table(header, rows)
+    found = [over_plain(results, summed, cell) for cell in results.cells(summed)]
+    signs = {one.mean > 0 for one in found if one is not None}
+    if signs == {True}:
+        yield (
+            "The sum is the nearer one in every cell. So a gain that was published against the sum "
+            "is not the mean's, which by itself would have cost."
+        )
+    elif signs == {False}:
+        yield (
+            "The mean is the nearer one in every cell. So a gain that was published against the "
+            "sum may be the mean's."
+        )
 
 
 def _over_ddim(results: Results, name: str, cell: Cell) -> Interval | None:
