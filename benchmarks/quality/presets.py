@@ -479,7 +479,7 @@ CIFAR10_WIDE_LONG = replace(
     columns=("plain", "skip9-expected"),
     networks_of=CIFAR10_WIDE,
 )
-# The same network for longer, until it is sound; one seed, the nearest to it.
+# The same network for longer; one seed, the nearest to a sound one.
 LONGER_ARMS = (
     arm(Plain(), samplers=("ddim",), steps=TEN),
     *(arm(Plain(), Gain(k), ("ddim",), TEN) for k in (9, 49)),

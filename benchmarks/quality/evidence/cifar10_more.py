@@ -204,16 +204,18 @@ def reduction(results: Results) -> Iterable[str]:
     if not seeds:
         return
     yield "## A sum in place of a mean"
+    cells = results.cells(summed)
+    found = [over_plain(results, summed, cell) for cell in cells]
     rows = [
         [
             cell_title(cell),
             f"{_mean(results, 'plain', cell):.1f}",
-            percent(over_plain(results, summed, cell)),
+            percent(improved),
             thousandths(results.difference(summed, [cell], KERNEL)),
             spreads_by_seed(results, "plain", cell),
             spreads_by_seed(results, summed, cell),
         ]
-        for cell in results.cells(summed)
+        for cell, improved in zip(cells, found, strict=True)
     ]
     budget = PRESETS[results.record["preset"]].budget
     yield (
@@ -224,7 +226,6 @@ def reduction(results: Results) -> Iterable[str]:
     )
     header = ["", "mean, Fréchet", "sum over mean", "kernel", "spread, mean", "spread, sum"]
     yield markdown_table(header, rows)
-    found = [over_plain(results, summed, cell) for cell in results.cells(summed)]
     signs = {one.mean > 0 for one in found if one is not None}
     if signs == {True}:
         yield (
