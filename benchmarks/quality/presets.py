@@ -436,8 +436,17 @@ WIDE_ARMS = (
     arm(Plain(), samplers=("dpm++2m", "deis", "pndm"), steps=(20,)),
     arm(SkipStep(49), samplers=("ddim-quad",), steps=TEN),
     arm(Plain(), Gain(149), ("ddim",), TEN),
-    arm(SkipStep(9, "fresh"), samplers=("ddim",), steps=TEN),
     *(arm(SkipStep(k), samplers=("ddim",), steps=(100,)) for k in (9, 49)),
+    arm(Plain(), ScoreRescaling(1.05), ("ddim",), (100,)),
+    *(arm(SkipStep(k), samplers=("deis", "pndm"), steps=(20,)) for k in (9, 49)),
+    arm(Plain(), ScoreRescaling(1.05), ("deis", "pndm"), (20,)),
+    *(arm(one, samplers=("deis", "pndm"), steps=(50,)) for one in (Plain(), SkipStep(49))),
+    arm(Plain(), ScoreRescaling(1.05), ("deis", "pndm"), (50,)),
+    arm(SkipStep(9), samplers=("deis", "pndm"), steps=(50,)),
+    arm(SkipStep(9, "fresh"), samplers=("ddim",), steps=TEN),
+    *(arm(one, samplers=("deis", "pndm"), steps=(100,)) for one in (Plain(), SkipStep(49))),
+    arm(Plain(), ScoreRescaling(1.05), ("deis", "pndm"), (100,)),
+    arm(SkipStep(9), samplers=("deis", "pndm"), steps=(100,)),
 )
 CIFAR10_WIDE = replace(
     CIFAR10_SPECTRAL,
@@ -503,6 +512,37 @@ CIFAR10_LONGER = replace(
     arms=LONGER_ARMS,
     seeds=(2,),
 )
+# A larger network of the same kind, to have one that is sound: what soundness asks first, then the
+# losses, which branch off as soon as the plain network is there.
+WIDER_ARMS = (
+    arm(Plain(), samplers=("ddim",), steps=TEN),
+    *(arm(SkipStep(k), samplers=("ddim",), steps=TEN) for k in (49, 9)),
+    arm(Plain(), samplers=("ddim",), steps=(50,)),
+    arm(Plain(), samplers=("unipc",), steps=(10, 50)),
+    *(arm(Plain(), Gain(k), ("ddim",), TEN) for k in (9, 49)),
+    arm(Plain(), ScoreRescaling(1.05), ("ddim",), TEN),
+    arm(Plain(), samplers=("ddim",), steps=(100,)),
+    arm(Plain(), BandGains(), ("ddim",), TEN),
+    arm(SkipStep(49), samplers=("unipc",), steps=TEN),
+    arm(Plain(), Gain(49), ("unipc",), TEN),
+    *(arm(one, samplers=("ddim",), steps=(20,)) for one in (Plain(), SkipStep(9), SkipStep(49))),
+    *(arm(Plain(), one, ("ddim",), (20,)) for one in (Gain(49), ScoreRescaling(1.05))),
+    arm(Plain(), StartScaling(1.03), ("ddim",), TEN),
+    arm(Plain(), samplers=("dpm++2m", "deis", "pndm"), steps=TEN),
+    *(arm(Plain(), samplers=("ddim",), steps=TEN, percent=part) for part in (50, 25)),
+    *(arm(Plain(), Gain(49), ("ddim",), TEN, percent=part) for part in (50, 25)),
+    *(arm(SkipStep(k), samplers=("ddim",), steps=(50,)) for k in (9, 49)),
+)
+CIFAR10_WIDER = replace(
+    CIFAR10_WIDE,
+    name="cifar10-wider",
+    about="CIFAR10, twice as large a network; data from a local folder, 3 hours for a seed",
+    network=SpectralUNetSpec(
+        UNetSpec(channels=96, multipliers=(1, 2), blocks=1, attention_at=()), patch=4
+    ),
+    arms=WIDER_ARMS,
+    seeds=(0, 1),
+)
 # As `cifar10-wide`, with a budget that an older processor trains and samples in two hours: the loss
 # against its gain first.
 BRIEF_ARMS = (
@@ -554,7 +594,7 @@ PRESETS = {
         *(DIGITS, DIGITS_FULL, TEXTURES, PATCHES),
         *(DIGITS_CORRECTIONS, TEXTURES_CORRECTIONS, DIGITS_REDUCTION),
         *(CIFAR10_TINY, CIFAR10_SMALL, CIFAR10_SPECTRAL, CIFAR10_WIDE, CIFAR10_BRIEF),
-        *(CIFAR10_WIDE_10K, CIFAR10_WIDE_LONG, CIFAR10_LONGER, CIFAR10_REDUCTION),
+        *(CIFAR10_WIDE_10K, CIFAR10_WIDE_LONG, CIFAR10_LONGER, CIFAR10_WIDER, CIFAR10_REDUCTION),
         *(CIFAR10, CELEBA),
     )
 }

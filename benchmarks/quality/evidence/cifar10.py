@@ -155,7 +155,16 @@ And `cifar10-reduction`, two seeds with the budget of `cifar10-brief`: the relea
 over pixels where its base sums, at a gradient clipped at 1. Does a sum in place of the mean, with
 nothing else changed, do what the paper reports of its loss? Expected: nothing, as Adam divides a
 factor out. Cut first: its second seed, then the cells of `cifar10-longer` from their end. Of
-`cifar10-wide` two more, if time is left: the gain of k = 149, and the losses at 100 steps.\
+`cifar10-wide` two more, if time is left: the gain of k = 149, and the losses at 100 steps.
+
+Longer training left the spread as it was, so what is missing of it is the network's. Hence
+`cifar10-wider`: 96 and 192 channels for 64 and 128, the last of the four shapes above, trained from
+the start on as many images as `cifar10-wide`, by the same measures and with the strengths chosen
+there. Does the answer stand on a network that is sound, or nearer to it? Two seeds, the second of
+which is cut first; of one seed there are no intervals. And of `cifar10-wide` what was still missing
+beside DDIM at few steps: the losses and score rescaling by 1.05 with DDIM at 100 steps, and with
+DEIS and PNDM at 20, 50 and 100. Cut first: 100 steps of those two, then the other two seeds of
+`fresh`.\
 """
 
 
