@@ -24,6 +24,7 @@ from benchmarks.quality.evidence.records import IMAGES, TEN, Evidence, Sources
 from benchmarks.quality.presets import FITTED, PRESETS, SINGLE
 from benchmarks.quality.statistics import Cell, Results
 
+BRIEF = "cifar10-brief"
 COLUMNS = [
     "method", "seed", "sampler", "steps",
     "raw_frechet", "raw_kernel", "images_frechet", "images_kernel", "spread",
@@ -268,13 +269,13 @@ def test_the_networks_of_before_stand_beside(tmp_path: Path) -> None:
 
 def test_one_network_after_more_and_fewer_images(tmp_path: Path) -> None:
     longer = a_record(PRESET, {"plain": 1.0, "plain+gain49": 0.9})
-    briefer = a_record(OTHERS[1], {"plain": 1.0, "plain+gain49": 1.1})
+    briefer = a_record(BRIEF, {"plain": 1.0, "plain+gain49": 1.1})
     text = pages_of(tmp_path, longer, briefer)["evidence_cifar10.md"]
     assert (
-        f"`{PRESET}` and `{OTHERS[1]}` are one network after 2,048,000 and 384,000 images: the "
+        f"`{PRESET}` and `{BRIEF}` are one network after 2,048,000 and 384,000 images: the "
         "gain of k = 49 does **+10.0 % [+10.0, +10.0]** and **-10.0 % [-10.0, -10.0]**."
     ) in text
-    other = a_record(OTHERS[2], {"plain": 1.0})
+    other = a_record("cifar10-tiny", {"plain": 1.0})
     text = pages_of(tmp_path / "other", longer, other)["evidence_cifar10.md"]
     assert "are one network" not in text
 
@@ -285,7 +286,7 @@ def test_few_steps_can_flatter(tmp_path: Path) -> None:
     assert "is all but exact" not in pages_of(tmp_path, record)["evidence_cifar10.md"]
     for row in record["rows"]:
         if row[0] == "plain" and row[3] == 50:
-            row[6] = (1 + row[1]) * {"ddim": 1.1, "unipc": 0.95}[row[2]]
+            row[6] = (1 + row[1]) * {"ddim": 1.1, "unipc": 0.95}.get(row[2], 1.0)
     record["band_spreads"] |= {f"ddim-50, seed {s}": [0.9, 0.9, 0.5 + s / 10] for s in (0, 1, 2)}
     record["gaussian_band_spreads"]["ddim-50"] = [0.9, 1.0, 0.75]
     record["band_spreads"] = {
@@ -349,6 +350,11 @@ def test_improvements_are_of_the_8_bit_distance() -> None:
     assert found.mean == pytest.approx(50)
 
 
+def not_run(text: str) -> str:
+    """The part of a page on what was not run."""
+    return text.split("## What was not run")[1].split("\n## ")[0]
+
+
 def table_rows(text: str, heading: str) -> dict[str, list[str]]:
     """The rows of the first table after a heading, by their first column."""
     _, _, after = text.partition(heading)
@@ -394,7 +400,7 @@ def test_more_samples_min_snr_and_many_steps(tmp_path: Path) -> None:
     expected = ["3", "2.0", "**-25.0 % [-25.0, -25.0]**", "1000.0", "-250.0", "0.970, 0.970, 0.970"]
     assert rows["DDIM, 200 steps"] == rows["DDIM, 1000 steps"] == expected
     assert (
-        "an answer for good: the same network trained for longer, a sum in place of a mean, I"
+        "an answer for good: the same network trained for longer, a larger network, a sum in place "
         in text
     )
     more["rows"] = [row for row in more["rows"] if row[:2] != ["min-snr-5", 2]]
@@ -432,11 +438,11 @@ def test_the_same_network_trained_for_longer(tmp_path: Path) -> None:
     # The rest are 1.5 in both, of plain networks at 1 and at 0.5: -50 % and -200 %.
     assert "moves by more than 150.0 percentage points" in part
     assert "is that of before to within 0.0040 of the data's" in part
-    assert "a network that is sound" not in text
+    assert "a network that is sound" not in not_run(text)
     after["raw_spreads"]["ddim-50"] = {"2": 0.9}
     text = pages_of(tmp_path, before, after)["evidence_cifar10.md"]
     assert "an answer for good: 10,000 samples" in text
-    assert "a network that is sound" in text.partition("an answer for good")[2]
+    assert "a network that is sound" in not_run(text)
 
 
 def test_a_sum_in_place_of_the_mean(tmp_path: Path) -> None:
@@ -454,3 +460,40 @@ def test_a_sum_in_place_of_the_mean(tmp_path: Path) -> None:
     only_plain = [row for row in reduced["rows"] if row[0] == "plain"]
     text = pages_of(tmp_path, here, reduced | {"rows": only_plain})["evidence_cifar10.md"]
     assert "## A sum in place" not in text
+
+
+def test_a_larger_network(tmp_path: Path) -> None:
+    """One seed of it: beside that seed, judged by itself, with no correction chosen on it."""
+    here = a_record(PRESET, {"plain": 1.0, "skip9-expected": 0.9, "unipc": 0.5}, spread=0.9)
+    here["trainings"]["plain"]["0"]["parameters"] = 2_000_000
+    factors = {"plain": 0.5, "skip9-expected": 0.4, "skip49-expected": 0.45, "unipc": 0.6}
+    there = a_record("cifar10-wider", factors | {"plain+rescaling1.05": 0.3}, colour=0.99)
+    there["rows"] = [row for row in there["rows"] if row[1] == 0]
+    there["trainings"] = {"plain": {"0": {"parameters": 6_000_000}}}
+    there["raw_spreads"] = {
+        cell: {"0": alone * 0.98} for cell, alone in there["gaussian_spreads"].items()
+    }
+    text = pages_of(tmp_path, here, there)["evidence_cifar10.md"]
+    answer = text.split("\n\n")[2]
+    assert "1 seed, sound, the loss with k = 9 does +20.0 %, with k = 49 +10.0 %, score" in answer
+    assert "score rescaling by 1.05 +40.0 % and UniPC +40.0 %." in answer
+    part = text.split("## A larger network")[1].split("\n## ")[0]
+    assert "6.00 million parameters in place of 2.00; 2,048,000 images" in part
+    assert "**Sound**" in part
+    rows = table_rows(part, "Improvements over it")
+    ten = ["**+10.0 % [+10.0, +10.0]**", "+10.0 %", "+20.0 %"]
+    assert rows["S²-DM k = 9, expected, DDIM, 10 steps"] == ten
+    assert rows["UniPC, 10 steps"] == ["**+50.0 % [+50.0, +50.0]**", "+50.0 %", "+40.0 %"]
+    assert not any(
+        "% of the training" in name for name in rows
+    )  # each is over its own younger self
+    assert "points with the larger network." in part
+    networks = text.split("## Does the answer depend on the network?")[1]
+    assert "- On `cifar10-wider`" not in networks  # nothing to choose a correction on
+    assert "a network that is sound" not in not_run(text)
+    assert "S²-DM k = 9, expected with DDIM, 10 steps, 1 of 2 seeds" in text
+    *_, corrections, _ = by_kind(Results(there))
+    assert corrections["Temporal Score Rescaling"] == pytest.approx([40.0])
+    there["raw_spreads"]["ddim-50"]["0"] = 0.9
+    text = pages_of(tmp_path, here, there)["evidence_cifar10.md"]
+    assert "1 seed, not sound either, the loss" in text

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.pages.tables import MISSING, counted, folded, listed, markdown_table
-from benchmarks.quality.corrections import BandGains, Gain
+from benchmarks.quality.corrections import BandGains, Gain, ScoreRescaling
 from benchmarks.quality.evidence.cifar10_answers import (
     LATE,
     LONG,
@@ -22,6 +22,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     SETTLED,
     SOUND,
     SPREAD_CELLS,
+    WIDER,
     by_kind,
     chosen_correction,
     in_short,
@@ -39,6 +40,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     without_training,
 )
 from benchmarks.quality.evidence.cifar10_more import (
+    beside,
     by_sampler,
     min_snr,
     reduction,
@@ -79,6 +81,7 @@ UNTIL_THEN = {
     MORE: "10,000 samples a cell, Min-SNR from the start",
     LONG: "200 to 1000 steps",
     LONGER: "the same network trained for longer",
+    WIDER: "a larger network",
     REDUCTION: "a sum in place of a mean",
 }
 """What the page lacks as long as a preset has no results."""
@@ -173,7 +176,8 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
     measured = measured_networks(evidence)
     if measured:
         results, *others = measured
-        yield _answer(results)
+        wider = evidence.results(WIDER)
+        yield _answer(results) + _on_the_larger(wider)
         yield evidence.figure(
             "cifar10",
             "Improvement of the 8-bit Fréchet distance of DDIM's samples at 10 steps, a panel for "
@@ -194,7 +198,7 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
         yield from _losses(results)
         yield from _corrections(results)
         yield from _together(results)
-        more, long, longer, reduced = map(evidence.results, (MORE, LONG, LONGER, REDUCTION))
+        more, long, reduced = map(evidence.results, (MORE, LONG, REDUCTION))
         if more is not None:
             yield from with_more_samples(results, more)
             yield from min_snr(more)
@@ -203,14 +207,8 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
         if reduced is not None:
             yield from reduction(reduced)
         yield from _younger(results)
-        if longer is not None:
-            yield "## The same network, trained for longer"
-            yield (
-                f"{counted(len(longer.values('plain', TEN)), 'seed').capitalize()} of "
-                f"{_images(longer)} images in place of {_images(results)}."
-            )
-            yield from _sound(longer)
-            yield from trained_longer(results, longer)
+        yield from _trained_longer(results, evidence.results(LONGER))
+        yield from _larger(results, wider)
         if others:
             yield from _networks(measured)
         yield from _searched(measured)
@@ -236,6 +234,23 @@ def _answer(results: Results) -> str:
     )
 
 
+def _on_the_larger(wider: Results | None) -> str:
+    if wider is None:
+        return ""
+    said = {True: "sound", False: "not sound either", None: "not known to be sound"}
+    found = {
+        "the loss with k = 9 does": over_plain(wider, trained(9), TEN),
+        "with k = 49": over_plain(wider, trained(49), TEN),
+        "score rescaling by 1.05": over_plain(wider, f"plain+{ScoreRescaling(1.05).name}", TEN),
+        "UniPC": over_ddim(wider, "unipc", 10),
+    }
+    return (
+        " On [a larger network](#a-larger-network), "
+        f"{counted(len(wider.values('plain', TEN)), 'seed')}, {said[is_sound(wider)]}, "
+        f"{listed([f'{name} {percent(one)}' for name, one in found.items()])}."
+    )
+
+
 def _network(results: Results) -> Iterable[str]:
     record = results.record
     settings, floor = record["settings"], record["floor"]
@@ -243,10 +258,8 @@ def _network(results: Results) -> Iterable[str]:
     runs = [run for seeds in record["trainings"].values() for run in seeds.values()]
     yield "## The network, and what was spent"
     images = preset.budget.steps * preset.budget.batch_size
-    parameters = next((run["parameters"] for run in runs if "parameters" in run), None)
-    size = "" if parameters is None else f", {parameters / 1e6:.2f} million parameters"
     yield f"""\
-- **Network**: {in_words(settings["network"])}{size}.
+- **Network**: {in_words(settings["network"])}, {_millions(results)} million parameters.
 - **Training**: {in_words(settings["budget"])}. {images:,} images a seed, about
   {images / 50_000:.0f} epochs.
 - **Distances**: {floor["features"]}, {settings["samples"]:,} samples against the 10,000 test
@@ -507,6 +520,32 @@ def _younger(results: Results) -> Iterable[str]:
         )
 
 
+def _trained_longer(results: Results, longer: Results | None) -> Iterable[str]:
+    if longer is None:
+        return
+    yield "## The same network, trained for longer"
+    yield (
+        f"{counted(len(longer.values('plain', TEN)), 'seed').capitalize()} of "
+        f"{_images(longer)} images in place of {_images(results)}."
+    )
+    yield from _sound(longer)
+    yield from trained_longer(results, longer)
+
+
+def _larger(results: Results, wider: Results | None) -> Iterable[str]:
+    if wider is None:
+        return
+    yield "## A larger network"
+    yield (
+        f"{counted(len(wider.values('plain', TEN)), 'seed').capitalize()} of "
+        f"{in_words(wider.record['settings']['network'])}, {_millions(wider)} million parameters "
+        f"in place of {_millions(results)}; {_images(wider)} images, all else as above."
+    )
+    yield from _sound(wider)
+    yield from _few_steps_flatter(wider)
+    yield from beside(results, wider, "the larger network")
+
+
 def _networks(measured: list[Results]) -> Iterable[str]:
     """Compare the network with the others."""
     yield "## Does the answer depend on the network?"
@@ -524,7 +563,9 @@ def _networks(measured: list[Results]) -> Iterable[str]:
     header += ["spread, DDIM 50, over what the sampler leaves", "floor", "plain, DDIM 10"]
     yield markdown_table(header, rows)
     yield _taken_by_the_clamp(measured)
-    yield "\n".join(f"- On `{one.record['preset']}`, {in_short(one)}." for one in measured[1:])
+    # A correction is chosen on another seed, so a network has to have two for the sentence.
+    chosen = [one for one in measured[1:] if chosen_correction(one)]
+    yield "\n".join(f"- On `{one.record['preset']}`, {in_short(one)}." for one in chosen)
     yield "DDIM at 10 steps:"
     names = [trained(9), trained(49), *strengths(*(one.record["preset"] for one in measured))]
     rows = [
@@ -572,6 +613,12 @@ def _longer_trained(measured: list[Results]) -> Iterable[str]:
             )
 
 
+def _millions(results: Results) -> str:
+    """Return the parameters of the plain network, in millions."""
+    runs = results.record["trainings"]["plain"].values()
+    return next((f"{run['parameters'] / 1e6:.2f}" for run in runs if "parameters" in run), MISSING)
+
+
 def _images(results: Results) -> str:
     budget = PRESETS[results.record["preset"]].budget
     return f"{budget.steps * budget.batch_size:,}"
@@ -587,7 +634,7 @@ def _distances(results: Results) -> str:
 
 
 def _any_is_sound(evidence: Evidence) -> bool:
-    found = (evidence.results(name) for name in (PRESET, LONGER))
+    found = (evidence.results(name) for name in (PRESET, LONGER, WIDER))
     return any(is_sound(results) for results in found if results is not None)
 
 

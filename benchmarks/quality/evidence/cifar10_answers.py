@@ -24,7 +24,9 @@ from benchmarks.quality.tables import percent
 
 PRESET = "cifar10-wide"
 """The network that the answer is of: the nearest to a sound one, with the most seeds."""
-OTHERS = ("cifar10-spectral", "cifar10-brief", "cifar10-tiny")
+WIDER = "cifar10-wider"
+"""A larger one of the same kind, to have one that is sound."""
+OTHERS = (WIDER, "cifar10-spectral", "cifar10-brief", "cifar10-tiny")
 """The others."""
 MORE = "cifar10-wide-10k"
 """The cells of the answer with more samples, and Min-SNR."""
@@ -142,8 +144,8 @@ def in_short(results: Results) -> str:
 def by_kind(results: Results) -> list[dict[str, list[float]]]:
     """Return the improvements at DDIM, 10 steps, by seed: losses, gains, corrections, solvers.
 
-    Of each kind of correction but the gain the strength that is best on the other seeds; of the
-    losses those that every seed has.
+    Of each kind of correction but the gain the only strength, or the one that is best on the other
+    seeds; of the losses those that every seed has.
     """
     plain = results.values("plain", TEN, IMAGES)
     methods = {arm.method.name: arm.method for arm in PRESETS[results.record["preset"]].arms}
@@ -160,6 +162,8 @@ def by_kind(results: Results) -> list[dict[str, list[float]]]:
         names = [name for name in single if isinstance(methods[name].correction, kind)]
         if kind is Gain:
             gains = names
+        elif len(names) == 1:  # nothing to choose, so one seed will do
+            kinds[family] = dict.fromkeys(plain, names[0])
         elif chosen := results.chosen_elsewhere(names, TEN, IMAGES):
             kinds[family] = chosen
     groups: list[dict[str, str | dict[int, str]]] = [

@@ -149,31 +149,32 @@ def with_many_steps(long: Results) -> Iterable[str]:
     yield markdown_table([*header, "spread, plain"], rows)
 
 
-def trained_longer(wide: Results, longer: Results) -> Iterable[str]:
-    """Yield what becomes of the answer on the same network after more images.
+def beside(wide: Results, other: Results, after: str) -> Iterable[str]:
+    """Yield what becomes of the answer elsewhere, its own seeds beside all of them.
 
     Args:
         wide: The answer's network.
-        longer: That of some of its seeds, trained for longer.
+        other: Some of its seeds, trained for longer or with another network.
+        after: What was changed, in words that end a sentence.
     """
-    seeds = sorted(longer.values("plain", TEN))
+    seeds = sorted(other.values("plain", TEN))
     same = wide.of_seeds(seeds)
     columns = {
         f"`{wide.record['preset']}`, all seeds": wide,
-        f"seed {listed([str(seed) for seed in seeds])} alone": same,
-        f"`{longer.record['preset']}`": longer,
+        f"{_seeds(seeds)} alone": same,
+        f"`{other.record['preset']}`": other,
     }
     rows, moved = [], []
-    for name in longer.methods:
-        for cell in longer.cells(name):
-            if name == "plain" and cell.sampler == "ddim":
+    for name in other.methods:
+        for cell in other.cells(name):
+            if "@" in name or (name == "plain" and cell.sampler == "ddim"):
                 continue
             found = [_over_ddim(one, name, cell) for one in columns.values()]
-            heading = "" if name == "plain" else f"{title(longer, name)}, "
+            heading = "" if name == "plain" else f"{title(other, name)}, "
             rows.append([f"{heading}{cell_title(cell)}", *map(percent, found)])
             if found[1] is not None and found[2] is not None:
                 moved.append(abs(found[1].mean - found[2].mean))
-    before, now = (_mean(one, "plain", TEN) for one in (same, longer))
+    before, now = (_mean(one, "plain", TEN) for one in (same, other))
     yield (
         f"The plain network's distance with DDIM at 10 steps goes from {before:.1f} to {now:.1f}. "
         "Improvements over it, and of other solvers over DDIM at as many steps:"
@@ -181,9 +182,25 @@ def trained_longer(wide: Results, longer: Results) -> Iterable[str]:
     yield markdown_table(["", *columns], rows)
     if moved:
         yield (
-            f"On the same seed no improvement moves by more than {max(moved):.1f} percentage "
-            "points with the longer training."
+            f"On the same {'seed' if len(seeds) == 1 else 'seeds'} no improvement moves by more "
+            f"than {max(moved):.1f} percentage points with {after}."
         )
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {listed([str(seed) for seed in seeds])}"
+
+
+def trained_longer(wide: Results, longer: Results) -> Iterable[str]:
+    """Yield what becomes of the answer on the same network after more images.
+
+    Args:
+        wide: The answer's network.
+        longer: That of some of its seeds, trained for longer.
+    """
+    yield from beside(wide, longer, "the longer training")
+    same = wide.of_seeds(sorted(longer.values("plain", TEN)))
+    before, now = (_mean(one, "plain", TEN) for one in (same, longer))
     spreads = [
         abs(later - earlier)
         for cell in SPREAD_CELLS
