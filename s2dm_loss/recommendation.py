@@ -164,15 +164,16 @@ class Recommendation:
 
     @override
     def __repr__(self) -> str:
-        plain, best = self.candidates[0].distance, self.best
-        label = "none" if self.recommended is None else self.recommended.label
-        said = f"Recommendation({label}: Fréchet distance {plain:.4g}"
-        if best.correction is None:
+        plain, chosen = self.candidates[0].distance, self.recommended
+        shown = chosen or self.best
+        said = f"Recommendation({chosen.label if chosen else 'none'}: Fréchet distance {plain:.4g}"
+        if shown.correction is None:
             return f"{said} without a correction, more with any)"
-        share = "" if plain <= 0 else f", {best.difference / plain:+.1%}"
-        ends = "" if plain <= 0 else f" [{best.low / plain:+.1%}, {best.high / plain:+.1%}]"
+        label = "" if chosen else f" with {shown.label}"
+        share = "" if plain <= 0 else f", {shown.difference / plain:+.1%}"
+        ends = "" if plain <= 0 else f" [{shown.low / plain:+.1%}, {shown.high / plain:+.1%}]"
         edge = ", the outermost tried" if self.at_edge else ""
-        return f"{said} -> {best.distance:.4g} with {best.label}{share}{ends}{edge})"
+        return f"{said} -> {shown.distance:.4g}{label}{share}{ends}{edge})"
 
     @override
     def __str__(self) -> str:

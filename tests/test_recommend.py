@@ -28,6 +28,7 @@ from s2dm_loss import (
     standard_corrections,
 )
 from s2dm_loss.frechet import MAX_AXES, Axes, FrechetComparison
+from s2dm_loss.recommendation import Candidate, SearchCost
 
 LINEAR = NoiseSchedule.linear(1000)
 LAST = torch.tensor([999])
@@ -520,6 +521,22 @@ def test_noise_of_another_shape_than_the_data():
         99, sample=decode, data=data_for(99, (4,)), skips=[99], noise_shape=(2, 2)
     ).recommend()
     assert result.strength == 99
+
+
+def test_the_numbers_that_it_says_are_those_of_what_it_recommends():
+    """Not of a candidate that came nearer and may be no better than none."""
+    scaled, cost = SkipGain(LINEAR), SearchCost(1, 1, 1, 1, 1, 1)
+    none = Candidate(None, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0)
+    sure = Candidate(scaled, 49, 1.5, -0.5, -0.8, -0.2, 0.4)
+    nearer = Candidate(scaled, 99, 1.0, -1.0, -2.5, 0.5, 0.6)
+    found = Recommendation((none, sure, nearer), (), cost)
+    assert repr(found) == (
+        "Recommendation(gain, k = 49: Fréchet distance 2 -> 1.5, -25.0% [-40.0%, -10.0%])"
+    )
+    found = Recommendation((none, nearer), (), cost)
+    assert repr(found) == (
+        "Recommendation(none: Fréchet distance 2 -> 1 with gain, k = 99, -50.0% [-125.0%, +25.0%])"
+    )
 
 
 def test_what_it_says():

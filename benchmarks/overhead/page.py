@@ -112,9 +112,9 @@ def _parts(found: dict[str, Results], page: Path) -> Iterable[str]:
         _plot(results, page.parent / picture)
         yield f"![GB/s of the losses by size, below the speed of a copy]({picture})"
         yield (
-            "GB/s, here and above, are the bytes that any loss has to move (read ε̂ and ε, write "
-            "one gradient) over the time it took, forward and backward, eager, float32. A copy "
-            "between tensors that exist already is the ceiling; a fresh tensor, which every "
+            "GB/s, in the table and in the figure: the bytes that any loss has to move (read ε̂ and "
+            "ε, write one gradient) over the time it took, forward and backward, eager, float32. A "
+            "copy between tensors that exist already is the ceiling; a fresh tensor, which every "
             "gradient is, costs a CPU more than that."
         )
     yield _left_out(found)
@@ -154,12 +154,11 @@ def _answer(device: str, results: Results) -> Iterable[str]:
     share = head_share(step)
     slows = "No" if share < 0.005 else "Yes"
     yield (
-        f"**Does the loss slow a training down? {slows}: by {share:+.2%} "
-        f"of a step of CIFAR10's U-Net, batch {step['shape'][0]}, on a {DEVICES[device]}.** In "
+        f"**Does the loss slow a training down? {slows}: its own time is longer by {share:.2%} of "
+        f"a step of CIFAR10's U-Net, batch {step['shape'][0]}, on a {DEVICES[device]}.** In "
         f"place of `F.mse_loss` it takes {value_range(ratios)} times as long at shapes that people "
         f"train on, at worst {max(extra):.0f} µs more a step; in float32 it holds {most:.0f} "
-        f"tensor of the data's size at once where that holds {theirs:.0f}, and it makes the host "
-        f"wait for the device {_times(syncs)}."
+        f"tensor of the data's size at once where that holds {theirs:.0f}, and it {_waits(syncs)}."
     )
     header = ["", "shape", "forward and backward", "÷ `F.mse_loss`", "GB/s", "share of a copy's"]
     errors = any("gradient_error" in row for row in counted.values())
@@ -183,8 +182,11 @@ def _answer(device: str, results: Results) -> Iterable[str]:
     yield markdown_table(header, rows)
 
 
-def _times(number: int) -> str:
-    return f"{number} time{'s' if number > 1 else ''}" if number else "never"
+def _waits(syncs: int) -> str:
+    """Say how often the host waits for the device."""
+    if not syncs:
+        return "never makes the host wait for the device"
+    return f"makes the host wait for the device, {syncs} time{'s' if syncs > 1 else ''}"
 
 
 def _left_out(found: dict[str, Results]) -> str:

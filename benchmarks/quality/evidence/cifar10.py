@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.pages.tables import MISSING, counted, folded, listed, markdown_table
 from benchmarks.quality.corrections import BandGains, Gain, ScoreRescaling
 from benchmarks.quality.evidence.cifar10_answers import (
+    ALPHA,
     LATE,
     LONG,
     LONGER,
@@ -34,6 +35,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     measured_networks,
     over_ddim,
     over_plain,
+    p_values,
     raw_spreads,
     spread_left,
     strengths,
@@ -69,10 +71,7 @@ from benchmarks.quality.statistics import (
     Interval,
     Results,
     errors_either_side,
-    holm,
     improvement_of_ratios,
-    log_ratios,
-    p_value,
 )
 from benchmarks.quality.tables import cell_title, percent
 
@@ -123,8 +122,8 @@ speed. The question it is to answer: does the loss, or a correction, do somethin
 whose samples are spread as they should be? Its first run ended after the first cells, without the
 loss.
 
-On `cifar10-wide` the gain of k = 49 had helped by more than anywhere else, and no training with
-that loss had been run on photographs. So `cifar10-brief`, the same network trained on 384,000
+On `cifar10-wide` the gain of k = 49 had helped by more than on the networks before, and no training
+with that loss had been run on CIFAR10. So `cifar10-brief`, the same network trained on 384,000
 images a seed, which an older processor can do in two hours: does training with k = 49 do on
 photographs what its gain does without training, with DDIM and with a better solver; does k = 9; and
 does the gain help a network that has seen a fifth of the images as much? Same measures, seeds and
@@ -445,26 +444,20 @@ def _corrections(results: Results) -> Iterable[str]:
 
 def _together(results: Results) -> Iterable[str]:
     """Say which differences at the headline cell hold together, by Holm's correction."""
-    plain = results.values("plain", TEN, IMAGES)
-    compared = {
-        results.title(name): log_ratios(results.values(name, TEN, IMAGES), plain)
-        for name in results.methods
-        if name != "plain" and "@" not in name
-    }
-    compared |= {
-        TITLES[s]: log_ratios(results.values("plain", Cell(s, 10), IMAGES), plain) for s in SOLVERS
-    }
-    p_values = {name: p_value(logs) for name, logs in compared.items() if len(logs) > 1}
-    if not p_values:
+    alone, adjusted = p_values(results)
+    if not alone:
         return
-    adjusted = holm(p_values)
-    kept = [name for name, value in adjusted.items() if value < 0.05]
+    kept = [
+        TITLES[name] if name in SOLVERS else results.title(name)
+        for name, value in adjusted.items()
+        if value < ALPHA
+    ]
     yield (
-        f"Of the {len(p_values)} comparisons with plain DDIM at 10 steps, {len(kept)} "
-        f"{'is' if len(kept) == 1 else 'are'} below p = 0.05 together, by Holm's correction"
-        f"{f': {listed(kept)}' if kept else ''}; {sum(p < 0.05 for p in p_values.values())} are, "
-        f"each by itself. {counted(len(plain), 'seed')} are few for that: read the table for sizes "
-        "and signs."
+        f"Of the {len(alone)} comparisons with plain DDIM at 10 steps, {len(kept)} "
+        f"{'is' if len(kept) == 1 else 'are'} below p = {ALPHA:g} together, by Holm's correction"
+        f"{f': {listed(kept)}' if kept else ''}; {sum(p < ALPHA for p in alone.values())} are, "
+        f"each by itself. {counted(len(results.values('plain', TEN, IMAGES)), 'seed')} are few for "
+        "that: read the table for sizes and signs."
     )
 
 

@@ -17,8 +17,10 @@ from benchmarks.quality.statistics import (
     Cell,
     Interval,
     Results,
+    holm,
     improvement_of_ratios,
     log_ratios,
+    p_value,
 )
 from benchmarks.quality.tables import percent
 
@@ -46,6 +48,8 @@ LATE = 900
 """From this timestep on a network that has not learned enough gets the mean colour wrong."""
 TOLD_BY_SPREAD = 0.02
 """What a gain must change the spread by for a training to be compared with it so."""
+ALPHA = 0.05
+"""Below it a p-value is called a difference."""
 MARGIN = 2.0
 """Per cent of the distance within which a method counts as equivalent to plain training."""
 
@@ -77,6 +81,22 @@ def over_ddim(results: Results, solver: str, steps: int) -> Interval | None:
     """Return the improvement of the plain network's samples by a solver over DDIM's."""
     ddim = results.values("plain", Cell("ddim", steps), IMAGES)
     return improvement_of_ratios(results.values("plain", Cell(solver, steps), IMAGES), ddim)
+
+
+def p_values(results: Results) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the p-values of all comparisons with plain DDIM at 10 steps, by method or solver.
+
+    Each by itself, then all together by Holm's correction; empty with one seed.
+    """
+    plain = results.values("plain", TEN, IMAGES)
+    compared = {
+        name: results.values(name, TEN, IMAGES)
+        for name in results.methods
+        if name != "plain" and "@" not in name
+    } | {solver: results.values("plain", Cell(solver, 10), IMAGES) for solver in SOLVERS}
+    logs = {name: log_ratios(values, plain) for name, values in compared.items()}
+    alone = {name: p_value(one) for name, one in logs.items() if len(one) > 1}
+    return alone, holm(alone)
 
 
 def _by_seed(results: Results, method: str | dict[int, str], cell: Cell) -> dict[int, float]:

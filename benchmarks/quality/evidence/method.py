@@ -19,6 +19,10 @@ COLUMNS = 80  # of a block on the page
 
 def how_measured(evidence: Evidence) -> Iterable[str]:
     """Yield the parts of the page."""
+    yield (
+        "On the digits, where nothing else is said. CIFAR10 has [a protocol of its own]"
+        "(evidence_cifar10.md#protocol)."
+    )
     results = evidence.full
     if results is None:
         yield f"The grid on the digits: {MISSING}."
