@@ -107,9 +107,9 @@ class SkipStepLoss(FixedSettings, nn.Module):
                 output.
             normalize: Drop the weight A(t) and the constant, leaving mse(ε̂, target), which has the
                 same minimiser and weighs every timestep alike.
-            max_c2: Upper bound on c², and on c² times what an error of the noise counts, where that
-                is more than 1 (an output other than the noise, some weightings); see
-                `coefficients` and `from_output`.
+            max_c2: Upper bound on c², on c² times what an error of the output counts the noise's
+                (more than 1 for one other than the noise, at late t), and on c² times a weighting;
+                see `coefficients` and `from_output`.
 
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.

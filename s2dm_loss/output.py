@@ -14,11 +14,12 @@ so at τ = 1, where A = s = 1 and g = 0, it is the trainer's own loss. ε is wha
 it is, which stays true where a trainer has changed either (noise offset, input perturbation,
 DREAM). The constant, which no gradient sees, is left out: times w it would be infinite at ᾱ = 0.
 There an output cannot express a gain on ε̂ either (x_t is all noise, ε̂ = x_t), so besides
-c² <= max_c2 there holds c² w <= max_c2, which takes the loss smoothly to τ times the trainer's own
-as ratio goes to 0.
+c² <= max_c2 there holds c² <= max_c2 ratio², which takes the loss smoothly to τ times the trainer's
+own as ratio goes to 0.
 
-With a weighting (`s2dm_loss.weighting`) w is the weighting's and not the trainer's, and the loss is
-one and the same for every prediction type.
+With a weighting (`s2dm_loss.weighting`) w is the weighting's and not the trainer's. c² has the same
+bound, and c² w <= max_c2 besides: what the loss teaches is that of the loss without the weighting,
+but where w is above 1.
 """
 
 from __future__ import annotations
@@ -129,13 +130,16 @@ def bound_on_c2(
     b: Tensor,
     max_c2: float,
 ) -> Tensor:
-    """Return the bound on c² with which neither c² nor c² w is above max_c2."""
-    if weighting is not None:
-        return max_c2 / weights_at(weighting, *within_the_ends(a, b)).clamp(min=1.0)
+    """Return the bound on c² with which none of c², c² / ratio² and c² w is above max_c2."""
     ratio = output_scales(prediction_type, a, b).ratio
     # Neither a ratio of 0 nor a bound of 0 is to meet infinity.
     none = (ratio == 0) | (max_c2 == 0)
-    return torch.where(none, 0.0, ratio.square().clamp(max=1.0) * max_c2)
+    bound = torch.where(none, 0.0, ratio.square().clamp(max=1.0) * max_c2)
+    if weighting is not None:
+        bound = torch.minimum(
+            bound, max_c2 / weights_at(weighting, *within_the_ends(a, b)).clamp(min=1.0)
+        )
+    return bound
 
 
 def output_weights(

@@ -2,7 +2,7 @@
 
 A weighting w is what the squared error of the *noise* counts, (w mse(ε̂, ε)), whatever the network
 predicts; on the scale of another output it becomes w · ratio² (`s2dm_loss.prediction`). With it the
-same name is the same loss for every prediction type, on every schedule:
+same name counts the same for every prediction type, on every schedule:
 
     name             w of snr = α² / σ²        source
     "uniform"        1                         Ho et al., arXiv 2006.11239

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, gain
 from s2dm_loss.weighting import (
     WEIGHTINGS,
     check_weights,
@@ -83,6 +83,37 @@ def test_the_same_name_is_the_same_loss_of_the_noise(name):
         gradients.append(loss_and_gradient(loss, eps_hat)[1])
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, NoiseSchedule.cosine(1000), ZERO_SNR])
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", ["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"])
+def test_one_that_is_nowhere_above_1_leaves_what_is_learned_as_it_is(name, kind, schedule):
+    """So the gain without training, which knows no weighting, is that of training with one."""
+    t = schedule.timesteps
+    criterion = SkipStepLoss(schedule, 99, prediction_type=kind, weighting=name)
+    found = criterion.coefficients_at(t).gain
+    torch.testing.assert_close(found, gain(schedule, 99, prediction_type=kind), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.cosine(1000), ZERO_SNR])
+def test_the_gradient_of_an_output_stays_near_the_plain_one(schedule):
+    """At late t the ε̂ that was asked of v was 1e4 times the plain target away."""
+    t = schedule.timesteps[-200:]
+    output, target, x_t, *_ = batch(schedule, t, "v_prediction")
+    norms = []
+    for tau in (1.0, 0.99):
+        options = {"tau": tau, "prediction_type": "v_prediction", "weighting": "min_snr"}
+        criterion = SkipStepLoss(schedule, 9, **options)
+
+        def loss(leaf, criterion=criterion):
+            return criterion.from_output(leaf, target, x_t, t)
+
+        norms.append(loss_and_gradient(loss, output)[1].flatten(1).norm(dim=1))
+    ratio = (norms[1] / norms[0])[norms[0] > 0]
+    assert len(ratio) >= 199
+    assert ratio.min() > 0.5
+    assert ratio.max() < 2.5
 
 
 def test_it_multiplies_the_papers_loss_constant_and_all():

@@ -108,8 +108,8 @@ def scales(
     bound = mp.inf
     if weight is not None:
         bound = mpf(max_c2) / max(weight, 1)
-    elif ratio is not None:
-        bound = mpf(max_c2) * ratio**2
+    if ratio is not None:
+        bound = min(bound, mpf(max_c2) * ratio**2)
     c, c2 = min(c, mp.sqrt(bound)), min(c2, bound)
     return Scales(
         tau if squares else 1.0,
