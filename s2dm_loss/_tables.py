@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self, override
 
 from s2dm_loss._head import whole
 
@@ -40,6 +41,22 @@ class DeviceCopies:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": {}}
+
+
+class TabledModule(nn.Module):
+    """A module whose tables are ready on the device that it is moved to.
+
+    A compiled call cannot keep a copy, and there is no buffer that would be moved.
+    """
+
+    def _copy_tables(self, device: torch.device) -> None:
+        raise NotImplementedError
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._copy_tables(fn(torch.empty(0, device="cpu")).device)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class TimeTable:
@@ -84,7 +101,7 @@ class TimeTable:
         return [None if column is None else rows[column] for column in self._columns]
 
     def copy_to(self, device: torch.device) -> None:
-        """Have the float32 copy ready on a device, as a compiled call cannot keep one."""
+        """Have the float32 copy ready on a device."""
         if self._table is not None and device.type != "meta":
             self._table.on(device, torch.float32)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import Self, override
 
 from s2dm_loss.checks import check_number, describe
-from s2dm_loss.schedule import log_one_minus_exp, wide_dtype
+from s2dm_loss.schedule import drawn_by, log_one_minus_exp, wide_dtype
 
 
 class ContinuousSchedule:
@@ -148,7 +148,7 @@ class ContinuousSchedule:
     ) -> Tensor:
         """Return `batch_size` times, float32, uniform on [min_time, 1)."""
         # Said, since a half type as the default would have a few hundred values only.
-        uniform = torch.rand(batch_size, dtype=torch.float32, device=device, generator=generator)
+        uniform = torch.rand(batch_size, dtype=torch.float32, device=device, **drawn_by(generator))
         return self.min_time + (1 - self.min_time) * uniform
 
     @override

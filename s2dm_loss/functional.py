@@ -21,7 +21,7 @@ from s2dm_loss.coefficients import (
     Estimator,
     coefficients,
 )
-from s2dm_loss.schedule import Schedule
+from s2dm_loss.schedule import Schedule, drawn_by
 from s2dm_loss.skip_set import Skips
 
 
@@ -183,7 +183,7 @@ def read_skip_noise(
 
 def draw_like(noise: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw Gaussian noise of the shape, dtype and device of `noise`."""
-    return torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=generator)
+    return torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, **drawn_by(generator))
 
 
 def loss_dtype(*tensors: Tensor) -> torch.dtype:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import Self, override
+from torch import Tensor
+from typing_extensions import override
 
 from s2dm_loss._head import REDUCTIONS, Reduction, completed_square, placed_like
 from s2dm_loss._loss_tables import LossTables
+from s2dm_loss._tables import TabledModule
 from s2dm_loss.checks import (
     FixedSettings,
     check_batch,
@@ -47,7 +48,7 @@ from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.weighting import Weighting, read_weighting
 
 
-class SkipStepLoss(FixedSettings, nn.Module):
+class SkipStepLoss(FixedSettings, TabledModule):
     """The training loss of Skip-Step Diffusion Models (arXiv 2401.01520) for any network.
 
     >>> from s2dm_loss import NoiseSchedule, SkipStepLoss
@@ -404,12 +405,8 @@ class SkipStepLoss(FixedSettings, nn.Module):
             )
 
     @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # There is no buffer to move: `.to(device)` says where the tables will be asked for.
-        device = fn(torch.empty(0, device="cpu")).device
+    def _copy_tables(self, device: torch.device) -> None:
         self._tables.copy_to(device)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     @override
     def __repr__(self) -> str:

@@ -269,12 +269,21 @@ class NoiseSchedule:
     ) -> Tensor:
         """Return `batch_size` timesteps, int64, uniform on 0 … T-1."""
         return torch.randint(
-            self.num_train_timesteps, (batch_size,), device=device, generator=generator
+            self.num_train_timesteps, (batch_size,), device=device, **drawn_by(generator)
         )
 
     @override
     def __repr__(self) -> str:
         return self._name
+
+
+def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+    """Return the keyword for a draw of torch's; none without a generator.
+
+    With `generator=None` said, torch takes no symbolic size, and a compiled step would fail at the
+    second size of batch.
+    """
+    return {} if generator is None else {"generator": generator}
 
 
 def log_one_minus_exp(x: Tensor) -> Tensor:

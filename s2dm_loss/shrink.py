@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss._tables import TimeTable
+from s2dm_loss._tables import TabledModule, TimeTable
 from s2dm_loss.checks import (
     FixedSettings,
     check_batch,
@@ -97,7 +97,7 @@ def epsilon_scaling(
     return s.reciprocal()
 
 
-class _Rescaled(FixedSettings, nn.Module):
+class _Rescaled(FixedSettings, TabledModule):
     """A trained model whose noise prediction is s(t) ε̂ in place of ε̂; a subclass says which s."""
 
     _fixed = frozenset({"schedule", "prediction_type"})
@@ -125,6 +125,10 @@ class _Rescaled(FixedSettings, nn.Module):
     def _scale_and_excess(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return s and s - 1 at times t, in float64."""
         raise NotImplementedError
+
+    @override
+    def _copy_tables(self, device: torch.device) -> None:
+        self._scales.copy_to(device)
 
     @override
     def forward(self, x_t: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
@@ -266,6 +270,11 @@ class ShrunkModel(_Rescaled):
             max_c2=self.max_c2,
         )
         return at_t.gain, at_t.gain_excess
+
+    @override
+    def _copy_tables(self, device: torch.device) -> None:
+        super()._copy_tables(device)
+        self.skip_set.copy_to(device)
 
     @override
     def extra_repr(self) -> str:

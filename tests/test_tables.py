@@ -268,6 +268,20 @@ def test_a_loss_that_is_moved_has_its_tables_ready_there(monkeypatch):
     assert asked == [(table, torch.device("meta")) for table in tables]
 
 
+def test_a_gain_that_is_moved_has_its_tables_ready_there(monkeypatch):
+    asked = []
+    monkeypatch.setattr(TimeTable, "copy_to", lambda table, device: asked.append(device))
+    skips = SkipSet.from_timesteps(torch.arange(0, 1000, 100))
+    monkeypatch.setattr(skips, "copy_to", asked.append)
+    shrunk = ShrunkModel(torch.nn.Linear(3, 3), LINEAR, skips)
+    asked.clear()
+    assert shrunk.to("meta") is shrunk
+    assert asked == [torch.device("meta")] * 2
+    asked.clear()
+    ScaledModel(torch.nn.Linear(3, 3), LINEAR, lambda t: t.double() * 0 + 0.9).to("meta")
+    assert asked == [torch.device("cpu"), torch.device("meta")]
+
+
 def test_no_fake_copy_is_kept():
     table = TimeTable(lambda t: (t.double() / 4,), torch.arange(4))
     t = torch.tensor([1, 3])

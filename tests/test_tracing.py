@@ -236,3 +236,26 @@ for call in (
     ]
     assert outputs[0] == outputs[1]
     assert outputs[0].count("Error") == 6
+
+
+@pytest.mark.parametrize("estimator", ["expected", "fresh"])
+@pytest.mark.parametrize(
+    ("schedule", "skip"), [(LINEAR, 9), (ContinuousSchedule.vp(), 0.01)], ids=str
+)
+def test_a_compiled_step_that_draws_takes_a_shorter_last_batch(schedule, skip, estimator):
+    """torch takes no symbolic size beside `generator=None`, so that word must not be said."""
+    torch.compiler.reset()
+    criterion = SkipStepLoss(schedule, skip, estimator=estimator).to("cpu")
+    net = torch.nn.Linear(3, 3)
+    step = torch.compile(lambda x: criterion(lambda x_t, t: net(x_t), x), backend="eager")
+    losses = [step(torch.randn(count, 3)) for count in (64, 64, 40)]
+    assert all(bool(loss.isfinite()) for loss in losses)
+
+
+def test_a_fresh_loss_draws_under_a_dynamic_batch():
+    torch.compiler.reset()
+    criterion = SkipStepLoss(LINEAR, 9, estimator="fresh").to("cpu")
+    call = torch.compile(criterion.from_prediction, backend="eager", dynamic=True)
+    for count in (4, 7):
+        t = torch.randint(1000, (count,))
+        assert bool(call(torch.randn(count, 3), torch.randn(count, 3), t).isfinite())
