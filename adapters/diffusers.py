@@ -36,7 +36,7 @@ from s2dm_loss.functional import Reduction
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.output import RegressionTarget
 from s2dm_loss.schedule import NoiseSchedule, Schedule, check_schedule
-from s2dm_loss.skip_set import Skips
+from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.weighting import Weighting
 
 __all__ = ["PipelineGain", "SkipLoss", "correct_pipeline", "schedule_of", "shrink_pipeline"]
@@ -101,7 +101,7 @@ class SkipLoss(nn.Module):
         self._criteria = nn.ModuleDict()
         self._settings: dict[str, Any] = {
             "schedule": schedule,
-            "skip_set": skip_set,
+            "skip_set": SkipSet.wrap(skip_set),
             "tau": tau,
             "estimator": estimator,
             "reduction": reduction,

@@ -16,14 +16,19 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from s2dm_loss.adapters.diffusers_scheduler import is_the_table_of, prediction_type_of, schedule_of
+from s2dm_loss.adapters.diffusers_scheduler import (
+    has_the_path_of,
+    is_the_table_of,
+    prediction_type_of,
+    schedule_of,
+)
 from s2dm_loss.checks import check_choice, describe
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.prediction import PredictionType, read_output
 from s2dm_loss.recommendation import Recommendation
 from s2dm_loss.schedule import NoiseSchedule
 from s2dm_loss.shrink import ScaledModel, ShrunkModel
-from s2dm_loss.skip_set import Skips
+from s2dm_loss.skip_set import Skips, SkipSet
 
 __all__ = ["PipelineGain", "correct_pipeline", "shrink_pipeline"]
 
@@ -76,7 +81,7 @@ def shrink_pipeline(
         partial(
             ShrunkModel,
             schedule=_schedule(pipe),
-            skip_set=skip_set,
+            skip_set=SkipSet.wrap(skip_set),
             tau=tau,
             estimator=estimator,
             max_c2=max_c2,
@@ -133,7 +138,10 @@ def correct_pipeline(
                 f"recommendation is for prediction_type {model.prediction_type!r}, and the "
                 f"pipeline's is {prediction_type!r}"
             )
-        if not is_the_table_of(model.schedule, schedule.alphas_cumprod):
+        if not is_the_table_of(model.schedule, schedule.alphas_cumprod) or (
+            # The noise in an output hangs on the path, x_0 + σ ε or √ᾱ x_0 + √(1-ᾱ) ε.
+            prediction_type != "epsilon" and not has_the_path_of(model.schedule, schedule)
+        ):
             raise ValueError(
                 f"recommendation is for {model.schedule!r}, and the pipeline's is {schedule!r}"
             )
@@ -169,19 +177,20 @@ class PipelineGain:
         if noisy_channels is not None:
             check_choice("noisy_channels", noisy_channels, ("first", "last"))
         denoiser = _denoiser(pipe, component)
-        if denoiser in _SHRUNK:
-            raise ValueError(
-                f"pipe has a gain on its {type(denoiser).__name__} already, and two would "
-                "multiply: remove the first handle"
-            )
+        # torch.compile wraps a module, which may have a gain already and knows the names of the
+        # arguments.
+        self._inner = inner = getattr(denoiser, "_orig_mod", denoiser)
         self._make = make
         self._scaled: Any = make(denoiser, prediction_type=prediction_type_of(pipe.scheduler))
+        if self._scaled is not denoiser and inner in _SHRUNK:
+            raise ValueError(
+                f"pipe has a gain on its {type(inner).__name__} already, and two would multiply: "
+                "remove the first handle"
+            )
         self._pipe = pipe
         self._scheduler = pipe.scheduler
         self._denoiser = denoiser
         self._noisy_channels = noisy_channels
-        # torch.compile wraps a module; the wrapped one knows the names of the arguments.
-        inner = getattr(denoiser, "_orig_mod", denoiser)
         self._signature = inspect.signature(inner.forward)
         names = self._signature.parameters.keys()
         named = "timestep" in names and names & {"sample", "hidden_states"}
@@ -191,14 +200,16 @@ class PipelineGain:
                 f"hidden_states, got {self._signature}: give the pipeline the denoiser itself"
             )
         self._hook = denoiser.register_forward_hook(self._rescale, with_kwargs=True)
-        _SHRUNK.add(denoiser)
+        if self._scaled is not denoiser:
+            _SHRUNK.add(inner)
         self.active: bool = True
 
     def remove(self) -> None:
         """Take the gain off; once is enough, twice does no harm."""
         if self.active:
             self._hook.remove()
-            _SHRUNK.discard(self._denoiser)
+            if self._scaled is not self._denoiser:
+                _SHRUNK.discard(self._inner)
             self.active = False
 
     def __enter__(self) -> Self:

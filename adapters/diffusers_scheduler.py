@@ -77,6 +77,12 @@ def is_the_table_of(schedule: Schedule, alphas_cumprod: Tensor) -> bool:
     )
 
 
+def has_the_path_of(schedule: Schedule, other: NoiseSchedule) -> bool:
+    """Return whether two schedules of one ᾱ scale x_0 alike, as one of σ does not."""
+    a, b = (one.alpha_sigma(other.timesteps)[0] for one in (schedule, other))
+    return torch.allclose(a, b, rtol=_FLOAT32_ROUNDING, atol=0.0)
+
+
 def prediction_type_of(scheduler: Any) -> PredictionType:
     """Return what `scheduler.config` says the model predicts, "epsilon" where it says nothing."""
     prediction_type = scheduler.config.get("prediction_type", "epsilon")

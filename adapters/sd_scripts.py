@@ -120,7 +120,7 @@ def skip_step(
                 "weigh and shift their σ themselves"
             )
     options: dict[str, Any] = {
-        "skip_set": skip_set,
+        "skip_set": SkipSet.wrap(skip_set),
         "tau": tau,
         "estimator": estimator,
         "max_c2": max_c2,

@@ -55,6 +55,8 @@ class LossTables:
         # A weight may have no bound at a time that is never drawn.
         first: float = getattr(schedule, "min_time", 0.0)
         times = torch.linspace(first, 1, _PROBES, device="cpu") if timesteps is None else timesteps
+        if prediction_type == "score" and weighting is None and timesteps is not None:
+            self._check_noise(timesteps)
         self._tau_c_c2_at(times[:1])
         self.coefficients = TimeTable(self._tau_c_c2_at, timesteps)
         check_weights(self._weights_at(times, prediction_type))
@@ -62,6 +64,16 @@ class LossTables:
         self.output = TimeTable(self._output_at, timesteps)
         self.terms = TimeTable(self._terms_at, timesteps)
         self.path = TimeTable(schedule.alpha_sigma, timesteps)
+
+    def _check_noise(self, timesteps: Tensor) -> None:
+        """Raise ValueError where a timestep has no noise, and so an infinite score."""
+        without = self._schedule.alpha_sigma(timesteps)[1] == 0
+        if without.any():
+            raise ValueError(
+                "prediction_type 'score' must have noise at every timestep, got none at t = "
+                f"{timesteps[without][0].item()}, where the score is infinite: a weighting, such "
+                "as 'uniform', counts the error of the noise instead"
+            )
 
     def copy_to(self, device: torch.device) -> None:
         """Have copies ready on a device."""

@@ -146,7 +146,8 @@ def as_float64(name: str, values: Any) -> Tensor:
     """Return a sequence, array or tensor as a 1-d float64 tensor on the CPU, always a copy."""
     try:
         if hasattr(values, "__array_interface__"):
-            values = values.copy()  # torch takes no reversed array, and warns of a read-only one
+            # A copy, in the machine's byte order: torch takes no other, nor a reversed array.
+            values = values.astype(values.dtype.newbyteorder("="))
         tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a sequence of numbers, got {describe(values)}") from error

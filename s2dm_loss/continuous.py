@@ -90,9 +90,18 @@ class ContinuousSchedule:
                 negative. Where one comes near 0 it loses digits there, which the logarithms keep.
             min_time: Smallest time that `draw_timesteps` draws, in [0, 1).
             name: What `repr` prints.
+
+        Raises:
+            TypeError, ValueError: as the class does, and if a value is negative.
         """
         if not callable(alpha_sigma):
             raise TypeError(f"alpha_sigma must be callable, got {describe(alpha_sigma)}")
+        smallest = min(float(v.min()) for v in _probed(alpha_sigma, "alpha_sigma", _COEFFICIENTS))
+        if smallest < 0:
+            raise ValueError(
+                f"alpha_sigma must return values of at least 0, got {smallest:.3g} for t from 0 to "
+                "1: ContinuousSchedule itself takes logarithms"
+            )
         name = name or "ContinuousSchedule.from_alpha_sigma(...)"
         return cls(_LogPath(alpha_sigma), min_time=min_time, name=name)
 
@@ -156,28 +165,28 @@ class ContinuousSchedule:
         return self._name
 
 
-def _check_path(path: Callable[[Tensor], Any]) -> None:
-    """Raise unless a path gives log alpha and log sigma, and an SNR that falls with t."""
+def _probed(path: Callable[[Tensor], Any], name: str, what: str) -> list[Tensor]:
+    """Return the two values of a path at times from 0 to 1, float64, or say what is wrong."""
     with torch.device("cpu"), torch.no_grad():
         t = torch.linspace(0, 1, _PROBES, dtype=torch.float64)
         values = path(t)
-    if not (
-        isinstance(values, (tuple, list))
-        and len(values) == 2
-        and all(isinstance(value, Tensor) for value in values)
-    ):
-        raise TypeError(
-            "log_alpha_sigma must return two tensors, log alpha and log sigma, got "
-            f"{describe(values)}"
-        )
+    pair = isinstance(values, (tuple, list)) and len(values) == 2
+    if not pair or not all(isinstance(value, Tensor) for value in values):
+        came = " and ".join(map(describe, values)) if pair else describe(values)
+        raise TypeError(f"{name} must return two tensors, {what}, got {came}")
     for value in values:
         if value.shape != t.shape or bool(value.isnan().any()):
             came = "NaN" if value.shape == t.shape else describe(value)
             raise ValueError(
-                "log_alpha_sigma must return two tensors of the shape of t, without NaN, got "
-                f"{came} for t of shape ({_PROBES},) from 0 to 1"
+                f"{name} must return two tensors of the shape of t, without NaN, got {came} for t "
+                f"of shape ({_PROBES},) from 0 to 1"
             )
-    log_alpha, log_sigma = (value.to("cpu", torch.float64) for value in values)
+    return [value.to("cpu", torch.float64) for value in values]
+
+
+def _check_path(path: Callable[[Tensor], Any]) -> None:
+    """Raise unless a path gives log alpha and log sigma, and an SNR that falls with t."""
+    log_alpha, log_sigma = _probed(path, "log_alpha_sigma", "log alpha and log sigma")
     smallest = torch.minimum(log_alpha.min(), log_sigma.min())
     if smallest >= 0 and abs(float(log_alpha[0]) - 1) < _NEAR_ONE:
         raise ValueError(
@@ -197,6 +206,7 @@ def _check_path(path: Callable[[Tensor], Any]) -> None:
 
 
 _PROBES = 65
+_COEFFICIENTS = "alpha and sigma, such as torch.ones_like(t) and t"
 _NEAR_ONE = 0.01
 
 

@@ -98,7 +98,9 @@ def output_square(
         on_input=None if scales.shift is None else per_ratio(less, scales.shift),
         on_skip_noise=per_ratio(skip_gain, scales.inverse_ratio),
         on_data=scales.p,
-        on_noise=scales.q + per_ratio(less, scales.inverse_ratio),
+        # Infinite for the score without noise, where a weighting leaves nothing of its error.
+        on_noise=torch.where(scales.q.isinf(), 0.0, scales.q)
+        + per_ratio(less, scales.inverse_ratio),
     )
 
 

@@ -93,9 +93,9 @@ class CorrectionSearch:
             model: The trained network, called `model(x_t, t, ...)`, in evaluation mode.
             sample: `sample(model, noise)` returns samples of shape [B, *data.shape[1:]] for noise
                 of shape [B, *noise_shape]. It calls the model that it is given, which is `model`
-                with a candidate's correction. It draws further noise, if any, from the global
-                generator or from one that it seeds itself. Do not clamp or round the samples: that
-                hides the spread that the search compares.
+                with a candidate's correction and may lack its attributes. It draws further noise,
+                if any, from the global generator or from one that it seeds itself. Do not clamp or
+                round the samples: that hides the spread that the search compares.
             data: Data of shape [N, ...], what the samples should look like: a few thousand, and
                 all that there are if `features` is fast.
             corrections: What to try: `standard_corrections(schedule)`, or some of your own.
@@ -105,7 +105,7 @@ class CorrectionSearch:
             features: Maps samples or data [B, ...] to [B, D], in which they are then compared; by
                 default the values themselves. Above 128 dimensions, or with fewer than four
                 samples for each, the distance follows fewer axes, at most 128, those in which the
-                data vary most, found on a third of the data, and the rest as one.
+                data vary most, found on the part that is not compared, and the rest as one.
             num_samples: Samples per candidate, at least 32.
             batch_size: Noise in one call of `sample`, and images in one call of `features`.
             noise_shape: Shape of one sample's noise, where it is not that of the data (a latent
@@ -207,7 +207,9 @@ class CorrectionSearch:
             seen = torch.cat(list(self._data_values(first[:AXES_ROWS])))
             scan: tuple[ScanPoint, ...] = ()
             if self.scan:
-                axes = self._axes(seen, self._scan_samples, len(first), seeds[0])
+                # Each part is compared along axes that were found on the other.
+                others = torch.cat(list(self._data_values(second[:AXES_ROWS])))
+                axes = self._axes(others, self._scan_samples, len(first), seeds[0])
                 stage = _Stage(self, axes, first, self._scan_samples, seeds[1], ticks)
                 scan = self._scanned(stage)
                 chosen = [c for correction in self.corrections for c in _chosen(scan, correction)]
@@ -354,6 +356,13 @@ class _Counted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         return self.model(*args, **kwargs)
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
 
 
 def _sampler_seed(seed: int, batch: int) -> int:

@@ -350,6 +350,16 @@ def test_prediction_type_is_read_at_each_call():
     assert not torch.allclose(skip_loss(*inputs), built_after(*inputs))
 
 
+def test_skips_from_an_iterator_outlast_the_first_prediction_type():
+    scheduler = make_scheduler()
+    losses = [SkipLoss.from_scheduler(scheduler, skip_set=s) for s in (iter([1, 9]), [1, 9])]
+    model_pred, target, noisy, timesteps, _ = batch("v_prediction")
+    for kind in ("epsilon", "v_prediction"):
+        scheduler.register_to_config(prediction_type=kind)
+        one, other = (loss(model_pred, target, noisy, timesteps) for loss in losses)
+        assert torch.equal(one, other)
+
+
 def test_add_noise_moves_the_schedulers_table_but_not_ours():
     scheduler = make_scheduler(beta_schedule="sigmoid")  # the one whose table is taken as it is
     skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")

@@ -11,6 +11,7 @@ from torch import nn
 
 from s2dm_loss import (
     Candidate,
+    ConstantScaling,
     ContinuousSchedule,
     Correction,
     NoiseSchedule,
@@ -453,6 +454,61 @@ def test_what_is_refused(unet):
     with pytest.raises(ValueError, match="timestep_type 'continuous'"):
         shrink_pipeline(video, skip_set=9)
     shrink_pipeline(pipe, skip_set=9).remove()  # none of the above left a gain behind
+
+
+def test_a_compiled_denoiser_has_its_gain_already(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    with shrink_pipeline(pipe, skip_set=99):
+        pipe.unet = torch.compile(unet, backend="eager")
+        with pytest.raises(ValueError, match="a gain on its UNet2DModel already"):
+            shrink_pipeline(pipe, skip_set=99)
+    shrink_pipeline(pipe, skip_set=99).remove()
+
+
+def test_a_recommendation_of_none_is_no_gain(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    none = Recommendation(
+        (Candidate(None, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0),), (), SearchCost(*[1] * COST_FIELDS)
+    )
+    nothing = correct_pipeline(pipe, none)
+    with shrink_pipeline(pipe, skip_set=99):
+        correct_pipeline(pipe, none).remove()
+        nothing.remove()
+        with pytest.raises(ValueError, match="a gain on its UNet2DModel already"):
+            shrink_pipeline(pipe, skip_set=9)
+
+
+def test_skips_from_an_iterator_outlast_a_change_of_the_prediction_type(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor([900])
+    outputs = []
+    for skips in (iter([9, 99]), [9, 99]):
+        pipe.scheduler = make_scheduler("DDIMScheduler")
+        with torch.no_grad(), shrink_pipeline(pipe, skip_set=skips):
+            unet(x, t)
+            pipe.scheduler = make_scheduler("DDIMScheduler", prediction_type="v_prediction")
+            outputs.append(unet(x, t).sample)
+    assert torch.equal(*outputs)
+
+
+def test_a_recommendation_on_a_table_of_sigmas_is_for_networks_that_predict_the_noise(unet):
+    """There x_t is x_0 + σ ε, and the noise that is in an x_0 another."""
+    vp = NoiseSchedule.linear(1000)
+    sigmas = NoiseSchedule.from_sigmas((1 / vp.alphas_cumprod - 1).sqrt())
+    for kind in ("epsilon", "sample"):
+        pipe = diffusers.DDIMPipeline(
+            unet=unet, scheduler=make_scheduler("DDIMScheduler", prediction_type=kind)
+        )
+        on_vp, on_sigmas = (
+            recommending(ConstantScaling(one, [1.05], prediction_type=kind), 1.05)
+            for one in (vp, sigmas)
+        )
+        correct_pipeline(pipe, on_vp).remove()
+        if kind == "epsilon":
+            correct_pipeline(pipe, on_sigmas).remove()
+        else:
+            with pytest.raises(ValueError, match=r"is for NoiseSchedule.from_sigmas.*pipeline's"):
+                correct_pipeline(pipe, on_sigmas)
 
 
 def recommending(correction, strength):

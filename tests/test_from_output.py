@@ -323,6 +323,29 @@ def test_the_bound_of_a_weighting(weight, bound):
     assert found.item() == bound
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
+def test_a_score_without_noise(weighting):
+    """It is infinite there: refused, but with a weighting, which leaves nothing of its error."""
+    bars = torch.cat([torch.ones(1, dtype=torch.float64), LINEAR.alphas_cumprod[:-1]])
+    schedule = NoiseSchedule.from_alphas_cumprod(bars)
+    with pytest.raises(ValueError, match=r"'score' must have noise.*none at t = 0, .*a weighting"):
+        SkipStepLoss(schedule, 9, prediction_type="score")
+    options = {"weighting": weighting, "reduction": "none"}
+    criterion = SkipStepLoss(schedule, 9, prediction_type="score", **options)
+    t, x0, noise = torch.tensor([0, 300, 999]), normal(3, 4, seed=0), normal(3, 4, seed=1)
+    b = schedule.alpha_sigma(t)[1][:, None]
+    output = normal(3, 4, seed=2).requires_grad_()
+    loss = criterion(lambda x_t, t: output, x0, t=t, noise=noise)
+    (gradient,) = torch.autograd.grad(loss.sum(), output)
+    assert bool(loss.isfinite().all())
+    assert bool(gradient.isfinite().all())
+    of_noise = SkipStepLoss(schedule, 9, **options)
+    found = of_noise(lambda x_t, t: -b * output, x0, t=t, noise=noise)
+    wanted = torch.autograd.grad(found.sum(), output)[0]
+    torch.testing.assert_close(gradient[1:], wanted[1:], rtol=1e-5, atol=1e-7)
+    assert gradient[0].abs().max() < 1e-6
+
+
 def test_no_bound_on_c2_where_nothing_is_left_of_the_data():
     """0 · ∞ is no number: at zero terminal SNR c² is infinite, and the output's weight is 0."""
     schedule = LINEAR.rescale_zero_terminal_snr()

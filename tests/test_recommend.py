@@ -189,8 +189,8 @@ def test_the_scan_and_the_report_share_neither_noise_nor_data():
 @pytest.mark.parametrize(
     ("num_samples", "counts"), [(32, [8, 8]), (64, [8, 16]), (400, [16, 33])], ids=str
 )
-def test_axes_are_found_on_the_choosers_third(num_samples, counts, monkeypatch):
-    """Data vary most along axes that were found on themselves: the judge's must not be."""
+def test_axes_are_found_on_the_part_that_is_not_compared(num_samples, counts, monkeypatch):
+    """Data vary most along axes that were found on themselves."""
     found = []
 
     class Recorded(Axes):
@@ -214,11 +214,45 @@ def test_axes_are_found_on_the_choosers_third(num_samples, counts, monkeypatch):
     search.recommend()
     # A fourth of the smaller of samples and data: 66 to choose, 134 to judge.
     assert [count for _, count in found] == counts
-    assert all(len(seen) == 66 for seen, _ in found)
-    centers = [torch.tensor(sorted(seen)).double().mean() for seen, _ in found]
-    judged = {float(value) for value in (compared[1][:, 0] + centers[1]).round()}
-    assert len(judged) == 134
-    assert not judged & found[1][0]
+    assert [len(seen) for seen, _ in found] == [134, 66]
+    for (seen, _), data in zip(found, compared, strict=True):
+        center = torch.tensor(sorted(seen)).double().mean()
+        judged = {float(value) for value in (data[:, 0] + center).round()}
+        assert len(judged) == 200 - len(seen)
+        assert not judged & seen
+
+
+def test_a_scan_in_many_dimensions_finds_the_strength():
+    """Along axes of the compared data's own, 1.065 seemed best where 1 / 0.88 is."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(1500, 768, generator=generator)
+    search = CorrectionSearch(
+        Echo(),
+        lambda model, noise: 0.88 * one_call(model, noise),
+        data,
+        [StartScaling()],
+        num_samples=1024,
+    )
+    found = search.recommend()
+    chosen = min(found.scan, key=lambda point: point.distance).strength
+    assert abs(chosen - 1 / 0.88) < 0.03
+
+
+def test_a_sampler_may_read_the_attributes_of_its_model():
+    """As far as a correction leaves the model in its place, which one of the start noise does."""
+    model = Echo()
+    model.register_buffer("weight", torch.ones(1))
+
+    def sample(model, noise):
+        return one_call(model, noise.to(model.weight.dtype))
+
+    data = 1.2 * torch.randn(400, 3, generator=torch.Generator().manual_seed(1))
+    search = CorrectionSearch(model, sample, data, [StartScaling([1.2])], num_samples=400)
+    assert search.recommend().strength is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        CorrectionSearch(
+            model, lambda model, noise: model.nothing, data, [StartScaling([1.2])]
+        ).recommend()
 
 
 @pytest.mark.parametrize(

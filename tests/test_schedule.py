@@ -345,6 +345,34 @@ def test_paths_that_are_none(case):
         ContinuousSchedule(path)
 
 
+def test_an_array_in_the_other_byte_order():
+    betas = np.linspace(1e-4, 0.02, 1000)
+    other = betas.astype(betas.dtype.newbyteorder())
+    found = NoiseSchedule.from_betas(other).alphas_cumprod
+    assert torch.equal(found, NoiseSchedule.from_betas(betas).alphas_cumprod)
+    assert torch.equal(NoiseSchedule.from_betas(betas[::-1][::-1]).alphas_cumprod, found)
+
+
+COEFFICIENTS_THAT_ARE_NONE = {
+    "a number": (
+        lambda t: (1.0, 80 * t),
+        TypeError,
+        r"two tensors, alpha and sigma.*got 1.0 \(float\) and a",
+    ),
+    "one tensor": (lambda t: t, TypeError, "two tensors, alpha and sigma.*got a tensor of shape"),
+    "negative": (lambda t: (0.999 - t, t), ValueError, "at least 0, got -0.001 for t from 0 to 1"),
+    "another shape": (lambda t: (t.sum(), t), ValueError, r"of the shape of t.*shape \(\)"),
+}
+
+
+@pytest.mark.parametrize("case", COEFFICIENTS_THAT_ARE_NONE)
+def test_coefficients_that_are_none(case):
+    """Named as the user's own function, and not as its logarithms."""
+    path, error, message = COEFFICIENTS_THAT_ARE_NONE[case]
+    with pytest.raises(error, match=f"^alpha_sigma must return .*{message}"):
+        ContinuousSchedule.from_alpha_sigma(path)
+
+
 BETAS = torch.linspace(1e-4, 0.02, 1000)
 WRONG_WAY = [
     (lambda: NoiseSchedule.from_betas((1 - BETAS).cumprod(0)), "from_alphas_cumprod takes them"),

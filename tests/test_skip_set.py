@@ -48,6 +48,11 @@ def test_from_timesteps_pairs_with_the_latest_sampled_before(timesteps):
         assert pairs(SkipSet.from_skipped(skipped, 100)) == expected
 
 
+def test_a_sampler_that_skips_nothing():
+    for nothing in ([], (), torch.tensor([]), np.array([])):
+        assert pairs(SkipSet.from_skipped(nothing, 100)) == pairs(SkipSet(1))
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("steps", [5, 7, 20])
 @pytest.mark.parametrize(
