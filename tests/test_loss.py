@@ -336,14 +336,14 @@ class TestForward:
         assert loss.dtype == torch.float32
 
     def test_prediction_types_reach_the_same_loss(self):
-        x0, noise, t = normal(3, 2, seed=0), normal(3, 2, seed=1), torch.tensor([9, 50, 900])
+        x0, noise, t = normal(3, 2, seed=0), normal(3, 2, seed=1), torch.tensor([9, 50, 750])
         bar = LINEAR.alphas_cumprod[t][:, None]
         a, b = bar.sqrt(), (1 - bar).sqrt()
         eps_hat = normal(3, 2, seed=2)
         x0_hat = (a * x0 + b * noise - b * eps_hat) / a
         outputs = targets_of(x0_hat, eps_hat, a, b)
         # "uniform" is the loss of the noise; only the constant, which ε̂ does not touch, is left out
-        # where the output is something else.
+        # where the output is something else, and from t = 799 on c² is bounded for v.
         losses = {
             kind: SkipStepLoss(LINEAR, 9, prediction_type=kind, weighting="uniform")(
                 lambda x_t, t, out=output: out,
