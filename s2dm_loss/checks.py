@@ -142,16 +142,19 @@ def _learned_variance_hint(value: Tensor, like: Tensor) -> str:
     )
 
 
-def as_float64(name: str, values: Any) -> Tensor:
-    """Return a sequence, array or tensor as a 1-d float64 tensor on the CPU, always a copy."""
+def as_float64(name: str, values: Any, *, empty: bool = False) -> Tensor:
+    """Return a sequence, array or tensor as a 1-d float64 tensor on the CPU, always a copy.
+
+    It may be empty only where that is said.
+    """
     try:
         if hasattr(values, "__array_interface__"):
             # A copy, in the machine's byte order: torch takes no other, nor a reversed array.
             values = values.astype(values.dtype.newbyteorder("="))
         tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a sequence of numbers, got {describe(values)}") from error
-    if tensor.ndim != 1 or tensor.numel() == 0:
+    if tensor.ndim != 1 or not (empty or tensor.numel()):
         raise ValueError(f"{name} must be 1-d and not empty, got shape {tuple(tensor.shape)}")
     if tensor.isnan().any():
         raise ValueError(f"{name} must not hold NaN, got one at index {_first(tensor.isnan())}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -93,12 +93,8 @@ class SkipSet:
     @staticmethod
     def from_skipped(timesteps: Any, num_train_timesteps: int) -> SkipSet:
         """Say the same by the timesteps that the sampler leaves out of 0 … T-1."""
-        empty = isinstance(timesteps, Sized) and len(timesteps) == 0  # a sampler that skips none
-        skipped = (
-            torch.arange(0, device="cpu")
-            if empty
-            else as_float64("timesteps", timesteps).round().long()
-        )
+        # Empty for a sampler that skips none.
+        skipped = as_float64("timesteps", timesteps, empty=True).round().long()
         count = check_count("num_train_timesteps", num_train_timesteps)
         check_all("timesteps", skipped, (skipped >= 0) & (skipped < count), f"lie in [0, {count})")
         visited = torch.ones(count, dtype=torch.bool, device="cpu")

@@ -87,6 +87,7 @@ def search(
         "best": best.label,
         "relative": [best.difference / plain, best.low / plain, best.high / plain],
         "cost": str(question.cost),
+        "axes": "of other data",  # that of 0.2.0 chose along axes of the compared data's own
         "plain": judged(corrected=False),
         "corrected": judged(corrected=True),
     }

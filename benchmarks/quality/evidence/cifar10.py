@@ -462,16 +462,27 @@ def _together(results: Results) -> Iterable[str]:
 
 
 def _searched(measured: Iterable[Results]) -> Iterable[str]:
-    rows = [_search_row(one, found) for one in measured for found in one.record.get("searches", [])]
-    if rows:
+    searches = [(one, found) for one in measured for found in one.record.get("searches", [])]
+    if searches:
         yield "## What the search says"
         yield (
             "`CorrectionSearch` with these features, on training images only; what it recommends "
             "is judged on noise that it has not seen, against the test images. The last column is "
             "the best of all strengths above, chosen on the samples that it is reported on."
+            + (
+                " Starred: by the search of 0.2.0, which chose along axes that were found on the "
+                "data that it compared."
+                if any(_is_older(found) for _, found in searches)
+                else ""
+            )
         )
         header = ["network", "seed", "recommends", "improvement on fresh noise"]
+        rows = [_search_row(one, found) for one, found in searches]
         yield markdown_table([*header, "best by brute force"], rows)
+
+
+def _is_older(found: dict[str, Any]) -> bool:
+    return "axes" not in found
 
 
 def _search_row(results: Results, found: dict[str, Any]) -> list[str]:
@@ -484,7 +495,7 @@ def _search_row(results: Results, found: dict[str, Any]) -> list[str]:
     return [
         _short(results),
         f"{found['seed']}, {cell_title(cell)}",
-        found["recommended"],
+        found["recommended"] + ("*" if _is_older(found) else ""),
         f"{100 * (1 - found['corrected'] / found['plain']):+.1f} %",
         f"{results.title(best)}, {100 * (1 - by_name[best] / plain):+.1f} %",
     ]
