@@ -54,7 +54,9 @@ class TabledModule(nn.Module):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._copy_tables(fn(torch.empty(0, device="cpu")).device)
+        device = fn(torch.empty(0, device="cpu")).device
+        if device.type != "meta":  # which holds no values
+            self._copy_tables(device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -102,7 +104,7 @@ class TimeTable:
 
     def copy_to(self, device: torch.device) -> None:
         """Have the float32 copy ready on a device."""
-        if self._table is not None and device.type != "meta":
+        if self._table is not None:
             self._table.on(device, torch.float32)
 
 

@@ -267,8 +267,7 @@ class _SampledTimesteps(SkipSet):
 
     @override
     def copy_to(self, device: torch.device) -> None:
-        if device.type != "meta":
-            self._sampled.on(device, wide_dtype(device))
+        self._sampled.on(device, wide_dtype(device))
 
     @override
     def __repr__(self) -> str:
