@@ -160,6 +160,8 @@ class SkipLoss(nn.Module):
                 "--precondition_outputs 0), 'sample' where target = x_0 (SD3's default), got "
                 f"{prediction_type!r}"
             )
+        if isinstance(schedule, NoiseSchedule) and prediction_type is None:
+            _check_named(prediction_type_of(scheduler))
         if isinstance(schedule, NoiseSchedule) and prediction_type == "flow":
             raise ValueError(
                 f"prediction_type 'flow' belongs to a FlowMatch scheduler, got it with a "
@@ -276,13 +278,8 @@ class SkipLoss(nn.Module):
                 f"prediction_type {given!r} was given, but the scheduler's config now says "
                 f"{configured!r}"
             )
-        if configured == "sample" and given is None:
-            raise ValueError(
-                "prediction_type 'sample' must be given by name, "
-                "from_scheduler(..., prediction_type='sample'), and only where model_pred is the "
-                "model's prediction of x_0 as it stands. The SDXL scripts subtract the noise from "
-                "it first: no loss on x_0, and nothing a noise prediction could be read from"
-            )
+        if given is None:
+            _check_named(configured)
         return configured
 
     def _check_call(
@@ -342,3 +339,14 @@ class SkipLoss(nn.Module):
         if self.prediction_type is None:
             return text
         return f"{text[:-1]}, prediction_type={self.prediction_type!r})"
+
+
+def _check_named(configured: PredictionType) -> None:
+    """Raise ValueError where only the config says what has to be said by name."""
+    if configured == "sample":
+        raise ValueError(
+            "prediction_type 'sample' must be given by name, "
+            "from_scheduler(..., prediction_type='sample'), and only where model_pred is the "
+            "model's prediction of x_0 as it stands. The SDXL scripts subtract the noise from it "
+            "first: no loss on x_0, and nothing a noise prediction could be read from"
+        )

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from s2dm_loss import NoiseSchedule, SkipStepLoss
+from s2dm_loss.adapters.diffusers import schedule_of
 from s2dm_loss.testing import check_swap
 from tests.helpers.checkouts import checkout_on_path
 from tests.helpers.diffusers_parts import make_scheduler
@@ -212,6 +213,22 @@ def test_onetrainer(onetrainer, prediction_type, masked, strength, weight):
 
     report = check_swap(loss, loss, rtol=0.0)
     assert report.calls == 1
+
+
+def test_onetrainers_recipe_knows_its_scheduler_and_weighs_a_batch_once():
+    """A prior prediction comes twice with one batch; a process may train on two schedules."""
+    skip_step = snippet("diffusers")["skip_step"]
+    x_t, target, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([900, 980])
+    for rescaled in (False, True):
+        scheduler = make_scheduler(prediction_type="v_prediction", rescale_betas_zero_snr=rescaled)
+        criterion = SkipStepLoss(schedule_of(scheduler), 9, prediction_type="v_prediction")
+        wanted = criterion.regression_target(target, x_t, t)
+        batch = {"loss_weight": torch.tensor([0.5, 2.0])}
+        for _ in range(2):
+            data = {"prediction_type": "v_prediction", "target": target, "timestep": t}
+            skip_step(data, batch, x_t, scheduler)
+            assert torch.equal(data["target"], wanted.target)
+            torch.testing.assert_close(batch["loss_weight"] / wanted.weight, torch.tensor([0.5, 2]))
 
 
 def test_lightning(monkeypatch):
