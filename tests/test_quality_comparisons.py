@@ -480,6 +480,7 @@ def test_a_larger_network(tmp_path: Path) -> None:
     there["raw_spreads"] = {
         cell: {"0": alone * 0.98} for cell, alone in there["gaussian_spreads"].items()
     }
+    here["raw_spreads"] = {"ddim-50": {"0": 0.96 * 0.98 - 0.004, "1": 0.5, "2": 0.5}}
     text = pages_of(tmp_path, here, there)["evidence_cifar10.md"]
     answer = text.split("\n\n")[2]
     assert "1 seed, sound, the loss with k = 9 does +20.0 %, with k = 49 +10.0 %, score" in answer
@@ -495,6 +496,8 @@ def test_a_larger_network(tmp_path: Path) -> None:
         "% of the training" in name for name in rows
     )  # each is over its own younger self
     assert "points with the larger network." in part
+    assert "within 0.0040 of the data's: more capacity brings them nearer" in part
+    assert "What is missing of it is not for want of capacity." in part
     networks = text.split("## Does the answer depend on the network?")[1]
     assert "- On `cifar10-wider`" not in networks  # nothing to choose a correction on
     assert "a network that is sound" not in not_run(text)

@@ -48,7 +48,6 @@ from benchmarks.quality.evidence.cifar10_more import (
     reduction,
     spreads_by_seed,
     thousandths,
-    trained_longer,
     with_many_steps,
     with_more_samples,
 )
@@ -533,7 +532,7 @@ def _trained_longer(results: Results, longer: Results | None) -> Iterable[str]:
         f"{_images(longer)} images in place of {_images(results)}."
     )
     yield from _sound(longer)
-    yield from trained_longer(results, longer)
+    yield from beside(results, longer, "the longer training", "more training")
 
 
 def _larger(results: Results, wider: Results | None) -> Iterable[str]:
@@ -547,7 +546,7 @@ def _larger(results: Results, wider: Results | None) -> Iterable[str]:
     )
     yield from _sound(wider)
     yield from _few_steps_flatter(wider)
-    yield from beside(results, wider, "the larger network")
+    yield from beside(results, wider, "the larger network", "more capacity")
 
 
 def _networks(measured: list[Results]) -> Iterable[str]:

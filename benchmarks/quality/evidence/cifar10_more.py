@@ -149,13 +149,14 @@ def with_many_steps(long: Results) -> Iterable[str]:
     yield markdown_table([*header, "spread, plain"], rows)
 
 
-def beside(wide: Results, other: Results, after: str) -> Iterable[str]:
+def beside(wide: Results, other: Results, after: str, more: str) -> Iterable[str]:
     """Yield what becomes of the answer elsewhere, its own seeds beside all of them.
 
     Args:
         wide: The answer's network.
         other: Some of its seeds, trained for longer or with another network.
         after: What was changed, in words that end a sentence.
+        more: What there is more of.
     """
     seeds = sorted(other.values("plain", TEN))
     same = wide.of_seeds(seeds)
@@ -185,33 +186,21 @@ def beside(wide: Results, other: Results, after: str) -> Iterable[str]:
             f"On the same {'seed' if len(seeds) == 1 else 'seeds'} no improvement moves by more "
             f"than {max(moved):.1f} percentage points with {after}."
         )
-
-
-def _seeds(seeds: list[int]) -> str:
-    return f"{'seed' if len(seeds) == 1 else 'seeds'} {listed([str(seed) for seed in seeds])}"
-
-
-def trained_longer(wide: Results, longer: Results) -> Iterable[str]:
-    """Yield what becomes of the answer on the same network after more images.
-
-    Args:
-        wide: The answer's network.
-        longer: That of some of its seeds, trained for longer.
-    """
-    yield from beside(wide, longer, "the longer training")
-    same = wide.of_seeds(sorted(longer.values("plain", TEN)))
-    before, now = (_mean(one, "plain", TEN) for one in (same, longer))
     spreads = [
         abs(later - earlier)
         for cell in SPREAD_CELLS
-        for earlier, later in zip(raw_spreads(same, cell), raw_spreads(longer, cell), strict=False)
+        for earlier, later in zip(raw_spreads(same, cell), raw_spreads(other, cell), strict=False)
     ]
     if spreads and max(spreads) < SETTLED and now < before:
         yield (
             "The spread of the plain network's samples, raw, is that of before to within "
-            f"{max(spreads):.4f} of the data's: more training brings them nearer to the data and "
-            "not farther apart. What is missing of it is not for want of training."
+            f"{max(spreads):.4f} of the data's: {more} brings them nearer to the data and not "
+            f"farther apart. What is missing of it is not for want of {more.removeprefix('more ')}."
         )
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {listed([str(seed) for seed in seeds])}"
 
 
 def reduction(results: Results) -> Iterable[str]:
