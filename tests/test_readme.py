@@ -17,6 +17,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     OTHERS,
     PRESET,
     SOUND_CELLS,
+    WIDER,
     answer,
     by_kind,
     chosen_correction,
@@ -171,8 +172,8 @@ def test_what_the_readme_says_of_min_snr_on_cifar10_is_so():
 
 
 def test_what_the_readme_says_of_other_networks_on_cifar10_is_so():
-    measured = [name for name in OTHERS if (RESULTS / f"{name}.json").exists()]
-    others = [over_plain(results_of(name), "plain+gain49", TEN) for name in measured]
+    _, *before = OTHERS  # the first is the larger one
+    others = [over_plain(results_of(name), "plain+gain49", TEN) for name in before]
     assert f"gain of k = 49 did {listed([said(one) for one in others])}." in FLAT
 
 
@@ -208,6 +209,26 @@ def test_what_the_readme_says_of_longer_training_is_so():
     assert len(moved(wide, longer)) > 15
     assert f"moves by more than {max(moved(wide, longer)):.1f} percentage points." in FLAT
     assert max(spreads_apart(wide, longer, "2")) < 1e-3  # "has the same spread"
+
+
+def test_what_the_readme_says_of_a_larger_network_is_so():
+    wider = results_of(WIDER).of_seeds([0])
+    wide = results_of(PRESET).of_seeds([0])
+    assert f"a network of {millions(wider)} million parameters]" in FLAT
+    before, now = (one.values("plain", TEN, "images_frechet")[0] for one in (wide, wider))
+    apart = max(spreads_apart(wide, wider, "0"))
+    assert f"lies nearer by {100 * (1 - now / before):.0f} %, again with the same spread" in FLAT
+    assert f"spread to {apart:.3f} of the data's" in FLAT
+    loss, gain, rescaling = (
+        f"{over_plain(wider, name, TEN).mean:+.1f} %"
+        for name in ("skip49-expected", "plain+gain49", "plain+rescaling1.05")
+    )
+    unipc = f"{over_ddim(wider, 'unipc', TEN.steps).mean:+.1f} %"
+    assert (
+        f"the loss with k = 49 does {loss}, its gain {gain}, score rescaling by 1.05 {rescaling} "
+        f"and UniPC {unipc}."
+    ) in FLAT
+    assert is_sound(wider) is False
 
 
 def test_what_the_readme_says_of_training_and_gain_on_the_digits_is_so():
