@@ -237,15 +237,15 @@ def _on_the_larger(wider: Results | None) -> str:
         return ""
     said = {True: "sound", False: "not sound either", None: "not known to be sound"}
     found = {
-        "the loss with k = 9 does": over_plain(wider, trained(9), TEN),
-        "with k = 49": over_plain(wider, trained(49), TEN),
+        "the loss with k = 9": over_plain(wider, trained(9), TEN),
+        "the loss with k = 49": over_plain(wider, trained(49), TEN),
         "score rescaling by 1.05": over_plain(wider, f"plain+{ScoreRescaling(1.05).name}", TEN),
         "UniPC": over_ddim(wider, "unipc", 10),
     }
     return (
         " On [a larger network](#a-larger-network), "
-        f"{counted(len(wider.values('plain', TEN)), 'seed')}, {said[is_sound(wider)]}, "
-        f"{listed([f'{name} {percent(one)}' for name, one in found.items()])}."
+        f"{counted(len(wider.values('plain', TEN)), 'seed')}, {said[is_sound(wider)]}: "
+        f"{listed([f'{name} {percent(one)}' for name, one in found.items() if one])}."
     )
 
 
