@@ -195,8 +195,8 @@ def beside(wide: Results, other: Results, after: str, more: str) -> Iterable[str
         yield (
             "The spread of the plain network's samples, raw, is that of before to within "
             f"{max(spreads):.4f} of the data's: {more} brings them nearer to the data and not "
-            f"farther apart. What is missing of it is not for want of {more.removeprefix('more ')}, "
-            "as far as that was tried."
+            "farther apart. What is missing of it is not for want of "
+            f"{more.removeprefix('more ')}, as far as that was tried."
         )
 
 
