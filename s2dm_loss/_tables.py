@@ -50,6 +50,7 @@ class TabledModule(nn.Module):
     """
 
     def _copy_tables(self, device: torch.device) -> None:
+        """Have copies ready on a device; a subclass knows of what."""
         raise NotImplementedError
 
     @override
@@ -57,7 +58,7 @@ class TabledModule(nn.Module):
         device = fn(torch.empty(0, device="cpu")).device
         if device.type != "meta":  # which holds no values
             self._copy_tables(device)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's has no annotations
         return self
 
 
