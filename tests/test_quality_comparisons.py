@@ -406,15 +406,14 @@ def test_more_samples_min_snr_and_many_steps(tmp_path: Path) -> None:
     rows = table_rows(text, "## With many steps")
     expected = ["3", "2.0", "**-25.0 % [-25.0, -25.0]**", "1000.0", "-250.0", "0.970, 0.970, 0.970"]
     assert rows["DDIM, 200 steps"] == rows["DDIM, 1000 steps"] == expected
-    assert (
-        "an answer for good: the same network trained for longer, a larger network, a sum in place "
-        in text
-    )
+    missing = "raw samples, the same network trained for longer, a larger network, a sum in place"
+    assert f"an answer for good: {missing}" in text
     more["rows"] = [row for row in more["rows"] if row[:2] != ["min-snr-5", 2]]
     text = pages_of(tmp_path, few, more, long)["evidence_cifar10.md"]
     assert "Of `cifar10-wide-10k`: Min-SNR-5 with DDIM, 10 steps, 1 of 3 seeds" in text
     alone = pages_of(tmp_path / "alone", few)["evidence_cifar10.md"]
-    assert "an answer for good: 10,000 samples a cell, Min-SNR from the start, 200 to" in alone
+    missing = "10,000 samples a cell, Min-SNR from the start, raw samples, 200 to"
+    assert f"an answer for good: {missing}" in alone
     for heading in ("## With 10,000 samples", "## Min-SNR", "## With many steps"):
         assert heading in text
         assert heading not in alone
@@ -508,3 +507,25 @@ def test_a_larger_network(tmp_path: Path) -> None:
     there["rows"] = [row for row in there["rows"] if row[0] != "skip9-expected"]
     text = pages_of(tmp_path, here, there)["evidence_cifar10.md"]
     assert "1 seed, not sound either: the loss with k = 49 +10.0 %, score" in text
+
+
+def test_samples_before_the_clamp(tmp_path: Path) -> None:
+    """The raw distances are the raw columns', and the 8-bit ones stay beside them."""
+    raw = a_record("cifar10-wide-raw", {"plain": 1.0, "skip49-expected": 0.9, "unipc": 0.6})
+    for row in raw["rows"]:
+        if row[0] == "skip49-expected":
+            row[4:6] = [0.7 * (1 + row[1]), 0.8]
+        elif row[:1] + row[2:4] == ["plain", *TEN]:
+            row[4] = 1.0 * (1 + row[1])
+            row[6] *= 1.25
+    text = pages_of(tmp_path, a_record(PRESET, {}), raw)["evidence_cifar10.md"]
+    rows = table_rows(text, "## Before the samples are clamped and rounded")
+    both = ["**+28.0 % [+28.0, +28.0]**", "**+30.0 % [+30.0, +30.0]**"]
+    assert rows["S²-DM k = 49, expected"] == [*both, "+200.0", "0.970, 0.970, 0.970"]
+    assert rows["UniPC, 10 steps"][:2] == [
+        "**+52.0 % [+52.0, +52.0]**",
+        "**+40.0 % [+40.0, +40.0]**",
+    ]
+    assert "lies at 2.0, raw, and at 2.5 in 8 bits." in text
+    # Gains are 1.5 times plain: 20 % worse in 8 bits, 50 % raw.
+    assert "differs by more than 30.00 percentage points between the two." in text

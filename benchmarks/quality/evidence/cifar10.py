@@ -23,6 +23,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     SETTLED,
     SOUND,
     SPREAD_CELLS,
+    UNCLAMPED,
     WIDER,
     by_kind,
     chosen_correction,
@@ -48,6 +49,7 @@ from benchmarks.quality.evidence.cifar10_more import (
     reduction,
     spreads_by_seed,
     thousandths,
+    unclamped,
     with_many_steps,
     with_more_samples,
 )
@@ -77,6 +79,7 @@ from benchmarks.quality.tables import cell_title, percent
 FIFTY = Cell("ddim", 50)
 UNTIL_THEN = {
     MORE: "10,000 samples a cell, Min-SNR from the start",
+    UNCLAMPED: "raw samples",
     LONG: "200 to 1000 steps",
     LONGER: "the same network trained for longer",
     WIDER: "a larger network",
@@ -202,9 +205,12 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
         yield from _losses(results)
         yield from _corrections(results)
         yield from _together(results)
-        more, long, reduced = map(evidence.results, (MORE, LONG, REDUCTION))
+        more, raw, long, reduced = map(evidence.results, (MORE, UNCLAMPED, LONG, REDUCTION))
         if more is not None:
             yield from with_more_samples(results, more)
+        if raw is not None:
+            yield from unclamped(raw)
+        if more is not None:
             yield from min_snr(more)
         if long is not None:
             yield from with_many_steps(long)
@@ -268,8 +274,8 @@ def _network(results: Results) -> Iterable[str]:
   {images / 50_000:.0f} epochs.
 - **Distances**: {floor["features"]}, {settings["samples"]:,} samples against the 10,000 test
   images. As many training images lie at **{results.floor:.1f}**, and at
-  {1e3 * floor["kernel"]:.2f} thousandths by the kernel distance. Of 8-bit images alone: the
-  features are of photographs, and take no values beyond their range.
+  {1e3 * floor["kernel"]:.2f} thousandths by the kernel distance. Of 8-bit images, where
+  nothing else is said: the features are of photographs.
 - **Spent**: {counted(len(runs), "training")}, {counted(len(record["rows"]), "cell")};
   `python -m benchmarks.quality run {preset.name} --data FOLDER`, where FOLDER
   is `cifar-10-batches-py` of CIFAR10's python version, or `package` of the npm package
@@ -661,7 +667,7 @@ def _not_run(evidence: Evidence) -> Iterable[str]:
         + "."
     )
     lines = []
-    for name in (PRESET, MORE, LONG, LONGER, REDUCTION, *OTHERS):
+    for name in (PRESET, MORE, UNCLAMPED, LONG, LONGER, REDUCTION, *OTHERS):
         if (results := evidence.results(name)) is None:
             continue
         preset = PRESETS[results.record["preset"]]

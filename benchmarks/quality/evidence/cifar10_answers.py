@@ -32,6 +32,8 @@ OTHERS = (WIDER, "cifar10-spectral", "cifar10-brief", "cifar10-tiny")
 """The others."""
 MORE = "cifar10-wide-10k"
 """The cells of the answer with more samples, and Min-SNR."""
+UNCLAMPED = "cifar10-wide-raw"
+"""The cells of the answer before the samples are clamped and rounded."""
 LONG = "cifar10-wide-long"
 """The same network with many steps."""
 LONGER = "cifar10-longer"
@@ -70,17 +72,21 @@ def answer(results: Results) -> dict[str, Interval | None]:
 
 
 def over_plain(
-    results: Results, method: str | dict[int, str], cell: Cell, baseline: str = "plain"
+    results: Results,
+    method: str | dict[int, str],
+    cell: Cell,
+    baseline: str = "plain",
+    measure: str = IMAGES,
 ) -> Interval | None:
-    """Return the 8-bit improvement of a method, or of one for each seed, over another."""
-    theirs = results.values(baseline, cell, IMAGES)
-    return improvement_of_ratios(_by_seed(results, method, cell), theirs)
+    """Return the improvement of a method, or of one for each seed, over another."""
+    theirs = results.values(baseline, cell, measure)
+    return improvement_of_ratios(_by_seed(results, method, cell, measure), theirs)
 
 
-def over_ddim(results: Results, solver: str, steps: int) -> Interval | None:
+def over_ddim(results: Results, solver: str, steps: int, measure: str = IMAGES) -> Interval | None:
     """Return the improvement of the plain network's samples by a solver over DDIM's."""
-    ddim = results.values("plain", Cell("ddim", steps), IMAGES)
-    return improvement_of_ratios(results.values("plain", Cell(solver, steps), IMAGES), ddim)
+    ddim = results.values("plain", Cell("ddim", steps), measure)
+    return improvement_of_ratios(results.values("plain", Cell(solver, steps), measure), ddim)
 
 
 def p_values(results: Results) -> tuple[dict[str, float], dict[str, float]]:
@@ -99,10 +105,12 @@ def p_values(results: Results) -> tuple[dict[str, float], dict[str, float]]:
     return alone, holm(alone)
 
 
-def _by_seed(results: Results, method: str | dict[int, str], cell: Cell) -> dict[int, float]:
+def _by_seed(
+    results: Results, method: str | dict[int, str], cell: Cell, measure: str = IMAGES
+) -> dict[int, float]:
     if isinstance(method, str):
-        return results.values(method, cell, IMAGES)
-    found = {seed: results.values(name, cell, IMAGES) for seed, name in method.items()}
+        return results.values(method, cell, measure)
+    found = {seed: results.values(name, cell, measure) for seed, name in method.items()}
     return {seed: values[seed] for seed, values in found.items() if seed in values}
 
 
