@@ -46,9 +46,7 @@ def test_the_page_opens_with_the_answer_and_one_table(
     head = step["head"]["microseconds"]
     share = (head["expected"][1] - head["mse"][1]) / step["microseconds"]["mse"][1]
     answer = text.split("\n\n")[2]
-    said = (
-        f"**Does the loss slow a training down? No: its own time is longer by {share:.2%} of a step"
-    )
+    said = f"**Does the loss slow a training down? No: it adds {share:.2%} to a step"
     assert answer.startswith(said)
     table = text.split("\n\n")[3].splitlines()
     assert [row.split(" | ")[0] for row in table[2:]] == [
@@ -84,9 +82,7 @@ def test_what_was_not_measured_has_no_column_and_one_sentence(
 def test_a_loss_that_costs_is_said_to_cost(tmp_path: Path, committed: dict[str, Any]) -> None:
     figures = json.loads(json.dumps(committed))
     figures["step"]["figures"]["head"]["microseconds"]["expected"] = [9e4, 1e5, 2e5]
-    assert "slow a training down? Yes: its own time is longer by 9.8" in page_of(
-        tmp_path, cpu=figures
-    )
+    assert "slow a training down? Yes: it adds 9.8" in page_of(tmp_path, cpu=figures)
 
 
 def test_without_figures_there_is_no_page(tmp_path: Path) -> None:

@@ -283,20 +283,20 @@ def _digits(study: Row) -> Iterable[str]:
                 (
                     f"{TITLES[sampler]}, {steps} steps",
                     _listed(chosen),
-                    _listed(best_skips["raw"]),
                     signed(fmean(changes)),
-                    _listed(best_skips["images"]),
                     signed(fmean(saved)),
+                    _listed(best_skips["raw"]),
+                    _listed(best_skips["images"]),
                 )
             )
     yield markdown_table(
         [
             "k, one for each seed (0: none)",
             "recommended",
+            "its change, raw",
+            "its change, 8-bit",
             "best, raw",
-            "change, raw",
             "best, 8-bit",
-            "change, 8-bit",
         ],
         table,
     )

@@ -154,7 +154,7 @@ def _answer(device: str, results: Results) -> Iterable[str]:
     share = head_share(step)
     slows = "No" if share < 0.005 else "Yes"
     yield (
-        f"**Does the loss slow a training down? {slows}: its own time is longer by {share:.2%} of "
+        f"**Does the loss slow a training down? {slows}: it adds {share:.2%} to "
         f"a step of CIFAR10's U-Net, batch {step['shape'][0]}, on a {DEVICES[device]}.** In "
         f"place of `F.mse_loss` it takes {value_range(ratios)} times as long at shapes that people "
         f"train on, at worst {max(extra):.0f} µs more a step; in float32 it holds {most:.0f} "

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from benchmarks.files import write_whole
@@ -42,8 +43,9 @@ def ran(text: str, run: Callable[[str], str]) -> str:
     return BLOCK.sub(printed, text)
 
 
+@click.command()
 def main() -> None:
-    """Run the page as it stands."""
+    """Run docs/worked_example.md as it stands, and write down what it prints."""
     namespace: dict[str, Any] = {"__name__": PAGE.stem}
 
     def run(code: str) -> str:
@@ -65,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="python -m benchmarks.pages.example")

@@ -17,7 +17,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     LONGER,
     MARGIN,
     MORE,
-    OTHERS,
+    ON_THE_PAGE,
     PRESET,
     REDUCTION,
     SETTLED,
@@ -667,7 +667,7 @@ def _not_run(evidence: Evidence) -> Iterable[str]:
         + "."
     )
     lines = []
-    for name in (PRESET, MORE, UNCLAMPED, LONG, LONGER, REDUCTION, *OTHERS):
+    for name in ON_THE_PAGE:
         if (results := evidence.results(name)) is None:
             continue
         preset = PRESETS[results.record["preset"]]

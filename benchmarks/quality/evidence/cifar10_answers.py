@@ -40,6 +40,8 @@ LONGER = "cifar10-longer"
 """The same network, trained for longer."""
 REDUCTION = "cifar10-reduction"
 """The sum in place of the mean."""
+ON_THE_PAGE = (PRESET, MORE, UNCLAMPED, LONG, LONGER, REDUCTION, *OTHERS)
+"""The presets that `evidence_cifar10.md` is of."""
 SOUND = 0.03
 """How far the spread of a sound network's samples may be from what the sampler leaves."""
 SPREAD_CELLS = (*(Cell("ddim", steps) for steps in (10, 20, 50, 100)), Cell("unipc", 50))

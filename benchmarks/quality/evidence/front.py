@@ -46,7 +46,7 @@ def front_table(evidence: Evidence) -> str:
     min_snr = MinSNR().name
     rows: dict[str, list[tuple[Results | None, Finding]]] = {
         "UniPC in DDIM's place": [(one, unipc) for one in (cifar10, *studies)],
-        "Temporal Score Rescaling, without training": [
+        "Temporal Score Rescaling, without training, its strength chosen on other seeds": [
             (one, _rescaled) for one in (cifar10, *studies)
         ],
         "what the search recommends, given the metric's features": [(cifar10, searched)],
@@ -105,9 +105,8 @@ def _together(results: Results) -> str:
         return ""
     kept = [text for name, text in rows.items() if adjusted[name] < ALPHA]
     lost = [text for name, text in rows.items() if alone[name] < ALPHA <= adjusted[name]]
-    said = f"{listed(kept)} differ from plain DDIM" if kept else "none differs from plain DDIM"
-    each = "each " if len(lost) > 1 else ""
-    rest = f", {listed(lost)} {each}by itself alone" if lost else ""
+    said = f"{listed(kept)} hold" if kept else "none holds"
+    rest = f"; only by itself: {listed(lost)}" if lost else ""
     return (
         f" Of the {len(alone)} comparisons made in this cell on CIFAR10, by Holm's correction over "
         f"all, {said}{rest}."

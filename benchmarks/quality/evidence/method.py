@@ -103,6 +103,8 @@ def _commands() -> Iterable[str]:
     yield f"""\
 ```sh
 pip install -e ".[quality]"
+# And for CIFAR10's smaller networks .[imagenet], for cifar10 and celeba
+# .[inception], for patches .[patches].
 {listing}
 # Its results, into the repository.
 python -m benchmarks.quality keep PRESET

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from benchmarks.pages.tables import MISSING, folded, markdown_table
+from benchmarks.quality.evidence.cifar10_answers import ON_THE_PAGE
 from benchmarks.quality.evidence.conclusions import best_trained, trained_or_not
 from benchmarks.quality.evidence.figures import forest
 from benchmarks.quality.evidence.questions import questions
@@ -37,7 +38,6 @@ def results_page(evidence: Evidence) -> Iterable[str]:
     else:
         yield from _grid(evidence, evidence.full)
     yield from _textures(evidence)
-    yield from _readme_run(evidence)
     yield from _other_data(evidence)
 
 
@@ -271,24 +271,11 @@ def _textures(evidence: Evidence) -> Iterable[str]:
     yield _methods_table(results, on_the_grid("textures"))
 
 
-def _readme_run(evidence: Evidence) -> Iterable[str]:
-    yield "## The run of the README"
-    results = evidence.results("digits")
-    if results is None:
-        yield f"{MISSING.capitalize()}."
-        return
-    cells = results.cells("plain")
-    yield "One seed, so no intervals: `python -m benchmarks.quality run digits`."
-    for measure, label in MEASURES.items():
-        yield f"{label.capitalize()}:"
-        yield distance_table(results, results.methods, cells, measure)
-
-
 def _other_data(evidence: Evidence) -> Iterable[str]:
     yield "## Other data"
     rows = []
     for name, preset in PRESETS.items():
-        if preset.data in ("digits", "textures"):
+        if preset.data in ("digits", "textures") or name in ON_THE_PAGE:
             continue
         paper = "; ".join(f"{what}: {value}" for what, value in preset.paper.items()) or "none"
         results = evidence.results(name)
@@ -296,10 +283,10 @@ def _other_data(evidence: Evidence) -> Iterable[str]:
             rows.append([f"`{name}`", MISSING, paper])
             continue
         for method in results.methods[1:]:
-            cells = results.cells(method)
-            found = results.improvement(method, cells, IMAGES)
+            found = results.improvement(method, results.cells(method), IMAGES)
             rows.append([f"`{name}`, {title(results, method)}", percent(found), paper])
     yield markdown_table(["preset", "mean over its cells, 8-bit", "the paper reports"], rows)
+    yield "The smaller networks on CIFAR10 have [a page of their own](evidence_cifar10.md)."
 
 
 def _with_bootstrap(found: Interval | None) -> str:
