@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from s2dm_loss._tables import TimeTable
+from s2dm_loss.checks import check_switch
 from s2dm_loss.coefficients import Coefficients, CompletedSquare, Estimator
 from s2dm_loss.output import OutputSquare, output_coefficients, output_square, output_weights
 from s2dm_loss.prediction import PredictionType
@@ -47,6 +48,7 @@ class LossTables:
             TypeError, ValueError: if tau, max_c2, the skips or the weighting are not as they
                 should be.
         """
+        check_switch("normalize", normalize)
         self._schedule, self._skip_set = schedule, skip_set
         self._tau, self._estimator, self._max_c2 = tau, estimator, max_c2
         self._prediction_type, self._weighting = prediction_type, weighting

@@ -82,10 +82,17 @@ class TimeTable:
         if timesteps is None:
             return
         # Whatever default device, gradient or inference mode this is made under.
-        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+            _check_rows(timesteps)
             values = function(timesteps)
             there = [value for value in values if value is not None]
-            self._table = DeviceCopies(torch.stack(there, dim=-1).to("cpu", torch.float64))
+            table = torch.stack(there, dim=-1).to("cpu", torch.float64)
+        if table.requires_grad:
+            raise ValueError(
+                "schedule, weighting and scale must be fixed on a discrete schedule, where their "
+                "values are kept, got values that require a gradient"
+            )
+        self._table = DeviceCopies(table)
         present = iter(range(len(there)))
         self._columns = [None if value is None else next(present) for value in values]
         self.copy_to(torch.device("cpu"))
@@ -107,6 +114,17 @@ class TimeTable:
         """Have the float32 copy ready on a device."""
         if self._table is not None:
             self._table.on(device, torch.float32)
+
+
+def _check_rows(timesteps: Tensor) -> None:
+    """Raise ValueError unless the timesteps are the rows of a table."""
+    count = timesteps.numel()
+    if not torch.equal(timesteps.cpu(), torch.arange(count)):
+        few = [str(t) for t in timesteps.flatten()[:2].tolist()]
+        said = ", ".join([*few, "…", str(timesteps.flatten()[-1].item())] if count else ["none"])
+        raise ValueError(
+            f"schedule's timesteps must be 0, 1, …, T-1, of shape [T] and int64, got {said}"
+        )
 
 
 def read_table(table: Tensor, t: Tensor) -> Tensor:

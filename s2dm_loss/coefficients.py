@@ -121,15 +121,14 @@ class Coefficients:
     def gain_excess(self) -> Tensor:
         """`gain` - 1 without cancellation, as it may be divided by what is next to nothing."""
         c = self.c if self.estimator == "shared" else 0.0
-        return self._skip_share(c - self.c2) / self._safe_weight
+        return self._over_weight(c - self.c2, limit=-1.0)
 
     def complete_square(self, *, normalize: bool = False) -> CompletedSquare:
         """Return the one quadratic; with `normalize`, mse(ε̂, target) without A and constant."""
         check_switch("normalize", normalize)
         a = self.weight
-        safe = self._safe_weight
-        s = self.tau / safe
-        g = self._skip_share(self.c) / safe
+        s = self.tau / self._safe_weight
+        g = self._over_weight(self.c, limit=0.0)
         square = _SQUARES[self.estimator](self.tau, a, s, g)
         if normalize:
             return CompletedSquare(torch.ones_like(a), square.gain, skip_gain=square.skip_gain)
@@ -138,6 +137,10 @@ class Coefficients:
     def _skip_share(self, factor: Tensor) -> Tensor:
         """Return (1-τ) times a factor, which without a bound on c² can be infinite where τ is 1."""
         return torch.where(self.tau < 1, (1 - self.tau) * factor, 0.0)
+
+    def _over_weight(self, factor: Tensor, *, limit: float) -> Tensor:
+        """Return (1-τ) times a factor over A, and its limit where c² is infinite."""
+        return torch.where(self.c2.isinf(), limit, self._skip_share(factor) / self._safe_weight)
 
     @property
     def _safe_weight(self) -> Tensor:

@@ -120,6 +120,8 @@ class FrechetComparison:
                 reversed(parts), self._halves, self._data_halves, strict=True
             ):
                 by_sample[half], by_datum[rows] = part.influences(samples[half], self._data[rows])
+        elif not self._distances:
+            raise ValueError("sample must return finite samples, got values too large to square")
         self._distances.append(distance)
         # A set without a distance takes no part in the common bound.
         self._influences.append(

@@ -188,7 +188,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
         self.schedule.check_timesteps(t)
         noise = draw_like(x0, generator) if noise is None else check_like("noise", noise, "x0", x0)
         x_t = self._add_noise(x0, noise, t)
-        output = read_output(model(x_t, t, **(model_kwargs or {})))
+        # A copy, since it is the model's to overwrite, as x_t is.
+        output = read_output(model(x_t, t.clone(), **(model_kwargs or {})))
         check_like("model output", output, "x0", x0)
         if weights is not None:
             check_per_sample("weights", weights, "x0", x0)

@@ -28,6 +28,9 @@ from s2dm_loss.corrections import Correction
 from s2dm_loss.frechet import MAX_AXES, SAMPLES_PER_AXIS, Axes, FrechetComparison
 from s2dm_loss.recommendation import Candidate, Recommendation, ScanPoint, SearchCost
 
+_INPUTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that a network's input can have."""
+
 # Rows of data that are enough to find the axes in which they vary most.
 AXES_ROWS = 4096
 
@@ -92,10 +95,11 @@ class CorrectionSearch:
         Args:
             model: The trained network, called `model(x_t, t, ...)`, in evaluation mode.
             sample: `sample(model, noise)` returns samples of shape [B, *data.shape[1:]] for noise
-                of shape [B, *noise_shape]. It calls the model that it is given, which is `model`
-                with a candidate's correction and may lack its attributes. It draws further noise,
-                if any, from the global generator or from one that it seeds itself. Do not clamp or
-                round the samples: that hides the spread that the search compares.
+                of shape [B, *noise_shape], on the model's device and of its dtype. It calls the
+                model that it is given, which is `model` with a candidate's correction and may lack
+                its attributes. It draws further noise, if any, from the global generator or from
+                one that it seeds itself. Do not clamp or round the samples: that hides the spread
+                that the search compares.
             data: Data of shape [N, ...], what the samples should look like: a few thousand, and
                 all that there are if `features` is fast.
             corrections: What to try: `standard_corrections(schedule)`, or some of your own.
@@ -131,7 +135,7 @@ class CorrectionSearch:
             raise TypeError(
                 f"corrections must be at least one Correction, got {describe(corrections)}"
             )
-        if bare := [c for c in given if not c.strengths]:
+        if bare := [c for c in given if not len(c.strengths)]:
             raise ValueError(f"corrections must each have strengths to try, got {bare[0]!r}")
         if features is not None and not callable(features):
             raise TypeError(f"features must be callable as features(samples), got {features!r}")
@@ -292,12 +296,16 @@ class CorrectionSearch:
         return samples
 
     def _noises(self, count: int, seed: int) -> Iterator[Tensor]:
-        """Yield noise in batches, drawn on the CPU: the same on every device."""
+        """Yield noise in batches, drawn on the CPU: the same on every device, in every dtype."""
         generator = torch.Generator("cpu").manual_seed(seed)
-        device = next(self.model.parameters(), self.data).device
+        # Offloaded weights are on "meta", and quantised ones no dtype for an input.
+        weights = (w for w in self.model.parameters() if not w.is_meta and w.dtype in _INPUTS)
+        like = next(weights, self.data)
+        dtype = like.dtype if like.dtype in _INPUTS else torch.float32
         for start in range(0, count, self.batch_size):
             shape = (min(self.batch_size, count - start), *self.noise_shape)
-            yield torch.randn(shape, generator=generator, device="cpu").to(device)
+            noise = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+            yield noise.to(like.device, dtype)
 
     @override
     def __repr__(self) -> str:
@@ -350,6 +358,7 @@ class _Counted(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.training = model.training
         self.calls = 0
 
     @override

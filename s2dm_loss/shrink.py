@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import is_dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -110,6 +111,7 @@ class _Rescaled(FixedSettings, TabledModule):
             raise TypeError(f"model must be an nn.Module, got {describe(model)}")
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         self.model = model
+        self.training = model.training  # for samplers that ask for the mode, and restore it
         self.schedule: Schedule = check_schedule(schedule)
         self.prediction_type: PredictionType = prediction_type
         timesteps = self.schedule.timesteps
@@ -191,6 +193,8 @@ class _Rescaled(FixedSettings, TabledModule):
             raise TypeError(f"t must be a tensor or a number, got {describe(t)}")
         if isinstance(t, Tensor) and t.is_meta != x_t.is_meta:
             raise ValueError(f"t must be on the device of x_t, {x_t.device}, got {describe(t)}")
+        if self._last is None and not isinstance(t, Tensor):
+            t = float(t)
         t = torch.as_tensor(t, device=x_t.device)
         if self._last is not None and t.is_floating_point():
             if self._of_sigmas:
@@ -363,6 +367,13 @@ def _replace(output: Any, old: Tensor, new: Tensor) -> Any:
         # The one that was read, which need not be the first; a namedtuple takes its fields singly.
         fields = [new if field is old else field for field in output]
         return type(output)(*fields) if hasattr(output, "_fields") else type(output)(fields)
-    output = copy.copy(output)
-    output.sample = new
-    return output
+    changed = copy.copy(output)
+    try:
+        changed.sample = new
+    except AttributeError as error:
+        if not is_dataclass(output) or isinstance(output, type):
+            raise TypeError(
+                f"model output must have a `sample` that can be set, got {describe(output)}"
+            ) from error
+        return replace(output, sample=new)
+    return changed

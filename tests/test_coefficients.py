@@ -222,3 +222,16 @@ def test_a_path_that_rises_by_its_rounding_skips_nothing():
 def test_coefficients_stay_as_they_were_made():
     with pytest.raises(AttributeError, match="cannot assign to field 'tau'"):
         coefficients(NoiseSchedule.linear(1000), 9).tau = 1.0
+
+
+@pytest.mark.parametrize("estimator", ["expected", "fresh", "shared"])
+def test_the_limit_without_a_bound_where_there_is_no_signal(estimator):
+    """As c grows, (τ + (1-τ) c) / (τ + (1-τ) c²) and (1-τ) c / A fall to 0."""
+    schedule = NoiseSchedule.linear(1000).rescale_zero_terminal_snr()
+    at_t = coefficients(schedule, 9, estimator=estimator, max_c2=math.inf)
+    assert at_t.c2[-1] == math.inf
+    assert at_t.gain[-1] == 0
+    assert at_t.gain_excess[-1] == -1
+    square = at_t.complete_square(normalize=True)
+    assert square.gain[-1] == 0
+    assert square.skip_gain is None or square.skip_gain[-1] == 0

@@ -510,3 +510,27 @@ def test_a_switch_is_true_or_false(value):
         SkipStepLoss(LINEAR, normalize=value)
     with pytest.raises(TypeError, match="tau must be a real number, got True"):
         SkipStepLoss(LINEAR, tau=True)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_model_may_overwrite_its_times(kind):
+    criterion = SkipStepLoss(LINEAR, 99, prediction_type=kind, reduction="none", tau=0.5)
+    x0, noise = normal(3, 5, seed=0), normal(3, 5, seed=1)
+    t = torch.tensor([300, 500, 999])
+
+    def spoils(x_t, t):
+        t.sub_(200)
+        return torch.ones_like(x_t)
+
+    found = criterion(spoils, x0, t, noise=noise)
+    assert t.tolist() == [300, 500, 999]
+    expected = criterion(lambda x_t, _: torch.ones_like(x_t), x0, t, noise=noise)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(
+        found, criterion(lambda x, _: torch.ones_like(x), x0, t - 200, noise=noise)
+    )
+
+
+def test_the_switch_is_checked_in_continuous_time_too():
+    with pytest.raises(TypeError, match="normalize"):
+        SkipStepLoss(ContinuousSchedule.flow(), 0.1, normalize="yes")

@@ -9,6 +9,7 @@ import math
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -45,6 +46,17 @@ class Echo(nn.Module):
     def forward(self, x_t, t):
         self.calls += 1
         return x_t
+
+
+class Linear(nn.Module):
+    """The same with weights, which take inputs of their own dtype alone."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3, dtype=dtype))
+
+    def forward(self, x_t, t):
+        return x_t @ self.weight
 
 
 def one_call(model, noise):
@@ -652,3 +664,72 @@ def test_what_the_sampler_and_the_features_return_is_checked():
         with_sampler(one_call, features=lambda values: values.mean()).recommend()
     with pytest.raises(ValueError, match="features must return finite values for the data"):
         with_sampler(one_call, features=lambda values: values.log()).recommend()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_noise_is_of_the_models_dtype(dtype):
+    search = search_for(99, data=data_for(99, count=200).to(dtype), num_samples=64)
+    search.model = Linear(dtype)
+    kinds = set()
+    search.sample = lambda model, noise: kinds.add(noise.dtype) or one_call(model, noise)
+    search.recommend()
+    assert kinds == {dtype}
+    half = torch.float32 if dtype == torch.float64 else dtype
+    expected = next(search_for(99)._noises(8, 0)).to(half).to(dtype)
+    assert torch.equal(next(search._noises(8, 0)), expected)  # the same numbers in every precision
+
+
+def test_another_default_dtype_changes_nothing():
+    search = search_for(99)
+    search.model = Linear(torch.float32)
+    expected = search.recommend()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert str(search.recommend()) == str(expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_whose_weights_are_elsewhere():
+    """Offloaded weights are on "meta" until they are called."""
+    model = Echo()
+    model.weight = nn.Parameter(torch.zeros(1, device="meta"))
+    search = GainSearch(
+        model, LINEAR, one_call, data_for(99), tau=TAU, skips=[49, 99], num_samples=500
+    )
+    assert search.recommend().strength == 99
+
+
+def test_plain_samples_too_large_to_be_squared_are_an_error():
+    def sample(model, noise):
+        return one_call(model, noise).double() * 1e200
+
+    with pytest.raises(ValueError, match="sample must return finite samples"):
+        search_for(99, sample=sample).recommend()
+
+
+def test_strengths_may_be_an_array():
+    class Louder(Correction):
+        name, none, strengths = "output times", 1.0, np.array([0.9, 1.1])
+
+        def correct_model(self, model, strength):
+            return ScaledModel(model, LINEAR, lambda t: torch.full_like(t, strength, dtype=float))
+
+    search = CorrectionSearch(Echo(), one_call, data_for(0), [Louder()], num_samples=64)
+    assert search.recommend().strength is None
+
+
+def test_counting_the_calls_leaves_the_mode():
+    def sample(model, noise):
+        before = model.training
+        model.eval()
+        samples = one_call(model, noise)
+        model.train(before)
+        return samples
+
+    search = search_for(99, sample=sample, num_samples=64)
+    search.model.eval()
+    assert search.cost.calls_per_run == 1
+    assert not search.model.training
+    search.recommend()
+    assert not search.model.training

@@ -1,5 +1,6 @@
 """The gain without training."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
@@ -345,3 +346,36 @@ def test_its_repr_says_what_it_does_and_its_errors_where_to_go():
     assert "NoiseSchedule.linear(1000), SkipSet(99), tau=0.99" in repr(shrunk)
     with pytest.raises(AttributeError, match=r"no 'config'.*shrink_pipeline"):
         shrunk.config  # noqa: B018 - a pipeline's first question
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_sampler_that_asks_for_the_mode_and_restores_it_leaves_it(training):
+    model = Model().train(training)
+    for wrapped in (ShrunkModel(model, LINEAR, 9), ScaledModel(model, LINEAR, torch.Tensor.double)):
+        before = wrapped.training
+        wrapped.eval()
+        wrapped.train(before)
+        assert model.training is training
+
+
+def test_a_frozen_output_is_made_anew():
+    @dataclass(frozen=True)
+    class Frozen:
+        sample: torch.Tensor
+        other: str = "kept"
+
+    class ReadOnly:
+        sample = property(lambda self: torch.ones(2, 3))
+
+    output = ShrunkModel(Returning(Frozen), LINEAR, 99)(torch.ones(2, 3), 999)
+    assert type(output) is Frozen
+    assert output.other == "kept"
+    torch.testing.assert_close(output.sample, torch.full((2, 3), s_of(999)))
+    with pytest.raises(TypeError, match=r"model output must have a `sample` that can be set.*Read"):
+        ShrunkModel(Returning(lambda _: ReadOnly()), LINEAR, 99)(torch.ones(2, 3), 999)
+
+
+def test_a_whole_number_is_a_time_in_continuous_time():
+    shrunk = ShrunkModel(Model(), ContinuousSchedule.vp(), 0.1)
+    x_t = normal(2, 3, seed=0)
+    assert torch.equal(shrunk(x_t, 1), shrunk(x_t, 1.0))

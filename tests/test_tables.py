@@ -292,3 +292,32 @@ def test_no_fake_copy_is_kept():
         table.at(t, torch.float16)
     (found,) = table.at(t, torch.float16)
     assert found.tolist() == [0.25, 0.75]
+
+
+class Backwards:
+    """A schedule of a user's own, whose timesteps are in the order of sampling."""
+
+    timesteps = LINEAR.timesteps.flip(0)
+    check_timesteps = LINEAR.check_timesteps
+    log_alphas_cumprod_at = LINEAR.log_alphas_cumprod_at
+    alpha_sigma = LINEAR.alpha_sigma
+    draw_timesteps = LINEAR.draw_timesteps
+
+
+def test_timesteps_in_another_order_are_no_rows_of_a_table():
+    for make in (SkipStepLoss, lambda *args: ShrunkModel(nn.Identity(), *args)):
+        with pytest.raises(ValueError, match=r"timesteps must be 0, 1, …, T-1.*got 999, 998, …, 0"):
+            make(Backwards(), 9)
+
+
+def test_what_a_table_holds_does_not_train():
+    free = torch.zeros((), requires_grad=True)
+    makes = (
+        lambda: SkipStepLoss(LINEAR, 9, weighting=lambda snr: torch.sigmoid(free - snr)),
+        lambda: ScaledModel(nn.Identity(), LINEAR, lambda t: free.expand(t.shape)),
+    )
+    for make in makes:
+        with pytest.raises(ValueError, match="must be fixed on a discrete schedule"):
+            make()
+        with torch.no_grad(), pytest.raises(ValueError, match="must be fixed"):
+            make()
