@@ -7,6 +7,7 @@ with shrink_pipeline(pipe, skip_set=99):
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -133,6 +134,11 @@ def correct_pipeline(
                 f"recommendation makes a {type(model).__name__} of the denoiser; on a pipeline it "
                 "must make a ScaledModel or a ShrunkModel, which scale what the denoiser returns"
             )
+        if model.model is not denoiser:
+            raise ValueError(
+                f"recommendation makes a {type(model).__name__} of a {type(model.model).__name__}, "
+                "and not of the denoiser itself; on a pipeline there is one correction of it"
+            )
         if model.prediction_type != prediction_type:
             raise ValueError(
                 f"recommendation is for prediction_type {model.prediction_type!r}, and the "
@@ -176,7 +182,7 @@ class PipelineGain:
         """
         if noisy_channels is not None:
             check_choice("noisy_channels", noisy_channels, ("first", "last"))
-        denoiser = _denoiser(pipe, component)
+        self._component, denoiser = _denoiser(pipe, component)
         # torch.compile wraps a module, which may have a gain already and knows the names of the
         # arguments.
         self._inner = inner = getattr(denoiser, "_orig_mod", denoiser)
@@ -189,7 +195,7 @@ class PipelineGain:
             )
         self._pipe = pipe
         self._scheduler = pipe.scheduler
-        self._denoiser = denoiser
+        self._denoiser: nn.Module | None = denoiser
         self._noisy_channels = noisy_channels
         self._signature = inspect.signature(inner.forward)
         names = self._signature.parameters.keys()
@@ -213,6 +219,8 @@ class PipelineGain:
             self.active = False
 
     def __enter__(self) -> Self:
+        if not self.active:
+            raise ValueError("the gain has been removed: put it on anew for another `with`")
         return self
 
     def __exit__(
@@ -222,6 +230,18 @@ class PipelineGain:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
+        now = getattr(self._pipe, self._component, None)
+        if (
+            kind is None
+            and self._scaled is not self._denoiser
+            and isinstance(now, nn.Module)
+            and not any(module is self._denoiser for module in now.modules())
+        ):
+            warnings.warn(
+                f"pipe's {self._component} was exchanged while the gain was on, and the new one "
+                "had none: put the gain on after the exchange",
+                stacklevel=2,
+            )
 
     def _rescale(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -277,12 +297,24 @@ class PipelineGain:
         return self
 
     @override
+    def __reduce__(self) -> tuple[Callable[[], PipelineGain], tuple[()]]:
+        """Keep nothing: a denoiser is pickled with its hooks, and what is loaded has no gain."""
+        return _removed, ()
+
+    @override
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
         kind, what = type(self._denoiser).__name__, "nothing"
         if self._scaled is not self._denoiser:
             what = self._scaled.extra_repr()
         return f"PipelineGain({what}, {kind}, {state})"
+
+
+def _removed() -> PipelineGain:
+    handle = object.__new__(PipelineGain)
+    handle._denoiser = handle._scaled = None
+    handle.active = False
+    return handle
 
 
 # Denoisers that have a gain.
@@ -309,12 +341,12 @@ def _schedule(pipe: Any) -> NoiseSchedule:
     return schedule
 
 
-def _denoiser(pipe: Any, component: str | None) -> nn.Module:
+def _denoiser(pipe: Any, component: str | None) -> tuple[str, nn.Module]:
     names = ("unet", "transformer") if component is None else (component,)
     for name in names:
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
-            return module
+            return name, module
     raise ValueError(
         f"pipe must have a denoiser named {' or '.join(names)}, got a {type(pipe).__name__}: "
         "name it with component="

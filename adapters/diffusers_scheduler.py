@@ -57,7 +57,8 @@ def schedule_of(scheduler: Any) -> Schedule:
         )
     # A copy: add_noise moves the scheduler's own table between devices.
     table = torch.as_tensor(table).detach().to("cpu", torch.float64, copy=True)
-    if config.get("rescale_betas_zero_snr"):
+    # By its end, since a config may name the option of another scheduler, which this one ignores.
+    if config.get("rescale_betas_zero_snr") and table[-1] == 2**-24:
         table[-1] = 0.0
     exact = _rebuilt(config, table.numel())
     if exact is not None and table[-1] == 0:  # also where a trainer has rescaled the table itself

@@ -872,3 +872,18 @@ def test_it_compiles_without_a_graph_break(prediction_type):
     expected = skip_loss(*inputs)  # makes the table, which a compiler should not trace
     compiled = torch.compile(skip_loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["DEISMultistepScheduler", "PNDMScheduler", "HeunDiscreteScheduler"]
+)
+def test_a_config_that_names_what_its_scheduler_does_not_do(name):
+    """`from_config` keeps the key of zero terminal SNR where the scheduler knows no such thing."""
+    zero = make_scheduler("DDIMScheduler", rescale_betas_zero_snr=True)
+    scheduler = type(make_scheduler(name)).from_config(zero.config)
+    table = scheduler.alphas_cumprod
+    assert table[-1] > 1e-6
+    torch.testing.assert_close(
+        schedule_of(scheduler).alphas_cumprod, table.double(), rtol=1e-4, atol=0
+    )
+    assert schedule_of(zero).alphas_cumprod[-1] == 0

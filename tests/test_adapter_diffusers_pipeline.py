@@ -4,6 +4,8 @@ import contextlib
 import copy
 import dataclasses
 import math
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -586,3 +588,59 @@ def test_a_correction_of_a_users_own_on_a_pipeline_is_refused(unet):
     pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
     with pytest.raises(ValueError, match="recommendation makes a Sequential of the denoiser"):
         correct_pipeline(pipe, recommending(Halved(), 0.5))
+
+
+class Composed(Correction):
+    """Two corrections of the library's own, one on the other."""
+
+    name, strengths = "gain and scaling", (1.05,)
+
+    def correct_model(self, model, strength):
+        scaled = ConstantScaling(NoiseSchedule.linear(1000)).correct_model(model, strength)
+        return SkipGain(NoiseSchedule.linear(1000)).correct_model(scaled, 49)
+
+
+def test_a_correction_on_a_correction_is_refused(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    with pytest.raises(ValueError, match="of a ScaledModel, and not of the denoiser itself"):
+        correct_pipeline(pipe, recommending(Composed(), 1.05))
+
+
+def test_a_handle_is_for_one_context(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    handle = shrink_pipeline(pipe, 99)
+    with handle:
+        pass
+    with pytest.raises(ValueError, match="gain has been removed"), handle:
+        pass
+
+
+def test_a_pickled_denoiser_has_no_gain(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    x = torch.randn(2, unet.config.in_channels, 8, 8)
+    with torch.no_grad():
+        plain = unet(x, 900).sample
+        with shrink_pipeline(pipe, 99) as handle:
+            shrunk = unet(x, 900).sample
+            loaded, removed = pickle.loads(pickle.dumps((unet, handle)))  # noqa: S301
+        assert torch.equal(loaded(x, 900).sample, plain)
+        assert repr(removed) == "PipelineGain(nothing, NoneType, removed)"
+        removed.remove()
+        other = diffusers.DDIMPipeline(unet=loaded, scheduler=make_scheduler("DDIMScheduler"))
+        with shrink_pipeline(other, 99):
+            torch.testing.assert_close(loaded(x, 900).sample, shrunk)
+
+
+def test_a_denoiser_that_is_exchanged_is_told(unet):
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+    said = "unet was exchanged while the gain was on"
+    with pytest.warns(UserWarning, match=said), shrink_pipeline(pipe, 99):
+        pipe.unet = copy.deepcopy(unet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.unet = unet
+        with shrink_pipeline(pipe, 99):
+            pipe.unet = torch.compile(unet, backend="eager")  # which calls it, gain and all
+        pipe.unet = unet
+        with shrink_pipeline(pipe, 99):
+            pipe.unet = None  # to have its memory back
