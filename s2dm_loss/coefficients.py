@@ -139,8 +139,8 @@ class Coefficients:
         return torch.where(self.tau < 1, (1 - self.tau) * factor, 0.0)
 
     def _over_weight(self, factor: Tensor, *, limit: float) -> Tensor:
-        """Return (1-τ) times a factor over A, and its limit where c² is infinite."""
-        return torch.where(self.c2.isinf(), limit, self._skip_share(factor) / self._safe_weight)
+        """Return (1-τ) times a factor over A, and its limit where A is infinite."""
+        return torch.where(self.weight.isinf(), limit, self._skip_share(factor) / self._safe_weight)
 
     @property
     def _safe_weight(self) -> Tensor:

@@ -111,7 +111,7 @@ class _Rescaled(FixedSettings, TabledModule):
             raise TypeError(f"model must be an nn.Module, got {describe(model)}")
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         self.model = model
-        self.training = model.training  # for samplers that ask for the mode, and restore it
+        self.training: bool = model.training  # for samplers that ask for the mode, and restore it
         self.schedule: Schedule = check_schedule(schedule)
         self.prediction_type: PredictionType = prediction_type
         timesteps = self.schedule.timesteps
