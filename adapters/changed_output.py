@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from s2dm_loss.functional import along
+from s2dm_loss.checks import check_batch, check_like, check_per_sample
+from s2dm_loss.functional import along, draw_like, loss_dtype
 from s2dm_loss.loss import SkipStepLoss
 
 __all__ = ["ChangedOutput", "changed_output", "check_tau"]
@@ -50,12 +50,17 @@ def changed_output(
         TypeError, ValueError: if an argument is not as said; the message names it.
     """
     check_tau(criterion.tau)
-    # The target enters linearly: its factor is the answer to 1 for x_t = 0, the rest that to 0.
-    rest, weight = criterion.regression_target(torch.zeros_like(x_t), x_t, t)
-    one = torch.ones_like(weight)
-    zero = None if criterion.estimator != "fresh" else torch.zeros_like(one)
-    scale, _ = criterion.regression_target(one, torch.zeros_like(one), t, skip_noise=zero)
-    return ChangedOutput((output - rest) / along(scale, rest), weight * scale.square())
+    check_like("x_t", x_t, "output", check_batch("output", output))
+    check_per_sample("t", t, "output", output)
+    criterion.schedule.check_timesteps(t)
+    square = criterion._output_square_at(t, loss_dtype(output, x_t))
+    scale = along(square.on_target, output)
+    changed = output.to(scale.dtype)
+    if square.on_input is not None:
+        changed = changed - along(square.on_input, x_t) * x_t
+    if criterion.estimator == "fresh":
+        changed = changed - along(square.on_skip_noise, x_t) * draw_like(x_t, None)
+    return ChangedOutput(changed / scale, square.weight * square.on_target.square())
 
 
 def check_tau(tau: float) -> None:

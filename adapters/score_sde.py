@@ -166,7 +166,7 @@ def get_smld_loss_fn(
     """
     _check_kind("vesde", vesde, "VESDE")
     ascending = vesde.discrete_sigmas
-    schedule = NoiseSchedule.from_log_snr(-2 * ascending.double().log())
+    schedule = NoiseSchedule.from_sigmas(ascending)
     criterion = SkipStepLoss(schedule, skip_set, **_per_sample(options))
 
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:

@@ -120,13 +120,13 @@ class ContinuousSchedule:
         """None: the times are a continuum."""
         return None
 
-    def check_timesteps(self, t: Tensor, name: str = "t") -> None:
+    def check_timesteps(self, t: Tensor) -> None:
         """Raise unless `t` is a floating-point tensor and, where reading it is free, in [0, 1]."""
         if not t.is_floating_point():
-            raise TypeError(f"{name} must hold floating-point times in [0, 1], got {describe(t)}")
+            raise TypeError(f"t must hold floating-point times in [0, 1], got {describe(t)}")
         if _reading_is_free(t) and not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(
-                f"{name} must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}"
+                f"t must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}"
             )
 
     def log_alphas_cumprod_at(self, t: Tensor) -> Tensor:

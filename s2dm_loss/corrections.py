@@ -148,14 +148,13 @@ class SkipGain(PredictionScaling):
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
-        if tau in (0, 1):
-            raise ValueError(f"tau must lie in (0, 1): 1 is no gain and 0 no model, got {tau!r}")
+        # 1 is no gain and 0 no model.
+        self.tau: float = check_number("tau", tau, 0.0, 1.0, open_ends=True)
         if strengths is None:
             strengths = _default_skips(schedule)
         super().__init__(schedule, strengths, prediction_type=prediction_type)
-        self.tau = tau
         self.max_c2 = max_c2
-        # Checks tau, max_c2 and the skips.
+        # Checks max_c2 and the skips.
         dtype = torch.long if schedule.timesteps is not None else None
         for skip in self.strengths:
             self.scale(torch.zeros(1, dtype=dtype, device="cpu"), skip)

@@ -338,11 +338,13 @@ class _Stage:
         """Sample with a correction, and return the distance from the data."""
         search = self._search
         parts = []
+        model = search.model
+        if correction is not None:  # once: its tables are made, and a compiler sees one model
+            model = correction.correct_model(model, strength)
         for index, noise in enumerate(search._noises(self._count, self._seed)):
             next(self._ticks, None)
-            model = search.model
             if correction is not None:
-                model, noise = correction(model, noise, strength)
+                noise = correction.correct_noise(noise, strength)
             with _seeded(_sampler_seed(self._seed, index)):
                 parts.append(self._axes(search._values(search._samples(model, noise))))
         coordinates = torch.cat(parts)

@@ -29,14 +29,15 @@ class Schedule(Protocol):
     """A Gaussian path x_t = alpha(t) x_0 + sigma(t) ε, with noise that grows with t.
 
     `NoiseSchedule` (discrete) and `ContinuousSchedule` implement it; any object that does is
-    accepted wherever a schedule is.
+    accepted wherever a schedule is. One in continuous time may have a `min_time`, the least time
+    that is drawn: a weighting needs no bound before it.
     """
 
     @property
     def timesteps(self) -> Tensor | None:
-        """All times of a discrete schedule, int64 of shape [T]; None in continuous time."""
+        """0 … T-1 of a discrete schedule, int64 of shape [T]; None in continuous time."""
 
-    def check_timesteps(self, t: Tensor, name: str = "t") -> None:
+    def check_timesteps(self, t: Tensor) -> None:
         """Raise TypeError or ValueError unless `t` holds times of this schedule."""
 
     def log_alphas_cumprod_at(self, t: Tensor) -> Tensor:
@@ -236,7 +237,7 @@ class NoiseSchedule:
         """0 … T-1, int64 of shape [T]."""
         return torch.arange(self.num_train_timesteps, device="cpu")
 
-    def check_timesteps(self, t: Tensor, name: str = "t") -> None:
+    def check_timesteps(self, t: Tensor) -> None:
         """Raise TypeError unless `t` is an integer tensor.
 
         Its values are checked where the table is read, since reading them here would make the
@@ -244,7 +245,7 @@ class NoiseSchedule:
         """
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise TypeError(
-                f"{name} must hold integer timesteps in [0, {self.num_train_timesteps}), got "
+                f"t must hold integer timesteps in [0, {self.num_train_timesteps}), got "
                 f"{describe(t)}"
             )
 
