@@ -79,7 +79,7 @@ def with_more_samples(results: Results, more: Results) -> Iterable[str]:
     )
     rows, moved = [], []
     for heading, name, cell in _answers_cells(more):
-        before, now = (_over_ddim(one, name, cell) for one in (results, more))
+        before, now = (_improvement(one, name, cell) for one in (results, more))
         rows.append([heading, percent(before), percent(now), _off_ddims_kernel(more, name, cell)])
         if before is not None and now is not None:
             moved.append(abs(before.mean - now.mean))
@@ -104,7 +104,7 @@ def unclamped(results: Results) -> Iterable[str]:
     )
     rows, moved = [], []
     for heading, name, cell in _answers_cells(results):
-        images, raw = (_over_ddim(results, name, cell, measure) for measure in (IMAGES, RAW))
+        images, raw = (_improvement(results, name, cell, measure) for measure in (IMAGES, RAW))
         kernel = _off_ddims_kernel(results, name, cell, RAW_KERNEL)
         spreads = spreads_by_seed(results, name, cell)
         rows.append([heading, percent(images), percent(raw), kernel, spreads])
@@ -204,7 +204,7 @@ def beside(wide: Results, other: Results, after: str, more: str) -> Iterable[str
         for cell in other.cells(name):
             if "@" in name or (name == "plain" and cell.sampler == "ddim"):
                 continue
-            found = [_over_ddim(one, name, cell) for one in columns.values()]
+            found = [_improvement(one, name, cell) for one in columns.values()]
             heading = "" if name == "plain" else f"{title(other, name)}, "
             rows.append([f"{heading}{cell_title(cell)}", *map(percent, found)])
             if found[1] is not None and found[2] is not None:
@@ -282,7 +282,7 @@ def reduction(results: Results) -> Iterable[str]:
         )
 
 
-def _over_ddim(results: Results, name: str, cell: Cell, measure: str = IMAGES) -> Interval | None:
+def _improvement(results: Results, name: str, cell: Cell, measure: str = IMAGES) -> Interval | None:
     if name == "plain":
         return over_ddim(results, *cell, measure)
     return over_plain(results, name, cell, measure=measure)
