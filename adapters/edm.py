@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from s2dm_loss.adapters.changed_output import changed_output, check_tau
+from s2dm_loss.checks import describe
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.functional import along
@@ -110,6 +111,11 @@ class SkipStepDenoiserLoss:
             return (denoised, *log_variance) if log_variance else denoised
 
         loss: Tensor = self.plain(changed, *args, **kwargs)
+        if loss.shape[:1] != weights[-1].shape:
+            raise ValueError(
+                "loss_fn must return the squared error of each sample, of shape "
+                f"[{len(weights[-1])}, ...], got {describe(loss)}: each has a weight of its own"
+            )
         weight = along(weights[-1], loss)
         if not log_variances:
             return weight * loss

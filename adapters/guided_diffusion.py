@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from s2dm_loss import NoiseSchedule, Schedule, SkipSet, SkipStepLoss
 from s2dm_loss.adapters import extend, reduce_extended
+from s2dm_loss.checks import describe
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.prediction import PredictionType
 
@@ -90,6 +91,7 @@ class SkipStepMixin:
     """What `skip_step` puts in front of a diffusion's class."""
 
     skip_step_loss: SkipStepLoss
+    _calls_to_check: int = 100
 
     def training_losses(
         self,
@@ -131,6 +133,9 @@ class SkipStepMixin:
         if this.model_var_type.name in _LEARNED_VARIANCES:
             output = output[:, : x_start.shape[1]]
         target = noise if criterion.prediction_type == "epsilon" else x_start
+        if self._calls_to_check and not output.is_meta:
+            self._calls_to_check -= 1
+            _check_terms(type(self).__name__, terms, output.detach(), target)
         squared = criterion.from_output(output, target, recorder.x_t, t, skip_noise=skip_noise)
         # Elsewhere, and at τ = 1, the loss stays the trainer's own, bit for bit.
         acts = criterion.coefficients_at(t).tau < 1
@@ -158,10 +163,31 @@ class _Recorder:
     def __init__(self, model: Callable[..., Tensor]) -> None:
         self.model = model
 
-    def __call__(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, x_t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.x_t = x_t
-        self.output = self.model(x_t, t, **kwargs)
+        self.output = self.model(x_t, *args, **kwargs)
         return self.output
+
+
+def _check_terms(name: str, terms: Mapping[str, Tensor], output: Tensor, target: Tensor) -> None:
+    """Raise ValueError if a copy of the trainer weighs its squared error, or adds to it.
+
+    Asked in the first calls, since a weight may be 1 at most timesteps, and not in all, since the
+    host waits for the answer.
+    """
+    plain = (target - output).float().square().flatten(1).mean(1)
+    for what, found, expected in (
+        ("terms['mse']", terms["mse"], plain),
+        ("terms['loss']", terms["loss"], terms["mse"] + terms.get("vb", 0.0)),
+    ):
+        found, expected = found.detach().float(), torch.as_tensor(expected).detach().float()
+        if not torch.allclose(found, expected, rtol=0.01, equal_nan=True):
+            raise ValueError(
+                f"diffusion must have the plain mse, and the variational bound beside it, got a "
+                f"{name} whose {what} is {found.tolist()[:4]} where that is "
+                f"{expected.tolist()[:4]}: its weights, masks or further terms would be lost; "
+                "`SkipStepLoss.regression_target` puts the loss into its own training_losses"
+            )
 
 
 class _OriginalTimesteps(SkipSet):
@@ -216,6 +242,12 @@ def _check_diffusion(diffusion: Any) -> None:
         )
     if isinstance(diffusion, SkipStepMixin):
         raise ValueError(f"diffusion must have its plain loss, got {diffusion!r}")
+    kinds = ("loss_type", "model_mean_type", "model_var_type")
+    if unnamed := [kind for kind in kinds if not hasattr(getattr(diffusion, kind), "name")]:
+        raise TypeError(
+            f"diffusion must have a {unnamed[0]} of guided-diffusion's, an Enum, got "
+            f"{describe(getattr(diffusion, unnamed[0]))}"
+        )
     if diffusion.loss_type.name not in ("MSE", "RESCALED_MSE"):
         raise ValueError(
             "diffusion must train on MSE or RESCALED_MSE (use_kl=False), got loss_type "

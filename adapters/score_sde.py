@@ -306,11 +306,27 @@ def _in_units_of_time(skip_set: Skips, num_steps: int) -> SkipSet:
 
 def _continuous_schedule(sde: Any, kind: str) -> ContinuousSchedule:
     if kind == "VPSDE":
-        return ContinuousSchedule.vp(sde.beta_0, sde.beta_1)
-    if kind == "subVPSDE":
-        return ContinuousSchedule.sub_vp(sde.beta_0, sde.beta_1)
-    path = _VePath(sde.sigma_min, sde.sigma_max)
-    return ContinuousSchedule(path, name=f"VE({sde.sigma_min}, {sde.sigma_max})")
+        schedule = ContinuousSchedule.vp(sde.beta_0, sde.beta_1)
+    elif kind == "subVPSDE":
+        schedule = ContinuousSchedule.sub_vp(sde.beta_0, sde.beta_1)
+    else:
+        path = _VePath(sde.sigma_min, sde.sigma_max)
+        schedule = ContinuousSchedule(path, name=f"VE({sde.sigma_min}, {sde.sigma_max})")
+    _check_path(sde, schedule)
+    return schedule
+
+
+def _check_path(sde: Any, schedule: ContinuousSchedule) -> None:
+    """Raise ValueError if a subclass has another path than the parameters that it inherits."""
+    t = torch.linspace(0.05, 1, 20, dtype=torch.float64, device="cpu")
+    mean, std = sde.marginal_prob(torch.ones(len(t), 1, 1, 1, dtype=t.dtype, device="cpu"), t)
+    alpha, sigma = schedule.alpha_sigma(t)
+    ratio = std.flatten() / mean.flatten()
+    if not torch.allclose(ratio, sigma / alpha, rtol=1e-3):
+        raise ValueError(
+            f"sde must have the path of {schedule!r}, got a {type(sde).__name__} whose "
+            "marginal_prob is another: a SkipStepLoss of a ContinuousSchedule of its own has it"
+        )
 
 
 class _VePath:

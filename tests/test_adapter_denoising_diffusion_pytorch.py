@@ -8,6 +8,7 @@ import copy
 import importlib
 import pickle
 import random
+import threading
 from types import ModuleType
 
 import pytest
@@ -348,3 +349,32 @@ def test_refuses_the_trainers_other_losses(real):
 def test_imports_no_trainer():
     module = importlib.import_module("s2dm_loss.adapters.denoising_diffusion_pytorch")
     assert "denoising_diffusion_pytorch" not in vars(module)
+
+
+def test_threads_do_not_change_one_anothers_outputs():
+    """Replicas of `nn.DataParallel` share their hooks."""
+    diffusion = skip_step(make_diffusion(double, make_unet(double)), 99, tau=0.5)
+    x, t = torch.rand(6, 3, 8, 8), TIMES
+    noise = torch.randn_like(x)
+    expected = diffusion.p_losses(x, t, noise=noise)
+    both = threading.Barrier(2, timeout=60)
+    inner, found = diffusion.model.forward, []
+
+    def meet(*args, **kwargs):
+        both.wait()  # both hooks are there
+        output = inner(*args, **kwargs)
+        both.wait()
+        return output
+
+    diffusion.model.forward = meet
+    threads = [
+        threading.Thread(target=lambda: found.append(diffusion.p_losses(x, t, noise=noise)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    for loss in found:
+        torch.testing.assert_close(loss, expected)

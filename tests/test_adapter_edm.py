@@ -192,3 +192,13 @@ def test_half_precision_outputs_are_lifted():
     loss = loss_of(EDMLoss, lambda x_t, _: x_t.half(), images, 0.99)
     assert loss.dtype == torch.float32
     assert isinstance(skip_step(EDMLoss(), 1 / 17), SkipStepDenoiserLoss)
+
+
+def test_a_loss_that_is_a_mean_over_the_batch_is_refused():
+    class Mean(EDMLoss):
+        def __call__(self, net, images, labels=None, augment_pipe=None):
+            return super().__call__(net, images, labels, augment_pipe).mean()
+
+    loss_fn = skip_step(Mean(), 1 / 17, tau=1.0)
+    with pytest.raises(ValueError, match=r"squared error of each sample, of shape \[4, ...\]"):
+        loss_fn(net=as_net(lambda x_t, sigma: x_t, Mean), images=torch.randn(4, 3, 8, 8))

@@ -686,3 +686,72 @@ def test_a_step_copies_no_table_to_the_device(monkeypatch):
     monkeypatch.setattr(NoiseSchedule, "log_alphas_cumprod_at", None)
     monkeypatch.setattr(NoiseSchedule, "alpha_sigma", None)
     adapted.training_losses(model, x, t)
+
+
+class Weighing(gd.GaussianDiffusion):
+    """A copy of the trainer that weighs its squared error, masks it, or adds to it."""
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        terms = super().training_losses(model, x_start, t, model_kwargs, noise)
+        snr = torch.from_numpy(1 / (1 - self.alphas_cumprod) - 1).float()[t]
+        if self.kind == "P2":
+            terms["mse"] = terms["mse"] / (1 + snr)
+            terms["loss"] = terms["mse"]
+        elif self.kind == "more":
+            terms["loss"] = terms["mse"] + 0.5
+        return terms
+
+
+@pytest.mark.parametrize("kind", ["P2", "more", "plain"])
+@pytest.mark.parametrize("tau", [0.99, 1.0])
+def test_a_copy_that_weighs_or_adds_is_refused(kind, tau):
+    plain = make_diffusion(spaced=False)
+    plain.__class__ = Weighing
+    plain.kind = kind
+    adapted = skip_step(plain, 9, tau=tau)
+    x, t = make_batch(adapted)
+    model = make_model(adapted)
+    if kind == "plain":
+        adapted.training_losses(model, x, t)
+        return
+    with pytest.raises(ValueError, match=r"must have the plain mse.*got a SkipStepWeighing"):
+        adapted.training_losses(model, x, t)
+
+
+def test_a_weight_that_is_nearly_always_1_is_found():
+    """A hundred calls are looked at: of P2's weights those at late t are 1 to a thousandth."""
+    plain = make_diffusion(spaced=False)
+    plain.__class__, plain.kind = Weighing, "P2"
+    adapted = skip_step(plain, 9)
+    model = make_model(adapted)
+    late = torch.full((2,), 990)
+    for _ in range(99):
+        adapted.training_losses(model, torch.randn(2, 2, 4, 4), late)
+    with pytest.raises(ValueError, match="must have the plain mse"):
+        adapted.training_losses(model, torch.randn(2, 2, 4, 4), late - 900)
+
+
+def test_a_model_may_be_called_with_the_timestep_by_name():
+    class ByName(gd.GaussianDiffusion):
+        def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+            def named(x, t):
+                return model(x, timestep=t)
+
+            return super().training_losses(named, x_start, t, model_kwargs, noise)
+
+    class Named(TinyModel):
+        def forward(self, x, timestep):
+            return super().forward(x, timestep)
+
+    plain = make_diffusion(spaced=False)
+    plain.__class__ = ByName
+    adapted = skip_step(plain, 9, tau=1.0)
+    x, t = make_batch(adapted)
+    assert adapted.training_losses(Named(2, 2), x, t)["loss"].isfinite().all()
+
+
+def test_kinds_that_are_no_enum_are_refused_by_name():
+    diffusion = make_diffusion()
+    diffusion.loss_type = "mse"
+    with pytest.raises(TypeError, match=r"a loss_type of guided-diffusion's, an Enum, got 'mse'"):
+        skip_step(diffusion, 9)

@@ -145,6 +145,43 @@ def test_compvis_validates_and_samples_as_it_did(latent_diffusion):
     assert torch.equal(results[0][1], results[1][1])
 
 
+class LatentDouble(nn.Module):
+    """What the page's class asks of CompVis' `LatentDiffusion`, for where there is no checkout."""
+
+    loss_type, parameterization = "l2", "eps"
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Conv2d(3, 3, 1)
+        self.betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+
+    def apply_model(self, x_noisy, t, cond, return_ids=False):
+        return self.model(x_noisy)
+
+    def get_loss(self, pred, target, mean=True):
+        return F.mse_loss(pred, target, reduction="mean" if mean else "none")
+
+    def p_losses(self, x_start, cond, t, noise=None):
+        alpha, sigma = NoiseSchedule.from_betas(self.betas).alpha_sigma(t)
+        x_t = alpha.float()[:, None, None, None] * x_start
+        x_t = x_t + sigma.float()[:, None, None, None] * noise
+        return self.get_loss(self.apply_model(x_t, t, cond), noise, mean=False).mean(), {}
+
+
+def test_compvis_validates_before_it_trains(monkeypatch):
+    """As Lightning does, its sanity check."""
+    module = stub("ldm.models.diffusion.ddpm", LatentDiffusion=LatentDouble)
+    monkeypatch.setitem(sys.modules, "ldm.models.diffusion.ddpm", module)
+    diffusion = snippet("ldm")["SkipStepLatentDiffusion"](tau=0.5)
+    x, noise = torch.randn(2, 4, 3, 8, 8)
+    t = torch.tensor([3, 9, 500, 999])
+    plain = LatentDouble.p_losses(diffusion, x, None, t, noise)[0]
+    assert torch.equal(diffusion.eval().p_losses(x, None, t, noise)[0], plain)
+    trained = diffusion.train().p_losses(x, None, t, noise)[0]
+    assert not torch.allclose(trained, plain, rtol=0.01)
+    assert torch.equal(diffusion.eval().p_losses(x, None, t, noise)[0], plain)
+
+
 def test_compvis_refuses_l1(latent_diffusion):
     with pytest.raises(ValueError, match="loss_type must be 'l2', got 'l1'"):
         latent_diffusion[2](loss_type="l1")

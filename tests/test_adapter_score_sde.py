@@ -622,3 +622,21 @@ def test_the_trainers_own_loop(trainer, tmp_path, kind, continuous, monkeypatch)
     sample = trainer.sample(config, sde, untouched["model"])
     assert sample.shape == (2, 1, 8, 8)
     assert sample.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["VPSDE", "subVPSDE", "VESDE"])
+def test_a_subclass_with_a_path_of_its_own_is_refused(trainer, kind):
+    class Other(getattr(trainer, kind)):
+        def marginal_prob(self, x, t):
+            mean, std = super().marginal_prob(x, t)
+            return mean, std * (1 + t / 10)
+
+    with pytest.raises(ValueError, match=r"sde must have the path of .*got a Other whose"):
+        adapter.get_sde_loss_fn(Other(), True, skip_set=9, allow_ve=True)
+
+    class Named(getattr(trainer, kind)):
+        """Another name for the same path."""
+
+    adapter.get_sde_loss_fn(
+        Named(beta_max=10.0) if kind != "VESDE" else Named(), True, skip_set=9, allow_ve=True
+    )
