@@ -150,7 +150,7 @@ def test_the_answer_on_cifar10(tmp_path: Path) -> None:
     # 0.97 against 0.96 with DDIM at 10 and 20 steps; k = 49 is as its gain.
     assert "8 cells of skip, sampler and steps: from **-1.0 % [-1.0, -1.0]** to -0.0 %" in found
     assert "better in 0, worse in 2, not to be told apart in 6." in found
-    half = next(line for line in text.splitlines() if line.startswith("| 50 % |"))
+    half = next(line for line in text.splitlines() if line.startswith("| wide | 50 % |"))
     assert "+50.0 %" in half
     assert "The spread is settled from the first quarter on" in text
     assert "for want of time" not in text

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
 from benchmarks.pages.tables import MISSING, counted, folded, listed, markdown_table
 from benchmarks.quality.corrections import BandGains, Gain, ScoreRescaling
 from benchmarks.quality.evidence.cifar10_answers import (
@@ -20,7 +18,6 @@ from benchmarks.quality.evidence.cifar10_answers import (
     ON_THE_PAGE,
     PRESET,
     REDUCTION,
-    SETTLED,
     SOUND,
     SPREAD_CELLS,
     UNCLAMPED,
@@ -216,7 +213,7 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
             yield from with_many_steps(long)
         if reduced is not None:
             yield from reduction(reduced)
-        yield from _younger(results)
+        yield from _younger(measured)
         yield from _trained_longer(results, evidence.results(LONGER))
         yield from _larger(results, wider)
         if others:
@@ -512,27 +509,21 @@ def _search_row(results: Results, found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _younger(results: Results) -> Iterable[str]:
+def _younger(measured: list[Results]) -> Iterable[str]:
     yield "## Does an effect go away with training?"
-    rows, spreads = [], []
-    for percent_seen in (25, 50, 100):
-        base = Method(Plain(), percent=percent_seen).name
-        distances = results.values(base, TEN, IMAGES).values()
-        spread = results.values(base, TEN, "spread").values()
-        spreads += [float(np.mean(list(spread)))] if spread else []
-        row = [f"{percent_seen} %", ", ".join(f"{value:.1f}" for value in distances) or MISSING]
-        row.append(", ".join(f"{value:.3f}" for value in spread) or MISSING)
-        name = Method(Plain(), Gain(49), percent_seen).name
-        row.append(percent(over_plain(results, name, TEN, base)))
-        rows.append(row)
-    header = ["training seen", "plain, DDIM 10", "spread, DDIM 10", "gain k = 49"]
-    yield markdown_table(header, rows)
+    rows = []
+    for one in measured:
+        seen = {part: Method(Plain(), percent=part).name for part in (25, 50, 100)}
+        if not all(one.values(name, TEN) for name in seen.values()):
+            continue
+        for part, base in seen.items():
+            distances = one.values(base, TEN, IMAGES).values()
+            gained = over_plain(one, Method(Plain(), Gain(49), part).name, TEN, base)
+            row = [_short(one), f"{part} %", ", ".join(f"{value:.1f}" for value in distances)]
+            rows.append([*row, spreads_by_seed(one, base, TEN), percent(gained)])
+    header = ["network", "training seen", "plain, DDIM 10", "spread, DDIM 10", "gain k = 49"]
+    yield markdown_table(header, rows) if rows else f"{MISSING.capitalize()}."
     yield "The younger are the averaged weights of the same run, before its rate has fallen."
-    if len(spreads) == len(rows) and max(spreads) - min(spreads) < SETTLED:
-        yield (
-            f"The spread is settled from the first quarter on, within {100 * SETTLED:g} % of the "
-            "data's: what is missing of it is not for want of training."
-        )
 
 
 def _trained_longer(results: Results, longer: Results | None) -> Iterable[str]:
