@@ -133,7 +133,7 @@ class SkipStepMixin:
         if this.model_var_type.name in _LEARNED_VARIANCES:
             output = output[:, : x_start.shape[1]]
         target = noise if criterion.prediction_type == "epsilon" else x_start
-        if self._calls_to_check and not output.is_meta:
+        if not torch.compiler.is_compiling() and not output.is_meta and self._calls_to_check:
             self._calls_to_check -= 1
             _check_terms(type(self).__name__, terms, output.detach(), target)
         squared = criterion.from_output(output, target, recorder.x_t, t, skip_noise=skip_noise)
