@@ -19,7 +19,7 @@ OLDEST = ("torch==2.4.0", "einops==0.8.0", "typing-extensions==4.8.0", "numpy==1
 OLDEST_PYTHON = PYTHONS[0]
 # The tests that need no trainer and no part of benchmarks/.
 CORE = (
-    *("coefficients", "corrections", "distributed", "errors", "from_output", "fuzz", "golden"),
+    *("coefficients", "corrections", "errors", "from_output", "fuzz", "golden"),
     *("loss", "minimiser", "mixed_precision", "numerics", "prediction", "public_api", "recommend"),
     *("schedule", "search_frechet", "shrink", "skip_set", "tables", "testing", "tracing"),
     "weighting",
