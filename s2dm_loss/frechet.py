@@ -27,9 +27,10 @@ from torch import Tensor
 
 CONFIDENCE = 0.95
 # Above this many dimensions a covariance of a few thousand samples is mostly noise, and below this
-# many samples for each of them the bias is no longer b/n.
+# many samples for each of them the bias is no longer b/n. It takes four on Gaussian data, eight on
+# one-hot ones.
 MAX_AXES = 128
-SAMPLES_PER_AXIS = 4
+SAMPLES_PER_AXIS = 8
 # Draws from the joint law of the differences, for the common bound and the shares.
 DRAWS = 4096
 
@@ -115,10 +116,11 @@ class FrechetComparison:
             )
             distance = 2 * whole.distance
             distance -= sum(part.distance for part in parts) / 2
-            # Each half by the map of the other: a map follows the samples it was made from.
-            for part, half, rows in zip(
-                reversed(parts), self._halves, self._data_halves, strict=True
-            ):
+            # Each half by the map of the other: a map follows the samples it was made from. But a
+            # direction that one half does not have hangs on the few rows that do, and their part
+            # would be lost: then by the map of all.
+            maps = [whole, whole] if {part.rank for part in parts} != {whole.rank} else parts[::-1]
+            for part, half, rows in zip(maps, self._halves, self._data_halves, strict=True):
                 by_sample[half], by_datum[rows] = part.influences(samples[half], self._data[rows])
         elif not self._distances:
             raise ValueError("sample must return finite samples, got values too large to square")
@@ -189,9 +191,9 @@ class _Pair:
 
     def __init__(self, samples: _Gaussian, data: _Gaussian) -> None:
         self.samples, self.data = samples, data
-        # With L Lᵀ = C_y, Lᵀ C_x L = V Σ² Vᵀ: the overlap is tr Σ, and T = L V Σ⁻¹ Vᵀ Lᵀ.
-        squares, vectors = torch.linalg.eigh(data.factor.T @ samples.covariance @ data.factor)
-        overlap = squares.clamp(min=0).sqrt()
+        # With C_y = L Lᵀ, C_x = K Kᵀ and Lᵀ K = U Σ Vᵀ: the overlap is tr Σ, T = L U Σ⁻¹ Uᵀ Lᵀ and
+        # T⁻¹ = K V Σ⁻¹ Vᵀ Kᵀ. Σ itself, since of its square the small ones are lost.
+        left, overlap, right = torch.linalg.svd(data.factor.T @ samples.factor)
         self.distance = (
             float((samples.mean - data.mean).square().sum())
             + samples.trace
@@ -200,11 +202,11 @@ class _Pair:
             + (samples.outside - data.outside) ** 2
         )
         # In directions that one of the two does not have the map is none.
-        there = squares > 1e-12 * squares[-1]
+        there = overlap > 1e-12 * overlap[0]
+        self.rank = int(there.sum())
         root = overlap.masked_fill(~there, 1.0).rsqrt() * there
-        basis = data.factor @ vectors
-        self._to_data = basis * root  # times its transpose: T
-        self._to_samples = samples.covariance @ basis * root**3  # times its transpose: T⁻¹
+        self._to_data = data.factor @ left * root  # times its transpose: T
+        self._to_samples = samples.factor @ right.mT * root  # times its transpose: T⁻¹
 
     def influences(self, samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
         """Return what each sample and each datum adds to the distance, up to a constant."""

@@ -97,9 +97,9 @@ class CorrectionSearch:
             sample: `sample(model, noise)` returns samples of shape [B, *data.shape[1:]] for noise
                 of shape [B, *noise_shape], on the model's device and of its dtype. It calls the
                 model that it is given, which is `model` with a candidate's correction and may lack
-                its attributes. It draws further noise, if any, from the global generator or from
-                one that it seeds itself. Do not clamp or round the samples: that hides the spread
-                that the search compares.
+                its attributes. It draws further noise, if any, from the global generator: one that
+                it seeds itself repeats from batch to batch, and the intervals do not hold. Do not
+                clamp or round the samples: that hides the spread that the search compares.
             data: Data of shape [N, ...], what the samples should look like: a few thousand, and
                 all that there are if `features` is fast.
             corrections: What to try: `standard_corrections(schedule)`, or some of your own.
@@ -107,7 +107,7 @@ class CorrectionSearch:
                 and half as many samples, and to report the chosen ones and half of each. If not,
                 every strength is reported.
             features: Maps samples or data [B, ...] to [B, D], in which they are then compared; by
-                default the values themselves. Above 128 dimensions, or with fewer than four
+                default the values themselves. Above 128 dimensions, or with fewer than eight
                 samples for each, the distance follows fewer axes, at most 128, those in which the
                 data vary most, found on the part that is not compared, and the rest as one.
             num_samples: Samples per candidate, at least 32.

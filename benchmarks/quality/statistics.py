@@ -244,7 +244,7 @@ class Results:
         def elsewhere(name: str, seed: int) -> float:
             return float(np.mean([value for s, value in whole[name].items() if s != seed]))
 
-        if len(seeds) < 2:
+        if len(seeds) < 2 or not whole:
             return {}
         return {s: min(whole, key=lambda name: elsewhere(name, s)) for s in sorted(seeds)}
 
