@@ -77,10 +77,11 @@ def check_swap(
 ) -> SwapReport:
     """Raise AssertionError unless a swap does what it should, and return what was measured.
 
-    It finds a scale that is not the trainer's, a v in the place of noise in `from_prediction`, a
-    wrong order of arguments, a loss that explodes or dies at an end of the schedule, a schedule
-    that runs the wrong way or does not act, and a model that is called more often than before. A
-    swap by `from_output` or `regression_target` needs `check_target` too.
+    It finds a scale or a target that is not the trainer's, a wrong order of arguments, a loss that
+    explodes or dies at an end of the schedule, a schedule that does not act, and a model that is
+    called more often than before. What the network predicts, and which way its time runs, it cannot
+    see: at τ = 1 the loss is the trainer's own squared error of whatever it is given. That takes
+    `check_target`.
 
     Args:
         trainers_loss: Calls the model it is given, once, and returns the trainer's own loss: a
@@ -136,7 +137,7 @@ def check_swap(
             "ones and the loss finite: a loss on the network's own output, "
             f"`SkipStepLoss.from_output`, stays so on every schedule. Got\n{report}"
         )
-    if tau < 1 and report.moved < _STRONG_EFFECT:
+    if tau < 1 and not report.moved >= _STRONG_EFFECT:  # NaN too
         raise AssertionError(
             "the skip must act somewhere: got the plain gradient's direction for every sample even "
             f"at tau = {_STRONG_TAU}. Does the schedule's time run the wrong way, or are all times "

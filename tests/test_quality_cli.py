@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -140,8 +141,9 @@ def is_alive(session: int) -> bool:
     return True
 
 
-def test_ctrl_c_ends_the_workers_at_once(tmp_path: Path) -> None:
-    """A job that would take hours is not waited for, and no process is left."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_the_run(tmp_path: Path, sent: signal.Signals) -> None:
+    """A job that would take hours is not waited for, and no process is left with its locks."""
     here, out = Path(__file__).parent, tmp_path / "out"
     (tmp_path / "script.py").write_text(WORKERS)
     process = subprocess.Popen(  # noqa: S603 - this very interpreter
@@ -157,14 +159,15 @@ def test_ctrl_c_ends_the_workers_at_once(tmp_path: Path) -> None:
             assert process.poll() is None, process.stderr and process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, said = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130
-    assert f"`python -m benchmarks.quality run digits --out {out}` goes on from there." in said
-    assert "Traceback" not in said
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert f"`python -m benchmarks.quality run digits --out {out}` goes on from there." in said
+        assert "Traceback" not in said
     deadline = time.monotonic() + 20
     while is_alive(process.pid):  # its session is empty as soon as Python's own helper has noticed
         assert time.monotonic() < deadline
@@ -175,5 +178,35 @@ def test_the_labs_help_says_what_each_study_is() -> None:
     said = CliRunner().invoke(lab, ["--help"]).output
     for name, study in STUDIES.items():
         (line,) = [line for line in said.splitlines() if line.split()[:1] == [name]]
-        assert study.__doc__ is not None
-        assert study.__doc__.splitlines()[0] in line
+        assert len(line.split()) > 4
+        assert "partial" not in line
+        if inspect.isfunction(study):
+            assert (study.__doc__ or "").splitlines()[0] in line
+
+
+@pytest.mark.parametrize("command", ["keep", "run"])
+def test_results_of_other_settings_are_not_taken_for_ones_own(
+    call: Call, tmp_path: Path, command: str
+) -> None:
+    out = tmp_path / "out"
+    assert call("run", "digits", "--out", str(out)).exit_code == 0
+    longer = replace(PRESETS["digits"].budget, steps=13)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "digits", replace(PRESETS["digits"], budget=longer))
+        more = ["--folder", str(tmp_path / "kept")] if command == "keep" else ["--dry-run"]
+        found = call(command, "digits", "--out", str(out), *more)
+    assert found.exit_code == 1
+    assert "holds results of other settings (budget)" in found.output
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_seed_is_given_once(call: Call, tmp_path: Path) -> None:
+    found = call("run", "digits", "--seeds", "0,1,0", "--out", str(tmp_path))
+    assert found.exit_code == 2
+    assert "expected each seed once, got '0,1,0'" in found.output
+
+
+def test_how_to_go_on_can_be_pasted(call: Call, tmp_path: Path) -> None:
+    found = call("keep", "digits", "--out", str(tmp_path / "a folder"))
+    assert found.exit_code == 1
+    assert f"keep digits --out '{tmp_path}/a folder'` goes on" in found.output

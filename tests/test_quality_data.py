@@ -43,6 +43,7 @@ def write_cifar10(folder: Path, rows: int = 4) -> np.ndarray:
 
 def write_cifar10_pictures(folder: Path, rows: int = 4) -> np.ndarray:
     """The npm package's layout: an image in each row of a picture, its 1024 pixels in RGB."""
+    folder.mkdir(parents=True, exist_ok=True)
     every = np.random.default_rng(1).integers(256, size=(6, rows, 1024, 3), dtype=np.uint8)
     for name, batch in zip(data.CIFAR10_FILES, every, strict=True):
         Image.fromarray(batch).save(folder / f"{name}.png")
@@ -139,7 +140,7 @@ def test_cifar10_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     write_cifar10(tmp_path / "cifar-10-batches-py")
     harmful = pickle.dumps({b"data": Harmful()})
     (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(harmful)
-    with pytest.raises(ValueError, match=r"found builtins\.print"):
+    with pytest.raises(ValueError, match=r"data_batch_1: .*found builtins\.print"):
         load("cifar10", tmp_path)
     assert capsys.readouterr().out == ""
 
@@ -225,3 +226,38 @@ def test_patches_need_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(ModuleNotFoundError, match="pip install scikit-image"):
         load("patches")
+
+
+def test_cifar10_runs_no_code_of_numpys_either(tmp_path: Path) -> None:
+    class Run:
+        def __reduce__(self) -> tuple[object, tuple[str, dict[str, object]]]:
+            from numpy.testing._private.utils import runstring
+
+            return runstring, (f"open({str(tmp_path / 'ran')!r}, 'w')", {})
+
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(pickle.dumps({b"data": Run()}))
+    with pytest.raises(ValueError, match=r"data_batch_1: .*found numpy\.testing.*runstring"):
+        load("cifar10", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", None], ids=["empty", "a page", "cut off"])
+@pytest.mark.parametrize("name", ["data_batch_4", "data_batch_4.png", "train_lables.json"])
+def test_a_damaged_file_of_cifar10_is_named(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    (write_cifar10 if name == "data_batch_4" else write_cifar10_pictures)(tmp_path / "made")
+    path = tmp_path / "made" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=rf"data: .*{name}: "):
+        load("cifar10", tmp_path / "made")
+
+
+@pytest.mark.parametrize("labels", ['{"0": 1}', "[null]", "3", "[-1]", '["1"]'])
+def test_labels_of_cifar10_are_classes(tmp_path: Path, labels: str) -> None:
+    write_cifar10_pictures(tmp_path)
+    (tmp_path / "train_lables.json").write_text(labels)
+    with pytest.raises(ValueError, match=r"train_lables\.json: expected a list of classes"):
+        load("cifar10", tmp_path)

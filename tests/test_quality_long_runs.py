@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from quality_tools import ONE_ARM, TINY
 from benchmarks import files
 from benchmarks.files import load_json, load_tensors, remove_partial_files, save_json, save_tensors
 from benchmarks.quality import cli, runner
+from benchmarks.quality import training as training_module
 from benchmarks.quality.checkpoint import BEFORE, NEWEST, newest_state, save_state
 from benchmarks.quality.layout import InUseError, Layout
 from benchmarks.quality.objectives import Plain
@@ -296,3 +298,26 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"x": ')
     with pytest.raises(ValueError, match=r"a\.json cannot be read \(.*\); remove it to have it"):
         load_json(tmp_path / "a.json")
+
+
+def test_a_full_disk_between_checkpoint_and_kept_state_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run goes on from must not lie behind what it still has to keep."""
+    budget = replace(ONE_ARM.budget, steps=10, checkpoint_every=5, keep_at=(0.5,))
+    preset = replace(ONE_ARM, budget=budget)
+    whole = training_module.save_tensors
+
+    def full(path: Path, tensors: Any) -> None:
+        if path.name == "state-50.pt":
+            raise OSError(28, "No space left on device")
+        whole(path, tensors)
+
+    monkeypatch.setattr(training_module, "save_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(preset, tmp_path)
+    monkeypatch.undo()
+    run(preset, tmp_path)
+    folder = Layout.of(preset, tmp_path).model(Plain(), 0)
+    assert load_tensors(folder / "state-50.pt")["step"] == 5
+    assert (folder / "weights.pt").exists()

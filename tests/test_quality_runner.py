@@ -18,7 +18,7 @@ from quality_tools import ONE_ARM, TINY
 from scipy.fft import dctn
 from torch import Tensor
 
-from benchmarks.files import load_json, load_tensors, write_whole
+from benchmarks.files import load_json, load_tensors, save_json, write_whole
 from benchmarks.quality import cli, runner
 from benchmarks.quality.data import load_digits, to_model_range, to_uint8
 from benchmarks.quality.objectives import Plain
@@ -407,3 +407,19 @@ def test_the_command_line(tmp_path: Path, finished: Path, monkeypatch: pytest.Mo
     assert "Error: data: cifar10 is read from a local folder; name it with --data" in nothing.output
     empty = call(cli.main, ["keep", "digits", "--out", str(tmp_path / "none")])
     assert "no results in" in empty.output
+
+
+def test_other_data_are_not_mixed_into_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(ONE_ARM, tmp_path)
+    digits = runner.datasets.load("digits")
+    other = replace(digits, images=digits.images.flip(0))
+    monkeypatch.setattr(runner.datasets, "load", lambda *_: other)
+    with pytest.raises(ValueError, match=r"data: the folder's distances are of other images than"):
+        run(ONE_ARM.seeded((1,)), tmp_path)
+    # A folder of before says nothing of its data.
+    floor = load_json(tmp_path / "floor.json")
+    del floor["data"]
+    save_json(tmp_path / "floor.json", floor)
+    run(ONE_ARM.seeded((1,)), tmp_path)

@@ -258,3 +258,12 @@ def test_a_target_tells_its_schedule():
     check_target(criterion, target, x_t, sigma)
     with pytest.raises(AssertionError, match="variance 1"):  # time the wrong way
         check_target(criterion, target, x_t, 1 - sigma)
+
+
+def test_a_gradient_that_is_nan_at_a_strong_effect_is_no_effect():
+    trainer = Trainer(LINEAR, "epsilon", T)
+    swapped = right(trainer, LINEAR)
+    with pytest.raises(AssertionError, match="the skip must act somewhere"):
+        check_swap(
+            trainer.loss, lambda m, tau: swapped(m, tau) * (float("nan") if tau == 0.5 else 1)
+        )

@@ -14,10 +14,13 @@ from benchmarks.lab.report import RESULTS, write_report
 from benchmarks.lab.studies import STUDIES
 from benchmarks.provenance import versions
 
-# The first line of a study's docstring says what it is.
-HELP = "\n".join(
-    f"  {name:13} {(study.__doc__ or '').partition(chr(10))[0]}" for name, study in STUDIES.items()
-)
+
+def about(study: object) -> str:
+    """Return the first line of a study's docstring, of one with an argument set too."""
+    return (getattr(study, "func", study).__doc__ or "").partition("\n")[0]
+
+
+HELP = "\n".join(f"  {name:17} {about(study)}" for name, study in STUDIES.items())
 
 
 @click.group(help="Run the exact lab's studies, then write its page.\n\n\b\nStudies:\n" + HELP)
@@ -27,7 +30,9 @@ def main() -> None:
 
 @main.command("run")
 @click.argument("names", nargs=-1, type=click.Choice(list(STUDIES)), required=True)
-@click.option("--threads", default=1, show_default=True, help="Threads of torch.")
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of torch."
+)
 def run_command(names: tuple[str, ...], threads: int) -> None:
     """Run studies and write one JSON each."""
     torch.set_num_threads(threads)

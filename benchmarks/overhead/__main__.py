@@ -49,7 +49,7 @@ def main() -> None:
 @click.option("--largest", type=int, help="log2 of the largest size [26; 28 on a GPU].")
 @click.option("--step-batch", type=int, help="Batch of the training step [4; 128 on a GPU].")
 @click.option("--step-seconds", default=60.0, show_default=True, help="Time for that step.")
-@click.option("--threads", type=int, help="CPU threads of torch [its own choice].")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of torch [its own choice].")
 @click.option(
     "--clock",
     type=click.Choice(list(CLOCKS)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +13,7 @@ from pathlib import Path
 import click
 
 from benchmarks.quality.presets import PRESETS, Preset
+from benchmarks.quality.samplers import TITLES
 
 HELP = "\n".join(f"  {name:13} {preset.about}" for name, preset in PRESETS.items())
 
@@ -47,14 +49,19 @@ def _preset(name: str, seeds: str | None) -> Preset:
     if seeds is None:
         return preset
     try:
-        return preset.seeded(tuple(int(seed) for seed in seeds.split(",")))
+        chosen = tuple(int(seed) for seed in seeds.split(","))
     except ValueError as error:
         raise click.BadParameter(f"expected numbers such as 0,1,2, got {seeds!r}") from error
+    if len(set(chosen)) < len(chosen):
+        raise click.BadParameter(f"expected each seed once, got {seeds!r}")
+    return preset.seeded(chosen)
 
 
 def _describe(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
+    from benchmarks.quality.layout import check_settings
     from benchmarks.quality.plan import estimate, plan
 
+    check_settings(preset, root)
     todo = plan(preset, root)
     seconds = estimate(preset, todo, data) / workers
     click.echo(
@@ -96,6 +103,13 @@ def _run(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
             click.echo(f"  {name:18} {purpose}")
 
 
+def _again(command: str, preset: str, options: dict[str, object]) -> str:
+    """Return the command line that goes on with what this one began."""
+    given = [(name, str(value)) for name, value in options.items() if value is not None]
+    words = [command, preset, *(word for pair in given for word in pair)]
+    return f"python -m benchmarks.quality {shlex.join(words)}"
+
+
 @main.command("run")
 @click.argument("preset", type=click.Choice(list(PRESETS)))
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
@@ -115,17 +129,14 @@ def run_command(
     chosen = _preset(preset, seeds)
     root = out or Path("runs") / preset
     processes = workers or min(chosen.workers, os.cpu_count() or 1)
-    given = {"--out": out, "--seeds": seeds, "--data": data}
-    words = [f" {name} {value}" for name, value in given.items() if value is not None]
-    again = f"python -m benchmarks.quality run {preset}" + "".join(words)
-    with _in_one_line(again):
+    with _in_one_line(_again("run", preset, {"--out": out, "--seeds": seeds, "--data": data})):
         (_describe if dry_run else _run)(chosen, root, processes, data)
 
 
 @main.command("search")
 @click.argument("preset", type=click.Choice(list(PRESETS)))
-@click.option("--sampler", default="ddim", show_default=True, help="A sampler of the preset.")
-@click.option("--steps", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--sampler", type=click.Choice(list(TITLES)), default="ddim", show_default=True)
+@click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
 @click.option("--seeds", help="Seeds, such as 0,1,2 [the preset's].")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10 or CelebA.")
@@ -134,7 +145,8 @@ def search_command(
 ) -> None:
     """Ask the library's search which correction PRESET's plain networks want."""
     chosen = _preset(preset, seeds)
-    with _in_one_line(f"python -m benchmarks.quality search {preset}"):
+    options = {"--sampler": sampler, "--steps": steps, "--out": out, "--seeds": seeds}
+    with _in_one_line(_again("search", preset, {**options, "--data": data})):
         from benchmarks.quality.search import search
         from benchmarks.quality.statistics import Cell
 
@@ -161,7 +173,7 @@ def keep_command(preset: str, out: Path | None, seeds: str | None, folder: Path)
     """Copy the results of PRESET, finished or not, to where they are committed."""
     from benchmarks.quality.report import keep
 
-    with _in_one_line(f"python -m benchmarks.quality keep {preset}"):
+    with _in_one_line(_again("keep", preset, {"--out": out, "--seeds": seeds})):
         for path in keep(_preset(preset, seeds), out or Path("runs") / preset, folder):
             click.echo(f"Wrote {path}.")
 
@@ -169,7 +181,7 @@ def keep_command(preset: str, out: Path | None, seeds: str | None, folder: Path)
 @main.command("page")
 @click.option(
     "--docs",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, file_okay=False),
     default=Path("docs"),
     show_default=True,
     help="Folder of the pages; their figures go to assets/evidence in it.",

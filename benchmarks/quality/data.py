@@ -7,9 +7,11 @@ is downloaded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,14 @@ class ImageSet:
         """`(C, H, W)`."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
+
+    @property
+    def digest(self) -> str:
+        """What stands for the images, held-out ones included."""
+        found = hashlib.sha256(self.images.contiguous().numpy().data)
+        if self.held_out is not None:
+            found.update(self.held_out.contiguous().numpy().data)
+        return found.hexdigest()[:16]
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -166,7 +176,7 @@ def load_cifar10(folder: Path) -> ImageSet:
         )
     if pictures:
         *training, held_out = (_cifar10_picture(folder / f"{name}.png") for name in CIFAR10_FILES)
-        labels = json.loads((folder / CIFAR10_LABELS).read_text(encoding="utf-8"))
+        labels = _cifar10_labels(folder / CIFAR10_LABELS)
     else:
         *batches, (held_out, _) = (_cifar10_pickle(folder / name) for name in CIFAR10_FILES)
         training = [images for images, _ in batches]
@@ -179,9 +189,28 @@ def load_cifar10(folder: Path) -> ImageSet:
     return ImageSet("cifar10", images, torch.tensor(labels, dtype=torch.int64), held_out)
 
 
+def _cifar10_labels(path: Path) -> list[int]:
+    with _named(path):
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    if not (
+        isinstance(labels, list) and all(type(label) is int and label >= 0 for label in labels)
+    ):
+        raise ValueError(f"data: {path}: expected a list of classes, 0 and up")
+    return labels
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file that cannot be read, whatever its reader says."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, TypeError, SyntaxError, pickle.UnpicklingError) as error:
+        raise ValueError(f"data: {path}: {error or 'it is empty'}") from error
+
+
 def _cifar10_pickle(path: Path) -> tuple[Tensor, list[int]]:
-    with path.open("rb") as file:
-        batch = _NumpyOnly(file, encoding="bytes").load()
+    with _named(path), path.open("rb") as file:
+        batch = _ArraysOnly(file, encoding="bytes").load()
     rows = batch.get(b"data") if isinstance(batch, dict) else None
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape[1:] != (3072,):
         came = "no array" if not isinstance(rows, np.ndarray) else f"{rows.dtype} {rows.shape}"
@@ -196,23 +225,30 @@ def _cifar10_pickle(path: Path) -> tuple[Tensor, list[int]]:
 def _cifar10_picture(path: Path) -> Tensor:
     from PIL import Image
 
-    with Image.open(path) as picture:
+    with _named(path), Image.open(path) as picture:
         if picture.mode != "RGB" or picture.width != 1024:
             raise ValueError(
-                f"data: {path}: expected RGB with 1024 pixels to the row, an image in each row, "
-                f"got {picture.mode} with {picture.width}"
+                "expected RGB with 1024 pixels to the row, an image in each row, got "
+                f"{picture.mode} with {picture.width}"
             )
         rows = torch.from_numpy(np.array(picture))
     return rows.permute(0, 2, 1).reshape(-1, 3, 32, 32).contiguous()
 
 
-class _NumpyOnly(pickle.Unpickler):
+class _ArraysOnly(pickle.Unpickler):
     """Reads a pickle of arrays, lists and bytes, and refuses one that would run anything else."""
+
+    parts = frozenset(
+        {
+            *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+            *(("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")),
+        }
+    )
 
     @override
     def find_class(self, module: str, name: str) -> object:
-        if module.split(".")[0] != "numpy" and (module, name) != ("_codecs", "encode"):
-            raise ValueError(f"data: expected a pickle of numpy arrays, found {module}.{name}")
+        if (module, name) not in self.parts:
+            raise ValueError(f"expected a pickle of numpy arrays, found {module}.{name}")
         found: object = super().find_class(module, name)
         return found
 

@@ -49,7 +49,7 @@ class Layout:
             root: Its folder.
         """
         other = preset.networks_of
-        return cls(root, root if other is None else root.parent / other.name)
+        return cls(root, root if other is None else root.resolve().parent / other.name)
 
     @property
     def settings(self) -> Path:
@@ -110,28 +110,37 @@ def claimed(preset: Preset, root: Path, *, first: bool) -> Iterator[None]:
             f"out: another run is at work in {root}; wait for it, or choose another folder"
         ) from error
     try:
-        _check_settings(preset, root)
+        check_settings(preset, root)
+        for one, layout in _with_networks(preset, root):
+            if not layout.settings.exists():
+                save_json(layout.settings, one.settings)
         yield
     finally:
         _remove_what_is_empty(made)
         lock.release()
 
 
-def _check_settings(preset: Preset, root: Path) -> None:
+def check_settings(preset: Preset, root: Path) -> None:
+    """Raise ValueError if a preset's folder, or its networks', holds results of other settings."""
+    for one, layout in _with_networks(preset, root):
+        if not layout.settings.exists():
+            continue
+        stored = load_json(layout.settings)
+        if differing := differences(stored, one.settings):
+            key = differing[0]
+            raise ValueError(
+                f"out: {layout.root} holds results of other settings ({', '.join(differing)}): "
+                f"{key} is {stored.get(key)!r} there and {one.settings[key]!r} here; choose "
+                "another folder"
+            )
+
+
+def _with_networks(preset: Preset, root: Path) -> Iterator[tuple[Preset, Layout]]:
+    """Yield a preset and its folder, after those whose networks it has."""
     layout = Layout.of(preset, root)
     if preset.networks_of is not None:
-        _check_settings(preset.networks_of, layout.networks)
-    if not layout.settings.exists():
-        save_json(layout.settings, preset.settings)
-        return
-    stored = load_json(layout.settings)
-    differing = differences(stored, preset.settings)
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"out: {root} holds results of other settings ({', '.join(differing)}): {key} is "
-            f"{stored.get(key)!r} there and {preset.settings[key]!r} here; choose another folder"
-        )
+        yield from _with_networks(preset.networks_of, layout.networks)
+    yield preset, layout
 
 
 def _remove_what_is_empty(made: list[Path]) -> None:

@@ -12,6 +12,7 @@ from benchmarks.files import save_record, write_whole
 from benchmarks.pages.figures import save_figure
 from benchmarks.pages.tables import counted, markdown_table
 from benchmarks.quality import data as datasets
+from benchmarks.quality.layout import check_settings
 from benchmarks.quality.objectives import SkipStep
 from benchmarks.quality.pictures import coefficients_figure, loss_figure, samples_figure
 from benchmarks.quality.presets import Preset
@@ -37,7 +38,9 @@ def keep(preset: Preset, root: Path, folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the run has no results.
+        ValueError: If its folder holds results of other settings.
     """
+    check_settings(preset, root)
     record = collect(preset, root)
     if not record["rows"]:
         raise FileNotFoundError(f"out: no results in {root}; run the preset first")

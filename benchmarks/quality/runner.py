@@ -87,17 +87,23 @@ class Bench:
 
     def floor(self) -> dict[str, Any]:
         """Return the distances between sets of real images; measured once."""
-        path = self.layout.floor
+        path, digest = self.layout.floor, self.data.digest
         if not path.exists():
             held_out, samples = self.data.held_out, self.preset.samples
             cache = self.layout.reference if self.accelerator.num_processes == 1 else None
             floor = noise_floor(self.features, self.data.images, held_out, samples, cache=cache)
-            save_json(path, {"features": self.features.description, **floor})
+            save_json(path, {"features": self.features.description, "data": digest, **floor})
         stored: dict[str, Any] = load_json(path)
         if stored["features"] != self.features.description:
             raise ValueError(
                 f"features: the folder's distances are of {stored['features']}, this machine's "
                 f"would be of {self.features.description}; take a new folder"
+            )
+        # Folders of before have no digest.
+        if stored.get("data", digest) != digest:
+            raise ValueError(
+                f"data: the folder's distances are of other images than these {len(self.data)} of "
+                f"{self.data.name}; take a new folder"
             )
         return stored
 
@@ -352,9 +358,18 @@ _advance: Advance = _no_progress
 def _start_worker(preset: Preset, root: Path, data_folder: Path | None, queue: Any) -> None:
     global _bench, _advance
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process sees to its end
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _bench = Bench(preset, root, data_folder)
     _advance = _Batched(queue.put)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has died, lest it keep its locks for good."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job: Job) -> str:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from benchmarks.files import load_json, save_json
 from benchmarks.quality import data as datasets
+from benchmarks.quality.layout import claimed
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.runner import Bench
@@ -43,7 +44,15 @@ def search(
     if path.exists():
         stored: dict[str, Any] = load_json(path)
         return stored
+    with claimed(preset, root, first=True):
+        return _searched(preset, root, seed, cell, data_folder, path)
+
+
+def _searched(
+    preset: Preset, root: Path, seed: int, cell: Cell, data_folder: Path | None, path: Path
+) -> dict[str, Any]:
     bench = Bench(preset, root, data_folder)
+    bench.floor()  # which knows the data and the features that the folder is of
     model = bench.network
     model.load_state_dict(bench.model(Plain(), seed, lambda _: None).state_dict())
     noise = generator(seed, Purpose.SAMPLER)

@@ -182,13 +182,17 @@ class _Run:
             self._take_step()
             if self.step % self.budget.log_every == 0:
                 self._log()
-            if self.step % self.budget.checkpoint_every == 0 and self.step < self.budget.steps:
+            percent = kept.get(self.step)
+            due = self.step % self.budget.checkpoint_every == 0 and self.step < self.budget.steps
+            if percent is not None or due:
                 now = time.perf_counter()
                 self.seconds, began = self.seconds + now - began, now
-                if self.accelerator.is_main_process:
+            if self.accelerator.is_main_process:
+                # Before the checkpoint, from which a run goes on behind this step.
+                if percent is not None:
+                    save_tensors(kept_state(folder, percent), self._state())
+                if due:
                     save_state(folder, self._state())
-            if (percent := kept.get(self.step)) is not None and self.accelerator.is_main_process:
-                save_tensors(kept_state(folder, percent), self._state())
             progress(1)
         self.seconds += time.perf_counter() - began
 
