@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from s2dm_loss.checks import check_batch, check_like, check_per_sample
+from s2dm_loss.checks import check_batch, check_like
 from s2dm_loss.functional import along, draw_like, loss_dtype
 from s2dm_loss.loss import SkipStepLoss
+from s2dm_loss.output import RegressionTarget
 
 __all__ = ["ChangedOutput", "changed_output", "check_tau"]
 
@@ -51,16 +53,23 @@ def changed_output(
     """
     check_tau(criterion.tau)
     check_like("x_t", x_t, "output", check_batch("output", output))
-    check_per_sample("t", t, "output", output)
-    criterion.schedule.check_timesteps(t)
-    square = criterion._output_square_at(t, loss_dtype(output, x_t))
-    scale = along(square.on_target, output)
-    changed = output.to(scale.dtype)
-    if square.on_input is not None:
-        changed = changed - along(square.on_input, x_t) * x_t
-    if criterion.estimator == "fresh":
-        changed = changed - along(square.on_skip_noise, x_t) * draw_like(x_t, None)
-    return ChangedOutput(changed / scale, square.weight * square.on_target.square())
+    fresh = criterion.estimator == "fresh"
+    dtype = loss_dtype(output, x_t)
+    one = torch.ones(len(output), dtype=dtype, device=output.device)
+    zero = torch.zeros_like(one)
+
+    def answer(target: Tensor, x_t: Tensor, zeta: Tensor) -> RegressionTarget:
+        skip_noise = zeta if fresh else None
+        return criterion.regression_target(target, x_t, t, skip_noise=skip_noise)
+
+    # Target, x_t and ζ enter linearly: the factor of each is the answer to 1 for it alone.
+    scale, weight = answer(one, zero, zero)
+    changed = output.to(dtype)
+    if criterion.prediction_type not in ("epsilon", "score"):
+        changed = changed - along(answer(zero, one, zero).target, x_t) * x_t
+    if fresh:
+        changed = changed - along(answer(zero, zero, one).target, x_t) * draw_like(x_t, None)
+    return ChangedOutput(changed / along(scale, changed), weight * scale.square())
 
 
 def check_tau(tau: float) -> None:

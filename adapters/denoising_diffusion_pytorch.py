@@ -11,7 +11,6 @@ trainer is not imported.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -104,11 +103,10 @@ class SkipStepMixin:
         this: Any = self
         plain: Any = super()
         weights: list[Tensor] = []
-        here = threading.get_ident()
 
-        def change(_module: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            # DataParallel's replicas share their hooks, each in a thread of its own.
-            if self._predicts_for_itself or threading.get_ident() != here:
+        def change(module: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            # DataParallel's replicas share their hooks.
+            if self._predicts_for_itself or module is not this.model:
                 return None
             changed, weight = changed_output(self.skip_step_loss, output, inputs[0], t)
             weights.append(weight)

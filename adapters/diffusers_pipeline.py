@@ -235,7 +235,7 @@ class PipelineGain:
             kind is None
             and self._scaled is not self._denoiser
             and isinstance(now, nn.Module)
-            and not any(module is self._denoiser for module in now.modules())
+            and not any(m is self._denoiser or m in _SHRUNK for m in now.modules())
         ):
             warnings.warn(
                 f"pipe's {self._component} was exchanged while the gain was on, and the new one "

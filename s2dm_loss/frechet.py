@@ -180,9 +180,10 @@ class _Gaussian:
 
     @cached_property
     def factor(self) -> Tensor:
-        """A factor L of the covariance, C = L Lᵀ."""
+        """A factor L of the covariance, C = L Lᵀ, less directions that are rounding alone."""
         values, vectors = torch.linalg.eigh(self.covariance)
-        factor: Tensor = vectors * values.clamp(min=0).sqrt()
+        rounding = values[-1] * len(values) * torch.finfo(values.dtype).eps
+        factor: Tensor = vectors * torch.where(values > rounding, values, 0.0).sqrt()
         return factor
 
 

@@ -298,14 +298,14 @@ class CorrectionSearch:
     def _noises(self, count: int, seed: int) -> Iterator[Tensor]:
         """Yield noise in batches, drawn on the CPU: the same on every device, in every dtype."""
         generator = torch.Generator("cpu").manual_seed(seed)
-        # Offloaded weights are on "meta", and quantised ones no dtype for an input.
-        weights = (w for w in self.model.parameters() if not w.is_meta and w.dtype in _INPUTS)
-        like = next(weights, self.data)
-        dtype = like.dtype if like.dtype in _INPUTS else torch.float32
+        # Offloaded weights are on "meta", quantised ones of no dtype for an input.
+        weights = list(self.model.parameters())
+        device = next((w.device for w in weights if not w.is_meta), self.data.device)
+        dtype = next((w.dtype for w in weights if w.dtype in _INPUTS), torch.float32)
         for start in range(0, count, self.batch_size):
             shape = (min(self.batch_size, count - start), *self.noise_shape)
             noise = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
-            yield noise.to(like.device, dtype)
+            yield noise.to(device, dtype)
 
     @override
     def __repr__(self) -> str:

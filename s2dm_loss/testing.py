@@ -79,9 +79,9 @@ def check_swap(
 
     It finds a scale or a target that is not the trainer's, a wrong order of arguments, a loss that
     explodes or dies at an end of the schedule, a schedule that does not act, and a model that is
-    called more often than before. What the network predicts, and which way its time runs, it cannot
-    see: at τ = 1 the loss is the trainer's own squared error of whatever it is given. That takes
-    `check_target`.
+    called more often than before. What the network predicts it cannot see, nor surely which way its
+    time runs: at τ = 1 the loss is the trainer's own squared error of whatever it is given. That
+    takes `check_target`.
 
     Args:
         trainers_loss: Calls the model it is given, once, and returns the trainer's own loss: a

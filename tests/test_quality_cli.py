@@ -209,4 +209,5 @@ def test_a_seed_is_given_once(call: Call, tmp_path: Path) -> None:
 def test_how_to_go_on_can_be_pasted(call: Call, tmp_path: Path) -> None:
     found = call("keep", "digits", "--out", str(tmp_path / "a folder"))
     assert found.exit_code == 1
-    assert f"keep digits --out '{tmp_path}/a folder'` goes on" in found.output
+    kept = "--folder benchmarks/results/quality"
+    assert f"keep digits --out '{tmp_path}/a folder' {kept}` goes on" in found.output

@@ -329,7 +329,10 @@ def test_the_table_in_front(tmp_path: Path) -> None:
     note = front_note(evidence)
     assert "on CIFAR10 3 seeds of 5,000 samples, where Min-SNR has 3 seeds of 10,000." in note
     assert "on CIFAR10 for the last 25 % of the training." in note
-    assert note.endswith(", UniPC and score rescaling hold; only by itself: the loss with k = 9.")
+    assert note.endswith(
+        ", UniPC and score rescaling differ from plain DDIM; "
+        "the loss with k = 9 only taken by itself."
+    )
     text = "first\n" + front_table(evidence)
     rows = table_rows(text, "first")
     both = {name: " / ".join(cells).replace("**", "") for name, cells in rows.items()}

@@ -416,8 +416,12 @@ def test_other_data_are_not_mixed_into_a_folder(
     digits = runner.datasets.load("digits")
     other = replace(digits, images=digits.images.flip(0))
     monkeypatch.setattr(runner.datasets, "load", lambda *_: other)
-    with pytest.raises(ValueError, match=r"data: the folder's distances are of other images than"):
+    with pytest.raises(ValueError, match=r"data: .* is of other images than"):
         run(ONE_ARM.seeded((1,)), tmp_path)
+    sampling = replace(ONE_ARM, name="more", samples=32, networks_of=ONE_ARM)
+    shutil.copytree(tmp_path, tmp_path.parent / "tiny")
+    with pytest.raises(ValueError, match=r"data: .*tiny is of other images than"):
+        run(sampling, tmp_path.parent / "more")
     # A folder of before says nothing of its data.
     floor = load_json(tmp_path / "floor.json")
     del floor["data"]

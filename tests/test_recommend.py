@@ -692,12 +692,20 @@ def test_another_default_dtype_changes_nothing():
 
 def test_a_model_whose_weights_are_elsewhere():
     """Offloaded weights are on "meta" until they are called."""
-    model = Echo()
-    model.weight = nn.Parameter(torch.zeros(1, device="meta"))
-    search = GainSearch(
-        model, LINEAR, one_call, data_for(99), tau=TAU, skips=[49, 99], num_samples=500
-    )
+    model, kinds = Echo(), set()
+    model.weight = nn.Parameter(torch.zeros(1, device="meta", dtype=torch.bfloat16))
+
+    def sample(model, noise):
+        kinds.add((noise.dtype, noise.device.type))
+        return one_call(model, noise.float())
+
+    settings = {"tau": TAU, "skips": [49, 99], "num_samples": 500}
+    search = GainSearch(model, LINEAR, sample, data_for(99), **settings)
     assert search.recommend().strength == 99
+    assert kinds == {(torch.bfloat16, "cpu")}
+    # Without weights there is nothing to know it from: float32, whatever the data are.
+    search = GainSearch(Echo(), LINEAR, one_call, data_for(99).double(), **settings)
+    assert next(search._noises(4, 0)).dtype == torch.float32
 
 
 def test_plain_samples_too_large_to_be_squared_are_an_error():

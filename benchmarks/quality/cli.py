@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +103,7 @@ def _run(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
             click.echo(f"  {name:18} {purpose}")
 
 
-def _again(command: str, preset: str, options: dict[str, object]) -> str:
+def _again(command: str, preset: str, options: Mapping[str, object]) -> str:
     """Return the command line that goes on with what this one began."""
     given = [(name, str(value)) for name, value in options.items() if value is not None]
     words = [command, preset, *(word for pair in given for word in pair)]
@@ -173,7 +173,8 @@ def keep_command(preset: str, out: Path | None, seeds: str | None, folder: Path)
     """Copy the results of PRESET, finished or not, to where they are committed."""
     from benchmarks.quality.report import keep
 
-    with _in_one_line(_again("keep", preset, {"--out": out, "--seeds": seeds})):
+    options = {"--out": out, "--seeds": seeds, "--folder": folder}
+    with _in_one_line(_again("keep", preset, options)):
         for path in keep(_preset(preset, seeds), out or Path("runs") / preset, folder):
             click.echo(f"Wrote {path}.")
 

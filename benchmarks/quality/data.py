@@ -217,9 +217,10 @@ def _cifar10_pickle(path: Path) -> tuple[Tensor, list[int]]:
         raise ValueError(
             f"data: {path}: expected b'data' to be a uint8 array of shape (N, 3072), got {came}"
         )
-    if len(batch.get(b"labels", ())) != len(rows):
+    labels = batch.get(b"labels")
+    if not isinstance(labels, list) or len(labels) != len(rows):
         raise ValueError(f"data: {path}: expected b'labels' with {len(rows)} entries")
-    return torch.from_numpy(rows).view(-1, 3, 32, 32), list(batch[b"labels"])
+    return torch.from_numpy(rows).view(-1, 3, 32, 32), labels
 
 
 def _cifar10_picture(path: Path) -> Tensor:
@@ -241,6 +242,7 @@ class _ArraysOnly(pickle.Unpickler):
     parts = frozenset(
         {
             *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+            *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
             *(("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")),
         }
     )

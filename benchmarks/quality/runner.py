@@ -99,12 +99,14 @@ class Bench:
                 f"features: the folder's distances are of {stored['features']}, this machine's "
                 f"would be of {self.features.description}; take a new folder"
             )
-        # Folders of before have no digest.
-        if stored.get("data", digest) != digest:
-            raise ValueError(
-                f"data: the folder's distances are of other images than these {len(self.data)} of "
-                f"{self.data.name}; take a new folder"
-            )
+        networks = self.layout.networks / path.name
+        for folder in (path, networks):
+            # Folders of before have no digest.
+            if folder.exists() and load_json(folder).get("data", digest) != digest:
+                raise ValueError(
+                    f"data: {folder.parent} is of other images than these {len(self.data)} of "
+                    f"{self.data.name}; take a new folder"
+                )
         return stored
 
     def model(self, objective: Objective, seed: int, advance: Advance) -> nn.Module:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from benchmarks.files import load_json, save_json
 from benchmarks.quality import data as datasets
-from benchmarks.quality.layout import claimed
+from benchmarks.quality.layout import check_settings, claimed
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.runner import Bench
@@ -40,6 +40,7 @@ def search(
         cell: A sampler and its steps.
         data_folder: Where a local data set lies.
     """
+    check_settings(preset, root)
     path = root / f"search-seed{seed}-{cell.sampler}-{cell.steps}.json"
     if path.exists():
         stored: dict[str, Any] = load_json(path)

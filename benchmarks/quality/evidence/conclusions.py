@@ -81,7 +81,7 @@ def conclusions(evidence: Evidence) -> Iterable[str]:
         "deliver; *raw* is what the sampler returns. Every percentage is by how much the Fréchet "
         "distance to the data falls below that of the plainly trained network with the same "
         "sampler, another solver's below DDIM's, with a 95 % interval over the seeds, bold where "
-        "it excludes 0. A mean over the seeds is of the percentages, in the first table and on "
+        "it excludes 0. A mean over the seeds is of the percentages; in the first table and on "
         "CIFAR10 of the logarithms of the ratios."
     )
     yield front_table(evidence)

@@ -96,8 +96,9 @@ def _together(results: Results) -> str:
         return ""
     kept = [text for name, text in rows.items() if adjusted[name] < ALPHA]
     lost = [text for name, text in rows.items() if alone[name] < ALPHA <= adjusted[name]]
-    said = f"{listed(kept)} hold" if kept else "none holds"
-    rest = f"; only by itself: {listed(lost)}" if lost else ""
+    said = f"{listed(kept)} differ from plain DDIM" if kept else "none differs from plain DDIM"
+    each = "each taken" if len(lost) > 1 else "taken"
+    rest = f"; {listed(lost)} only {each} by itself" if lost else ""
     return (
         f" Of the {len(alone)} comparisons made in this cell on CIFAR10, by Holm's correction over "
         f"all, {said}{rest}."
