@@ -313,9 +313,11 @@ def test_what_the_pages_say_of_score_rescaling_is_so():
 
 def test_what_the_plots_description_says_is_so():
     losses, gains, corrections, solvers = by_kind(results_of(PRESET))
-    assert list(losses) == ["S²-DM k = 9, expected", "S²-DM k = 49, expected"]
-    k_9, k_49 = losses.values()
-    assert all(0.4 < value < 1 for value in k_9)
+    k_9, k_49, fresh = (
+        losses[f"S²-DM k = {kind}"] for kind in ("9, expected", "49, expected", "9, fresh")
+    )
+    assert len(losses) == 3
+    assert all(0.4 < value < 1 for value in (*k_9, *fresh))
     assert all(4 < value < 5.2 for value in k_49)
     assert all(5 < value < 8 for value in gains["gain k = 49"])
     assert all(16 < value < 18 for value in corrections["Temporal Score Rescaling"])
