@@ -622,7 +622,7 @@ def test_a_pickled_denoiser_has_no_gain(unet):
         plain = unet(x, 900).sample
         with shrink_pipeline(pipe, 99) as handle:
             shrunk = unet(x, 900).sample
-            loaded, removed = pickle.loads(pickle.dumps((unet, handle)))  # noqa: S301
+            loaded, removed = pickle.loads(pickle.dumps((unet, handle)))  # noqa: S301 - our own
         assert torch.equal(loaded(x, 900).sample, plain)
         assert repr(removed) == "PipelineGain(nothing, NoneType, removed)"
         removed.remove()

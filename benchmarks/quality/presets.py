@@ -458,16 +458,20 @@ CIFAR10_WIDE = replace(
     arms=WIDE_ARMS,
     seeds=(0, 1, 2),
 )
-# The cells that the answer is of, with as many samples as there are test images; then Min-SNR.
+# The cells that the answer is of.
+ANSWER_ARMS = (
+    arm(Plain(), samplers=("ddim", "unipc"), steps=TEN),
+    *(arm(Plain(), one, ("ddim",), TEN) for one in (Gain(9), Gain(49), ScoreRescaling(1.05))),
+    *(arm(SkipStep(k), samplers=("ddim",), steps=TEN) for k in (9, 49)),
+)
+# They with as many samples as there are test images; then Min-SNR.
 CIFAR10_WIDE_10K = replace(
     CIFAR10_WIDE,
     name="cifar10-wide-10k",
     about="the main cells of cifar10-wide with 10,000 samples, and Min-SNR from the start",
     samples=10_000,
     arms=(
-        arm(Plain(), samplers=("ddim", "unipc"), steps=TEN),
-        *(arm(Plain(), one, ("ddim",), TEN) for one in (Gain(9), Gain(49), ScoreRescaling(1.05))),
-        *(arm(SkipStep(k), samplers=("ddim",), steps=TEN) for k in (9, 49)),
+        *ANSWER_ARMS,
         arm(MinSNR(), samplers=("ddim", "unipc"), steps=TEN),
         *(arm(MinSNR(), Gain(k), ("ddim",), TEN) for k in (9, 49)),
     ),
@@ -479,11 +483,7 @@ CIFAR10_WIDE_RAW = replace(
     name="cifar10-wide-raw",
     about="the main cells of cifar10-wide, of the samples as the sampler returns them too",
     features=EfficientNetFeatures(raw=True),
-    arms=(
-        arm(Plain(), samplers=("ddim", "unipc"), steps=TEN),
-        *(arm(Plain(), one, ("ddim",), TEN) for one in (Gain(9), Gain(49), ScoreRescaling(1.05))),
-        *(arm(SkipStep(k), samplers=("ddim",), steps=TEN) for k in (9, 49)),
-    ),
+    arms=ANSWER_ARMS,
     networks_of=CIFAR10_WIDE,
 )
 # Down to where a sampler's own error is nothing; few samples, so the kernel distance is the one

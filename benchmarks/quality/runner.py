@@ -99,12 +99,11 @@ class Bench:
                 f"features: the folder's distances are of {stored['features']}, this machine's "
                 f"would be of {self.features.description}; take a new folder"
             )
-        networks = self.layout.networks / path.name
-        for folder in (path, networks):
+        for floor_of in dict.fromkeys((path, self.layout.networks / path.name)):
             # Folders of before have no digest.
-            if folder.exists() and load_json(folder).get("data", digest) != digest:
+            if floor_of.exists() and load_json(floor_of).get("data", digest) != digest:
                 raise ValueError(
-                    f"data: {folder.parent} is of other images than these {len(self.data)} of "
+                    f"data: {floor_of.parent} is of other images than these {len(self.data)} of "
                     f"{self.data.name}; take a new folder"
                 )
         return stored
