@@ -299,6 +299,6 @@ def test_a_step_computes_where_it_is_told_to(small, monkeypatch):
         return losses
 
     monkeypatch.setattr(step, "contenders", without_masks)
-    found = step.step(Settings(META, 0.01, 8, 8, 4, 0.01, 1, time.perf_counter))
+    found = step.step(Settings(META, 0.01, 8, 8, (8,), 4, 0.01, 1, time.perf_counter))
     assert set(found["peak_bytes"]) == {*without_masks(META), "sa_dpm"}
     assert "cuda_graph" not in found

@@ -47,6 +47,14 @@ def main() -> None:
 @click.option("--seconds", default=2.0, show_default=True, help="Time for each cell of a table.")
 @click.option("--smallest", default=14, show_default=True, help="log2 of the smallest size; even.")
 @click.option("--largest", type=int, help="log2 of the largest size [26; 28 on a GPU].")
+@click.option(
+    "--in-full",
+    type=int,
+    multiple=True,
+    default=(20, 22),
+    show_default=True,
+    help="log2 of the sizes to be compiled and taken in bfloat16 too.",
+)
 @click.option("--step-batch", type=int, help="Batch of the training step [4; 128 on a GPU].")
 @click.option("--step-seconds", default=60.0, show_default=True, help="Time for that step.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of torch [its own choice].")
@@ -64,6 +72,7 @@ def run(
     seconds: float,
     smallest: int,
     largest: int | None,
+    in_full: tuple[int, ...],
     step_batch: int | None,
     step_seconds: float,
     threads: int | None,
@@ -83,6 +92,7 @@ def run(
         seconds=seconds,
         smallest=smallest,
         largest=largest or (28 if on_gpu else 26),
+        in_full=in_full,
         step_batch=step_batch or (128 if on_gpu else 4),
         step_seconds=step_seconds,
         # Several times the last cache of either: 32 MiB here, 50 MiB on an H100.

@@ -30,9 +30,6 @@ REAL_SHAPES = {
 }
 # Stable Diffusion's latents; measured as the size that they are.
 LATENTS = (64, 4, 64, 64)
-# On a CPU, where each compilation takes many seconds, only the sizes of these log2 are compiled and
-# taken in bfloat16.
-IN_FULL_ON_CPU = (20, 22)
 # The losses that compute in the type they are given and draw nothing.
 SAME_IN_FLOAT64 = ("mse", "expected", "shared")
 
@@ -48,10 +45,10 @@ def head(settings: Settings) -> list[dict[str, Any]]:
     sizes = {
         f"2^{log2}": flat_shape(log2) for log2 in range(settings.smallest, settings.largest + 1, 2)
     }
-    on_cpu_in_full = [flat_shape(log2) for log2 in IN_FULL_ON_CPU]
+    in_full_shapes = [flat_shape(log2) for log2 in settings.in_full]
     cells = []
     for name, shape in (sizes | REAL_SHAPES).items():
-        in_full = settings.device.type != "cpu" or shape in on_cpu_in_full
+        in_full = shape in in_full_shapes
         for dtype in (torch.float32, torch.bfloat16)[: 1 + in_full]:
             eager = contenders(settings.device, dtype)
             for mode in ("eager", "compiled")[: 1 + in_full]:

@@ -37,6 +37,8 @@ class Settings:
         seconds: Time for each cell, compilation not counted.
         smallest: log2 of the smallest size.
         largest: log2 of the largest size.
+        in_full: log2 of the sizes that are compiled and taken in bfloat16 too; each compilation
+            takes many seconds.
         step_batch: Batch of the training step.
         step_seconds: Time for the training step.
         cache_bytes: What the input sets have to fill before they take turns again.
@@ -47,6 +49,7 @@ class Settings:
     seconds: float
     smallest: int
     largest: int
+    in_full: tuple[int, ...]
     step_batch: int
     step_seconds: float
     cache_bytes: int

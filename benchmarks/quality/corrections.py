@@ -355,6 +355,7 @@ def best_gains(
     Returns:
         The times, int64 `[count]`, and the gains, float64 `[count, bands]`.
     """
+    device = _device(model)
     alphas_cumprod = setting.schedule.alphas_cumprod.double()
     times = torch.linspace(0, len(alphas_cumprod) - 1, count).round().long()
     draw = generator(setting.seed, Purpose.FIT)
@@ -366,7 +367,8 @@ def best_gains(
             x0 = to_model_range(setting.data.images[part])
             noise = torch.randn(x0.shape, generator=draw)
             level = float(alphas_cumprod[t])
-            predicted = model(math.sqrt(level) * x0 + math.sqrt(1 - level) * noise, t)
+            x_t = math.sqrt(level) * x0 + math.sqrt(1 - level) * noise
+            predicted = model(x_t.to(device), t.to(device)).cpu()
             true, guess = (basis.coordinates(values).double() for values in (noise, predicted))
             for row, product in enumerate((true * guess, guess.square())):
                 per_place = product.sum((0, 1))
@@ -387,10 +389,11 @@ class StepGains(Correction):
     def apply(self, model: nn.Module, setting: Setting) -> Corrected:
         schedule, sampler = setting.schedule, setting.sampler
         draw = generator(setting.seed, Purpose.FIT)
-        start = torch.randn(FIT_NOISES, *setting.data.shape, generator=draw)
+        device = _device(model)
+        start = torch.randn(FIT_NOISES, *setting.data.shape, generator=draw).to(device)
         wanted = sample(model, sampler, schedule, LONG_RUN * setting.steps, start, draw).clone()
-        times = visited(sampler, schedule, setting.steps)
-        gains = torch.ones(len(times), requires_grad=True)
+        times = visited(sampler, schedule, setting.steps).to(device)
+        gains = torch.ones(len(times), device=device, requires_grad=True)
         optimizer = torch.optim.LBFGS([gains], max_iter=30, line_search_fn="strong_wolfe")
 
         def scaled(x: Tensor, t: Tensor) -> Tensor:
@@ -406,7 +409,7 @@ class StepGains(Correction):
             return loss
 
         optimizer.step(closure)
-        table = torch.ones(len(schedule.alphas_cumprod))
+        table = torch.ones(len(schedule.alphas_cumprod), device=device)
         table[times] = gains.detach()
         fitted = dict(zip(times.tolist(), gains.detach()[:, None].tolist(), strict=True))
         return Corrected(ScaledInTime(model, table), fitted=fitted)
@@ -425,6 +428,11 @@ class ScaledInTime(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         noise: Tensor = self.get_buffer("gains")[t] * self.model(x, t)
         return noise
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Return where a network lies; one without parameters is at home anywhere."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _between(times: Tensor, values: Tensor, count: int) -> Tensor:

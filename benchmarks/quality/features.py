@@ -215,7 +215,11 @@ class EfficientNetLite(FeatureNetwork):
         values = images if images.is_floating_point() else to_model_range(images)
         values = F.interpolate(values, size=self.size, mode="bicubic", antialias=True)
         values = values.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.rounded):
+        # A GPU would else round the convolutions' inputs to TF32, and the description says float32.
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=self.rounded),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
             maps: Tensor = self.network.extract_features(values)
         return maps.float().mean((2, 3))
 

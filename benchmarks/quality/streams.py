@@ -57,10 +57,15 @@ class Stream:
 
     def integers(self, high: int) -> Tensor:
         """Return uniform integers in `[0, high)`, shape `[B]`."""
-        drawn = torch.randint(high, (self.batch_size,), generator=self.source)
-        return drawn[self.rows].to(self.device)
+        return self._placed(torch.randint(high, (self.batch_size,), generator=self.source))
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Return standard normal numbers, shape `[B, *shape]`."""
-        drawn = torch.randn(self.batch_size, *shape, generator=self.source)
-        return drawn[self.rows].to(self.device)
+        return self._placed(torch.randn(self.batch_size, *shape, generator=self.source))
+
+    def _placed(self, drawn: Tensor) -> Tensor:
+        mine = drawn[self.rows]
+        if self.device.type != "cuda":
+            return mine.to(self.device)
+        # From pinned memory the copy makes nobody wait, and the next step is drawn meanwhile.
+        return mine.pin_memory().to(self.device, non_blocking=True)

@@ -128,10 +128,11 @@ class _Run:
                 f"batch_size: expected a multiple of the {accelerator.num_processes} processes, "
                 f"got {budget.batch_size}"
             )
-        self.objective, self.data, self.budget = objective, data, budget
+        self.objective, self.budget = objective, budget
         self.accelerator = accelerator
         self.num_train_timesteps = len(schedule.alphas_cumprod)
         device = accelerator.device
+        self.images = data.images.to(device)
         rows = slice(share * accelerator.process_index, share * (accelerator.process_index + 1))
         self.streams = {
             purpose: Stream(generator(seed, purpose), budget.batch_size, rows, device)
@@ -159,13 +160,14 @@ class _Run:
 
     def record(self) -> dict[str, Any]:
         """Return what is worth keeping of a finished run."""
+        device = self.accelerator.device
         return {
             "objective": self.objective.name,
             "steps": self.step,
             "parameters": sum(each.numel() for each in self._bare().parameters()),
             "seconds": round(self.seconds, 2),
             "processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "curve": self.curve,
         }
 
@@ -205,10 +207,10 @@ class _Run:
 
     def _batch(self) -> Batch:
         stream = self.streams[Purpose.TRAINING]
-        rows = stream.integers(len(self.data))
+        rows = stream.integers(len(self.images))
         t = stream.integers(self.num_train_timesteps)
-        noise = stream.normal(self.data.shape)
-        x0 = to_model_range(self.data.images[rows.cpu()].to(noise.device))
+        noise = stream.normal(tuple(self.images.shape[1:]))
+        x0 = to_model_range(self.images[rows])
         if self.budget.flip:
             mirrored = stream.integers(2).bool()[:, None, None, None]
             x0 = torch.where(mirrored, x0.flip(-1), x0)
