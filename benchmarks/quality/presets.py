@@ -564,7 +564,7 @@ SOUND_ARMS = (
     arm(Plain(), samplers=("unipc",), steps=(10, 50)),
     *(arm(Plain(), one, ("ddim",), TEN) for one in (BandGains(), Gain(9), Gain(49))),
     arm(Plain(), ScoreRescaling(1.05), ("ddim",), TEN),
-    *(arm(SkipStep(k), samplers=("ddim",), steps=TEN) for k in (49, 9)),
+    *(arm(SkipStep(k), samplers=("ddim",), steps=TEN) for k in (9, 49)),
 )
 CIFAR10_BATCH = replace(
     CIFAR10_WIDE,
@@ -608,6 +608,8 @@ CIFAR10_UNET = replace(
         UNetSpec(channels=128, multipliers=(1, 2, 2, 2), attention_at=(16,)), patch=1
     ),
     budget=replace(CIFAR10_WIDE.budget, learning_rate=5e-4, warmup=500, checkpoint_every=4_000),
+    samples=5_120,
+    sample_batch=256,  # as many as a fit takes at once: one shape to compile for
     arms=UNET_ARMS,
     seeds=(0,),
     workers=1,

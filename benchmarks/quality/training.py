@@ -219,8 +219,8 @@ class _Run:
     def _take_step(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        loss, epsilon_mse = self.loss(self.model, self._batch())
         self.optimizer.zero_grad()
+        loss, epsilon_mse = self.loss(self.model, self._batch())
         self.accelerator.backward(loss)
         if self.budget.grad_clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.budget.grad_clip)

@@ -177,8 +177,9 @@ After that the two ways to a sounder network of one shape that were left, on the
 nearest: `cifar10-batch`, 2.6 million images in batches of 256, and `cifar10-averaged`, weights
 averaged over a window of 5,000 steps in place of 2,000. Is either sound, and does the answer stand
 there? And, on a GPU, `cifar10-unet`: the paper's own U-Net of 35.7 million parameters inside the
-same preconditioning, without dropout, on as many images as `cifar10-wide`; the strengths are those
-chosen there. One seed each, so no intervals. Cut first: cells from the end of the presets.\
+same preconditioning, without dropout, on as many images as `cifar10-wide`, with 5,120 samples a
+cell. The strengths are those chosen there. One seed each, so no intervals. Cut first: cells from
+the end of the presets.\
 """
 
 
