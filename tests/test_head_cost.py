@@ -21,7 +21,12 @@ from benchmarks.overhead.contenders import (
     gradient_first_loss,
     released_loss,
 )
-from benchmarks.overhead.measure import OperatorCount, inductor_bytes, peak_memory
+from benchmarks.overhead.measure import (
+    OperatorCount,
+    inductor_bytes,
+    peak_memory,
+    syncs_forbidden,
+)
 from s2dm_loss import NoiseSchedule, SkipStepLoss, coefficients
 from s2dm_loss._head import _CHECKPOINTS_COMPILE, completed_square, mean_square
 from s2dm_loss.functional import completed_square_loss
@@ -167,11 +172,8 @@ def test_compiled_it_moves_no_more_than_it_must():
 def test_a_gpu_neither_syncs_nor_refuses_a_graph():
     device = torch.device("cuda")
     work = call(device=device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with syncs_forbidden():
         gradient = work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = work()

@@ -5,6 +5,7 @@ import json
 import re
 import time
 import types
+import warnings
 
 import pytest
 import torch
@@ -59,6 +60,12 @@ class Gpu:
         def set_mode(mode):
             self.diary.append(mode)
             self.mode = mode
+            if (
+                mode == "error"
+            ):  # as torch's own does when it is first set, and sets it all the same
+                warnings.warn(
+                    "Synchronization debug mode is a prototype", UserWarning, stacklevel=2
+                )
 
         fakes = {
             "Event": Event,

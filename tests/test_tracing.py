@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.overhead.measure import syncs_forbidden
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from tests.strategies import normal
 
@@ -196,11 +197,8 @@ def test_no_host_sync_on_a_gpu(estimator):
     x0 = torch.randn(4, 3, 8, 8, device="cuda")
     model = torch.nn.Conv2d(3, 3, 1).cuda()
     model(x0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with syncs_forbidden():
         criterion(lambda x_t, t: model(x_t), x0).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_errors_are_the_same_under_python_optimize():

@@ -7,6 +7,7 @@ import logging
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -264,8 +265,11 @@ def kernels(work: Callable[[], object]) -> int:
 def syncs_forbidden() -> Iterator[None]:
     """Raise where the host would wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            # The mode is set by then: it warns once that it does not see all that waits.
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)

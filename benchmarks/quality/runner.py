@@ -196,7 +196,7 @@ class Bench:
             "versions": self.versions,
         }
         if self.accelerator.is_main_process:
-            save_tensors(path.with_suffix(".pt"), {"samples": saved[:KEPT_SAMPLES].cpu()})
+            save_tensors(path.with_suffix(".pt"), {"samples": saved[:KEPT_SAMPLES].clone()})
             save_json(path, result)
             _remove_batches(path)
         self.accelerator.wait_for_everyone()
@@ -321,8 +321,8 @@ def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | Non
         if first:
             bench.floor()
         with tqdm(
-            total=(todo.cost + todo.done) / 1e6,
-            initial=todo.done / 1e6,
+            total=todo.cost + todo.done,
+            initial=todo.done,
             desc=preset.name,
             smoothing=0,  # two processes report in bursts
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
@@ -331,7 +331,7 @@ def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | Non
             if workers == 1:
                 for job in jobs(preset):
                     bar.set_postfix_str(f"{job.arm.method.name}, seed {job.seed}")
-                    bench.do(job, _Batched(lambda cost: bar.update(cost / 1e6)))
+                    bench.do(job, _Batched(bar.update))
             else:
                 _share(preset, root, data_folder, workers, bar)
 
@@ -392,7 +392,7 @@ def _share(
 
     def listen() -> None:
         while (cost := queue.get()) is not None:
-            bar.update(cost / 1e6)
+            bar.update(cost)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
