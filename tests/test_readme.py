@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("scipy", reason="the evidence's statistics need the extra `quality`")
 pytest.importorskip("matplotlib", reason="so do its pages")
+from benchmarks.overhead.figures import head_share
 from benchmarks.pages.tables import listed
 from benchmarks.quality.corrections import ScoreRescaling
 from benchmarks.quality.evidence.cifar10_answers import (
@@ -16,8 +17,10 @@ from benchmarks.quality.evidence.cifar10_answers import (
     MORE,
     OTHERS,
     PRESET,
+    RESCALED,
     SOUND_CELLS,
     UNCLAMPED,
+    UNET,
     WIDER,
     answer,
     by_kind,
@@ -47,6 +50,10 @@ CIFAR10 = sorted(path.stem for path in RESULTS.glob("cifar10-*.json"))
 
 def results_of(name: str) -> Results:
     return Results(json.loads((RESULTS / f"{name}.json").read_text()))
+
+
+def in_letters(number) -> str:
+    return ("none", "one", "two", "three", "four", "five")[number]
 
 
 def said(found) -> str:
@@ -100,7 +107,7 @@ def test_what_the_readme_says_of_the_digits_is_so():
         of_family(ScoreRescaling), TEN, "images_frechet"
     )
     assert set(chosen.values()) == {"plain+rescaling2"}
-    assert "and it is by 2 in the digits' and by 0.97 in the crops'." in FLAT
+    assert "it is by 2 in the digits' column and by 0.97 in the crops'." in FLAT
     textures = results_of("textures-corrections")
     chosen = textures.chosen_elsewhere(of_family(ScoreRescaling), TEN, "images_frechet")
     assert set(chosen.values()) == {"plain+rescaling0.97"}
@@ -126,29 +133,25 @@ def test_what_the_readme_says_of_cifar10_is_so():
     )
     assert f"nearer than DDIM at 10 by only {said(exact)}." in FLAT
     assert found["unipc"].mean == max(one.mean for one in found.values())  # "does most"
-    loss, gain, rescaling = (
-        said(over_plain(results, name, Cell("unipc", 10)))
-        for name in ("skip49-expected", "plain+gain49", "plain+rescaling1.05")
+    loss, gain = (
+        said(over_plain(results, name, Cell("unipc", 10))) for name in (trained(49), corrected(49))
     )
-    assert f"To UniPC's samples the loss with k = 49 adds {loss}, its gain {gain}, and" in FLAT
-    assert f"the score rescaling that suits DDIM {rescaling}." in FLAT
+    assert f"on the small network, to UniPC's, {loss} and {gain}." in FLAT
     assert max(-found["loss"].low, found["loss"].high) <= MARGIN  # "it is equivalent"
     pairs = [
         found.mean
+        for network in (results, results_of(UNET))
         for skip in (9, 49)
-        for cell in results.cells("plain")
-        if (found := over_plain(results, trained(skip), cell, corrected(skip))) is not None
+        for cell in network.cells("plain")
+        if (found := over_plain(network, trained(skip), cell, corrected(skip))) is not None
     ]
     assert (
         f"it was the better by up to {-min(pairs):.1f} % and the worse by up to {max(pairs):.1f} %"
     ) in FLAT
-    assert set(chosen_correction(results).values()) == {"plain+rescaling1.05"}
-    too_much = over_plain(results, "plain+rescaling1.1", TEN)
-    assert f"by 1.05 in CIFAR10's column, by 1.1 it did {said(too_much)} there" in FLAT
+    assert set(chosen_correction(results).values()) == {RESCALED}  # "the best on the small network"
     plain = results.values("plain", TEN, "images_frechet").values()
-    assert f"lie at {np.mean(list(plain)):.0f} from the test images" in FLAT
-    assert f"as many real ones lie at {results.floor:.0f}, in EfficientNet's" in FLAT
-    assert f"({millions(results)} million parameters, 2 million images seen)" in FLAT
+    assert f"where they lie at {np.mean(list(plain)):.0f} from the test images." in FLAT
+    assert f"({millions(results)} million parameters, as many images)" in FLAT
     assert is_sound(results) is False
 
 
@@ -212,9 +215,67 @@ def test_unclamped_samples_are_those_of_the_answer_and_say_the_same():
 
 
 def test_what_the_readme_says_of_other_networks_on_cifar10_is_so():
-    _, *before = OTHERS  # the first is the larger one
-    others = [over_plain(results_of(name), "plain+gain49", TEN) for name in before]
-    assert f"gain of k = 49 did {listed([said(one) for one in others])}." in FLAT
+    _, *others = OTHERS  # the first is the paper's
+    found = [over_plain(results_of(name), "plain+gain49", TEN) for name in others]
+    gains = [said(one) if one.count > 1 else f"{one.mean:+.1f} %" for one in found]
+    assert f"On {in_letters(len(gains))} other networks of CIFAR10 the gain of k = 49" in FLAT
+    assert f"gain of k = 49 did {listed(gains)}." in FLAT
+
+
+def test_what_the_readme_says_of_the_papers_unet_is_so():
+    results, wide = results_of(UNET), results_of(PRESET)
+    assert is_sound(results) is True
+    assert list(results.values("plain", TEN)) == [0]  # "one seed"
+    budget, theirs = (PRESETS[name].budget for name in (UNET, "cifar10"))
+    assert f"after {theirs.steps * theirs.batch_size / 1e6:.0f} million images" in FLAT
+    assert round(budget.steps * budget.batch_size / 1e6) == 2
+    assert f"has {millions(results)} million parameters and has seen 2 million images" in FLAT
+
+    def over(name, cell=TEN, base="plain"):
+        return f"{over_plain(results, name, cell, base).mean:+.1f} %"
+
+    unipc, pndm = Cell("unipc", 10), Cell("pndm", 10)
+    assert (
+        f"the loss adds {over(trained(49), unipc)} and its gain {over(corrected(49), unipc)} to "
+        f"UniPC's samples, and to PNDM's the loss {over(trained(49), pndm)};"
+    ) in FLAT
+    solvers = {one: over_ddim(results, one, 10).mean for one in SOLVERS}
+    assert max(solvers, key=solvers.get) == "pndm"  # "PNDM on the paper's U-Net"
+    default = [over_plain(results, trained(9), cell) for cell in results.cells("plain")]
+    default = [one.mean for one in default if one is not None]
+    assert len(default) == 4
+    assert f"U-Net {min(default):+.1f} to {max(default):+.1f} %, by sampler and steps" in FLAT
+    assert f"does {over(RESCALED)} on the U-Net;" in FLAT
+    few, many = (results.values("plain", Cell("ddim", n), "images_frechet")[0] for n in (10, 100))
+    assert f"{few:.0f} from the test images with DDIM at 10, {many:.0f} at 100, where" in FLAT
+    assert f"as many real ones lie at {results.floor:.0f}." in FLAT
+    by_step = [
+        results.values("plain", Cell("ddim", n), "images_frechet")[0] for n in (10, 20, 50, 100)
+    ]
+    assert sorted(by_step, reverse=True) == by_step  # "nearer with every step"
+    younger = [over(f"plain@{part}+gain49", base=f"plain@{part}") for part in (25, 50)]
+    assert f"its gain did {younger[0]} after a quarter of it, and {younger[1]} after half." in FLAT
+    # docs/evidence.md, "What to do"
+    gains = [over_plain(results, name, TEN).mean for name in (trained(49), corrected(49))]
+    assert solvers["unipc"] < min(gains)
+    assert solvers["pndm"] > max(gains)
+    assert over_plain(wide, RESCALED, TEN).sign == 1
+
+
+def test_what_the_readme_says_of_a_gpu_is_so():
+    figures = json.loads((ROOT / "benchmarks/results/overhead/cuda.json").read_text())
+    assert "on an H200 twice the time that it takes to launch" in FLAT
+    assert figures["step"]["machine"]["gpu"] == "NVIDIA H200"
+    step = figures["step"]["figures"]
+    assert step["parameters"] == 35746307  # "the paper's U-Net"
+    assert f"{100 * head_share(step):.1f} % of a training step of the paper's U-Net" in FLAT
+    known = [
+        cell["ratios"]["expected/mse"][1]
+        for cell in figures["head"]["figures"]
+        if cell["mode"] == "eager" and cell["dtype"] == "float32" and cell["name"][:2] != "2^"
+    ]
+    assert len(known) == 4
+    assert all(1.9 < ratio < 2.1 for ratio in known)
 
 
 def moved(wide, other):
@@ -247,7 +308,7 @@ def test_what_the_readme_says_of_longer_training_is_so():
     steps = PRESETS[LONGER].budget.steps
     assert f"trained on {steps * 128 / 1e6:.1f} million images]" in FLAT
     assert len(moved(wide, longer)) > 15
-    assert f"moves by more than {max(moved(wide, longer)):.1f} percentage points." in FLAT
+    assert f"moves by more than {max(moved(wide, longer)):.1f} percentage points;" in FLAT
     assert max(spreads_apart(wide, longer, "2")) < 1e-3  # "has the same spread"
 
 
@@ -259,15 +320,6 @@ def test_what_the_readme_says_of_a_larger_network_is_so():
     apart = max(spreads_apart(wide, wider, "0"))
     assert f"lies nearer by {100 * (1 - now / before):.0f} %, again with the same spread" in FLAT
     assert f"spread to {apart:.3f} of the data's" in FLAT
-    default, loss, gain, rescaling = (
-        f"{over_plain(wider, name, TEN).mean:+.1f} %"
-        for name in ("skip9-expected", "skip49-expected", "plain+gain49", "plain+rescaling1.05")
-    )
-    unipc = f"{over_ddim(wider, 'unipc', TEN.steps).mean:+.1f} %"
-    assert (
-        f"the loss does {default} with k = 9 and {loss} with k = 49, its gain {gain}, score "
-        f"rescaling by 1.05 {rescaling} and UniPC {unipc}."
-    ) in FLAT
     assert is_sound(wider) is False
 
 
@@ -322,6 +374,14 @@ def test_what_the_plots_description_says_is_so():
     assert all(5 < value < 8 for value in gains["gain k = 49"])
     assert all(16 < value < 18 for value in corrections["Temporal Score Rescaling"])
     assert all(31.5 < value < 32.5 for value in solvers["UniPC"])
+    losses, gains, corrections, solvers = by_kind(results_of(UNET))
+    shown = [
+        *(losses[f"S²-DM k = {skip}, expected"] for skip in (9, 49)),
+        gains["gain k = 49"],
+        corrections["Temporal Score Rescaling"],
+        *(solvers[name] for name in ("UniPC", "PNDM")),
+    ]
+    assert [round(value) for (value,) in shown] == [3, 23, 24, -43, 20, 38]
 
 
 def test_the_readme_says_what_spread_is_lacking():
@@ -335,10 +395,8 @@ def test_the_readme_says_what_spread_is_lacking():
     assert 0.035 < max(lacking) < 0.045
     few = [1 - one for one in left_by_network(results, TEN, spread_left(results, TEN))]
     assert {round(100 * one) for one in few} == {6, 7}
-    assert (
-        "its samples lack 2 to 4 % of the spread that the sampler leaves at 50 steps and more, and "
-        "6 to 7 % with DDIM at 10."
-    ) in FLAT
+    assert ("the spread that the sampler leaves at 50 steps and more, which makes it sound") in FLAT
+    assert "its samples lack 2 to 4 % of that spread, and 6 to 7 % with DDIM at 10, where" in FLAT
 
 
 def millions(results) -> str:

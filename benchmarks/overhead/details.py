@@ -42,11 +42,19 @@ def overhead_text(results: Results) -> str:
     smallest = min(cells, key=lambda cell: math.prod(cell["shape"]))
     times = smallest["microseconds"]
     extra = times["expected"][1] - times["mse"][1]
-    counts = {
-        row["contender"]: row["operators"]
-        for row in results["counts"]["figures"]
-        if row["dtype"] == "float32"
+    rows = {
+        row["contender"]: row for row in results["counts"]["figures"] if row["dtype"] == "float32"
     }
+    counts = {name: row["operators"] for name, row in rows.items()}
+    if "kernels" in rows["mse"]:
+        kernels = {name: row["kernels"] for name, row in rows.items()}
+        return (
+            "Of all but the largest sizes this is the host's time to launch, from an idle device: "
+            f"`expected` runs up to {kernels['expected']} kernels where `F.mse_loss` runs "
+            f"{kernels['mse']}, most of them on one value a sample. At {smallest['name']} elements "
+            f"that is {extra:.0f} µs more, once a step, and hardly more at any other. In a "
+            "training step the device has other work meanwhile.\n"
+        )
     return (
         "Small sizes show the price of calling operators at all, and not of the data: `expected` "
         f"calls {counts['expected']} where `F.mse_loss` calls {counts['mse']}, most of them on one "
@@ -76,7 +84,7 @@ def step_text(figures: Results) -> str:
         f"Forward, loss, backward and optimizer of {figures['model']} "
         f"({figures['parameters'] / 1e6:.1f} M parameters), batch {figures['shape'][0]}, "
         f"{figures['rounds']} rounds.\n\n{table}\n"
-        "Losses that differ by microseconds differ here by the noise of a step that takes seconds. "
+        "Losses that differ by microseconds differ here by the noise of a whole step. "
         "By the head's own times at this shape, which have no such noise, `expected` changes the "
         f"plain step by {share:+.4%}.\n"
     )

@@ -24,14 +24,14 @@ def bandwidth_shares(results: Results, cell: Results, name: str) -> tuple[float,
 
     The least is to read ε̂ and ε and to write one gradient.
     """
-    row = next(
+    counted = "bytes" if cell["mode"] == "eager" else "compiled_bytes"
+    row = next(  # one shape alone is compiled
         row
         for row in reversed(results["counts"]["figures"])
-        if row["contender"] == name and row["dtype"] == cell["dtype"]
+        if row["contender"] == name and row["dtype"] == cell["dtype"] and counted in row
     )
-    counted = row["bytes"] if cell["mode"] == "eager" else row["compiled_bytes"]
     least = useful_rate(cell, name) / copy_rate(results)
-    return counted / row["data_bytes"] / 3 * least, least
+    return row[counted] / row["data_bytes"] / 3 * least, least
 
 
 def by_shape(results: Results, dtype: str) -> Iterable[tuple[tuple[int, ...], dict[str, Results]]]:

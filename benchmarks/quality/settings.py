@@ -98,18 +98,18 @@ def _unet(network: UNetSpec) -> str:
     return f"diffusers' U-Net with {channels} channels and {blocks} a level"
 
 
+def _on_blocks(patch: int) -> str:
+    return f" on blocks of {patch} x {patch} pixels" if patch > 1 else ""
+
+
 def _preconditioned(network: PreconditionedUNetSpec) -> str:
-    return (
-        f"{_unet(network.unet)}, preconditioned, on blocks of {network.patch} x {network.patch} "
-        "pixels"
-    )
+    return f"{_unet(network.unet)}{_on_blocks(network.patch)}, preconditioned"
 
 
 def _spectral(network: SpectralUNetSpec) -> str:
     return (
-        f"{_unet(network.unet)} on blocks of {network.patch} x {network.patch} pixels, added to "
-        "the predictor that is exact for Gaussian data of the training images' mean, colours and "
-        "power at each frequency"
+        f"{_unet(network.unet)}{_on_blocks(network.patch)}, added to the predictor that is exact "
+        "for Gaussian data of the training images' mean, colours and power at each frequency"
     )
 
 

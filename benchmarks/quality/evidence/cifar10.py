@@ -10,6 +10,8 @@ from benchmarks.pages.tables import MISSING, counted, folded, listed, markdown_t
 from benchmarks.quality.corrections import BandGains, Gain, ScoreRescaling
 from benchmarks.quality.evidence.cifar10_answers import (
     ALPHA,
+    AVERAGED,
+    BATCH,
     LATE,
     LONG,
     LONGER,
@@ -21,8 +23,10 @@ from benchmarks.quality.evidence.cifar10_answers import (
     SOUND,
     SPREAD_CELLS,
     UNCLAMPED,
+    UNET,
     WIDER,
     by_kind,
+    by_method,
     chosen_correction,
     in_short,
     is_sound,
@@ -74,12 +78,21 @@ from benchmarks.quality.statistics import (
 from benchmarks.quality.tables import cell_title, percent
 
 FIFTY = Cell("ddim", 50)
+SAID_OF_SOUND = {True: "sound", False: "not sound", None: "not known to be sound"}
+COLUMNS = (
+    "8-bit. Fréchet: improvement over the plain network. Kernel: 1,000 times what is taken off the "
+    "plain network's distance; positive is better in both. Spread: of the samples, over the "
+    "data's, by seed."
+)
 UNTIL_THEN = {
     MORE: "10,000 samples a cell, Min-SNR from the start",
     UNCLAMPED: "raw samples",
     LONG: "200 to 1000 steps",
     LONGER: "the same network trained for longer",
+    BATCH: "larger batches",
+    AVERAGED: "longer averaging",
     WIDER: "a larger network",
+    UNET: "the paper's U-Net",
     REDUCTION: "a sum in place of a mean",
 }
 """What the page lacks as long as a preset has no results."""
@@ -188,26 +201,27 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
     measured = measured_networks(evidence)
     if measured:
         results, *others = measured
-        wider = evidence.results(WIDER)
+        unet, wider = map(evidence.results, (UNET, WIDER))
+        if unet is not None:
+            yield _on_the_papers(unet)
         yield _answer(results) + _on_the_larger(wider)
         yield evidence.figure(
             "cifar10",
             "Improvement of the 8-bit Fréchet distance of DDIM's samples at 10 steps, a panel for "
-            "each network and a point for each seed: the loss, its gain without training, other "
+            "a network and a point for each seed: the loss, its gain without training, other "
             "corrections, other solvers",
-            by_seed({_short(one): by_kind(one) for one in measured}),
+            by_seed({_short(one): by_kind(one) for one in (unet, results, wider) if one}),
         )
+        if unet is not None:
+            yield from _papers_unet(results, unet)
         yield from _network(results)
         yield "## Is the plain network sound?"
         yield from _sound(results)
         yield from _few_steps_flatter(results)
         yield "## The loss, and its gain without training"
-        yield (
-            "8-bit. Fréchet: improvement over the plain network. Kernel: 1,000 times what is taken "
-            "off the plain network's distance; positive is better in both. Spread: of the samples, "
-            "over the data's, by seed."
-        )
+        yield COLUMNS
         yield from _losses(results)
+        yield "## Corrections without training, and better solvers"
         yield from _corrections(results)
         yield from _together(results)
         more, raw, long, reduced = map(evidence.results, (MORE, UNCLAMPED, LONG, REDUCTION))
@@ -234,6 +248,67 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
     yield PROTOCOL
 
 
+def _on_the_papers(unet: Results) -> str:
+    seeds = counted(len(unet.values("plain", TEN)), "seed")
+    return (
+        f"On CIFAR10, with [the paper's own U-Net](#the-papers-u-net), {_millions(unet)} million "
+        f"parameters, {SAID_OF_SOUND[is_sound(unet)]} by the protocol, {seeds} of {_images(unet)} "
+        f"images: {by_method(unet)}. Positive is better."
+    )
+
+
+def _papers_unet(results: Results, unet: Results) -> Iterable[str]:
+    record, budget = unet.record, PRESETS[UNET].budget
+    settings, floor, versions = record["settings"], record["floor"], record["versions"]
+    runs = [run for seeds in record["trainings"].values() for run in seeds.values()]
+    share = 0.0 if budget.branch_at is None else budget.branch_at
+    plain = next(iter(record["trainings"]["plain"].values()))
+    yield "## The paper's U-Net"
+    yield f"""\
+- **Network**: {in_words(settings["network"])}. That U-Net is Ho et al.'s (2020),
+  which the paper trains; the rest is as with the small network below. {_millions(unet)} million
+  parameters.
+- **Training**: {in_words(settings["budget"])}. {_images(unet)} images, and
+  {PRESETS["cifar10"].budget.steps * PRESETS["cifar10"].budget.batch_size:,} in the paper.
+- **Distances**: {floor["features"]}, {settings["samples"]:,} samples against the 10,000 test
+  images. As many training images lie at **{unet.floor:.1f}**.
+- **Spent**: {counted(len(runs), "training")}, of which the plain one took {plain["seconds"]:.0f}
+  seconds on an {plain["device"]} with torch {versions["torch"]}, and the others the last
+  {100 * (1 - share):.0f} % of that each; {counted(len(record["rows"]), "cell")};
+  `python -m benchmarks.quality run {UNET} --data FOLDER`."""
+    yield "### Is it sound?"
+    yield from _sound(unet)
+    yield from _few_steps_flatter(unet)
+    yield "### The loss, its gain, and what else was tried"
+    yield COLUMNS
+    yield from _losses(unet)
+    yield from _corrections(unet)
+    yield from _turned(results, unet)
+
+
+def _turned(results: Results, unet: Results) -> Iterable[str]:
+    """Say what helps on one of two networks and harms on the other."""
+    turned, both = [], 0
+    for name in unet.methods:
+        for cell in unet.cells(name):
+            pair = [over_plain(one, name, cell) for one in (results, unet)]
+            if name == "plain" or "@" in name or pair[0] is None or pair[1] is None:
+                continue
+            both += 1
+            if pair[0].sign * pair[1].mean < 0:
+                turned.append(
+                    f"{unet.title(name).removeprefix('plain L_simple + ')} with "
+                    f"{cell_title(cell)} ({percent(pair[0])} there, {percent(pair[1])} here)"
+                )
+    if turned:
+        yield (
+            f"Of the {both} cells of a loss or a correction that were measured here and on the "
+            f"small network, {len(turned)} turn from help to harm or back: {'; '.join(turned)}. So "
+            "a correction that was found on a network which is not sound says little of one that "
+            "is."
+        )
+
+
 def _short(results: Results) -> str:
     name: str = results.record["preset"]
     return name.removeprefix("cifar10-")
@@ -242,17 +317,17 @@ def _short(results: Results) -> str:
 def _answer(results: Results) -> str:
     seeds = len(results.values("plain", TEN, IMAGES))
     return (
-        f"On CIFAR10, with this network, {in_short(results)}. Positive is better. Intervals are "
-        f"Student's t over {counted(seeds, 'seed')}, {errors_either_side(seeds):.1f} standard "
-        f"errors to either side, or {errors_either_side(2):.1f} over two; bold where they exclude "
-        "0. They cover what another seed would change, not another network or data set."
+        f"On a small network, {_millions(results)} million parameters, "
+        f"{SAID_OF_SOUND[is_sound(results)]}, {in_short(results)}. Intervals are Student's t over "
+        f"{counted(seeds, 'seed')}, {errors_either_side(seeds):.1f} standard errors to either "
+        f"side, or {errors_either_side(2):.1f} over two; bold where they exclude 0. They cover "
+        "what another seed would change, not another network or data set."
     )
 
 
 def _on_the_larger(wider: Results | None) -> str:
     if wider is None:
         return ""
-    said = {True: "sound", False: "not sound either", None: "not known to be sound"}
     found = {
         "the loss with k = 9": over_plain(wider, trained(9), TEN),
         "the loss with k = 49": over_plain(wider, trained(49), TEN),
@@ -261,7 +336,7 @@ def _on_the_larger(wider: Results | None) -> str:
     }
     return (
         " On [a larger network](#a-larger-network), "
-        f"{counted(len(wider.values('plain', TEN)), 'seed')}, {said[is_sound(wider)]}: "
+        f"{counted(len(wider.values('plain', TEN)), 'seed')}, {SAID_OF_SOUND[is_sound(wider)]}: "
         f"{listed([f'{name} {percent(one)}' for name, one in found.items() if one])}."
     )
 
@@ -407,11 +482,14 @@ def _losses(results: Results) -> Iterable[str]:
     if pairs:
         least, most = (by(pairs, key=lambda one: one.mean) for by in (min, max))
         signs = [one.sign for one in pairs]
+        told = (
+            f"; better in {signs.count(1)}, worse in {signs.count(-1)}, not to be told apart in "
+            f"{signs.count(0)}"
+        )
         yield (
             "Training with the loss against its gain on the plain network, "
             f"{counted(len(pairs), 'cell')} of skip, sampler and steps: from {percent(least)} to "
-            f"{percent(most)}; better in {signs.count(1)}, worse in {signs.count(-1)}, not to be "
-            f"told apart in {signs.count(0)}."
+            f"{percent(most)}{told if most.count > 1 else ''}."
         )
     budget = PRESETS[results.record["preset"]].budget
     if budget.branch_at is None:
@@ -430,7 +508,6 @@ def _losses(results: Results) -> Iterable[str]:
 
 
 def _corrections(results: Results) -> Iterable[str]:
-    yield "## Corrections without training, and better solvers"
     yield "DDIM, 8-bit, by seed and in the mean; a strength on each side of none."
     rows = []
     for name in dict.fromkeys([*without_training(results, TEN), f"plain+{BandGains().name}"]):
@@ -591,7 +668,8 @@ def _networks(measured: list[Results]) -> Iterable[str]:
     yield markdown_table(["", *(_short(one) for one in measured)], rows)
     yield from _longer_trained(measured)
     for one in measured[1:]:
-        if any(one.values(trained(skip), TEN) for skip in (9, 49)):
+        tables_above = one.record["preset"] == UNET
+        if not tables_above and any(one.values(trained(skip), TEN) for skip in (9, 49)):
             yield folded(
                 f"The loss and its gain on {_short(one)}, as in the tables above",
                 "\n\n".join(part.strip() for part in _losses(one)),
@@ -648,7 +726,7 @@ def _distances(results: Results) -> str:
 
 
 def _any_is_sound(evidence: Evidence) -> bool:
-    found = (evidence.results(name) for name in (PRESET, LONGER, WIDER))
+    found = map(evidence.results, (PRESET, LONGER, BATCH, AVERAGED, WIDER, UNET))
     return any(is_sound(results) for results in found if results is not None)
 
 
@@ -660,7 +738,8 @@ def _not_run(evidence: Evidence) -> Iterable[str]:
             [
                 *(about for name, about in UNTIL_THEN.items() if name not in evidence.records),
                 *([] if _any_is_sound(evidence) else ["a network that is sound"]),
-                *("Inception's features", "the paper's network (`cifar10`)", "CelebA"),
+                "a second seed of the paper's U-Net, and its whole training (`cifar10`)",
+                *("Inception's features", "CelebA"),
             ]
         )
         + "."

@@ -10,6 +10,8 @@ from benchmarks.quality.evidence.cifar10_answers import (
     ALPHA,
     MORE,
     PRESET,
+    RESCALED,
+    UNET,
     over_ddim,
     over_plain,
     p_values,
@@ -23,31 +25,39 @@ from benchmarks.quality.statistics import Interval, Results
 from benchmarks.quality.tables import percent
 
 Finding = Callable[[Results], Interval | None]
-DATA_SETS = ("CIFAR10", "digits", "crops")
+DATA_SETS = ("CIFAR10, the paper's U-Net", "CIFAR10, small network", "digits", "crops")
 
 
 def front_table(evidence: Evidence) -> str:
     """Return the 8-bit improvements on three data sets, the simplest remedy first."""
-    cifar10, digits, crops = map(evidence.results, (PRESET, "digits-full", "textures"))
+    unet, cifar10, digits, crops = map(evidence.results, (UNET, PRESET, "digits-full", "textures"))
     more, *studies = map(evidence.results, (MORE, "digits-corrections", "textures-corrections"))
 
-    def unipc(results: Results) -> Interval | None:
-        return over_ddim(results, "unipc", TEN.steps)
+    def by_solver(solver: str) -> list[tuple[Results | None, Finding]]:
+        return [
+            (one, lambda results: over_ddim(results, solver, TEN.steps))
+            for one in (unet, cifar10, *studies)
+        ]
 
     def over(name: str, *columns: Results | None) -> list[tuple[Results | None, Finding]]:
         return [(one, lambda results: over_plain(results, name, TEN)) for one in columns]
 
-    everywhere = (cifar10, digits, crops)
+    everywhere = (unet, cifar10, digits, crops)
     rows: dict[str, list[tuple[Results | None, Finding]]] = {
-        "UniPC in DDIM's place": [(one, unipc) for one in (cifar10, *studies)],
-        "Temporal Score Rescaling, without training, its strength chosen on other seeds": [
-            (one, _rescaled) for one in (cifar10, *studies)
-        ],
-        "what the search recommends, given the metric's features": [(cifar10, searched)],
+        "PNDM in DDIM's place": by_solver("pndm"),
+        "UniPC in DDIM's place": by_solver("unipc"),
         "the loss's gain, k = 49, without training": over(corrected(49), *everywhere),
         "the loss, k = 49": over(trained(49), *everywhere),
         "the loss, k = 9, the paper's default": over(trained(9), *everywhere),
-        "the weighting Min-SNR-5, from the start": over(MinSNR().name, more, digits),
+        "Temporal Score Rescaling, without training, its strength chosen on other seeds": [
+            *over(RESCALED, unet),
+            *((one, _rescaled) for one in (cifar10, *studies)),
+        ],
+        "what the search recommends, given the metric's features": [
+            (None, searched),
+            (cifar10, searched),
+        ],
+        "the weighting Min-SNR-5, from the start": over(MinSNR().name, None, more, digits),
     }
     found = {
         name: [None if results is None else find(results) for results, find in columns]
@@ -66,18 +76,22 @@ def front_table(evidence: Evidence) -> str:
 
 def front_note(evidence: Evidence) -> str:
     """Return what a reader of the table has to know of its rows; nothing without CIFAR10's."""
-    cifar10, more = evidence.results(PRESET), evidence.results(MORE)
+    unet, cifar10, more = map(evidence.results, (UNET, PRESET, MORE))
     share = PRESETS[PRESET].budget.branch_at
-    if cifar10 is None or more is None or share is None:
+    if unet is None or cifar10 is None or more is None or share is None:
         return ""
-    min_snr = counted(len(more.values(MinSNR().name, TEN)), "seed")
+    large, seeds, min_snr = (
+        counted(len(one.values(name, TEN)), "seed")
+        for one, name in ((unet, "plain"), (cifar10, "plain"), (more, MinSNR().name))
+    )
     few, many = (f"{one.record['settings']['samples']:,}" for one in (cifar10, more))
     return (
-        "*Digits* are scikit-learn's, *crops* of photographs, both 8 x 8 and of three or five "
-        f"seeds; on CIFAR10 {counted(len(cifar10.values('plain', TEN)), 'seed')} of {few} samples, "
-        f"where Min-SNR has {min_snr} of {many}. The loss was trained from the start on the small "
-        f"ones, on CIFAR10 for the last {100 * (1 - share):.0f} % of the training. Means are of "
-        f"the logarithms of the ratios.{_together(cifar10)}"
+        f"The paper's U-Net is {large}, with the strength of score rescaling that was chosen on "
+        f"the small network; that is {seeds} of {few} samples, where Min-SNR has {min_snr} of "
+        f"{many}. *Digits* are scikit-learn's, *crops* of photographs, both 8 x 8 and of three or "
+        "five seeds. The loss was trained from the start on these two, on CIFAR10 for the last "
+        f"{100 * (1 - share):.0f} % of the training. PNDM calls the network once more than it has "
+        f"steps. Means are of the logarithms of the ratios.{_together(cifar10)}"
     )
 
 
@@ -100,8 +114,8 @@ def _together(results: Results) -> str:
     each = "each taken" if len(lost) > 1 else "taken"
     rest = f"; {listed(lost)} only {each} by itself" if lost else ""
     return (
-        f" Of the {len(alone)} comparisons made in this cell on CIFAR10, by Holm's correction over "
-        f"all, {said}{rest}."
+        f" Of the {len(alone)} comparisons made in this cell on the small network, by Holm's "
+        f"correction over all, {said}{rest}."
     )
 
 
