@@ -13,10 +13,12 @@ from quality_tools import TINY
 from torch import Tensor, nn
 
 from benchmarks.files import load_json, load_tensors
+from benchmarks.quality.budget import Budget
 from benchmarks.quality.data import load_digits
 from benchmarks.quality.objectives import Batch, Loss, Objective, Plain, SkipStep
+from benchmarks.quality.presets import CIFAR10_AVERAGED, CIFAR10_WIDE
 from benchmarks.quality.streams import Purpose, Stream, generator
-from benchmarks.quality.training import averaged_at, kept_state, train
+from benchmarks.quality.training import averaged_as_in, averaged_at, kept_state, train
 from s2dm_loss import NoiseSchedule
 
 
@@ -166,6 +168,20 @@ def test_a_branch_of_the_same_loss_ends_where_the_run_ends(tmp_path: Path) -> No
         torch.testing.assert_close(again[name], weights, rtol=0, atol=0)
     other = a_run(tmp_path / "other", SkipStep(99, tau=0.5), budget=budget, branch=branch)
     assert any(not torch.equal(w, whole[name]) for name, w in other.state_dict().items())
+
+
+@pytest.mark.parametrize("budget", [CIFAR10_WIDE.budget, CIFAR10_AVERAGED.budget])
+def test_what_is_left_in_the_average_of_before_a_step(budget: Budget) -> None:
+    """A weight that is 1 until a step and then 0, averaged as a training averages."""
+    budget = replace(budget, steps=400)
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    average = averaged_as_in(budget, [weight])  # begins at 1
+    for step in range(budget.steps):
+        weight.data.fill_(1.0 if step < 300 else 0.0)
+        average.step([weight])
+    assert float(average.shadow_params[0]) == pytest.approx(budget.kept_from(300), rel=1e-9)
+    assert 0.01 < budget.kept_from(300) < 0.9
+    assert average.cur_decay_value == budget.decay(399)
 
 
 def test_the_averaged_weights_of_a_younger_network(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -14,7 +15,9 @@ class Budget:
         batch_size: Images per step, over all processes.
         learning_rate: Adam's.
         anneal: Let the learning rate fall to zero along a cosine.
-        ema_decay: Decay of the averaged weights, which are the ones that sample.
+        ema_decay: Largest decay of the averaged weights, which are the ones that sample.
+        ema_power: After n steps that decay is at most 1 - (1 + n)^-power, so that the average spans
+            about n^power of them; None for (1 + n) / (10 + n), a ninth of them.
         grad_clip: Bound of the gradient's norm; None for none.
         flip: Mirror images at random.
         log_every: Steps per point of the loss curve.
@@ -38,3 +41,16 @@ class Budget:
     warmup: int = 0
     keep_at: tuple[float, ...] = ()
     branch_at: float | None = None
+    ema_power: float | None = None
+
+    def decay(self, step: int) -> float:
+        """Return the decay of the averaged weights after some steps, as diffusers has it."""
+        if step < 1:
+            return 0.0
+        power = self.ema_power
+        ramp = (1 + step) / (10 + step) if power is None else 1 - (1 + step) ** -power
+        return min(ramp, self.ema_decay)
+
+    def kept_from(self, step: int) -> float:
+        """Return the share of the averaged weights at the end that is from before a step."""
+        return math.prod(self.decay(each) for each in range(step, self.steps))

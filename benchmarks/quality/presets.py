@@ -578,7 +578,7 @@ CIFAR10_AVERAGED = replace(
     CIFAR10_WIDE,
     name="cifar10-averaged",
     about="CIFAR10, cifar10-wide's network averaged for longer; data from a local folder, 2 hours",
-    budget=replace(CIFAR10_WIDE.budget, ema_decay=0.9998),
+    budget=replace(CIFAR10_WIDE.budget, ema_decay=0.9998, ema_power=0.9),
     arms=SOUND_ARMS,
     seeds=(2,),
 )

@@ -82,7 +82,12 @@ def _budget(budget: Budget) -> str:
             "every loss but the plain one and Min-SNR from the plain run's state after "
             f"{budget.branch_at:.0%} of the steps, with the same images, timesteps and noise"
         )
-    return ", ".join(parts) + f"; weights averaged with decay {budget.ema_decay:g} for sampling"
+    power = budget.ema_power
+    ramp = "(1 + n) / (10 + n)" if power is None else f"1 - (1 + n)^-{power:g}"
+    return (
+        f"{', '.join(parts)}; weights averaged for sampling with a decay of {ramp} after n steps, "
+        f"at most {budget.ema_decay:g}, {budget.decay(budget.steps):.4g} at the end"
+    )
 
 
 def _mlp(network: MLPSpec) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,6 +110,17 @@ def averaged_at(folder: Path, percent: int, model: nn.Module) -> nn.Module:
     return model
 
 
+def averaged_as_in(budget: Budget, parameters: Iterable[nn.Parameter]) -> EMAModel:
+    """Return the average of weights that a budget asks for; its decay is `Budget.decay`."""
+    return EMAModel(
+        parameters,
+        decay=budget.ema_decay,
+        use_ema_warmup=budget.ema_power is not None,
+        power=budget.ema_power or 1.0,
+        foreach=True,
+    )
+
+
 class _Run:
     """The state of one training run."""
 
@@ -141,7 +153,7 @@ class _Run:
         self.loss = objective.build(schedule).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=budget.learning_rate, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.ema = EMAModel(self._bare().parameters(), decay=budget.ema_decay, foreach=True)
+        self.ema = averaged_as_in(budget, self._bare().parameters())
         self.ema.to(device)
         self.step = 0
         self.seconds = 0.0
