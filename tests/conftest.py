@@ -18,7 +18,7 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "s2dm"))
 
-# The benches compute the same everywhere; what a GPU has a test of its own.
+# The benches' tests compute the same everywhere; what needs a GPU has tests of its own.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 # Tests run side by side (pytest-xdist); one thread each keeps them out of one another's way.

@@ -122,6 +122,24 @@ def test_keep_copies_figures_to_where_they_are_committed(
     assert (tmp_path / "committed/cpu.json").read_text() == "{}"
 
 
+def test_a_size_in_full_that_is_not_measured() -> None:
+    call = ["run", "--device", "cpu", "--smallest", "14", "--largest", "18", "--in-full", "20"]
+    said = CliRunner().invoke(command.main, call)
+    assert said.exit_code == 1
+    assert said.output == "Error: in-full: expected sizes that are measured, 14, 16, 18, got 20\n"
+
+
+def test_both_measurements_of_the_head_are_in_the_answer() -> None:
+    """On the GPU the head was timed at the step's shape twice, and each alone would settle it."""
+    figures = json.loads((command.COMMITTED / "cuda.json").read_text(encoding="utf-8"))
+    step = figures["step"]["figures"]
+    heads = [step["head"]] + [c for c in figures["head"]["figures"] if c["name"] == "CIFAR10"]
+    times = [head["microseconds"] for head in heads]
+    added = sorted(time["expected"][1] - time["mse"][1] for time in times)
+    shares = [f"{each / step['microseconds']['mse'][1]:.2%}" for each in added]
+    assert f"Hardly: it adds {shares[0]} to {shares[1]} to a step" in command.PAGE.read_text()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there() -> None:
     said = CliRunner().invoke(command.main, ["run", "--device", "cuda"])

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.files import load_json, load_tensors, save_json, write_whole
 from benchmarks.quality import cli, runner
+from benchmarks.quality.checkpoint import save_state
 from benchmarks.quality.data import load_digits, to_model_range, to_uint8
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.plan import jobs, plan, training_steps
@@ -110,6 +111,12 @@ def test_a_run_on_a_gpu(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("tiny/cells/**/*.json"))) == 6 + 3 + 1
     training = load_json(tmp_path / "tiny/models/plain/seed0/training.json")
     assert training["device"] == torch.cuda.get_device_name()
+    # The same numbers as on a CPU, but for rounding: the same images, noise and first weights.
+    command[-1] = str(tmp_path / "cpu")
+    subprocess.run(command, check=True, env={**environment, "ACCELERATE_USE_CPU": "true"})  # noqa: S603
+    for path in tmp_path.glob("cpu/cells/plain*/seed0/ddim-2.json"):
+        there = load_json(tmp_path / "tiny" / path.relative_to(tmp_path / "cpu"))
+        assert there["spread"] == pytest.approx(load_json(path)["spread"], rel=0.02), path
 
 
 @pytest.mark.parametrize(("name", "factor"), [("plain", None), ("plain+gain99", gain)])
@@ -360,8 +367,11 @@ def test_what_branches_and_what_is_trained_from_the_start() -> None:
     }
 
 
-def test_progress_ends_at_its_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However it is reported: tqdm warns of one that is a rounding error beyond."""
+@pytest.mark.parametrize("reports", ["seldom", "each"])
+def test_progress_ends_at_its_total(
+    reports: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no rounding error beyond it, of which tqdm warns: from the start, and resumed."""
     ends = []
 
     class Bar(runner.tqdm):  # type: ignore[type-arg]
@@ -370,11 +380,21 @@ def test_progress_ends_at_its_total(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             super().close()
 
     monkeypatch.setattr(runner, "tqdm", Bar)
-    clock = itertools.count()
-    slow = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-    monkeypatch.setattr(runner, "time", slow)
+    if reports == "each":
+        clock = itertools.count()
+        slow = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+        monkeypatch.setattr(runner, "time", slow)
+
+    def killed(*state: Any) -> None:
+        save_state(*state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("benchmarks.quality.training.save_state", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(TINY, tmp_path / "tiny")
     for preset in (
-        replace(TINY, seeds=(0,)),
+        TINY,
         replace(ONE_ARM, name="more", samples=128, networks_of=TINY),
     ):
         ends.clear()

@@ -51,9 +51,7 @@ def main() -> None:
     "--in-full",
     type=int,
     multiple=True,
-    default=(20, 22),
-    show_default=True,
-    help="log2 of the sizes to be compiled and taken in bfloat16 too.",
+    help="log2 of a size to be compiled and taken in bfloat16 too [20 and 22].",
 )
 @click.option("--step-batch", type=int, help="Batch of the training step [4; 128 on a GPU].")
 @click.option("--step-seconds", default=60.0, show_default=True, help="Time for that step.")
@@ -87,12 +85,18 @@ def run(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     on_gpu = name == "cuda"
+    sizes = range(smallest, (largest or (28 if on_gpu else 26)) + 1, 2)
+    if not set(in_full) <= set(sizes):
+        raise click.ClickException(
+            f"in-full: expected sizes that are measured, {', '.join(map(str, sizes))}, got "
+            f"{', '.join(map(str, in_full))}"
+        )
     settings = Settings(
         device=torch.device(name),
         seconds=seconds,
         smallest=smallest,
-        largest=largest or (28 if on_gpu else 26),
-        in_full=in_full,
+        largest=sizes[-1],
+        in_full=in_full or (20, 22),
         step_batch=step_batch or (128 if on_gpu else 4),
         step_seconds=step_seconds,
         # Several times the last cache of either: 32 MiB here, 50 MiB on an H100.

@@ -13,9 +13,9 @@ from benchmarks.overhead.figures import (
     bandwidth_shares,
     by_shape,
     duration,
-    head_share,
     quartiles,
     shape_text,
+    share_range,
 )
 from benchmarks.pages.tables import markdown_table
 
@@ -40,31 +40,38 @@ def overhead_text(results: Results) -> str:
         if (cell["mode"], cell["dtype"]) == ("eager", "float32")
     ]
     smallest = min(cells, key=lambda cell: math.prod(cell["shape"]))
-    times = smallest["microseconds"]
-    extra = times["expected"][1] - times["mse"][1]
-    rows = {
-        row["contender"]: row for row in results["counts"]["figures"] if row["dtype"] == "float32"
+    extra = [
+        cell["microseconds"]["expected"][1] - cell["microseconds"]["mse"][1]
+        for cell in (smallest, *cells)
+    ]
+    on_gpu = "gpu" in results["counts"]["machine"]
+    most = {
+        name: max(
+            row["kernels" if on_gpu else "operators"]
+            for row in results["counts"]["figures"]
+            if (row["contender"], row["dtype"]) == (name, "float32")
+        )
+        for name in ("expected", "mse")
     }
-    counts = {name: row["operators"] for name, row in rows.items()}
-    if "kernels" in rows["mse"]:
-        kernels = {name: row["kernels"] for name, row in rows.items()}
+    if on_gpu:
         return (
             "Of all but the largest sizes this is the host's time to launch, from an idle device: "
-            f"`expected` runs up to {kernels['expected']} kernels where `F.mse_loss` runs "
-            f"{kernels['mse']}, most of them on one value a sample. At {smallest['name']} elements "
-            f"that is {extra:.0f} µs more, once a step, and hardly more at any other. In a "
-            "training step the device has other work meanwhile.\n"
+            f"`expected` runs up to {most['expected']} kernels where `F.mse_loss` runs "
+            f"{most['mse']}, most of them on one value a sample. That is {min(extra):.0f} to "
+            f"{max(extra):.0f} µs more, once a step, whatever the size. In a training step the "
+            "device has other work meanwhile.\n"
         )
     return (
         "Small sizes show the price of calling operators at all, and not of the data: `expected` "
-        f"calls {counts['expected']} where `F.mse_loss` calls {counts['mse']}, most of them on one "
-        f"value a sample. At {smallest['name']} elements that is {extra:.0f} µs more, once a "
+        f"calls {most['expected']} where `F.mse_loss` calls {most['mse']}, most of them on one "
+        f"value a sample. At {smallest['name']} elements that is {extra[0]:.0f} µs more, once a "
         "step. Large sizes show the fresh memory that is not touched.\n"
     )
 
 
-def step_text(figures: Results) -> str:
+def step_text(results: Results) -> str:
     """Return what a whole training step takes."""
+    figures, on_gpu = results["step"]["figures"], "gpu" in results["step"]["machine"]
     names = [name for name in (*HEAD_ORDER, "sa_dpm") if name in figures["microseconds"]]
     rows = []
     for name in names:
@@ -79,14 +86,14 @@ def step_text(figures: Results) -> str:
             ]
         )
     table = markdown_table(["loss", "step", "÷ `F.mse_loss`", "peak memory above it"], rows)
-    share = head_share(figures)
     text = (
         f"Forward, loss, backward and optimizer of {figures['model']} "
         f"({figures['parameters'] / 1e6:.1f} M parameters), batch {figures['shape'][0]}, "
+        f"{'convolutions in TF32 as torch has it, ' if on_gpu else ''}"
         f"{figures['rounds']} rounds.\n\n{table}\n"
         "Losses that differ by microseconds differ here by the noise of a whole step. "
-        "By the head's own times at this shape, which have no such noise, `expected` changes the "
-        f"plain step by {share:+.4%}.\n"
+        f"By the head's own times at this shape `expected` adds {share_range(results)} to the "
+        "plain step, from an idle device.\n"
     )
     if "cuda_graph" in figures:
         held = ", ".join(
@@ -247,6 +254,6 @@ SUMMARIES: dict[str, Callable[[Results], str]] = {
     "bandwidth": bandwidth_text,
     "head": heads_text,
     "attempts": lambda results: attempts_text(results["attempts"]["figures"]),
-    "step": lambda results: step_text(results["step"]["figures"]),
+    "step": lambda results: step_text({"head": {"figures": []}, **results}),
 }
 """What a run prints of each level."""

@@ -182,14 +182,16 @@ class BlockUNet(nn.Module):
         self.unet = unet.to(memory_format=torch.channels_last)
         self.patch = patch
         self.fast = fast
-        if fast:
-            # On a GPU as CUDA graphs: launched one by one, the kernels of a step take three times
-            # as long as they run.
-            mode = "reduce-overhead" if torch.cuda.is_available() else None
-            self.unet.compile(dynamic=False, mode=mode)
+        self.compiled = False
 
     def on_blocks(self, images: Tensor, t: Tensor) -> Tensor:
         """Return what the U-Net makes of images `[B, C, H, W]`, at full size again."""
+        if self.fast and not self.compiled:
+            # On a GPU as CUDA graphs: launched one by one, the kernels of a step of the paper's
+            # U-Net take longer to launch than to run. In one process, as far as that was tried.
+            graphs = images.is_cuda and not torch.distributed.is_initialized()
+            self.unet.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+            self.compiled = True
         inputs = F.pixel_unshuffle(images, self.patch)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         rounded = self.fast and has_bfloat16(images.device)

@@ -96,7 +96,7 @@ def plan(preset: Preset, root: Path) -> Plan:
             trainings += left > 0
             network_steps += left * method.objective.model_calls
             cost += whole * left / steps
-            done += whole * (1 - left / steps)
+            done += whole * (steps - left) / steps
         for sampler, steps in job.cells():
             if layout.cell(method, seed, sampler, steps).exists():
                 done += preset.samples * steps

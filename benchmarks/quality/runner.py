@@ -329,9 +329,11 @@ def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | Non
             disable=not first,
         ) as bar:
             if workers == 1:
+                advance = _Batched(bar.update)
                 for job in jobs(preset):
                     bar.set_postfix_str(f"{job.arm.method.name}, seed {job.seed}")
-                    bench.do(job, _Batched(bar.update))
+                    bench.do(job, advance)
+                    advance.flush()
             else:
                 _share(preset, root, data_folder, workers, bar)
 
@@ -348,12 +350,16 @@ class _Batched:
         self.pending += cost
         now = time.monotonic()
         if now - self.last > 0.25:
-            self.advance(self.pending)
-            self.pending, self.last = 0.0, now
+            self.flush()
+
+    def flush(self) -> None:
+        """Pass on what is left."""
+        self.advance(self.pending)
+        self.pending, self.last = 0.0, time.monotonic()
 
 
 _bench: Bench | None = None
-_advance: Advance = _no_progress
+_advance: _Batched | None = None
 
 
 def _start_worker(preset: Preset, root: Path, data_folder: Path | None, queue: Any) -> None:
@@ -374,9 +380,10 @@ def _end_with_parent() -> None:
 
 
 def _work(job: Job) -> str:
-    if _bench is None:
+    if _bench is None or _advance is None:
         raise RuntimeError("the worker has not been started")
     _bench.do(job, _advance)
+    _advance.flush()
     return f"{job.arm.method.name}, seed {job.seed}"
 
 

@@ -20,6 +20,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     ON_THE_PAGE,
     PRESET,
     REDUCTION,
+    RESCALED,
     SOUND,
     SOUND_CELLS,
     SPREAD_CELLS,
@@ -198,8 +199,8 @@ the end of the presets.
 Found on the way: `cifar10-averaged`, first with nothing changed but a decay of 0.9998 in place of
 0.9995, gave `cifar10-wide`'s distances to the last digit. The average starts with a small decay and
 never came to either, so that its window is a ninth of the steps, 1,800, and 8 % of the averaged
-weights are from before a branch: of `cifar10-wide`, where 14 % is said above, and of
-`cifar10-brief`, where it is 47 %. So it was started again with an average that does span 5,000
+weights are from before a branch: of `cifar10-wide`, where this protocol says 14 %, and of
+`cifar10-brief`, where it says 47 %. So it was started again with an average that does span 5,000
 steps at its end.\
 """
 
@@ -221,7 +222,7 @@ def cifar10_page(evidence: Evidence) -> Iterable[str]:
             by_seed({_short(one): by_kind(one) for one in (unet, results, wider) if one}),
         )
         if unet is not None:
-            yield from _papers_unet(results, unet)
+            yield from _papers_unet(results, unet, evidence.results(BATCH))
         yield from _network(results)
         yield "## Is the plain network sound?"
         yield from _sound(results)
@@ -266,7 +267,7 @@ def _on_the_papers(unet: Results) -> str:
     )
 
 
-def _papers_unet(results: Results, unet: Results) -> Iterable[str]:
+def _papers_unet(results: Results, unet: Results, batch: Results | None) -> Iterable[str]:
     record, budget = unet.record, PRESETS[UNET].budget
     settings, floor, versions = record["settings"], record["floor"], record["versions"]
     runs = [run for seeds in record["trainings"].values() for run in seeds.values()]
@@ -275,14 +276,14 @@ def _papers_unet(results: Results, unet: Results) -> Iterable[str]:
     yield "## The paper's U-Net"
     yield f"""\
 - **Network**: {in_words(settings["network"])}. That U-Net is Ho et al.'s (2020),
-  which the paper trains; the rest is as with the small network below. {_millions(unet)} million
-  parameters.
+  which the paper trains, here without dropout, in bfloat16, and with the linear estimate beside x_t
+  at its input; the rest is as with the small network below. {_millions(unet)} million parameters.
 - **Training**: {in_words(settings["budget"])}. {_images(unet)} images, and
   {PRESETS["cifar10"].budget.steps * PRESETS["cifar10"].budget.batch_size:,} in the paper.
 - **Distances**: {floor["features"]}, {settings["samples"]:,} samples against the 10,000 test
   images. As many training images lie at **{unet.floor:.1f}**.
 - **Spent**: {counted(len(runs), "training")}, of which the plain one took {plain["seconds"]:.0f}
-  seconds on an {plain["device"]} with torch {versions["torch"]}, and the others the last
+  seconds ({plain["device"]}, torch {versions["torch"]}), and the others the last
   {100 * (1 - share):.0f} % of that each; {counted(len(record["rows"]), "cell")};
   `python -m benchmarks.quality run {UNET} --data FOLDER`."""
     yield "### Is it sound?"
@@ -293,7 +294,7 @@ def _papers_unet(results: Results, unet: Results) -> Iterable[str]:
     yield COLUMNS
     yield from _losses(unet)
     yield from _corrections(unet)
-    yield from _turned(results, unet)
+    yield from _turned(results, unet, batch)
 
 
 def _set_apart(results: Results, unet: Results) -> Iterable[str]:
@@ -311,12 +312,12 @@ def _set_apart(results: Results, unet: Results) -> Iterable[str]:
         f"In the three cells that the protocol asks about, the samples have {ranges[1]} of the "
         f"spread that the sampler leaves, and the small network's {ranges[0]}. That is near; the "
         f"distances are not: with DDIM at 50 steps {listed(lie[1])} here and {listed(lie[0])} "
-        "there. So soundness, which asks about spread and mean colour alone, tells the two apart "
-        "by a little, and whether they draw fine detail as the data have it by much."
+        "there. So what sets the two apart is not what soundness asks about, which is spread and "
+        "mean colour alone."
     )
 
 
-def _turned(results: Results, unet: Results) -> Iterable[str]:
+def _turned(results: Results, unet: Results, batch: Results | None) -> Iterable[str]:
     """Say what helps on one of two networks and harms on the other."""
     turned, both = [], 0
     for name in unet.methods:
@@ -324,7 +325,7 @@ def _turned(results: Results, unet: Results) -> Iterable[str]:
             pair = [over_plain(one, name, cell) for one in (results, unet)]
             if name == "plain" or "@" in name or pair[0] is None or pair[1] is None:
                 continue
-            both += 1
+            both += pair[0].sign != 0
             if pair[0].sign * pair[1].mean < 0:
                 turned.append(
                     f"{unet.title(name).removeprefix('plain L_simple + ')} with "
@@ -332,10 +333,15 @@ def _turned(results: Results, unet: Results) -> Iterable[str]:
                 )
     if turned:
         yield (
-            f"Of the {both} cells of a loss or a correction that were measured here and on the "
-            f"small network, {len(turned)} turn from help to harm or back: {'; '.join(turned)}. So "
-            "a correction that was found on a network which is not sound says little of one that "
-            "is."
+            f"Of the {both} cells of a loss or a correction that help or harm on the small network "
+            f"by their intervals and were measured here, {len(turned)} turn: {'; '.join(turned)}."
+        )
+    rescaled = None if batch is None else over_plain(batch, RESCALED, TEN)
+    if batch is not None and rescaled is not None and is_sound(batch):
+        yield (
+            "That is not the soundness of the one and not of the other: [in larger "
+            "batches](#in-larger-batches) the small network is sound too, and there score "
+            f"rescaling by 1.05 does {percent(rescaled)}."
         )
 
 
@@ -531,14 +537,14 @@ def _losses(results: Results) -> Iterable[str]:
             yield (
                 f"By the spread of DDIM's samples at 10 steps, training with k = {skip} has come "
                 f"{listed([f'{100 * share:.0f} %' for share in shares])} of the way from the plain "
-                "network to its gain, by seed. It had the last "
+                f"network to its gain{', by seed' if len(shares) > 1 else ''}. It had the last "
                 f"{100 * (1 - budget.branch_at):.0f} % of the steps, with a falling rate, and "
                 f"{100 * kept:.0f} % of the averaged weights are still those from before."
             )
 
 
 def _corrections(results: Results) -> Iterable[str]:
-    yield "DDIM, 8-bit, by seed and in the mean; a strength on each side of none."
+    yield "DDIM, 8-bit, by seed and in the mean."
     rows = []
     for name in dict.fromkeys([*without_training(results, TEN), f"plain+{BandGains().name}"]):
         row = [results.title(name)] if name in results.methods else []
@@ -548,7 +554,8 @@ def _corrections(results: Results) -> Iterable[str]:
             by_seed = results.improvements(name, cell, IMAGES)
             found = over_plain(results, name, cell)
             mean = "" if found is None else f"{found.mean:+.1f} %"
-            row.append(mean + "".join(f", {value:+.1f}" for value in by_seed.values()))
+            seeds = "".join(f", {value:+.1f}" for value in by_seed.values())
+            row.append(mean + (seeds if len(by_seed) > 1 else ""))
         rows.append([*row, spreads_by_seed(results, name, TEN)])
     header = ["", "10 steps: mean, seeds", "20 steps", "spread at 10 steps"]
     yield markdown_table(header, rows)
@@ -560,9 +567,10 @@ def _corrections(results: Results) -> Iterable[str]:
         ]
         yield f"Chosen on the other seeds, for 10 steps: {listed(names)}."
     rows = [
-        [TITLES[s], *(percent(over_ddim(results, s, steps)) for steps in (10, 20))] for s in SOLVERS
+        [TITLES[s], *(_or_blank(over_ddim(results, s, steps)) for steps in (10, 20, 50))]
+        for s in SOLVERS
     ]
-    yield markdown_table(["plain network, over DDIM", "10 steps", "20 steps"], rows)
+    yield markdown_table(["plain network, over DDIM", "10 steps", "20 steps", "50 steps"], rows)
 
 
 def _together(results: Results) -> Iterable[str]:
@@ -779,12 +787,13 @@ def _any_is_sound(evidence: Evidence) -> bool:
 def _not_run(evidence: Evidence) -> Iterable[str]:
     yield "## What was not run"
     yield (
-        "Of what would make it an answer for good: "
+        "Not run, or not yet: "
         + listed(
             [
                 *(about for name, about in UNTIL_THEN.items() if name not in evidence.records),
                 *([] if _any_is_sound(evidence) else ["a network that is sound"]),
-                "a second seed of the paper's U-Net, and its whole training (`cifar10`)",
+                "a second seed of the paper's U-Net",
+                "its whole training (`cifar10`)",
                 *("Inception's features", "CelebA"),
             ]
         )

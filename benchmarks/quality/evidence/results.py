@@ -286,7 +286,7 @@ def _other_data(evidence: Evidence) -> Iterable[str]:
             found = results.improvement(method, results.cells(method), IMAGES)
             rows.append([f"`{name}`, {title(results, method)}", percent(found), paper])
     yield markdown_table(["preset", "mean over its cells, 8-bit", "the paper reports"], rows)
-    yield "The smaller networks on CIFAR10 have [a page of their own](evidence_cifar10.md)."
+    yield "The other presets on CIFAR10 have [a page of their own](evidence_cifar10.md)."
 
 
 def _with_bootstrap(found: Interval | None) -> str:
