@@ -182,7 +182,7 @@ def test_a_preconditioned_network_answers_in_float32(
     assert network.unet.config["in_channels"] == 3 * patch**2
     whole = network(x, torch.tensor([5, 900]))
     assert (whole.shape, whole.dtype) == (x.shape, torch.float32)
-    network.fast = True
+    network.fast = network.compiled = True  # and eager all the same
     monkeypatch.setattr(networks, "has_bfloat16", lambda _: False)
     assert torch.equal(network(x, torch.tensor([5, 900])), whole)
     monkeypatch.setattr(networks, "has_bfloat16", lambda _: True)
