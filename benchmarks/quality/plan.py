@@ -138,7 +138,10 @@ def estimate(preset: Preset, todo: Plan, data_folder: Path | None = None) -> flo
 
 
 def _seconds(action: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
-    action()
+    for _ in range(3 if device.type == "cuda" else 1):  # compiles, and captures CUDA graphs
+        action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(repeats):
         action()
