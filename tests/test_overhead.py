@@ -129,6 +129,13 @@ def test_a_size_in_full_that_is_not_measured() -> None:
     assert said.output == "Error: in-full: expected sizes that are measured, 14, 16, 18, got 20\n"
 
 
+def test_a_recorded_command_names_no_folder_of_one_machine() -> None:
+    words = ["run", "--out", "here", "--level", "step", "--out=there"]
+    assert command._without_out(words) == ["run", "--level", "step"]
+    for path in command.COMMITTED.glob("*.json"):
+        assert "--out" not in path.read_text(encoding="utf-8")
+
+
 def test_both_measurements_of_the_head_are_in_the_answer() -> None:
     """On the GPU the head was timed at the step's shape twice, and each alone would settle it."""
     figures = json.loads((command.COMMITTED / "cuda.json").read_text(encoding="utf-8"))

@@ -100,6 +100,10 @@ run(tiny, Path(sys.argv[1]))
 """
 
 
+def _run_alone(command: list[str], environment: dict[str, str]) -> None:
+    subprocess.run(command, check=True, env=environment)  # noqa: S603 - our own interpreter and code
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_on_a_gpu(tmp_path: Path) -> None:
     environment = {
@@ -107,13 +111,13 @@ def test_a_run_on_a_gpu(tmp_path: Path) -> None:
     }
     environment["PYTHONPATH"] = os.pathsep.join((str(TESTS.parent), str(TESTS)))
     command = [sys.executable, "-W", "ignore", "-c", ON_A_GPU, str(tmp_path / "tiny")]
-    subprocess.run(command, check=True, env=environment)  # noqa: S603 - our own interpreter and code
+    _run_alone(command, environment)
     assert len(list(tmp_path.glob("tiny/cells/**/*.json"))) == 6 + 3 + 1
     training = load_json(tmp_path / "tiny/models/plain/seed0/training.json")
     assert training["device"] == torch.cuda.get_device_name()
     # The same numbers as on a CPU, but for rounding: the same images, noise and first weights.
     command[-1] = str(tmp_path / "cpu")
-    subprocess.run(command, check=True, env={**environment, "ACCELERATE_USE_CPU": "true"})  # noqa: S603
+    _run_alone(command, {**environment, "ACCELERATE_USE_CPU": "true"})
     for path in tmp_path.glob("cpu/cells/plain*/seed0/ddim-2.json"):
         there = load_json(tmp_path / "tiny" / path.relative_to(tmp_path / "cpu"))
         assert there["spread"] == pytest.approx(load_json(path)["spread"], rel=0.02), path
@@ -374,7 +378,7 @@ def test_progress_ends_at_its_total(
     """And no rounding error beyond it, of which tqdm warns: from the start, and resumed."""
     ends = []
 
-    class Bar(runner.tqdm):  # type: ignore[type-arg]
+    class Bar(runner.tqdm):  # type: ignore[type-arg]  # generic in the stubs alone
         def close(self) -> None:
             ends.append((self.n, self.total))
             super().close()

@@ -85,7 +85,8 @@ def run(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     on_gpu = name == "cuda"
-    sizes = range(smallest, (largest or (28 if on_gpu else 26)) + 1, 2)
+    largest = largest or (28 if on_gpu else 26)
+    sizes = range(smallest, largest + 1, 2)
     if not set(in_full) <= set(sizes):
         raise click.ClickException(
             f"in-full: expected sizes that are measured, {', '.join(map(str, sizes))}, got "
@@ -95,7 +96,7 @@ def run(
         device=torch.device(name),
         seconds=seconds,
         smallest=smallest,
-        largest=sizes[-1],
+        largest=largest,
         in_full=in_full or (20, 22),
         step_batch=step_batch or (128 if on_gpu else 4),
         step_seconds=step_seconds,
@@ -104,7 +105,7 @@ def run(
         clock=CLOCKS[clock],
     )
     path = out / f"{name}.json"
-    command = shlex.join(["python", "-m", "benchmarks.overhead", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.overhead", *_without_out(sys.argv[1:])])
     try:
         results = load_json(path) if path.exists() else {}
         for level in levels or tuple(LEVELS):
@@ -135,6 +136,17 @@ def run(
         )
         raise SystemExit(130) from None
     click.echo(f"Wrote {path}.")
+
+
+def _without_out(arguments: list[str]) -> list[str]:
+    """Return a command line less the folder that it wrote into, which is one machine's own."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return kept
 
 
 @main.command()

@@ -13,6 +13,8 @@ from benchmarks.overhead.figures import (
     bandwidth_shares,
     by_shape,
     duration,
+    eager_cells,
+    extra_time,
     quartiles,
     shape_text,
     share_range,
@@ -34,16 +36,7 @@ def head_table(cells: list[Results]) -> str:
 
 def overhead_text(results: Results) -> str:
     """Say what small and large sizes show."""
-    cells = [
-        cell
-        for cell in results["head"]["figures"]
-        if (cell["mode"], cell["dtype"]) == ("eager", "float32")
-    ]
-    smallest = min(cells, key=lambda cell: math.prod(cell["shape"]))
-    extra = [
-        cell["microseconds"]["expected"][1] - cell["microseconds"]["mse"][1]
-        for cell in (smallest, *cells)
-    ]
+    cells = eager_cells(results)
     on_gpu = "gpu" in results["counts"]["machine"]
     most = {
         name: max(
@@ -54,6 +47,7 @@ def overhead_text(results: Results) -> str:
         for name in ("expected", "mse")
     }
     if on_gpu:
+        extra = [extra_time(cell) for cell in cells]
         return (
             "Of all but the largest sizes this is the host's time to launch, from an idle device: "
             f"`expected` runs up to {most['expected']} kernels where `F.mse_loss` runs "
@@ -61,11 +55,12 @@ def overhead_text(results: Results) -> str:
             f"{max(extra):.0f} µs more, once a step, whatever the size. In a training step the "
             "device has other work meanwhile.\n"
         )
+    smallest = min(cells, key=lambda cell: math.prod(cell["shape"]))
     return (
         "Small sizes show the price of calling operators at all, and not of the data: `expected` "
         f"calls {most['expected']} where `F.mse_loss` calls {most['mse']}, most of them on one "
-        f"value a sample. At {smallest['name']} elements that is {extra[0]:.0f} µs more, once a "
-        "step. Large sizes show the fresh memory that is not touched.\n"
+        f"value a sample. At {smallest['name']} elements that is {extra_time(smallest):.0f} µs "
+        "more, once a step. Large sizes show the fresh memory that is not touched.\n"
     )
 
 
@@ -254,6 +249,6 @@ SUMMARIES: dict[str, Callable[[Results], str]] = {
     "bandwidth": bandwidth_text,
     "head": heads_text,
     "attempts": lambda results: attempts_text(results["attempts"]["figures"]),
-    "step": lambda results: step_text({"head": {"figures": []}, **results}),
+    "step": step_text,
 }
 """What a run prints of each level."""

@@ -11,6 +11,7 @@ from benchmarks.overhead.figures import (
     Results,
     bandwidth_shares,
     by_shape,
+    eager_cells,
     head_shares,
     quartiles,
     value_range,
@@ -109,14 +110,7 @@ def _syncs(device: str, results: Results) -> str:
 
 
 def _bandwidth_goal(device: str, results: Results) -> str:
-    cell = max(
-        (
-            cell
-            for cell in results["head"]["figures"]
-            if cell["mode"] == "eager" and cell["dtype"] == "float32"
-        ),
-        key=lambda cell: math.prod(cell["shape"]),
-    )
+    cell = max(eager_cells(results), key=lambda cell: math.prod(cell["shape"]))
     moved, _ = bandwidth_shares(results, cell, "expected")
     text = f"{moved:.0%} at {cell['name']}"
     return f"{text}: {_verdict(moved >= 0.8)}" if device == "cuda" else text

@@ -25,6 +25,8 @@ from benchmarks.overhead.figures import (
     by_shape,
     copy_rate,
     duration,
+    eager_cells,
+    extra_time,
     head_shares,
     quartiles,
     shape_text,
@@ -133,22 +135,18 @@ def _parts(found: dict[str, Results], page: Path) -> Iterable[str]:
 
 def _known(results: Results) -> list[tuple[str, Results]]:
     """Return the eager float32 cells of the shapes that users know, by name."""
-    cells = [
-        cell
-        for cell in results["head"]["figures"]
-        if (cell["mode"], cell["dtype"]) == ("eager", "float32")
-    ]
     return [
-        (name, cell) for name in KNOWN for cell in cells if cell["name"].split(", ")[-1] == name
+        (name, cell)
+        for name in KNOWN
+        for cell in eager_cells(results)
+        if cell["name"].split(", ")[-1] == name
     ]
 
 
 def _answer(device: str, results: Results) -> Iterable[str]:
     cells = _known(results)
     ratios = [cell["ratios"]["expected/mse"][1] for _, cell in cells]
-    extra = [
-        cell["microseconds"]["expected"][1] - cell["microseconds"]["mse"][1] for _, cell in cells
-    ]
+    extra = [extra_time(cell) for _, cell in cells]
     # The shapes at which memory and syncs were counted.
     counted = {shape: rows["expected"] for shape, rows in by_shape(results, "float32")}
     plain = {shape: rows["mse"] for shape, rows in by_shape(results, "float32")}
@@ -235,11 +233,7 @@ def _device(label: str, results: Results) -> Iterable[str]:
 
 
 def _plot(results: Results, path: Path) -> None:
-    cells = [
-        cell
-        for cell in results["head"]["figures"]
-        if (cell["mode"], cell["dtype"]) == ("eager", "float32") and cell["name"].startswith("2^")
-    ]
+    cells = [cell for cell in eager_cells(results) if cell["name"].startswith("2^")]
     with mpl.rc_context(STYLE):
         figure, ((axes,),) = new_figure(3.4)
         sizes = [math.prod(cell["shape"]) for cell in cells]

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from benchmarks.pages.tables import MISSING, counted, folded, listed, markdown_table
-from benchmarks.quality.corrections import BandGains, Gain, ScoreRescaling
+from benchmarks.quality.corrections import BandGains, Gain
 from benchmarks.quality.evidence.cifar10_answers import (
     ALPHA,
     AVERAGED,
@@ -22,7 +22,6 @@ from benchmarks.quality.evidence.cifar10_answers import (
     REDUCTION,
     RESCALED,
     SOUND,
-    SOUND_CELLS,
     SPREAD_CELLS,
     UNCLAMPED,
     UNET,
@@ -35,6 +34,7 @@ from benchmarks.quality.evidence.cifar10_answers import (
     learned_shares,
     left_by_network,
     left_by_octave,
+    left_where_asked,
     mean_colour_gains,
     measured_networks,
     over_ddim,
@@ -279,7 +279,7 @@ def _papers_unet(results: Results, unet: Results, batch: Results | None) -> Iter
   which the paper trains, here without dropout, in bfloat16, and with the linear estimate beside x_t
   at its input; the rest is as with the small network below. {_millions(unet)} million parameters.
 - **Training**: {in_words(settings["budget"])}. {_images(unet)} images, and
-  {PRESETS["cifar10"].budget.steps * PRESETS["cifar10"].budget.batch_size:,} in the paper.
+  {_images_of("cifar10")} in the paper.
 - **Distances**: {floor["features"]}, {settings["samples"]:,} samples against the 10,000 test
   images. As many training images lie at **{unet.floor:.1f}**.
 - **Spent**: {counted(len(runs), "training")}, of which the plain one took {plain["seconds"]:.0f}
@@ -301,11 +301,7 @@ def _set_apart(results: Results, unet: Results) -> Iterable[str]:
     """Say what of the difference between the networks soundness sees, and what the distance."""
     ranges, lie = [], []
     for one in (results, unet):
-        left = [
-            ratio
-            for cell in SOUND_CELLS
-            for ratio in left_by_network(one, cell, spread_left(one, cell))
-        ]
+        left = [ratio for ratios in left_where_asked(one).values() for ratio in ratios]
         ranges.append(f"{min(left):.3f} to {max(left):.3f}")
         lie.append([f"{value:.0f}" for value in one.values("plain", FIFTY, IMAGES).values()])
     yield (
@@ -367,7 +363,7 @@ def _on_the_larger(wider: Results | None) -> str:
     found = {
         "the loss with k = 9": over_plain(wider, trained(9), TEN),
         "the loss with k = 49": over_plain(wider, trained(49), TEN),
-        "score rescaling by 1.05": over_plain(wider, f"plain+{ScoreRescaling(1.05).name}", TEN),
+        "score rescaling by 1.05": over_plain(wider, RESCALED, TEN),
         "UniPC": over_ddim(wider, "unipc", 10),
     }
     return (
@@ -383,11 +379,11 @@ def _network(results: Results) -> Iterable[str]:
     preset = PRESETS[record["preset"]]
     runs = [run for seeds in record["trainings"].values() for run in seeds.values()]
     yield "## The network, and what was spent"
-    images = preset.budget.steps * preset.budget.batch_size
+    epochs = preset.budget.steps * preset.budget.batch_size / 50_000
     yield f"""\
 - **Network**: {in_words(settings["network"])}, {_millions(results)} million parameters.
-- **Training**: {in_words(settings["budget"])}. {images:,} images a seed, about
-  {images / 50_000:.0f} epochs.
+- **Training**: {in_words(settings["budget"])}. {_images(results)} images a seed, about
+  {epochs:.0f} epochs.
 - **Distances**: {floor["features"]}, {settings["samples"]:,} samples against the 10,000 test
   images. As many training images lie at **{results.floor:.1f}**, and at
   {1e3 * floor["kernel"]:.2f} thousandths by the kernel distance. Of 8-bit images, where
@@ -766,7 +762,11 @@ def _millions(results: Results) -> str:
 
 
 def _images(results: Results) -> str:
-    budget = PRESETS[results.record["preset"]].budget
+    return _images_of(results.record["preset"])
+
+
+def _images_of(preset: str) -> str:
+    budget = PRESETS[preset].budget
     return f"{budget.steps * budget.batch_size:,}"
 
 

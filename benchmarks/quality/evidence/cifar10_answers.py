@@ -271,6 +271,13 @@ def left_by_network(results: Results, cell: Cell, alone: float | None) -> list[f
     return [] if alone is None else [spread / alone for spread in spreads]
 
 
+def left_where_asked(results: Results) -> dict[Cell, list[float]]:
+    """Return `left_by_network` in the cells that soundness asks about."""
+    return {
+        cell: left_by_network(results, cell, spread_left(results, cell)) for cell in SOUND_CELLS
+    }
+
+
 def learned_shares(results: Results, skip: int) -> list[float]:
     """Return how far training has come from plain to the gain, by the spread, for each seed.
 
@@ -310,8 +317,7 @@ def is_sound(results: Results) -> bool | None:
     """Return whether the plain network is sound by the protocol; None where that is open."""
     gains = mean_colour_gains(results)
     deviations, complete = [gain - 1 for gain in gains], bool(gains)
-    for cell in SOUND_CELLS:
-        ratios = left_by_network(results, cell, spread_left(results, cell))
+    for ratios in left_where_asked(results).values():
         complete &= bool(ratios)
         deviations += [ratio - 1 for ratio in ratios]
     if any(abs(deviation) > SOUND for deviation in deviations):
