@@ -7,35 +7,37 @@
 from s2dm_loss._version import __version__
 from s2dm_loss.coefficients import Coefficients, CompletedSquare, coefficients
 from s2dm_loss.continuous import ContinuousSchedule
-from s2dm_loss.corrections import (
-    ConstantScaling,
+from s2dm_loss.functional import LossTerms, skip_step_loss
+from s2dm_loss.loss import SkipStepLoss
+from s2dm_loss.output import RegressionTarget
+from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
+from s2dm_loss.sampling import (
+    Candidate,
     Correction,
+    CorrectionSearch,
+    EpsilonScaling,
     PredictionScaling,
+    Recommendation,
+    ScaledModel,
+    ScanPoint,
     ScoreRescaling,
+    SearchCost,
     SkipGain,
     StartScaling,
     standard_corrections,
 )
-from s2dm_loss.functional import LossTerms, skip_step_loss
-from s2dm_loss.gain_search import GainSearch
-from s2dm_loss.loss import SkipStepLoss
-from s2dm_loss.output import RegressionTarget
-from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
-from s2dm_loss.recommend import CorrectionSearch
-from s2dm_loss.recommendation import Candidate, Recommendation, ScanPoint, SearchCost
+from s2dm_loss.sampling.scaled_model import gain
 from s2dm_loss.schedule import NoiseSchedule, Schedule
-from s2dm_loss.shrink import ScaledModel, ShrunkModel, epsilon_scaling, gain
 from s2dm_loss.skip_set import SkipSet
 
 __all__ = [
     "Candidate",
     "Coefficients",
     "CompletedSquare",
-    "ConstantScaling",
     "ContinuousSchedule",
     "Correction",
     "CorrectionSearch",
-    "GainSearch",
+    "EpsilonScaling",
     "LossTerms",
     "NoiseSchedule",
     "PredictionScaling",
@@ -46,7 +48,6 @@ __all__ = [
     "Schedule",
     "ScoreRescaling",
     "SearchCost",
-    "ShrunkModel",
     "SkipGain",
     "SkipSet",
     "SkipStepLoss",
@@ -54,7 +55,6 @@ __all__ = [
     "__version__",
     "coefficients",
     "epsilon_from_output",
-    "epsilon_scaling",
     "gain",
     "output_from_epsilon",
     "skip_step_loss",
