@@ -137,7 +137,7 @@ class Coefficients:
 
     @property
     def gain_excess(self) -> Tensor:
-        """s - 1, computed directly, since it is later divided by a value near 0."""
+        """S - 1, computed directly, since it is later divided by a value near 0."""
         return self._over_weight(self._skip_share(self.c * self.zeta.on_noise - self.c2), -1.0)
 
     @property
@@ -236,8 +236,8 @@ def gain(
         schedule: The noise schedule.
         skip_set: The skips, as for `SkipStepLoss`.
         t: Times of any shape; every timestep of a discrete schedule if not given.
-        options: `GainOptions`, as for `SkipStepLoss`. At late t the loss on v, x_0 or flow teaches less of the gain than
-            that on ε.
+        options: `GainOptions`, as for `SkipStepLoss`. At late t the loss on v, x_0 or flow teaches
+            less of the gain than that on ε.
 
     Raises:
         TypeError, ValueError: if an argument is not as said; the message names it.

@@ -93,7 +93,8 @@ def check_prediction_type(
     timesteps = schedule.timesteps
     if prediction_type == "velocity" and timesteps is not None:
         raise ValueError(
-            f"prediction_type 'velocity' is dx_t/dt and needs a ContinuousSchedule, got {schedule!r}"
+            "prediction_type 'velocity' is dx_t/dt and needs a ContinuousSchedule, got "
+            f"{schedule!r}"
         )
     if prediction_type == "score" and timesteps is not None and not weighted:
         without = schedule.alpha_sigma(timesteps)[1] == 0
