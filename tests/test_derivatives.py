@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, coefficients
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss, coefficients
 from s2dm_loss.continuous import check_velocity, warn_if_not_straight
 
 T = torch.linspace(0, 1, 41, dtype=torch.float64)
@@ -293,3 +293,14 @@ def test_a_time_that_rounding_puts_beyond_an_end_is_the_end(dtype):
     for farther in (1 + 4 * ulp, -4 * ulp):
         with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
             ContinuousSchedule.flow().alpha_sigma(torch.tensor([farther], dtype=dtype))
+
+
+def test_the_first_sigma_of_flowmatch_with_shift_132_is_the_end():
+    """It is 1 + 1 ulp. There an output says nothing of ε: the loss is τ times the plain one."""
+    shift = 1.32
+    sigma = torch.tensor([1.0])
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)  # as diffusers' FlowMatch makes it
+    assert float(sigma) == 1 + torch.finfo(torch.float32).eps
+    criterion = SkipStepLoss(ContinuousSchedule.flow(), 0.02, prediction_type="flow")
+    zero, one = torch.zeros(1, 4), torch.ones(1, 4)
+    assert float(criterion.from_output(one, zero, t=sigma, x_t=zero)) == pytest.approx(0.99)
