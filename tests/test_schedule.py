@@ -9,15 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from s2dm_loss import (
-    ContinuousSchedule,
-    NoiseSchedule,
-    Schedule,
-    ShrunkModel,
-    SkipSet,
-    SkipStepLoss,
-    coefficients,
-)
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
+from s2dm_loss.coefficients import coefficients
+from s2dm_loss.schedule import Schedule
 from tests.strategies import betas
 
 PATHS = {
@@ -414,9 +408,9 @@ def test_a_table_of_something_else_or_the_other_way_round(call, message):
 )
 def test_what_is_no_schedule_is_sent_to_its_constructor(schedule, message):
     for make in (
-        lambda: SkipStepLoss(schedule),
+        lambda: SkipStepLoss(schedule, 9),
         lambda: coefficients(schedule, 9),
-        lambda: ShrunkModel(torch.nn.Identity(), schedule, 9),
+        lambda: ScaledModel.with_gain(torch.nn.Identity(), schedule, 9),
     ):
         with pytest.raises(TypeError, match=message) as caught:
             make()
@@ -425,17 +419,15 @@ def test_what_is_no_schedule_is_sent_to_its_constructor(schedule, message):
 
 def test_what_else_is_easily_given_in_the_wrong_place():
     x, t = torch.zeros(2, 3), torch.tensor([1, 2])
-    criterion = SkipStepLoss(NoiseSchedule.linear(1000))
+    criterion = SkipStepLoss(NoiseSchedule.linear(1000), 9)
     with pytest.raises(TypeError, match=r"SkipSet\.from_timesteps"):
         SkipStepLoss(NoiseSchedule.linear(1000), torch.tensor([999, 500, 0]))
-    with pytest.raises(TypeError, match=r"goes to `from_prediction\(eps_hat, noise, t\)`"):
+    with pytest.raises(TypeError, match=r"goes to `from_output\(output, target, t, x_t\)`"):
         criterion(x, x, t)
-    with pytest.raises(ValueError, match="noise requires grad and eps_hat does not"):
-        criterion.from_prediction(x, x.clone().requires_grad_(), t)
     with pytest.raises(ValueError, match="target requires grad and output does not"):
-        criterion.from_output(x, x.clone().requires_grad_(), x, t)
+        criterion.from_output(x, x.clone().requires_grad_(), t)
     with pytest.raises(TypeError, match=r"such as 0.01, got 9"):
-        SkipStepLoss(ContinuousSchedule.flow())
+        SkipStepLoss(ContinuousSchedule.flow(), 9)
     with pytest.raises(TypeError, match=r"t must be a tensor, got \[1\]"):
         coefficients(NoiseSchedule.linear(10), 1, t=[1])
 
