@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from s2dm_loss.checks import check_choice, check_iterable, check_number
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU
+from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, gain
 from s2dm_loss.prediction import (
     PREDICTION_TYPES,
     PredictionType,
 )
-from s2dm_loss.sampling.scaled_model import ScaledModel, gain
+from s2dm_loss.sampling.scaled_model import ScaledModel
 from s2dm_loss.schedule import Schedule, check_schedule
 
 # Shares of the schedule for the coarse scan. On T = 1000 timesteps they are the skips 19, 49, …
@@ -36,7 +36,7 @@ GAIN_SHARES = (-0.1, -0.05, -0.02, 0.02, 0.05, 0.1, 0.15, 0.2)
 class Correction:
     """A change of (model, noise) with one strength. A subclass overrides one method or both.
 
-    >>> from s2dm_loss import Correction
+    >>> from s2dm_loss.sampling import Correction
     >>> class Shift(Correction):
     ...     name, none, strengths = "start noise plus", 0.0, (-0.2, -0.1, 0.1, 0.2)
     ...     def correct_noise(self, noise, strength):
@@ -248,7 +248,8 @@ def standard_corrections(
 ) -> tuple[Correction, ...]:
     """Return the corrections of this module with their default strengths.
 
-    >>> from s2dm_loss import NoiseSchedule, standard_corrections
+    >>> from s2dm_loss import NoiseSchedule
+    >>> from s2dm_loss.sampling import standard_corrections
     >>> for correction in standard_corrections(NoiseSchedule.linear(1000)):
     ...     print(correction)
     SkipGain(-99, -49, -19, 19, 49, 99, 149, 199)

@@ -12,66 +12,30 @@ import copy
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from numbers import Real
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack, override
 
-from s2dm_loss._tables import TabledModule, TimeTable
 from s2dm_loss.checks import (
     FixedSettings,
     check_batch,
-    check_choice,
     check_per_sample,
     describe,
 )
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
-from s2dm_loss.functional import along
-from s2dm_loss.output import output_coefficients
-from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType, output_scales, read_output
+from s2dm_loss.coefficients import GainOptions, gain
+from s2dm_loss.head import along
+from s2dm_loss.prediction import (
+    Path,
+    PredictionType,
+    check_prediction_type,
+    output_scales,
+    read_output,
+)
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
-
-
-class GainOptions(TypedDict, total=False):
-    """What the gain depends on besides the schedule and the skips; see `gain`."""
-
-    tau: float
-    estimator: Estimator
-    prediction_type: PredictionType
-    max_c2: float
-
-
-def gain(
-    schedule: Schedule, skip_set: Skips, *, t: Tensor | None = None, **options: Unpack[GainOptions]
-) -> Tensor:
-    """Return s(t), float64: the factor on E[ε | x_t] that the loss trains a network to.
-
-    Args:
-        schedule: The noise schedule.
-        skip_set: The skips, as for `SkipStepLoss`.
-        t: Times of any shape; every timestep of a discrete schedule if not given.
-        options: tau, estimator, prediction_type and max_c2, as for `SkipStepLoss`. "expected" and
-            "fresh" have the same gain, "shared" another.
-
-    Raises:
-        TypeError, ValueError: if an argument is not as said; the message names it.
-
-    >>> from s2dm_loss import NoiseSchedule
-    >>> s = gain(NoiseSchedule.linear(1000), skip_set=49)
-    >>> float(s[0]), round(float(1 / s.min()), 4)
-    (1.0, 1.0164)
-    """
-    given: dict[str, Any] = {
-        "tau": DEFAULT_TAU,
-        "estimator": "expected",
-        "prediction_type": "epsilon",
-        "max_c2": DEFAULT_MAX_C2,
-        **options,
-    }
-    check_choice("prediction_type", given["prediction_type"], PREDICTION_TYPES)
-    return output_coefficients(schedule, skip_set, t, **given).gain
+from s2dm_loss.tables import TabledModule, TimeTable
 
 
 class ScaledModel(FixedSettings, TabledModule):
@@ -117,10 +81,10 @@ class ScaledModel(FixedSettings, TabledModule):
             raise TypeError(f"model must be an nn.Module, got {describe(model)}")
         if not callable(scale):
             raise TypeError(f"scale must be callable as scale(t), got {describe(scale)}")
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        self.schedule: Schedule = check_schedule(schedule)
+        check_prediction_type(prediction_type, self.schedule, weighted=True)
         self.model = model
         self.training: bool = model.training  # for samplers that ask for the mode, and restore it
-        self.schedule: Schedule = check_schedule(schedule)
         self.scale = scale
         self.prediction_type: PredictionType = prediction_type
         timesteps = self.schedule.timesteps
@@ -198,14 +162,15 @@ class ScaledModel(FixedSettings, TabledModule):
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         times = self._batch_of_times(t, x_t)
         self.schedule.check_timesteps(times)
-        scale, on_input = self._scales.at(times, dtype)
-        shift = None if on_input is None else along(on_input, x_t) * x_t.to(dtype)
+        scale, *on_input = self._scales.at(times, dtype)
+        shift = along(on_input[0], x_t) * x_t.to(dtype) if on_input else None
         return along(scale, x_t), shift
 
-    def _scales_at(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _scales_at(self, t: Tensor) -> tuple[Tensor, ...]:
         """Return s and a factor on x_t, such that s · output + factor · x_t has s ε̂ in it.
 
-        With ε̂ = ratio · output + lift · x_t the factor is (s-1) lift / ratio. At ᾱ = 0 ratio is 0:
+        With ε̂ = ratio · output + lift · x_t the factor is (s-1) lift / ratio; there is none if the
+        output is noise alone. At ᾱ = 0 ratio is 0:
         x_t is all noise and no x_0 or v can express a smaller ε̂, so the output stays as it is.
         """
         s = self.scale(t)
@@ -214,9 +179,9 @@ class ScaledModel(FixedSettings, TabledModule):
                 f"scale must return a floating-point tensor of shape {tuple(t.shape)}, that of t, "
                 f"got {describe(s)}"
             )
-        scales = output_scales(self.prediction_type, *self.schedule.alpha_sigma(t))
+        scales = output_scales(self.prediction_type, Path.at(self.schedule, t))
         if scales.shift is None:
-            return s, None
+            return (s,)
         no_signal = scales.ratio == 0
         on_input = torch.where(no_signal, 0.0, (s - 1) * scales.shift)
         return torch.where(no_signal, 1.0, s), on_input

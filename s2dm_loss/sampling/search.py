@@ -47,7 +47,8 @@ class CorrectionSearch:
     """A search for the correction that suits a trained model, its sampler and its data.
 
     >>> import torch
-    >>> from s2dm_loss import CorrectionSearch, NoiseSchedule, standard_corrections
+    >>> from s2dm_loss import CorrectionSearch, NoiseSchedule
+    >>> from s2dm_loss.sampling import standard_corrections
     >>> schedule = NoiseSchedule.linear(1000)
     >>> data = torch.randn(2048, 2)  # unit Gaussian: E[ε | x_t] = √(1-ᾱ) x_t
     >>> class Model(torch.nn.Module):
