@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
-from s2dm_loss.adapters.diffusers import correct_pipeline, schedule_of, shrink_pipeline
+from s2dm_loss.adapters.diffusers_pipeline import correct_pipeline, shrink_pipeline
+from s2dm_loss.adapters.diffusers_scheduler import schedule_of
 from s2dm_loss.sampling import (
     Candidate,
     Correction,
