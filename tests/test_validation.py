@@ -135,11 +135,9 @@ def test_a_given_index_says_which_sample_it_is():
     assert torch.equal(some.losses["plain"], whole.losses["plain"][some.index])
 
 
-def test_processes_give_the_result_of_one(tmp_path, world_size=2):
+def test_processes_give_the_result_of_one(tmp_path):
     alone = validation_loss(small_model, [X0], LINEAR, skip_set=49)
-    ranks = run_distributed(
-        monitor_workers.validated, tmp_path, world_size, X0, world_size=world_size
-    )
+    ranks = run_distributed(monitor_workers.validated, tmp_path, 2, X0, world_size=2)
     for rank in ranks:
         for found in rank.values():
             torch.testing.assert_close(found, losses_of(alone), rtol=1e-6, atol=1e-7)
