@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, distributed
 from typing_extensions import Self, override
 
-from s2dm_loss._tables import TimeTable
+from s2dm_loss._torch import is_traced
 from s2dm_loss.checks import check_count, describe
 from s2dm_loss.schedule import Schedule, check_schedule, wide_dtype
+from s2dm_loss.tables import TimeTable
 from s2dm_loss.timesteps import times_at
 from s2dm_loss.validation import log_snr_at, rank_and_size
 from s2dm_loss.validation import validation_loss as validation_loss
@@ -98,7 +99,8 @@ class LossByNoise:
         self.schedule.check_timesteps(t)
         loss = per_sample_loss.detach()
         loss = loss.to(wide_dtype(loss.device))
-        row = self._bin.at(t.to(loss.device), torch.float32)[0]
+        t = t if t.device == loss.device else t.to(loss.device)
+        row = self._bin.at(t, torch.float32).squeeze(0)
         # Compiled code and a GPU do not refuse a time outside the schedule; its row is NaN.
         loss = torch.where(row.isnan(), math.nan, loss)
         row = torch.where(row.isnan(), 0.0, row).long()
@@ -171,7 +173,7 @@ class LossByNoise:
     def _sums_on(self, device: torch.device) -> Tensor:
         if self._sums is None:
             shape, dtype = (3, self.bins), wide_dtype(device)
-            if torch.compiler.is_compiling():
+            if is_traced():
                 self._sums = torch.zeros(shape, dtype=dtype, device=device)
             else:
                 with torch.inference_mode(False):

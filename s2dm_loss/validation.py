@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from typing_extensions import Unpack
 
 from s2dm_loss.checks import check_batch, check_count, describe
-from s2dm_loss.loss import SkipStepLoss
-from s2dm_loss.prediction import PredictionType, read_output
+from s2dm_loss.loss import LossOptions, SkipStepLoss
+from s2dm_loss.prediction import read_output
 from s2dm_loss.schedule import Schedule, check_schedule, log_one_minus_exp
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.timesteps import times_at
 from s2dm_loss.validation_result import ValidationLoss
 
+_OF_SKIP_STEP = ("skip_set", "tau", "estimator", "normalize", "max_c2")
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: its multiples are spread evenly mod 2^64
 
 
@@ -34,11 +36,10 @@ def validation_loss(
     *,
     levels: int = 16,
     skip_set: Skips | None = None,
-    prediction_type: PredictionType = "epsilon",
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: Unpack[LossOptions],
 ) -> ValidationLoss:
     """Evaluate a model at fixed times and noise; `levels` model calls a batch, without gradients.
 
@@ -56,11 +57,10 @@ def validation_loss(
         levels: Number of times for each sample.
         skip_set: Skips of the S²-DM loss, evaluated besides the plain one from the same model
             calls; None leaves it out.
-        prediction_type: What the model predicts, as for `SkipStepLoss`.
         seed: Seed of times and noise. Results compare only at the same seed.
         device: Where the model is called; that of its parameters if not given, or x_0's.
         progress: Show a bar, where tqdm is installed and the error stream is a terminal.
-        **options: Further options of `SkipStepLoss`: tau, weighting, max_c2, ...
+        **options: Those of `SkipStepLoss`: prediction_type, tau, weighting, max_c2, ...
 
     Returns:
         The loss of each sample at each level, with its means, standard errors, figure and
@@ -71,10 +71,11 @@ def validation_loss(
     """
     check_schedule(schedule)
     check_count("levels", levels, 2)
-    shared = {**_checked(options), "prediction_type": prediction_type, "reduction": "none"}
+    _check_options(options)
+    shared: LossOptions = {**options, "reduction": "none"}
     # At τ = 1, which is the plain loss, any skips will do.
-    some = SkipSet.for_sampling_steps(2)
-    criteria = {"plain": SkipStepLoss(schedule, some, **{**shared, "tau": 1.0})}
+    plain: LossOptions = {**shared, "tau": 1.0}
+    criteria = {"plain": SkipStepLoss(schedule, SkipSet.for_sampling_steps(2), **plain)}
     if skip_set is not None:
         criteria["skip_step"] = SkipStepLoss(schedule, skip_set, **shared)
     place = _device_of(model) if device is None else torch.device(device)
@@ -101,9 +102,8 @@ def validation_loss(
             "schedule": repr(schedule),
             "levels": levels,
             "seed": seed,
-            "prediction_type": prediction_type,
-            "skip_set": None if skip_set is None else repr(SkipSet.wrap(skip_set)),
-            **{name: _plain(value) for name, value in sorted(options.items())},
+            **_settings(criteria["plain"], "prediction_type", "weighting"),
+            **_settings(criteria.get("skip_step"), *_OF_SKIP_STEP),
         },
     )
 
@@ -278,18 +278,19 @@ def _bar(batches: Iterable[Any], *, shown: bool) -> Iterable[Any]:
     return tqdm(batches, desc="validation loss", leave=False)  # type: ignore[no-any-return]
 
 
-def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the options of the losses, or say why one of them does not fit."""
+def _check_options(options: LossOptions) -> None:
     if options.get("estimator") == "fresh":
         raise ValueError(
             "estimator must not be 'fresh', which draws a second noise: 'expected' evaluates its "
             "expectation"
         )
-    if "reduction" in options:
-        raise ValueError("reduction must be left out: each sample's loss is kept")
-    return options
+    for name in ("reduction", "timesteps"):
+        if name in options:
+            raise ValueError(f"{name} must be left out: each sample is kept, at times of its own")
 
 
-def _plain(value: Any) -> Any:
-    """Return an option's value as JSON can hold it."""
-    return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
+def _settings(criterion: SkipStepLoss | None, *names: str) -> dict[str, Any]:
+    """Return settings of a loss as JSON can hold them; None for all of a loss that is not there."""
+    values = {name: getattr(criterion, name, None) for name in names}
+    simple = (bool, int, float, str, type(None))
+    return {name: v if isinstance(v, simple) else repr(v) for name, v in values.items()}

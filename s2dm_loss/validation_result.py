@@ -75,7 +75,7 @@ class ValidationLoss:
         check_number("confidence", confidence, 0.0, 1.0, open_ends=True)
         if not isinstance(other, ValidationLoss):
             raise TypeError(f"other must be a ValidationLoss, got {describe(other)}")
-        for name in sorted({*self.settings, *other.settings}):
+        for name in {**self.settings, **other.settings}:
             mine, theirs = self.settings.get(name), other.settings.get(name)
             if mine != theirs:
                 raise ValueError(f"other must have the same {name}, {mine!r}, got {theirs!r}")

@@ -185,7 +185,7 @@ def test_other_outputs_and_weightings():
             expected = (0.5 * x_t - target).square().flatten(1).mean(1)
             torch.testing.assert_close(found[:, level], expected, rtol=1e-3, atol=1e-4)
     weighted = validation_loss(small_model, [X0], LINEAR, weighting="min_snr")
-    assert weighted.settings["weighting"] == "min_snr"
+    assert weighted.settings["weighting"] == "min_snr(5)"
     assert weighted.overall().mean < validation_loss(small_model, [X0], LINEAR).overall().mean
 
 
@@ -233,10 +233,11 @@ def test_only_the_same_is_compared():
         ({"levels": 5}, "levels"),
         ({"skip_set": 9}, "skip_set"),
         ({"schedule": NoiseSchedule.cosine(1000)}, "schedule"),
-        ({"tau": 0.5}, "tau"),
+        ({"weighting": "min_snr"}, "weighting"),
     ):
         with pytest.raises(ValueError, match=f"other must have the same {name}"):
             result.compare(other(**changed))
+    assert result.compare(other(prediction_type="epsilon", tau=0.5)).overall().mean == 0
     for x0 in (X0[:9], X0.flip(0), X0 * 1.1):
         with pytest.raises(ValueError, match="same samples, in the same order"):
             result.compare(other(x0=x0))
