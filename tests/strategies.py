@@ -89,7 +89,7 @@ def targets_of(x0, eps, a, b):
     """What a perfect network of each type puts out, by the definitions."""
     return {
         "epsilon": eps,
-        "v_prediction": a * eps - b * x0,
+        "v_prediction": (a * eps - b * x0) / (a**2 + b**2) ** 0.5,
         "sample": x0,
         "flow": eps - x0,
         "score": -eps / b,
