@@ -8,7 +8,7 @@ error of 1.7e-4 at k = 1.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,13 +24,38 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+_METHODS = (
+    "timesteps",
+    "check_timesteps",
+    "log_alphas_cumprod_at",
+    "alpha_sigma",
+    "draw_timesteps",
+)
+
+
+class _ByAttributes(type(Protocol)):  # type: ignore[misc]
+    """Instances are what has the methods, also by `__getattr__`.
+
+    From Python 3.12 on `runtime_checkable` does not see those.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        if cls.__dict__.get("_is_protocol") is not True:
+            return bool(super().__instancecheck__(instance))
+        return not isinstance(instance, type) and all(hasattr(instance, n) for n in _METHODS)
+
+
 @runtime_checkable
-class Schedule(Protocol):
+class Schedule(Protocol, metaclass=_ByAttributes):
     """A Gaussian path x_t = alpha(t) x_0 + sigma(t) ε, with noise that grows with t.
 
-    `NoiseSchedule` (discrete) and `ContinuousSchedule` implement it; any object that does is
-    accepted wherever a schedule is. One in continuous time may have a `min_time`, the least time
-    that is drawn: a weighting needs no bound before it.
+    `NoiseSchedule` (discrete) and `ContinuousSchedule` implement it; any object that has its
+    methods is accepted wherever a schedule is. One in continuous time may say more:
+
+    - `data_at`, 0 or 1: the time at which its data lie. 0 if it does not say. With 1 the noise
+      grows from t = 1 to t = 0.
+    - `min_time`: the least distance of a drawn time from the data. Weights may be infinite nearer.
+    - `derivatives(t)`: dalpha/dt and dsigma/dt, for the prediction type "velocity".
     """
 
     @property
@@ -278,6 +303,19 @@ class NoiseSchedule:
         return self._name
 
 
+def data_at_of(schedule: object) -> Literal[0, 1]:
+    """Return the time at which a schedule's data lie; 0 if it does not say."""
+    return 1 if getattr(schedule, "data_at", 0) == 1 else 0
+
+
+def since_data(schedule: object, t: Tensor) -> Tensor:
+    """Return how far times lie from the data: t, or 1 - t where the data lie at t = 1.
+
+    It turns such a distance back into a time as well.
+    """
+    return 1 - t if data_at_of(schedule) else t
+
+
 def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
     """Return the keyword for a draw of torch's; none without a generator.
 
@@ -299,6 +337,11 @@ def check_schedule(schedule: object) -> Schedule:
         TypeError: if it is no schedule.
     """
     if isinstance(schedule, Schedule):
+        if schedule.timesteps is not None and data_at_of(schedule):
+            raise ValueError(
+                f"data_at=1 is for continuous time, got {schedule!r} with timesteps, which count "
+                "from the data: turn its tables, `.flip(0)`, and give the loss T - 1 - t"
+            )
         return schedule
     came = f"a {type(schedule).__name__}"
     cure = "see NoiseSchedule and ContinuousSchedule"
