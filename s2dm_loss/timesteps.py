@@ -82,8 +82,9 @@ def draw(
     for name, value in (("t", t), ("weights", weights)):
         if name == "weights" and value is None:
             continue
-        shaped = isinstance(value, Tensor) and value.shape == (batch_size,)
-        if not shaped or value.device != t.device:
+        if not (
+            isinstance(value, Tensor) and value.shape == (batch_size,) and value.device == t.device
+        ):
             raise ValueError(
                 f"timesteps must return t or (t, weights), tensors of shape ({batch_size},) on "
                 f"one device, got {name} = {describe(value)}"
