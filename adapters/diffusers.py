@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from s2dm_loss.adapters.diffusers_pipeline import (
-    PipelineGain,
+    PipelineCorrection,
     correct_pipeline,
     shrink_pipeline,
 )
@@ -39,7 +39,7 @@ from s2dm_loss.schedule import NoiseSchedule, Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.weighting import Weighting
 
-__all__ = ["PipelineGain", "SkipLoss", "correct_pipeline", "schedule_of", "shrink_pipeline"]
+__all__ = ["PipelineCorrection", "SkipLoss", "correct_pipeline", "schedule_of", "shrink_pipeline"]
 
 
 class SkipLoss(nn.Module):

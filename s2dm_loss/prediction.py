@@ -34,6 +34,7 @@ from s2dm_loss.checks import (
     check_rows,
     describe,
 )
+from s2dm_loss.continuous import check_velocity, warn_if_not_straight
 from s2dm_loss.head import along
 from s2dm_loss.schedule import Schedule
 
@@ -91,11 +92,10 @@ def check_prediction_type(
     """Raise ValueError unless a network on this schedule can be trained to predict that."""
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     timesteps = schedule.timesteps
-    if prediction_type == "velocity" and timesteps is not None:
-        raise ValueError(
-            "prediction_type 'velocity' is dx_t/dt and needs a ContinuousSchedule, got "
-            f"{schedule!r}"
-        )
+    if prediction_type == "velocity":
+        check_velocity(schedule)
+    if prediction_type == "flow":
+        warn_if_not_straight(schedule)
     if prediction_type == "score" and timesteps is not None and not weighted:
         without = schedule.alpha_sigma(timesteps)[1] == 0
         if without.any():
