@@ -90,9 +90,9 @@
       tau.nextElementSibling.textContent = Number(tau.value).toFixed(3);
       const show = (name) => Math.max(...table[name]).toFixed(4);
       // Where ᾱ comes near 0 the largest values are those of the bound, whatever k is.
-      const middle = table.gain[Math.round(0.9 * (T - 1))].toFixed(4);
+      const middle = table.gain[899].toFixed(4);
       box.querySelector(".readout").textContent =
-        `s at 0.9 T ${middle}, smallest s ${Math.min(...table.gain).toFixed(4)}, ` +
+        `s at t = 899 ${middle}, smallest s ${Math.min(...table.gain).toFixed(4)}, ` +
         `largest λ ${show("lambda")}, largest weight A ${show("weight")}, largest c ${show("c")}.`;
     };
     box.addEventListener("input", update);
