@@ -263,10 +263,10 @@ def whole_search(bar: Any, repeats: int = 200, num_samples: int = 512) -> dict[s
                 for c in found.candidates
             )
             chosen = found.recommended
-            alarms += chosen is not None and truths[chosen.label] >= distance
-            name = "none" if chosen is None else type(chosen.correction).__name__
+            alarms += found.improves and truths[chosen.label] >= distance
+            name = type(chosen.correction).__name__ if found.improves else "none"
             recommended[name] = recommended.get(name, 0) + 1
-            left.append(distance if chosen is None else truths[chosen.label])
+            left.append(truths[chosen.label])
         rows.append(
             {
                 "null": null,

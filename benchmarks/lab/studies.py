@@ -289,7 +289,7 @@ class Chosen:
         self.recommendation = search.recommend()
         self.skips = {
             "fréchet": int(self.recommendation.best.strength),
-            "recommended": int(self.recommendation.strength or 0),
+            "recommended": int(self.recommendation.strength),
         }
         values = data.flatten(1).double()
         energies = [energy_distance(x.flatten(1).double(), values) for x in kept]
@@ -453,7 +453,7 @@ def _searched(
     ).recommend()
     plain, best = found.candidates[0].distance, found.best
     return {
-        "recommended": "none" if found.recommended is None else found.recommended.label,
+        "recommended": found.recommended.label,
         "relative": [best.difference / plain, best.low / plain, best.high / plain],
         "judged": judge(found.correct_model(model), found.correct_noise),
     }
