@@ -169,7 +169,13 @@ def test_arguments_of_the_model_go_with_their_batch():
 
 
 def test_other_outputs_and_weightings():
-    for kind, schedule in (("v_prediction", LINEAR), ("sample", LINEAR), ("flow", FLOW)):
+    turned = ContinuousSchedule.flow(data_at=1)
+    for kind, schedule in (
+        ("v_prediction", LINEAR),
+        ("sample", LINEAR),
+        ("flow", FLOW),
+        ("velocity", turned),
+    ):
         model = Recorder()
         found = validation_loss(
             model, [X0], schedule, levels=4, prediction_type=kind, skip_set=None
@@ -181,6 +187,7 @@ def test_other_outputs_and_weightings():
                 "v_prediction": a * noise - b * X0,
                 "sample": X0.double(),
                 "flow": noise - X0,
+                "velocity": X0 - noise,
             }[kind]
             expected = (0.5 * x_t - target).square().flatten(1).mean(1)
             torch.testing.assert_close(found[:, level], expected, rtol=1e-3, atol=1e-4)
