@@ -33,6 +33,11 @@ class Recorder:
         return self.scale * x_t
 
 
+def by_level(model, schedule):
+    """The calls of a model from noise to data, as levels are counted."""
+    return sorted(model.calls, key=lambda call: schedule.log_alphas_cumprod_at(call[1])[0])
+
+
 class Network(nn.Module):
     """With dropout, a part that is frozen, and random numbers of its own."""
 
@@ -80,7 +85,7 @@ def test_the_values_are_those_of_the_criterion():
     """From x_t and t that the model was given, with ε solved for."""
     model = Recorder()
     result = validation_loss(model, [X0], LINEAR, levels=4, skip_set=49, tau=0.9)
-    for level, (x_t, t, _) in enumerate(model.calls):
+    for level, (x_t, t, _) in enumerate(by_level(model, LINEAR)):
         alpha, sigma = (c.reshape(-1, 1, 1, 1) for c in LINEAR.alpha_sigma(t))
         noise = (x_t - alpha * X0) / sigma
         plain = (0.5 * x_t - noise).square().flatten(1).mean(1)
@@ -180,7 +185,7 @@ def test_other_outputs_and_weightings():
         found = validation_loss(
             model, [X0], schedule, levels=4, prediction_type=kind, skip_set=None
         ).losses["plain"]
-        for level, (x_t, t, _) in enumerate(model.calls):
+        for level, (x_t, t, _) in enumerate(by_level(model, schedule)):
             a, b = (c.reshape(-1, 1, 1, 1) for c in schedule.alpha_sigma(t))
             noise = (x_t - a * X0) / b
             target = {
@@ -203,7 +208,7 @@ def test_means_and_errors():
     assert [e.mean for e in levels] == pytest.approx(losses.mean(0), rel=1e-12)
     assert [e.error for e in levels] == pytest.approx(stats.sem(losses, axis=0), rel=1e-12)
     assert result.overall() == pytest.approx((losses.mean(), stats.sem(losses.mean(1))), rel=1e-12)
-    log_snr = LINEAR.log_snr[[125, 375, 625, 875]]
+    log_snr = LINEAR.log_snr[[875, 625, 375, 125]]
     assert result.log_snr == pytest.approx(log_snr.tolist())
     one = validation_loss(small_model, [X0[:1]], LINEAR, levels=4)
     assert math.isnan(one.overall().error)
