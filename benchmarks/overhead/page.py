@@ -1,250 +1,329 @@
-"""`docs/overhead.md`, written from the figures: no number on that page is typed by hand."""
+"""The numbers, tables and plots of `docs/overhead.md`, from the committed results."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
+from matplotlib.figure import Figure
 
+from benchmarks.files import load_json
 from benchmarks.overhead.contenders import LABELS
-from benchmarks.overhead.details import (
-    attempts_text,
-    count_text,
-    heads_text,
-    limit_text,
-    overhead_text,
-    provenance,
-    step_text,
-)
-from benchmarks.overhead.figures import (
-    DEVICES,
-    Results,
-    by_shape,
-    copy_rate,
-    duration,
-    eager_cells,
-    extra_time,
-    head_shares,
-    quartiles,
-    shape_text,
-    share_range,
-    useful_rate,
-    value_range,
-)
-from benchmarks.overhead.goals import goals
-from benchmarks.pages.figures import COLORS, STYLE, new_figure, save_figure
-from benchmarks.pages.tables import folded, listed, markdown_table
-from benchmarks.pages.tables import write_page as write_parts
+from benchmarks.overhead.levels import KNOWN, LATENTS
+from benchmarks.pages.tables import markdown_table
+from benchmarks.provenance import ROOT
 
-SOURCE = "`python -m benchmarks.overhead page` from benchmarks/results/overhead; its words are in "
-KNOWN = ("CIFAR10", "SD latents", "CelebA", "ADM-256", "video latents")
-"""The shapes that users know, by the end of a cell's name."""
-DRAWN = {"expected": 1, "mse": 0, "min_snr": 3, "released": 4}
-
-GOALS = """\
-Ratios of times of one forward and backward of the loss head, float32, eager unless it says
-otherwise, over every size and shape of at least 2²⁰ elements: from the least to the greatest median
-ratio, of which the worse decides; in brackets the same by the fastest rounds, which other work on
-the machine disturbs least.
-"""
-
-WHY = """\
-A loss head computes next to nothing; it waits for memory. So what counts is how often the data, ε̂
-and ε, are read or written ("passes"), and how many new tensors of their size are made: on a CPU a
-fresh page costs more than the arithmetic on it.
-
-| | forward | backward | passes | tensors made | held at once |
-|---|---|---|---|---|---|
-| `F.mse_loss` | read ε̂, ε, write squares, read them | clear a gradient, read ε̂, ε, write it | 8 \
-| 3 | 2 |
-| ours, `expected` and `shared` | read ε, read ε̂, ε, write the residual, read it | read the \
-residual, turn it into the gradient where it is | 7 | 1 | 1 |
-
-(`F.mse_loss` as PyTorch's source has it: the scalar it returns keeps memory for all the squares.)
-The gradient of `weight · mean (ε̂ - gain · ε)²` is the residual times one number for each sample, so
-the residual is overwritten with it. A second backward through the same graph, a gradient of the
-gradient, `torch.func` and forward mode get a fresh one.
-
-Under `torch.compile` the head is plain operators, which Inductor fuses: the forward pass reads ε̂
-and ε and keeps nothing but a number for each sample, the backward pass reads both again and writes
-the gradient, 5 passes. Left to itself the compiler for a CPU keeps the residual, as it does for
-`F.mse_loss`, and makes 7; a checkpoint in the head tells it not to (torch 2.13 and later).
-"""
-
-HOW = """\
-One process; every contender on the same tensors, once a round, each round in an order of its own.
-A ratio is taken within each round, so that what else the machine does meets both sides; the
-tables give its median and, in brackets, its quartiles. Several sets of inputs take turns until they
-fill 256 MiB (256 sets at most), so that none is found in a cache; all are allocated anew five times
-a cell, since where they happen to lie in memory moves a ratio by 5 % and more. The clock is named
-below: on a GPU, CUDA events from an idle stream, so that the host's time to launch counts; on a CPU
-that does other work at the same time, the CPU time of one thread, to which other work adds nothing
-but its share of the caches. Memory is the allocator's own account. Operators and bytes are counted
-below autograd and have a ceiling in `tests/test_head_cost.py`, so they cannot grow unseen. Min-SNR
-is the path of the diffusers training scripts; the released formula is written plainly, with its
-second noise tensor, two squared errors, masks and concatenation, and like `fresh` it draws the
-noise ζ.
-"""
+RESULTS = ROOT / "benchmarks" / "results" / "overhead"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+BYTES = {"float32": 4, "bfloat16": 2}
+DRAWN = ("mse", "expected", "min_snr", "released")
+Cell = dict[str, Any]
 
 
-def write_page(results: Path, page: Path) -> None:
-    """Write the page, and a plot for each device that was measured.
+class Device:
+    """One device's results, as a template asks for them.
 
-    Raises:
-        FileNotFoundError: If there are no figures.
+    Args:
+        path: The JSON that `python -m benchmarks.overhead run` wrote.
     """
-    found: dict[str, Results] = {
-        device: json.loads(path.read_text(encoding="utf-8"))
-        for device in DEVICES
-        if (path := results / f"{device}.json").exists()
-    }
-    if not found:
-        raise FileNotFoundError(f"no figures in {results}: run `python -m benchmarks.overhead run`")
-    write_parts(page, "Overhead", SOURCE + "benchmarks/overhead/page.py", _parts(found, page))
 
+    def __init__(self, path: Path) -> None:
+        """Read the results."""
+        self.label, self.levels = DEVICES[path.stem], load_json(path)
 
-def _parts(found: dict[str, Results], page: Path) -> Iterable[str]:
-    for device, results in found.items():
-        if len(found) > 1:
-            yield f"## On a {DEVICES[device]}"
-        yield from _answer(device, results)
-        picture = f"assets/overhead/{device}.svg"
-        _plot(results, page.parent / picture)
-        yield f"![GB/s of the losses by size, below the speed of a copy]({picture})"
-        yield (
-            "GB/s, in the table and in the figure: the bytes that any loss has to move (read ε̂ and "
-            "ε, write one gradient) over the time it took, forward and backward, eager, float32. A "
-            "copy between tensors that exist already is the ceiling"
-            + (
-                "; a fresh tensor, which every gradient is, costs a CPU more than that."
-                if device == "cpu"
-                else "."
-            )
-        )
-    yield _left_out(found)
-    yield "## Details"
-    yield folded("The goals and the figures", f"{GOALS}\n{goals(found)}")
-    yield folded("Why it costs so little", WHY)
-    for device, results in found.items():
-        yield from _device(DEVICES[device], results)
-    yield folded("How it was measured, and on what", f"{HOW}\n{provenance(found)}")
+    def cells(self, level: str) -> list[Cell]:
+        """Return the results of a level, sizes in order before the shapes people train on."""
+        found: list[Cell] = self.levels.get(level, {}).get("figures", [])
+        named = all("name" in cell for cell in found)
+        return sorted(found, key=_order) if named else found
 
+    def known(self, level: str = "float32") -> list[tuple[str, Cell]]:
+        """Return the cells of the shapes people train on, by name."""
+        ends = {cell["name"].split(", ")[-1]: cell for cell in self.cells(level)}
+        return [(name, ends[name]) for name in KNOWN if name in ends]
 
-def _known(results: Results) -> list[tuple[str, Results]]:
-    """Return the eager float32 cells of the shapes that users know, by name."""
-    return [
-        (name, cell)
-        for name in KNOWN
-        for cell in eager_cells(results)
-        if cell["name"].split(", ")[-1] == name
-    ]
+    @property
+    def machine(self) -> str:
+        """The device's name."""
+        found = self.levels["float32"]["machine"]
+        return str(found.get("gpu", found["cpu"]))
 
+    @property
+    def versions(self) -> list[str]:
+        """Versions of the library that were measured."""
+        return sorted({level["version"] for level in self.levels.values()})
 
-def _answer(device: str, results: Results) -> Iterable[str]:
-    cells = _known(results)
-    ratios = [cell["ratios"]["expected/mse"][1] for _, cell in cells]
-    extra = [extra_time(cell) for _, cell in cells]
-    # The shapes at which memory and syncs were counted.
-    counted = {shape: rows["expected"] for shape, rows in by_shape(results, "float32")}
-    plain = {shape: rows["mse"] for shape, rows in by_shape(results, "float32")}
-    most = max(row["peak_bytes"] / row["data_bytes"] for row in counted.values())
-    theirs = max(row["peak_bytes"] / row["data_bytes"] for row in plain.values())
-    syncs = sum(row["sync_operators"] for row in counted.values())
-    step = results["step"]["figures"]
-    most_added = head_shares(results)[1]
-    slows = "No" if most_added < 0.005 else "Hardly" if most_added < 0.01 else "Yes"
-    yield (
-        f"**Does the loss slow a training down? {slows}: it adds {share_range(results)} to "
-        f"a step of CIFAR10's U-Net, batch {step['shape'][0]}, eager, on a {DEVICES[device]}.** In "
-        f"place of `F.mse_loss` it takes {value_range(ratios)} times as long at shapes that people "
-        f"train on, at worst {max(extra):.0f} µs more a step; in float32 it holds {most:.0f} "
-        f"tensor of the data's size at once where that holds {theirs:.0f}, and it {_waits(syncs)}."
-    )
-    header = ["", "shape", "forward and backward", "÷ `F.mse_loss`", "GB/s", "share of a copy's"]
-    errors = any("gradient_error" in row for row in counted.values())
-    header += ["peak memory, tensors", *(["gradient error"] if errors else []), "host syncs"]
-    rows = []
-    for name, cell in cells:
-        rate = useful_rate(cell, "expected")
-        row = [
-            name,
-            shape_text(cell["shape"]),
-            duration(cell["microseconds"]["expected"][1]),
-            quartiles(cell["ratios"]["expected/mse"], 2),
-            f"{rate / 1e9:.1f}",
-            f"{rate / copy_rate(results):.0%}",
+    @property
+    def copy_rate(self) -> float:
+        """Bytes a second of a copy, read and written."""
+        return float(self.cells("bandwidth")[0]["copy_bytes_per_second"][1])
+
+    @property
+    def fastest_step(self) -> Cell:
+        """The plain training step that takes least, of those that were measured."""
+        timed = [cell for cell in self.cells("step") + self._other_steps() if _median(cell)]
+        return min(timed, key=_median)
+
+    def _other_steps(self) -> list[Cell]:
+        return self.cells("step-compiled") + self.cells("step-graph")
+
+    @property
+    def added(self) -> tuple[float, float]:
+        """Least and most that `expected` adds to the fastest plain step, by the heads' times.
+
+        Measured beside the step, and where the head was measured at the step's shape once more.
+        """
+        step = self.fastest_step
+        level = step["dtype"] if step["mode"] == "eager" else step["mode"]
+        again = [cell for cell in self.cells(level) if cell["dtype"] == step["dtype"]]
+        heads = [step["head"], *(cell for cell in again if cell["shape"] == step["shape"])]
+        shares = [extra_time(head) / _median(step) for head in heads]
+        return min(shares), max(shares)
+
+    def ratios(self, level: str, pair: str = "expected/mse", least: int = 0) -> list[float]:
+        """Return the median ratios of a level, over shapes of at least `least` elements."""
+        return [
+            cell["ratios"][pair][1]
+            for cell in self.cells(level)
+            if math.prod(cell["shape"]) >= least and pair in cell["ratios"]
         ]
-        count = counted.get(tuple(cell["shape"]), {})
-        row.append(f"{count['peak_bytes'] / count['data_bytes']:.2f}" if count else "")
-        row += [f"{count['gradient_error']:.1g}" if count else ""] if errors else []
-        row.append(str(count["sync_operators"]) if count else "")
-        rows.append(row)
-    yield markdown_table(header, rows)
 
+    def goal(self, level: str, most: float, pair: str = "expected/mse", least: int = 2**20) -> str:
+        """Return the range of the ratios, and whether the greatest is at most `most`."""
+        found = self.ratios(level, pair, least)
+        if not found:
+            return ""
+        return f"{value_range(found)}: {'met' if max(found) <= most else '**missed**'}"
 
-def _waits(syncs: int) -> str:
-    """Say how often the host waits for the device."""
-    if not syncs:
-        return "never makes the host wait for the device"
-    return f"makes the host wait for the device, {syncs} time{'s' if syncs > 1 else ''}"
+    def counted(self, dtype: str, shape: Sequence[int] = LATENTS) -> dict[str, Cell]:
+        """Return the counts at one shape, by contender."""
+        return {
+            row["contender"]: row
+            for row in self.cells("counts")
+            if row["dtype"] == dtype and tuple(row["shape"]) == tuple(shape)
+        }
 
+    def held(self, name: str) -> float:
+        """Return the most tensors of the data's size that a loss holds at once, in float32."""
+        rows = [row for row in self.cells("counts") if row["dtype"] == "float32"]
+        return max(r["peak_bytes"] / r["data_bytes"] for r in rows if r["contender"] == name)
 
-def _left_out(found: dict[str, Results]) -> str:
-    missing = [
-        f"on a {label} (`python -m benchmarks.overhead run --device {device}` measures it, and "
-        "there also kernels, host syncs under debug mode and a captured CUDA graph)"
-        for device, label in DEVICES.items()
-        if device not in found
-    ]
-    for device, results in found.items():
-        rows = [rows["expected"] for _, rows in by_shape(results, "float32")]
-        shapes = {tuple(row["shape"]) for row in rows}
-        uncounted = [name for name, cell in _known(results) if tuple(cell["shape"]) not in shapes]
-        if uncounted:
-            missing.append(f"memory and syncs of {listed(uncounted)} on a {DEVICES[device]}")
-        in_full = [cell["name"] for cell in results["head"]["figures"] if cell["mode"] != "eager"]
-        missing.append(
-            f"compiled and in bfloat16 on a {DEVICES[device]} any size but "
-            f"{listed(list(dict.fromkeys(in_full)))}"
+    @property
+    def waits(self) -> int:
+        """How often one of our losses makes the host wait, or breaks a graph."""
+        ours = [r for r in self.cells("counts") if r["contender"] in ("expected", "fresh", "shared")]
+        return sum(
+            r["sync_operators"] + (r.get("sync") is not None) + r.get("graph_breaks", 0)
+            for r in ours
         )
-        if not any("gradient_error" in row for row in rows):
-            missing.append(f"the error of the gradient on a {DEVICES[device]}")
-    return f"Not measured, and left out: {'; '.join(missing)}." if missing else ""
+
+    def moved(self, cell: Cell) -> tuple[float, float]:
+        """Return shares of a copy's speed: by bytes moved, and by those that any loss must move."""
+        row = self.counted(cell["dtype"])["expected"]
+        moved = row["bytes" if cell["mode"] == "eager" else "compiled_bytes"] / row["data_bytes"]
+        least = useful_rate(cell, "expected") / self.copy_rate
+        return moved / 3 * least, least
+
+    @property
+    def table(self) -> str:
+        """What a reader comes for: `expected` at the shapes people train on."""
+        rows = []
+        for name, cell in self.known():
+            rate = useful_rate(cell, "expected")
+            row = self.counted("float32", cell["shape"]).get("expected", {})
+            error = row.get("gradient_error")
+            rows.append(
+                [
+                    name,
+                    shape_text(cell["shape"]),
+                    duration(cell["microseconds"]["expected"][1]),
+                    quartiles(cell["ratios"]["expected/mse"], 2),
+                    f"{rate / 1e9:.1f}",
+                    f"{rate / self.copy_rate:.2g}".replace("0.", "0.") if False else _percent(rate / self.copy_rate),
+                    f"{row['peak_bytes'] / row['data_bytes']:.2f}" if row else "",
+                    "" if error is None else f"{error:.1g}",
+                    str(row["sync_operators"]) if row else "",
+                ]
+            )
+        header = ["", "shape", "forward and backward", "÷ `F.mse_loss`", "GB/s"]
+        header += ["share of a copy's", "peak memory, tensors", "gradient error", "host syncs"]
+        return markdown_table(header, rows)
+
+    def heads(self, level: str, dtype: str) -> str:
+        """Return the times of a level and dtype over `F.mse_loss`'s."""
+        cells = [cell for cell in self.cells(level) if cell["dtype"] == dtype]
+        names = [name for name in LABELS if cells and f"{name}/mse" in cells[0]["ratios"]]
+        rows = [
+            [
+                cell["name"],
+                shape_text(cell["shape"]),
+                duration(_median(cell)),
+                *(quartiles(cell["ratios"][f"{name}/mse"], 2) for name in names),
+            ]
+            for cell in cells
+        ]
+        header = ["", "shape", LABELS["mse"], *(LABELS[name] for name in names)]
+        return markdown_table(header, rows) if rows else ""
+
+    @property
+    def steps(self) -> str:
+        """Times of a whole training step."""
+        rows = []
+        for cell in self.cells("step") + self._other_steps():
+            for name in (name for name in LABELS if name in cell.get("microseconds", {})):
+                ratio = cell["ratios"].get(f"{name}/mse")
+                memory = cell.get("peak_bytes", {})
+                extra = memory[name] - memory["mse"] if memory else 0
+                rows.append(
+                    [
+                        f"{cell['dtype']}, {cell['mode']}",
+                        LABELS[name],
+                        duration(cell["microseconds"][name][1]),
+                        quartiles(ratio, 3) if ratio else "1",
+                        f"{extra / 2**20:+.1f} MiB" if memory else "",
+                    ]
+                )
+        return markdown_table(["", "loss", "step", "÷ `F.mse_loss`", "peak memory above it"], rows)
+
+    def counts(self, dtype: str) -> str:
+        """Return memory, operators, bytes and syncs at the shape of Stable Diffusion's latents."""
+        columns: dict[str, Callable[[Cell], str]] = {
+            "peak memory": lambda row: f"{row['peak_bytes'] / row['data_bytes']:.2f}",
+            "operators": lambda row: str(row["operators"]),
+            "on data": lambda row: str(row["data_operators"]),
+            "passes": lambda row: f"{row['bytes'] / row['data_bytes']:.1f}",
+            "compiled": lambda row: _share(row, "compiled_bytes"),
+            "graph breaks": lambda row: str(row["graph_breaks"]),
+            "syncs": lambda row: str(row["sync_operators"]),
+        }
+        found = self.counted(dtype)
+        if "kernels" in found["mse"]:
+            columns["kernels"] = lambda row: str(row["kernels"])
+            columns["sync seen by CUDA"] = lambda row: "yes" if row["sync"] else "no"
+        rows = [
+            [LABELS[name], *(column(found[name]) for column in columns.values())]
+            for name in LABELS
+            if name in found
+        ]
+        return markdown_table([dtype, *columns], rows)
+
+    @property
+    def limit(self) -> str:
+        """How far large sizes are from the speed of a copy."""
+        rows = [
+            [cell["name"], cell["mode"], *map(_percent, self.moved(cell))]
+            for level in ("float32", "compiled")
+            for cell in self.cells(level)
+            if cell["dtype"] == "float32" and math.prod(cell["shape"]) >= 2**22
+        ]
+        return markdown_table(["size", "", "by the bytes moved", "by the least bytes"], rows)
 
 
-def _device(label: str, results: Results) -> Iterable[str]:
-    text = (
-        "Time of the head, forward and backward, as a ratio to `F.mse_loss` in the same mode and "
-        f"dtype.\n\n{heads_text(results)}\n{overhead_text(results)}"
-    )
-    if "gpu" not in results["head"]["machine"]:
-        text += (
-            "\nCompiled, `fresh` and the released formula draw noise inside, and Inductor's random "
-            "numbers are slow on a CPU; given as `skip_noise` they are drawn outside."
-        )
-    yield folded(f"Every size, mode and dtype on a {label}", text)
-    yield folded(f"A whole training step on a {label}", step_text(results))
-    yield folded(f"Memory, operators, syncs on a {label}", count_text(results))
-    yield folded(f"What was tried on a {label}", attempts_text(results["attempts"]["figures"]))
-    yield folded(f"How far from the limit on a {label}", limit_text(results))
+def _order(cell: Cell) -> tuple[bool, int]:
+    return not cell["name"].startswith("2^"), math.prod(cell["shape"])
 
 
-def _plot(results: Results, path: Path) -> None:
-    cells = [cell for cell in eager_cells(results) if cell["name"].startswith("2^")]
-    with mpl.rc_context(STYLE):
-        figure, ((axes,),) = new_figure(3.4)
+def _median(cell: Cell) -> float:
+    return float(cell.get("microseconds", {}).get("mse", (0, 0))[1])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def _share(row: Cell, name: str) -> str:
+    return f"{row[name] / row['data_bytes']:.1f}" if name in row else ""
+
+
+def extra_time(timed: Cell) -> float:
+    """Return by how many microseconds `expected` takes longer than `F.mse_loss`."""
+    return float(timed["microseconds"]["expected"][1] - timed["microseconds"]["mse"][1])
+
+
+def quartiles(values: Sequence[float], digits: int) -> str:
+    """Return the median, and in brackets the quartiles."""
+    low, middle, high = (f"{value:.{digits}f}" for value in values)
+    return f"{middle} ({low}, {high})"
+
+
+def value_range(values: Iterable[float], form: str = ".2f") -> str:
+    """Return the least and the greatest."""
+    values = list(values)
+    low, high = (f"{value:{form}}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """Return a shape such as 64×4×64×64."""
+    return "×".join(map(str, shape))
+
+
+def duration(microseconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    if microseconds < 1e3:
+        return f"{microseconds:.0f} µs"
+    return f"{microseconds / 1e3:.1f} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.2f} s"
+
+
+def useful_rate(cell: Cell, name: str) -> float:
+    """Return bytes a second that any loss must move: ε̂ and ε read, one gradient written."""
+    size = BYTES[cell["dtype"]] * math.prod(cell["shape"])
+    return 3 * size / (cell["microseconds"][name][1] / 1e6)
+
+
+def measured(folder: Path = RESULTS) -> list[Device]:
+    """Return the devices that have results."""
+    return [Device(path) for name in DEVICES if (path := folder / f"{name}.json").exists()]
+
+
+def provenance(devices: Iterable[Device]) -> str:
+    """Return what each level was measured on, and with which command."""
+    rows = []
+    for device in devices:
+        for name, level in device.levels.items():
+            found = level["machine"]
+            where = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"
+            if "gpu" in found:
+                where = f"{found['gpu']}, driver {found['driver']}, CUDA {found['cuda']}"
+            changed = " and local changes" if level["local_changes"] else ""
+            rows.append(
+                [
+                    f"{device.label}, {name}",
+                    f"{where}, torch {found['torch']}, Python {found['python']}",
+                    f"{level['version']}, {level['commit'][:10]}{changed}",
+                    str(level["load_average_before"]),
+                    f"`{level['command']}`",
+                ]
+            )
+    return markdown_table(["", "machine", "library", "load before", "command"], rows)
+
+
+def rates(device: Device) -> Figure:
+    """Draw GB/s of the losses by size, below the speed of a copy."""
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    cells = [cell for cell in device.cells("float32") if cell["name"].startswith("2^")]
+    for name in DRAWN:
+        speeds = [useful_rate(cell, name) / 1e9 for cell in cells]
         sizes = [math.prod(cell["shape"]) for cell in cells]
-        for name, color in DRAWN.items():
-            rates = [useful_rate(cell, name) / 1e9 for cell in cells]
-            label = LABELS[name].replace("`", "")
-            axes.plot(sizes, rates, marker="o", markersize=3, color=COLORS[color], label=label)
-        ceiling = copy_rate(results) / 1e9
-        axes.axhline(ceiling, color=COLORS[2], linestyle="--", linewidth=1.2, label="a copy")
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="elements of ε̂", ylabel="GB/s", ylim=(0, 1.1 * ceiling))
-        axes.minorticks_off()
-        figure.legend(loc="outside lower center", ncols=3)
-    save_figure(figure, path)
+        axes.plot(sizes, speeds, marker="o", markersize=3, label=LABELS[name].replace("`", ""))
+    ceiling = device.copy_rate / 1e9
+    axes.axhline(ceiling, color="#7d838c", linestyle="--", linewidth=1.2, label="a copy")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="elements of ε̂", ylabel="GB/s", ylim=(0, 1.1 * ceiling))
+    axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+PLOTS: dict[str, tuple[Callable[[], Figure], str]] = {
+    f"overhead_{device}": (
+        partial(lambda path: rates(Device(path)), RESULTS / f"{device}.json"),
+        f"GB/s of the losses by size on a {label}, below the speed of a copy.",
+    )
+    for device, label in DEVICES.items()
+}
+"""What the site draws: a plot and its description, by name."""
