@@ -20,8 +20,8 @@ OLDEST_PYTHON = PYTHONS[0]
 # The tests that need no trainer and no part of benchmarks/.
 CORE = (
     *("coefficients", "corrections", "errors", "from_output", "fuzz", "golden"),
-    *("loss", "minimiser", "mixed_precision", "numerics", "prediction", "public_api", "recommend"),
-    *("schedule", "search_frechet", "shrink", "skip_set", "tables", "testing", "tracing"),
+    *("loss", "minimiser", "mixed_precision", "numerics", "prediction", "public_api", "search"),
+    *("schedule", "scaled_model", "search_frechet", "skip_set", "tables", "testing", "tracing"),
     "weighting",
 )
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")

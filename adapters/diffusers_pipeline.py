@@ -26,9 +26,9 @@ from s2dm_loss.adapters.diffusers_scheduler import (
 from s2dm_loss.checks import check_choice, describe
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.prediction import PredictionType, read_output
-from s2dm_loss.recommendation import Recommendation
+from s2dm_loss.sampling.result import Recommendation
+from s2dm_loss.sampling.scaled_model import ScaledModel
 from s2dm_loss.schedule import NoiseSchedule
-from s2dm_loss.shrink import ScaledModel, ShrunkModel
 from s2dm_loss.skip_set import Skips, SkipSet
 
 __all__ = ["PipelineGain", "correct_pipeline", "shrink_pipeline"]
@@ -80,7 +80,7 @@ def shrink_pipeline(
     return PipelineGain(
         pipe,
         partial(
-            ShrunkModel,
+            ScaledModel.with_gain,
             schedule=_schedule(pipe),
             skip_set=SkipSet.wrap(skip_set),
             tau=tau,
@@ -109,7 +109,7 @@ def correct_pipeline(
 
     Args:
         pipe: A diffusers pipeline with a `scheduler` and a denoiser, `unet` or `transformer`.
-        recommendation: What `CorrectionSearch` or `GainSearch` has found.
+        recommendation: What `CorrectionSearch` has found.
         component: Name of the denoiser, if it is neither `unet` nor `transformer`.
         noisy_channels: As for `shrink_pipeline`.
 
@@ -129,10 +129,10 @@ def correct_pipeline(
         model = recommendation.correct_model(denoiser)
         if model is denoiser:
             return model
-        if not isinstance(model, (ScaledModel, ShrunkModel)):
+        if not isinstance(model, ScaledModel):
             raise ValueError(
                 f"recommendation makes a {type(model).__name__} of the denoiser; on a pipeline it "
-                "must make a ScaledModel or a ShrunkModel, which scale what the denoiser returns"
+                "must make a ScaledModel, which scales what the denoiser returns"
             )
         if model.model is not denoiser:
             raise ValueError(
@@ -175,8 +175,8 @@ class PipelineGain:
 
         Args:
             pipe: The pipeline.
-            make: Called `make(denoiser, prediction_type=...)`, returns a `ShrunkModel` or a
-                `ScaledModel`, or the denoiser where nothing is to be changed.
+            make: Called `make(denoiser, prediction_type=...)`, returns a `ScaledModel`, or
+                the denoiser where nothing is to be changed.
             component: Name of the denoiser.
             noisy_channels: As for `shrink_pipeline`.
         """

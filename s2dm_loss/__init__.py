@@ -1,62 +1,30 @@
 """S²-DM, the skip-step training loss of diffusion models, as a library.
 
 >>> from s2dm_loss import NoiseSchedule, SkipStepLoss
->>> criterion = SkipStepLoss(NoiseSchedule.linear(1000), skip_set=9)
+>>> criterion = SkipStepLoss(NoiseSchedule.linear(1000), skip_set=49)
+
+What is used less often is imported from its module: `s2dm_loss.sampling`, `s2dm_loss.monitor`,
+`s2dm_loss.prediction`, `s2dm_loss.weighting`, `s2dm_loss.coefficients`, `s2dm_loss.testing` and
+`s2dm_loss.adapters`.
 """
 
 from s2dm_loss._version import __version__
-from s2dm_loss.coefficients import Coefficients, CompletedSquare, coefficients
+from s2dm_loss.coefficients import gain
 from s2dm_loss.continuous import ContinuousSchedule
-from s2dm_loss.corrections import (
-    ConstantScaling,
-    Correction,
-    PredictionScaling,
-    ScoreRescaling,
-    SkipGain,
-    StartScaling,
-    standard_corrections,
-)
-from s2dm_loss.functional import LossTerms, skip_step_loss
-from s2dm_loss.gain_search import GainSearch
 from s2dm_loss.loss import SkipStepLoss
-from s2dm_loss.output import RegressionTarget
-from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
-from s2dm_loss.recommend import CorrectionSearch
-from s2dm_loss.recommendation import Candidate, Recommendation, ScanPoint, SearchCost
-from s2dm_loss.schedule import NoiseSchedule, Schedule
-from s2dm_loss.shrink import ScaledModel, ShrunkModel, epsilon_scaling, gain
+from s2dm_loss.sampling import CorrectionSearch, ScaledModel, ScoreRescaling, SkipGain
+from s2dm_loss.schedule import NoiseSchedule
 from s2dm_loss.skip_set import SkipSet
 
 __all__ = [
-    "Candidate",
-    "Coefficients",
-    "CompletedSquare",
-    "ConstantScaling",
     "ContinuousSchedule",
-    "Correction",
     "CorrectionSearch",
-    "GainSearch",
-    "LossTerms",
     "NoiseSchedule",
-    "PredictionScaling",
-    "Recommendation",
-    "RegressionTarget",
     "ScaledModel",
-    "ScanPoint",
-    "Schedule",
     "ScoreRescaling",
-    "SearchCost",
-    "ShrunkModel",
     "SkipGain",
     "SkipSet",
     "SkipStepLoss",
-    "StartScaling",
     "__version__",
-    "coefficients",
-    "epsilon_from_output",
-    "epsilon_scaling",
     "gain",
-    "output_from_epsilon",
-    "skip_step_loss",
-    "standard_corrections",
 ]

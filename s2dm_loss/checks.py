@@ -6,10 +6,11 @@ values, so they cost no host sync.
 
 from __future__ import annotations
 
+import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,10 +24,35 @@ def describe(value: object) -> str:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
+    """Raise ValueError unless `value` is one of `choices`; it names the one that was meant."""
     choices = tuple(choices)
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+            + _did_you_mean(value, choices)
+        )
+
+
+# What the field also calls the choices of this library.
+_OTHER_NAMES = {"eps": "epsilon", "noise": "epsilon", "x0": "sample", "x_0": "sample"}
+
+
+def _did_you_mean(value: object, choices: tuple[str, ...]) -> str:
+    """Return ": did you mean …?" for a name like one of the choices, and "" for another."""
+    if not isinstance(value, str):
+        return ""
+    said = value.lower().replace("-", "_")
+    meant = [_OTHER_NAMES[said]] if _OTHER_NAMES.get(said) in choices else []
+    meant += [choice for choice in choices if said and choice.startswith(said + "_")]
+    meant += difflib.get_close_matches(said, choices, n=1)
+    return f": did you mean {meant[0]!r}?" if meant else ""
+
+
+def check_rows(name: str, rows: Mapping[str, object], names: Any) -> None:
+    """Raise RuntimeError unless a table has a row for each name of a `Literal`, and no other."""
+    if set(rows) != set(get_args(names)):
+        odd = sorted(set(rows) ^ set(get_args(names)))
+        raise RuntimeError(f"{name} and its type must have the same names, they differ in {odd}")
 
 
 def check_number(

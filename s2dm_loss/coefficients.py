@@ -1,27 +1,52 @@
 """The whole mathematics of S²-DM: the functions of t that the loss is made of.
 
-Notation, with ᾱ of the schedule, k a skip and τ the share of the plain loss:
+Notation: ᾱ of the schedule, k a skip, τ the share of the plain loss, a and b of the path
+x_t = a x_0 + b ε.
 
-    α_skip(t) = ᾱ_t / ᾱ_{t-k}                    the transition t-k → t in one jump
+1. The loss on a noise prediction ε̂ (arXiv 2401.01520, Eq. 13, and the released code):
+
+    α_skip(t) = ᾱ_t / ᾱ_{t-k}                      the transition t-k → t in one jump
     c²(t)     = (1 - α_skip) / α_skip = ᾱ_{t-k} / ᾱ_t - 1
-    L(t)      = τ mse(ε̂, ε) + (1-τ) mse(c ε̂, ζ)  where a skip is valid (t >= k)
-    L(t)      = mse(ε̂, ε)                        elsewhere
+    L(t)      = τ mse(ε̂, ε) + (1-τ) mse(c ε̂, ζ)    where a skip is valid (t >= k)
+    L(t)      = mse(ε̂, ε)                          elsewhere, which is τ = 1, c = 0
 
-(arXiv 2401.01520, Eq. 13 and the released code.) Both terms are quadratics in ε̂. Completing the
-square leaves one,
-
-    L(t) = A mse(ε̂, target) + a constant that ε̂ does not touch, A = τ + (1-τ) c²,
-
-and each estimator, that is each reading of ζ, is a target and a constant:
-
-    estimator   ζ                  target     constant (mean over the elements)
-    "fresh"     new Gaussian       s ε + g ζ  (τ - A s²) ε² + (1-τ - A g²) ζ²
-                noise                         - 2 A s g ε ζ
-    "expected"  its expectation    s ε        (τ - A s²) ε² + (1-τ)
-    "shared"    the same noise ε   (s + g) ε  (1 - A (s+g)²) ε²
-
-with s = τ / A and g = (1-τ) c / A. Where no skip is valid, τ = 1 and c = 0 say the plain loss.
 Several skips at once are the mean of their losses: c and c² become means over the valid skips.
+
+2. An estimator is a reading of ζ = u ε + v ξ + η, with a drawn noise ξ, and a noise η of variance
+n of which only the expectation is taken:
+
+    estimator    u  v  n
+    "expected"   0  0  1    the exact expectation over fresh noise
+    "fresh"      0  1  0    fresh noise, as the released code draws it
+    "shared"     1  0  0    the same noise ε, as the equation is printed
+
+3. Both terms are quadratics in ε̂. Completing the square leaves one,
+
+    L(t) = A mse(ε̂, s ε + g ξ) + a constant that ε̂ does not touch,
+    A = τ + (1-τ) c²,   s = (τ + (1-τ) c u) / A,   g = (1-τ) c v / A.
+
+`SkipStepLoss` leaves the constant out. So a network learns s(t) E[ε | x_t].
+
+4. The same on any output. A trainer's loss is mse(output, target) with output = p x_0 + q ε
+(`s2dm_loss.prediction`; ε itself is p = 0, q = 1). Solved for the noise,
+
+    ε̂ = ratio · output + lift · x_t,    mse(output, target) = mse(ε̂, ε) / ratio².
+
+S²-DM keeps that weight of the trainer's choosing. Written on the output,
+
+    L = A mse(output, s target + (s-1) (lift / ratio) x_t + (g / ratio) ξ),
+
+which at τ = 1, where A = s = 1 and g = 0, is the trainer's own loss. From x_0 and ε the same target
+is p x_0 + (q + (s-1) / ratio) ε + (g / ratio) ξ. ε is what target and x_t say it is, which stays
+true where a trainer changed either (noise offset, input perturbation, DREAM). A weighting w of the
+noise's error (`s2dm_loss.weighting`) multiplies L by w ratio².
+
+5. Bounds. Where ᾱ comes near 0, c² has no bound, and there an output says nothing of ε either:
+ratio goes to 0, x_t is all noise. So
+
+    c² <= max_c2 · min(1, ratio²),   c² <= max_c2 / max(1, w),   c <= √max_c2 · min(1, ratio²),
+
+with which every target is finite and the loss goes smoothly to the trainer's own as ratio → 0.
 """
 
 from __future__ import annotations
@@ -29,66 +54,54 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
-from s2dm_loss.checks import check_choice, check_number, check_switch, describe
+from s2dm_loss.checks import check_choice, check_number, check_rows, describe
+from s2dm_loss.prediction import PREDICTION_TYPES, Path, PredictionType, output_scales
 from s2dm_loss.schedule import Schedule, check_schedule, wide_dtype
 from s2dm_loss.skip_set import Skips, SkipSet
-
-Estimator = Literal["expected", "fresh", "shared"]
-ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+from s2dm_loss.weighting import weights_at
 
 DEFAULT_TAU = 0.99
 DEFAULT_MAX_C2 = 100.0
 
+Estimator = Literal["expected", "fresh", "shared"]
 
-class CompletedSquare(NamedTuple):
-    """One quadratic in ε̂; every field has the shape of t, and None stands for zero.
 
-    L = weight · mse(ε̂, gain · ε + skip_gain · ζ)
-        + constant + noise_constant · mean ε² + skip_constant · mean ζ² + cross_constant · mean εζ
+class Zeta(NamedTuple):
+    """A reading of ζ = on_noise · ε + on_skip_noise · ξ + η, section 2 of the module.
 
     Attributes:
-        weight: A, what the squared error counts.
-        gain: s, on ε in the target.
-        constant: What is added as it stands.
-        noise_constant: What mean ε² counts.
-        skip_gain: g, on ζ in the target; for the estimator "fresh".
-        skip_constant: What mean ζ² counts.
-        cross_constant: What mean εζ counts.
+        on_noise: u, what stands on the noise ε in x_t.
+        on_skip_noise: v, what stands on a drawn noise ξ; not 0 if the estimator draws one.
+        unseen_variance: Variance of η, whose expectation is taken: it is logged, and no target
+            holds it.
     """
 
-    weight: Tensor
-    gain: Tensor
-    constant: Tensor | None = None
-    noise_constant: Tensor | None = None
-    skip_gain: Tensor | None = None
-    skip_constant: Tensor | None = None
-    cross_constant: Tensor | None = None
+    on_noise: float
+    on_skip_noise: float
+    unseen_variance: float
 
-    def to(self, dtype: torch.dtype) -> CompletedSquare:
-        """Return it with every field in `dtype`."""
-        fields: list[Any] = [None if field is None else field.to(dtype) for field in self]
-        return CompletedSquare(*fields)
 
-    def times(self, factor: Tensor) -> CompletedSquare:
-        """Return the square of `factor` times the loss; the target stays."""
+ESTIMATORS: dict[Estimator, Zeta] = {
+    "expected": Zeta(on_noise=0, on_skip_noise=0, unseen_variance=1),
+    "fresh": Zeta(on_noise=0, on_skip_noise=1, unseen_variance=0),
+    "shared": Zeta(on_noise=1, on_skip_noise=0, unseen_variance=0),
+}
+check_rows("ESTIMATORS", ESTIMATORS, Estimator)
 
-        def scaled(field: Tensor | None) -> Tensor | None:
-            return None if field is None else factor * field
 
-        return CompletedSquare(
-            weight=factor * self.weight,
-            gain=self.gain,
-            constant=scaled(self.constant),
-            noise_constant=scaled(self.noise_constant),
-            skip_gain=self.skip_gain,
-            skip_constant=scaled(self.skip_constant),
-            cross_constant=scaled(self.cross_constant),
-        )
+class GainOptions(TypedDict, total=False):
+    """What a gain s(t) depends on besides schedule and skips; `SkipStepLoss` says what they are."""
+
+    tau: float
+    estimator: Estimator
+    prediction_type: PredictionType
+    max_c2: float
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,11 @@ class Coefficients:
     estimator: Estimator
 
     @property
+    def zeta(self) -> Zeta:
+        """The estimator's row."""
+        return ESTIMATORS[self.estimator]
+
+    @property
     def weight(self) -> Tensor:
         """A = τ + (1-τ) c², the weight of the one remaining squared error."""
         return self.tau + self._skip_share(self.c2)
@@ -115,62 +133,31 @@ class Coefficients:
     @property
     def gain(self) -> Tensor:
         """s, what the regression target multiplies ε by: the trained ε̂ is s(t) E[ε | x_t]."""
-        return self.complete_square().gain
+        return self._over_weight(self.tau + self._skip_share(self.c * self.zeta.on_noise), 0.0)
 
     @property
     def gain_excess(self) -> Tensor:
-        """`gain` - 1 without cancellation, as it may be divided by what is next to nothing."""
-        c = self.c if self.estimator == "shared" else 0.0
-        return self._over_weight(c - self.c2, limit=-1.0)
+        """S - 1, computed directly, since it is later divided by a value near 0."""
+        return self._over_weight(self._skip_share(self.c * self.zeta.on_noise - self.c2), -1.0)
 
-    def complete_square(self, *, normalize: bool = False) -> CompletedSquare:
-        """Return the one quadratic; with `normalize`, mse(ε̂, target) without A and constant."""
-        check_switch("normalize", normalize)
-        a = self.weight
-        s = self.tau / self._safe_weight
-        g = self._over_weight(self.c, limit=0.0)
-        square = _SQUARES[self.estimator](self.tau, a, s, g)
-        if normalize:
-            return CompletedSquare(torch.ones_like(a), square.gain, skip_gain=square.skip_gain)
-        return square
+    @property
+    def skip_gain(self) -> Tensor:
+        """g, what the regression target multiplies the drawn noise ξ by."""
+        return self._over_weight(self._skip_share(self.c * self.zeta.on_skip_noise), 0.0)
 
     def _skip_share(self, factor: Tensor) -> Tensor:
         """Return (1-τ) times a factor, which without a bound on c² can be infinite where τ is 1."""
         return torch.where(self.tau < 1, (1 - self.tau) * factor, 0.0)
 
-    def _over_weight(self, factor: Tensor, *, limit: float) -> Tensor:
-        """Return (1-τ) times a factor over A, and its limit where A is infinite."""
-        return torch.where(self.weight.isinf(), limit, self._skip_share(factor) / self._safe_weight)
-
-    @property
-    def _safe_weight(self) -> Tensor:
-        # A is next to 0 only at τ = 0 where ᾱ hardly falls: nothing to learn there, any s will do.
-        return torch.where(self.weight > _SMALLEST_WEIGHT, self.weight, 1.0)
-
-    def bounded(self, max_c2: Tensor) -> Coefficients:
-        """Return it with c² <= `max_c2`, of the shape of t."""
-        # Not `dataclasses.replace`, which torch 2.4 does not compile.
-        c, c2 = self.c.minimum(max_c2.sqrt()), self.c2.minimum(max_c2)
-        return Coefficients(self.tau, c, c2, self.estimator)
+    def _over_weight(self, numerator: Tensor, limit: float) -> Tensor:
+        """Return a value over A, and its limit where A is infinite."""
+        weight = self.weight
+        # A is near 0 only if τ = 0 and ᾱ is nearly constant; s is then arbitrary.
+        safe = torch.where(weight > _SMALLEST_WEIGHT, weight, 1.0)
+        return torch.where(weight.isinf(), limit, numerator / safe)
 
 
 _SMALLEST_WEIGHT = 1e-30
-
-# The three readings of ζ, as in the table at the top of the module, from τ, A, s and g.
-_SQUARES: dict[Estimator, Callable[[Tensor, Tensor, Tensor, Tensor], CompletedSquare]] = {
-    "expected": lambda tau, a, s, _g: CompletedSquare(
-        a, s, constant=1 - tau, noise_constant=tau - a * s**2
-    ),
-    "fresh": lambda tau, a, s, g: CompletedSquare(
-        a,
-        s,
-        noise_constant=tau - a * s**2,
-        skip_gain=g,
-        skip_constant=1 - tau - a * g**2,
-        cross_constant=-2 * a * s * g,
-    ),
-    "shared": lambda _tau, a, s, g: CompletedSquare(a, s + g, noise_constant=1 - a * (s + g) ** 2),
-}
 
 
 def coefficients(
@@ -180,21 +167,21 @@ def coefficients(
     t: Tensor | None = None,
     tau: float = DEFAULT_TAU,
     estimator: Estimator = "expected",
+    prediction_type: PredictionType = "epsilon",
     max_c2: float = DEFAULT_MAX_C2,
+    weighting: Callable[[Tensor], Tensor] | None = None,
 ) -> Coefficients:
-    """Return c, c², A and s as functions of t.
+    """Return τ, c and c² as functions of t, and with them A, s and g.
 
     Args:
         schedule: The noise schedule.
         skip_set: The skips, as for `SkipStepLoss`.
         t: Times of any shape; every timestep of a discrete schedule if not given.
-        tau: τ in [0, 1], the share of the plain loss.
-        estimator: "expected", "fresh" or "shared".
-        max_c2: Upper bound on c², at least 0. The default of 100 changes nothing on the linear and
-            scaled-linear schedules for any k <= 100 (there c² stays below 7). On schedules whose ᾱ
-            comes near 0 (cosine, zero terminal SNR, flow matching) it bounds the last few
-            timesteps, where c² would reach 1e5 or infinity: at τ = 0.99 no timestep then weighs
-            more than 1.99 and no gain is below 0.497. `math.inf` takes the bound away.
+        tau: As for `SkipStepLoss`.
+        estimator: As for `SkipStepLoss`.
+        prediction_type: As for `SkipStepLoss`: near ᾱ = 0 an output other than ε bounds c².
+        max_c2: As for `SkipStepLoss`.
+        weighting: A function of log SNR, `s2dm_loss.weighting`: where it is above 1 it bounds c².
 
     Raises:
         TypeError, ValueError: if an argument is not as said, or the skips do not fit the schedule.
@@ -203,6 +190,7 @@ def coefficients(
     tau = check_number("tau", tau, 0.0, 1.0)
     max_c2 = check_number("max_c2", max_c2, 0.0, math.inf)
     check_choice("estimator", estimator, ESTIMATORS)
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if t is None:
         t = schedule.timesteps
         if t is None:
@@ -210,6 +198,7 @@ def coefficients(
     if not isinstance(t, Tensor):
         raise TypeError(f"t must be a tensor, got {describe(t)}")
     schedule.check_timesteps(t)
+    path = Path.at(schedule, t)
     earlier, valid = SkipSet.wrap(skip_set).earlier(t, schedule)
     if t.is_floating_point():
         t = t.to(wide_dtype(t.device))
@@ -221,6 +210,124 @@ def coefficients(
     c2 = torch.where(valid, log_ratio.expm1().clamp(min=0.0, max=max_c2), 0.0)
     valid_skips = valid.sum(0)
     c, c2 = (total.sum(0) / valid_skips.clamp(min=1) for total in (c2.sqrt(), c2))
+
+    reach = output_scales(prediction_type, path).ratio.square().clamp(max=1.0)
+    bound = _bound(reach, max_c2)
+    if weighting is not None:
+        bound = bound.minimum(max_c2 / _noise_weights(weighting, path).clamp(min=1.0))
     return Coefficients(
-        tau=torch.where(valid_skips > 0, tau, torch.ones_like(c2)), c=c, c2=c2, estimator=estimator
+        tau=torch.where(valid_skips > 0, tau, torch.ones_like(c2)),
+        c=c.minimum(bound.sqrt()).minimum(_bound(reach, math.sqrt(max_c2))),
+        c2=c2.minimum(bound),
+        estimator=estimator,
     )
+
+
+def gain(
+    schedule: Schedule,
+    skip_set: Skips,
+    *,
+    t: Tensor | None = None,
+    **options: Unpack[GainOptions],
+) -> Tensor:
+    """Return s(t), float64: the factor on E[ε | x_t] that the loss trains a network to.
+
+    Args:
+        schedule: The noise schedule.
+        skip_set: The skips, as for `SkipStepLoss`.
+        t: Times of any shape; every timestep of a discrete schedule if not given.
+        options: `GainOptions`, as for `SkipStepLoss`. At late t the loss on v, x_0 or flow teaches
+            less of the gain than that on ε.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as said; the message names it.
+
+    >>> from s2dm_loss import NoiseSchedule, gain
+    >>> s = gain(NoiseSchedule.linear(1000), skip_set=49)
+    >>> float(s[0]), round(float(1 / s.min()), 4)
+    (1.0, 1.0164)
+    """
+    return coefficients(schedule, skip_set, t=t, **options).gain
+
+
+class LossRows(NamedTuple):
+    """All that one loss looks up at t, each of the shape of t; None is 0 at every t.
+
+    L = weight · mse(output, on_target · target + on_input · x_t + on_skip_noise · ξ)
+      = weight · mse(output, on_data · x_0 + on_noise · ε + on_skip_noise · ξ)
+
+    Attributes:
+        weight: A, times the weighting on the scale of the output.
+        slope: Twice the weight, which the gradient needs.
+        on_target: s.
+        on_input: (s-1) lift / ratio; None if the output is noise alone.
+        on_skip_noise: g / ratio; None if the estimator draws none.
+        on_noise: q + (s-1) / ratio.
+        on_data: p; None if the output is noise alone.
+        alpha: a of the path.
+        sigma: b of the path.
+    """
+
+    weight: Tensor
+    slope: Tensor
+    on_target: Tensor
+    on_input: Tensor | None
+    on_skip_noise: Tensor | None
+    on_noise: Tensor
+    on_data: Tensor | None
+    alpha: Tensor
+    sigma: Tensor
+
+
+def loss_rows(
+    at_t: Coefficients,
+    prediction_type: PredictionType,
+    path: Path,
+    *,
+    weighting: Callable[[Tensor], Tensor] | None = None,
+    normalize: bool = False,
+) -> LossRows:
+    """Return what a loss looks up, from its coefficients and its path at the same times."""
+    scales, excess = output_scales(prediction_type, path), at_t.gain_excess
+    # Where ratio is 0 the output says nothing of ε: its target stays as it is.
+    silent = scales.ratio == 0
+
+    def unless_silent(value: Tensor) -> Tensor:
+        return torch.where(silent, 0.0, value)
+
+    weight = torch.ones_like(at_t.c2) if normalize else at_t.weight
+    if weighting is not None:
+        weight = weight * output_weights(weighting, prediction_type, path)
+    draws = at_t.zeta.on_skip_noise != 0
+    # Infinite for the score at σ = 0; the weighting is 0 there.
+    on_noise = torch.where(scales.q.isinf(), 0.0, scales.q)
+    return LossRows(
+        weight=weight,
+        slope=2 * weight,
+        on_target=torch.where(silent, 1.0, at_t.gain),
+        on_input=None if scales.shift is None else unless_silent(excess * scales.shift),
+        on_skip_noise=unless_silent(at_t.skip_gain * scales.inverse_ratio) if draws else None,
+        on_noise=on_noise + unless_silent(excess * scales.inverse_ratio),
+        on_data=scales.p,
+        alpha=path.a,
+        sigma=path.b,
+    )
+
+
+def output_weights(
+    weighting: Callable[[Tensor], Tensor], prediction_type: PredictionType, path: Path
+) -> Tensor:
+    """Return w ratio²: what multiplies the output's error if w multiplies the noise's."""
+    # The product has limits at the path's ends that its factors do not have.
+    ratio = output_scales(prediction_type, path.within_the_ends()).ratio
+    return _noise_weights(weighting, path) * ratio.square()
+
+
+def _noise_weights(weighting: Callable[[Tensor], Tensor], path: Path) -> Tensor:
+    path = path.within_the_ends()
+    return weights_at(weighting, path.a, path.b)
+
+
+def _bound(reach: Tensor, largest: float) -> Tensor:
+    """Return largest · reach; 0 where reach is 0, also for an infinite bound."""
+    return torch.where(reach == 0, 0.0, reach * largest) if largest else torch.zeros_like(reach)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
+from s2dm_loss._torch import is_traced
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.schedule import drawn_by, log_one_minus_exp, wide_dtype
 
@@ -247,9 +248,4 @@ def _flow_path(t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reading_is_free(t: Tensor) -> bool:
     """Whether values can be read without a device sync and outside any tracer."""
-    return (
-        type(t) is Tensor
-        and t.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return type(t) is Tensor and t.device.type == "cpu" and not is_traced()

@@ -4,10 +4,11 @@ On a path x_t = a x_0 + b ε (a² + b² = 1 for a variance-preserving schedule, 
 matching, a = 1 in EDM's form) every output is p x_0 + q ε:
 
     "epsilon"       ε
-    "v_prediction"  v = a ε - b x_0       (Salimans and Ho, arXiv 2202.00512)
+    "v_prediction"  v = (a ε - b x_0) / √(a² + b²)    (Salimans and Ho, arXiv 2202.00512)
     "sample"        x_0
-    "flow"          u = ε - x_0           (Lipman et al., arXiv 2210.02747)
-    "score"         -ε / b                (Song et al., arXiv 2011.13456)
+    "flow"          u = ε - x_0, whatever the path    (Lipman et al., arXiv 2210.02747)
+    "velocity"      dx_t/dt = a' x_0 + b' ε, in the schedule's own time
+    "score"         -ε / b                            (Song et al., arXiv 2011.13456)
 
 Solved for ε with d = a q - b p,
 
@@ -19,26 +20,90 @@ and ratio = 1 / q, lift = 0 where there is no x_0 in the output.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from s2dm_loss._head import along
-from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample, describe
+from s2dm_loss.checks import (
+    check_batch,
+    check_choice,
+    check_like,
+    check_per_sample,
+    check_rows,
+    describe,
+)
+from s2dm_loss.head import along
 from s2dm_loss.schedule import Schedule
 
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "score"]
-PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "velocity", "score"]
+
+# e^-30: where one of a and b is less than this share of the other, |log snr| is 60.
+_SMALLEST_SHARE = 9.357622968840175e-14
+
+
+@dataclass(frozen=True)
+class Path:
+    """A schedule's path at some times: x_t = a x_0 + b ε, in float64.
+
+    Attributes:
+        a: The coefficient of the data.
+        b: The coefficient of the noise.
+        rates: Called for da/dt and db/dt, in the schedule's own time.
+    """
+
+    a: Tensor
+    b: Tensor
+    rates: Callable[[], tuple[Tensor, Tensor]]
+
+    @classmethod
+    def at(cls, schedule: Schedule, t: Tensor) -> Path:
+        """Return a schedule's path at times t."""
+        return cls(*schedule.alpha_sigma(t), rates=lambda: schedule.derivatives(t))  # type: ignore[attr-defined]
+
+    def within_the_ends(self) -> Path:
+        """Return it with |log snr| <= 60, so that every weighting has a value."""
+        a = self.a.maximum(self.b * _SMALLEST_SHARE)
+        return Path(a, self.b.maximum(self.a * _SMALLEST_SHARE), self.rates)
+
+
+def _v_parts(path: Path) -> tuple[Tensor, Tensor]:
+    norm = torch.hypot(path.a, path.b)
+    return -path.b / norm, path.a / norm
+
 
 # p, None where it is 0 at every t, and q.
-_PARTS: dict[PredictionType, Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]] = {
-    "epsilon": lambda _a, b: (None, torch.ones_like(b)),
-    "v_prediction": lambda a, b: (-b, a),
-    "sample": lambda a, b: (torch.ones_like(a), torch.zeros_like(b)),
-    "flow": lambda a, b: (-torch.ones_like(a), torch.ones_like(b)),
-    "score": lambda _a, b: (None, -1 / b),
+PREDICTION_TYPES: dict[PredictionType, Callable[[Path], tuple[Tensor | None, Tensor]]] = {
+    "epsilon": lambda path: (None, torch.ones_like(path.b)),
+    "v_prediction": _v_parts,
+    "sample": lambda path: (torch.ones_like(path.a), torch.zeros_like(path.b)),
+    "flow": lambda path: (-torch.ones_like(path.a), torch.ones_like(path.b)),
+    "velocity": lambda path: path.rates(),
+    "score": lambda path: (None, -1 / path.b),
 }
+check_rows("PREDICTION_TYPES", PREDICTION_TYPES, PredictionType)
+
+
+def check_prediction_type(
+    prediction_type: object, schedule: Schedule, *, weighted: bool = False
+) -> None:
+    """Raise ValueError unless a network on this schedule can be trained to predict that."""
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    timesteps = schedule.timesteps
+    if prediction_type == "velocity" and timesteps is not None:
+        raise ValueError(
+            "prediction_type 'velocity' is dx_t/dt and needs a ContinuousSchedule, got "
+            f"{schedule!r}"
+        )
+    if prediction_type == "score" and timesteps is not None and not weighted:
+        without = schedule.alpha_sigma(timesteps)[1] == 0
+        if without.any():
+            raise ValueError(
+                "prediction_type 'score' must have noise at every timestep, got none at t = "
+                f"{timesteps[without][0].item()}, where the score is infinite: a weighting, such "
+                "as 'uniform', counts the error of the noise instead"
+            )
 
 
 class OutputScales(NamedTuple):
@@ -55,12 +120,13 @@ class OutputScales(NamedTuple):
     shift: Tensor | None
 
 
-def output_scales(prediction_type: PredictionType, a: Tensor, b: Tensor) -> OutputScales:
-    """Return the scales of an output on a path x_t = a x_0 + b ε, each of the shape of a."""
-    p, q = _PARTS[prediction_type](a, b)
+def output_scales(prediction_type: PredictionType, path: Path) -> OutputScales:
+    """Return the scales of an output on a path, each of the shape of t."""
+    p, q = PREDICTION_TYPES[prediction_type](path)
     if p is None:
         return OutputScales(None, q, 1 / q, q, None)
-    d = a * q - b * p
+    a = path.a
+    d = a * q - path.b * p
     return OutputScales(p, q, a / d, d / a, -p / a)
 
 
@@ -91,11 +157,11 @@ def epsilon_from_output(
         TypeError, ValueError: if an argument is not as said.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    given = output
-    output, x_t, a, b = _prepare("output", output, x_t, t, schedule)
+    scales, dtype = _prepare("output", output, x_t, t, schedule, prediction_type)
     if prediction_type == "epsilon":
-        return given
-    p, q = _PARTS[prediction_type](a, b)
+        return output
+    p, q, a, b = scales
+    output = output.to(dtype)
     return output * (1 / q) if p is None else (a * output - p * x_t) / (a * q - b * p)
 
 
@@ -112,11 +178,11 @@ def output_from_epsilon(
     noise, says nothing of x_0, and the result is infinite or NaN.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    given = epsilon
-    epsilon, x_t, a, b = _prepare("epsilon", epsilon, x_t, t, schedule)
+    scales, dtype = _prepare("epsilon", epsilon, x_t, t, schedule, prediction_type)
     if prediction_type == "epsilon":
-        return given
-    p, q = _PARTS[prediction_type](a, b)
+        return epsilon
+    p, q, a, b = scales
+    epsilon = epsilon.to(dtype)
     return q * epsilon if p is None else ((a * q - b * p) * epsilon + p * x_t) / a
 
 
@@ -136,10 +202,18 @@ def read_output(output: Any) -> Tensor:
 
 
 def _prepare(
-    name: str, value: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    name: str,
+    value: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    prediction_type: PredictionType,
+) -> tuple[tuple[Tensor | None, Tensor, Tensor, Tensor], torch.dtype]:
+    """Return p, q, a and b beside the data, in the dtype of the result, and that dtype."""
     check_like(name, value, "x_t", check_batch("x_t", x_t))
     check_per_sample("t", t, "x_t", x_t)
     dtype = torch.promote_types(torch.promote_types(value.dtype, x_t.dtype), torch.float32)
-    a, b = (along(scale.to(dtype), x_t) for scale in schedule.alpha_sigma(t))
-    return value.to(dtype), x_t.to(dtype), a, b
+    path = Path.at(schedule, t)
+    p, q = PREDICTION_TYPES[prediction_type](path)
+    q, a, b = (along(scale.to(dtype), x_t) for scale in (q, path.a, path.b))
+    return (None if p is None else along(p.to(dtype), x_t), q, a, b), dtype

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
-from s2dm_loss._tables import read_table
 from s2dm_loss.checks import as_float64, check_all, check_count, check_number, describe
+from s2dm_loss.tables import read_table
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from s2dm_loss._tables import DeviceCopies
 from s2dm_loss.checks import as_float64, check_all, check_count, describe
 from s2dm_loss.schedule import Schedule, wide_dtype
+from s2dm_loss.tables import DeviceCopies
 
 
 class SkipSet:

@@ -1,8 +1,8 @@
 """Weightings of the loss over t: functions of the signal-to-noise ratio.
 
-A weighting w is what the squared error of the *noise* counts, (w mse(ε̂, ε)), whatever the network
-predicts; on the scale of another output it becomes w · ratio² (`s2dm_loss.prediction`). With it the
-same name counts the same for every prediction type, on every schedule:
+w(t) multiplies the squared error of the *noise*, w mse(ε̂, ε), whatever the network predicts; on the
+scale of another output it becomes w · ratio² (`s2dm_loss.prediction`). So a name means the same for
+every prediction type, on every schedule:
 
     name             w of snr = α² / σ²        source
     "uniform"        1                         Ho et al., arXiv 2006.11239
@@ -19,23 +19,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from s2dm_loss.checks import check_number, describe
+from s2dm_loss.checks import check_choice, check_number, check_rows, describe
 
 WeightingName = Literal[
     "uniform", "min_snr", "soft_min_snr", "truncated_snr", "p2", "debiased", "sigmoid"
 ]
-WEIGHTINGS: tuple[WeightingName, ...] = get_args(WeightingName)
 
 Weighting: TypeAlias = WeightingName | Callable[[Tensor], Tensor]
 """What every `weighting` argument takes: a name, or a function of log SNR."""
 
 _LARGEST_WEIGHT = 1e6
-_NEXT_TO_NOTHING = math.exp(-30)
 
 
 @dataclass(frozen=True)
@@ -46,22 +44,10 @@ class _Named:
     numbers: tuple[float, ...] = ()
 
     def __call__(self, log_snr: Tensor) -> Tensor:
-        return _FORMULAS[self.name](log_snr, *self.numbers)
+        return WEIGHTINGS[self.name].formula(log_snr, *self.numbers)
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{number:g}' for number in self.numbers)})"
-
-
-# In log space, so that neither end overflows.
-_FORMULAS: dict[WeightingName, Callable[..., Tensor]] = {
-    "uniform": torch.ones_like,
-    "min_snr": lambda log_snr, gamma: (math.log(gamma) - log_snr).clamp(max=0.0).exp(),
-    "soft_min_snr": lambda log_snr, gamma: (math.log(gamma) - log_snr).sigmoid(),
-    "truncated_snr": lambda log_snr: (-log_snr).clamp(min=0.0).exp(),
-    "p2": lambda log_snr, k, gamma: (k + log_snr.exp()) ** -gamma,
-    "debiased": lambda log_snr: (-0.5 * log_snr).exp(),
-    "sigmoid": lambda log_snr, bias: (bias - log_snr).sigmoid(),
-}
 
 
 def min_snr(gamma: float = 5.0) -> Callable[[Tensor], Tensor]:
@@ -93,15 +79,35 @@ def sigmoid(bias: float = 2.0) -> Callable[[Tensor], Tensor]:
     return _Named("sigmoid", (check_number("bias", bias, -math.inf, math.inf, open_ends=True),))
 
 
-_DEFAULTS: dict[WeightingName, Callable[[Tensor], Tensor]] = {
-    "uniform": _Named("uniform"),
-    "min_snr": min_snr(),
-    "soft_min_snr": soft_min_snr(),
-    "truncated_snr": _Named("truncated_snr"),
-    "p2": p2(),
-    "debiased": _Named("debiased"),
-    "sigmoid": sigmoid(),
+class WeightingRow(NamedTuple):
+    """A named weighting.
+
+    Attributes:
+        formula: w of log SNR and the weighting's numbers; in log space, so that neither end
+            overflows.
+        default: What the name alone means.
+    """
+
+    formula: Callable[..., Tensor]
+    default: _Named
+
+
+WEIGHTINGS: dict[WeightingName, WeightingRow] = {
+    "uniform": WeightingRow(torch.ones_like, _Named("uniform")),
+    "min_snr": WeightingRow(
+        lambda log_snr, gamma: (math.log(gamma) - log_snr).clamp(max=0.0).exp(), min_snr()
+    ),
+    "soft_min_snr": WeightingRow(
+        lambda log_snr, gamma: (math.log(gamma) - log_snr).sigmoid(), soft_min_snr()
+    ),
+    "truncated_snr": WeightingRow(
+        lambda log_snr: (-log_snr).clamp(min=0.0).exp(), _Named("truncated_snr")
+    ),
+    "p2": WeightingRow(lambda log_snr, k, gamma: (k + log_snr.exp()) ** -gamma, p2()),
+    "debiased": WeightingRow(lambda log_snr: (-0.5 * log_snr).exp(), _Named("debiased")),
+    "sigmoid": WeightingRow(lambda log_snr, bias: (bias - log_snr).sigmoid(), sigmoid()),
 }
+check_rows("WEIGHTINGS", WEIGHTINGS, WeightingName)
 
 
 def read_weighting(weighting: Weighting | None) -> Callable[[Tensor], Tensor] | None:
@@ -117,18 +123,13 @@ def read_weighting(weighting: Weighting | None) -> Callable[[Tensor], Tensor] | 
         )
     if weighting is None or (callable(weighting) and not isinstance(weighting, type)):
         return weighting
-    if isinstance(weighting, str) and weighting in _DEFAULTS:
-        return _DEFAULTS[weighting]
-    error = ValueError if isinstance(weighting, str) else TypeError
-    raise error(
+    if isinstance(weighting, str):
+        check_choice("weighting", weighting, WEIGHTINGS)
+        return WEIGHTINGS[weighting].default
+    raise TypeError(
         f"weighting must be None, one of {', '.join(map(repr, WEIGHTINGS))}, or a function of log "
         f"SNR, got {describe(weighting)}"
     )
-
-
-def within_the_ends(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a path's coefficients with |log snr| <= 60, so that w has a value everywhere."""
-    return a.maximum(b * _NEXT_TO_NOTHING), b.maximum(a * _NEXT_TO_NOTHING)
 
 
 def weights_at(weighting: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import nn
 
 from s2dm_loss import (
     Candidate,
-    ConstantScaling,
     ContinuousSchedule,
     Correction,
+    EpsilonScaling,
     NoiseSchedule,
     Recommendation,
     SearchCost,
@@ -412,7 +412,8 @@ def test_it_says_whether_it_is_active(unet):
     pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
     handle = shrink_pipeline(pipe, skip_set=99)
     assert repr(handle) == (
-        "PipelineGain(NoiseSchedule.linear(1000), SkipSet(99), tau=0.99, estimator='expected', "
+        "PipelineGain(NoiseSchedule.linear(1000), gain(SkipSet(99), tau=0.99, "
+        "estimator='expected', max_c2=100.0, prediction_type='epsilon'), "
         "prediction_type='epsilon', UNet2DModel, active)"
     )
     with pytest.raises(ValueError, match="a gain on its UNet2DModel already"):
@@ -502,7 +503,7 @@ def test_a_recommendation_on_a_table_of_sigmas_is_for_networks_that_predict_the_
             unet=unet, scheduler=make_scheduler("DDIMScheduler", prediction_type=kind)
         )
         on_vp, on_sigmas = (
-            recommending(ConstantScaling(one, [1.05], prediction_type=kind), 1.05)
+            recommending(EpsilonScaling(one, [1.05], prediction_type=kind), 1.05)
             for one in (vp, sigmas)
         )
         correct_pipeline(pipe, on_vp).remove()
@@ -596,7 +597,7 @@ class Composed(Correction):
     name, strengths = "gain and scaling", (1.05,)
 
     def correct_model(self, model, strength):
-        scaled = ConstantScaling(NoiseSchedule.linear(1000)).correct_model(model, strength)
+        scaled = EpsilonScaling(NoiseSchedule.linear(1000)).correct_model(model, strength)
         return SkipGain(NoiseSchedule.linear(1000)).correct_model(scaled, 49)
 
 

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from s2dm_loss import (
-    ConstantScaling,
     ContinuousSchedule,
     Correction,
+    EpsilonScaling,
     NoiseSchedule,
     PredictionScaling,
     ScaledModel,
     ScoreRescaling,
-    ShrunkModel,
     SkipGain,
     StartScaling,
     epsilon_from_output,
@@ -55,7 +54,7 @@ def test_the_gain_and_its_inverse():
 
 
 def test_constant_scaling_divides():
-    scale = ConstantScaling(LINEAR, [1.25]).scale(TIMES, 1.25)
+    scale = EpsilonScaling(LINEAR, [1.25]).scale(TIMES, 1.25)
     assert scale.tolist() == [0.8] * 4
 
 
@@ -137,7 +136,7 @@ def test_the_gain_is_that_of_shrunk_model(prediction_type):
     x_t, output = torch.randn(2, 4, 3)
     correction = SkipGain(LINEAR, [99], prediction_type=prediction_type)
     scaled = correction.correct_model(Fixed(output), 99)
-    shrunk = ShrunkModel(Fixed(output), LINEAR, 99, prediction_type=prediction_type)
+    shrunk = ScaledModel.with_gain(Fixed(output), LINEAR, 99, prediction_type=prediction_type)
     torch.testing.assert_close(scaled(x_t, TIMES), shrunk(x_t, TIMES), rtol=1e-5, atol=1e-5)
 
 
@@ -227,7 +226,7 @@ def test_one_of_a_users_own():
 
 
 def test_strengths_may_come_from_an_iterator():
-    assert ConstantScaling(LINEAR, (s for s in (1.1, 0.9))).strengths == (0.9, 1.1)
+    assert EpsilonScaling(LINEAR, (s for s in (1.1, 0.9))).strengths == (0.9, 1.1)
 
 
 @pytest.mark.parametrize(
@@ -242,9 +241,9 @@ def test_strengths_may_come_from_an_iterator():
         (lambda: StartScaling(["1"]), TypeError, "strengths must be a real number"),
         (lambda: StartScaling(1.1), TypeError, "strengths must be a sequence of numbers, got 1.1"),
         (lambda: SkipGain(LINEAR, 99), TypeError, "strengths must be a sequence of numbers, got"),
-        (lambda: ConstantScaling(LINEAR, [0.0]), ValueError, "strengths must be positive"),
-        (lambda: ConstantScaling("linear"), TypeError, "schedule must be"),
-        (lambda: ConstantScaling(LINEAR, prediction_type="eps"), ValueError, "prediction_type"),
+        (lambda: EpsilonScaling(LINEAR, [0.0]), ValueError, "strengths must be positive"),
+        (lambda: EpsilonScaling("linear"), TypeError, "schedule must be"),
+        (lambda: EpsilonScaling(LINEAR, prediction_type="eps"), ValueError, "prediction_type"),
         (lambda: ScoreRescaling(LINEAR, psi=0.0), ValueError, "psi must lie in"),
         (lambda: ScoreRescaling(LINEAR, [-1.0]), ValueError, "strengths must be positive"),
         (lambda: SkipGain(LINEAR, [0]), ValueError, "without 0"),

@@ -9,7 +9,7 @@ from torch import nn
 from s2dm_loss import (
     ContinuousSchedule,
     NoiseSchedule,
-    ShrunkModel,
+    ScaledModel,
     SkipSet,
     SkipStepLoss,
     coefficients,
@@ -410,13 +410,13 @@ CASES = [
     ),
     (
         "model to shrink",
-        lambda: ShrunkModel(lambda x, t: x, LINEAR, 9),
+        lambda: ScaledModel.with_gain(lambda x, t: x, LINEAR, 9),
         TypeError,
         r"model must be an nn.Module",
     ),
     (
         "skip of the gain",
-        lambda: ShrunkModel(nn.Identity(), LINEAR, 1000),
+        lambda: ScaledModel.with_gain(nn.Identity(), LINEAR, 1000),
         ValueError,
         r"skip must be below 1000",
     ),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from s2dm_loss import (
     ContinuousSchedule,
     NoiseSchedule,
-    ShrunkModel,
+    ScaledModel,
     SkipSet,
     SkipStepLoss,
     coefficients,
@@ -340,7 +340,7 @@ def test_coefficients_gain_and_the_shrunk_model(data: st.DataObject) -> None:
         def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
             return output
 
-    shrunk = ShrunkModel(
+    shrunk = ScaledModel.with_gain(
         Fixed(), case.schedule, case.skip_set, tau=tau, max_c2=max_c2, prediction_type=kind
     )(x_t, case.t)
     assert shrunk.isfinite().all()
@@ -423,7 +423,7 @@ def test_wrong_arguments_are_our_errors(data: st.DataObject) -> None:
         "output": lambda: v.from_output(**values),
         "target": lambda: v.regression_target(**values)[0],
         "step": lambda: v(lambda x_t, t: x_t, **values),
-        "shrunk": lambda: ShrunkModel(Echo(), LINEAR, 9)(**values),
+        "shrunk": lambda: ScaledModel.with_gain(Echo(), LINEAR, 9)(**values),
     }[kind]
     message, result = answer(call)
     assert len(message) < 600

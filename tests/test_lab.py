@@ -19,7 +19,7 @@ from benchmarks.lab.criteria import (
 from benchmarks.lab.linear import Imperfection, frechet, output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.samplers import sample
-from s2dm_loss import NoiseSchedule, ShrunkModel, gain
+from s2dm_loss import NoiseSchedule, ScaledModel, gain
 
 LINEAR = NoiseSchedule.linear(1000)
 
@@ -129,7 +129,7 @@ def test_the_linear_push_is_what_sampling_gives(sampler):
     variances = torch.tensor([1.5, 0.2], dtype=torch.float64)
     model = ExactModel(Mixture.gaussian(variances), LINEAR)
     start = torch.randn(4, 2, generator=draw(), dtype=torch.float64)
-    samples = sample(ShrunkModel(model, LINEAR, 49), sampler, LINEAR, 8, start, draw())
+    samples = sample(ScaledModel.with_gain(model, LINEAR, 49), sampler, LINEAR, 8, start, draw())
     output = output_variances(variances, studies.gains([49]), LINEAR, sampler, 8)[0]
     torch.testing.assert_close((samples / start).square(), output.expand(4, 2), rtol=1e-3, atol=0)
 
@@ -246,7 +246,7 @@ def test_the_boundary_is_where_the_smallest_gain_changes_nothing():
 def test_the_pool_is_what_the_sampler_returns():
     pool = coverage.ring_pool(5, 64)
     noise = torch.randn(64, 2, generator=draw(5), dtype=torch.float64)
-    model = ShrunkModel(ExactModel(Mixture.ring(), LINEAR), LINEAR, 99)
+    model = ScaledModel.with_gain(ExactModel(Mixture.ring(), LINEAR), LINEAR, 99)
     expected = sample(model, "ddim", LINEAR, 5, noise, draw())
     torch.testing.assert_close(pool[1 + coverage.STRENGTHS.index(99)], expected)
 

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, ShrunkModel, SkipSet, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss
 
 LINEAR, FLOW = NoiseSchedule.linear(1000), ContinuousSchedule.flow()
@@ -85,7 +85,7 @@ def test_forward_and_backward_read_no_value(name, estimator, kind):
 def test_forward_stays_on_a_fake_gpu(name, estimator, kind):
     schedule, skip = SCHEDULES[name]
     losses = losses_of(kind, schedule, skip, estimator)
-    shrunk = ShrunkModel(torch.nn.Identity(), LINEAR, 9, prediction_type=kind)
+    shrunk = ScaledModel.with_gain(torch.nn.Identity(), LINEAR, 9, prediction_type=kind)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(SHAPE, device="cuda")
         for loss in calls_of(losses, x, times(schedule, "cuda"), x):

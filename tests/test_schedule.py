@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from s2dm_loss import (
     ContinuousSchedule,
     NoiseSchedule,
+    ScaledModel,
     Schedule,
-    ShrunkModel,
     SkipSet,
     SkipStepLoss,
     coefficients,
@@ -416,7 +416,7 @@ def test_what_is_no_schedule_is_sent_to_its_constructor(schedule, message):
     for make in (
         lambda: SkipStepLoss(schedule),
         lambda: coefficients(schedule, 9),
-        lambda: ShrunkModel(torch.nn.Identity(), schedule, 9),
+        lambda: ScaledModel.with_gain(torch.nn.Identity(), schedule, 9),
     ):
         with pytest.raises(TypeError, match=message) as caught:
             make()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s2dm_loss.frechet import (
+from s2dm_loss.sampling.frechet import (
     SAMPLES_PER_AXIS,
     Axes,
     FrechetComparison,

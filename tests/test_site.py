@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from s2dm_loss import NoiseSchedule, coefficients, epsilon_scaling
+from s2dm_loss import NoiseSchedule, coefficients, gain
 from tests.test_docs_blocks import COLUMNS, columns_of
 
 ROOT = Path(__file__).parents[1]
@@ -363,7 +363,7 @@ def test_the_explorer_computes_what_the_library_does(address, page, name, schedu
     page.fill("#explorer input[name=tau]", str(tau))
     shown = re.findall(r"\d+\.\d+", page.inner_text("#explorer .readout"))
     table = coefficients(schedule, k, tau=tau)
-    expected = (epsilon_scaling(schedule, k, tau=tau), table.weight, table.c)
+    expected = (1 / gain(schedule, k, tau=tau), table.weight, table.c)
     assert shown == [f"{float(values.max()):.4f}" for values in expected]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2dm_loss import NoiseSchedule, ScaledModel, ShrunkModel, SkipSet, SkipStepLoss
+from s2dm_loss import NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss._tables import TimeTable
 from tests.strategies import normal
 
@@ -55,7 +55,7 @@ class Output(Loss):
 
 class Gain(Loss):
     def make(self):
-        return ShrunkModel(nn.Identity(), LINEAR, 9)
+        return ScaledModel.with_gain(nn.Identity(), LINEAR, 9)
 
     def check(self, module, dtype=torch.float64):
         module.model = Ones()
@@ -178,7 +178,7 @@ class Halved(nn.Module):
         (lambda part: SkipStepLoss(LINEAR, 9, weighting=part), "weighting"),
         (lambda part: ScaledModel(nn.Identity(), LINEAR, part), "scale"),
         (lambda part: SkipStepLoss(part, 9), "schedule"),
-        (lambda part: ShrunkModel(nn.Identity(), part, 9), "schedule"),
+        (lambda part: ScaledModel.with_gain(nn.Identity(), part, 9), "schedule"),
     ],
 )
 def test_a_setting_that_is_a_module_is_a_setting(make, name):
@@ -205,7 +205,7 @@ def test_made_under_a_default_device(device):
 
 def test_nothing_for_ddp_to_synchronise():
     """One rank's float64 call used to change a buffer's type, and the next step hung."""
-    module = nn.Sequential(SkipStepLoss(LINEAR, 9), ShrunkModel(nn.Identity(), LINEAR, 9))
+    module = nn.Sequential(SkipStepLoss(LINEAR, 9), ScaledModel.with_gain(nn.Identity(), LINEAR, 9))
     assert list(module.buffers()) == []
     assert module.state_dict() == {}
 
@@ -238,8 +238,8 @@ def test_threads(kind):
         *((SkipStepLoss(LINEAR, 9), *pair) for pair in (("tau", 0.5), ("skip_set", 49))),
         *((SkipStepLoss(LINEAR, 9), *pair) for pair in (("max_c2", 1.0), ("weighting", "p2"))),
         (SkipStepLoss(LINEAR, 9), "reduction", "sum"),
-        (ShrunkModel(nn.Identity(), LINEAR, 9), "tau", 0.5),
-        (ShrunkModel(nn.Identity(), LINEAR, 9), "prediction_type", "sample"),
+        (ScaledModel.with_gain(nn.Identity(), LINEAR, 9), "scale", 0.5),
+        (ScaledModel.with_gain(nn.Identity(), LINEAR, 9), "prediction_type", "sample"),
     ],
 )
 def test_settings_are_fixed(module, name, value):
@@ -275,7 +275,7 @@ def test_a_gain_that_is_moved_has_its_tables_ready_there(monkeypatch):
     monkeypatch.setattr(TimeTable, "copy_to", lambda table, device: asked.append(device))
     skips = SkipSet.from_timesteps(torch.arange(0, 1000, 100))
     monkeypatch.setattr(skips, "copy_to", asked.append)
-    shrunk = ShrunkModel(torch.nn.Linear(3, 3), LINEAR, skips)
+    shrunk = ScaledModel.with_gain(torch.nn.Linear(3, 3), LINEAR, skips)
     asked.clear()
     assert shrunk.to("cpu") is shrunk
     assert asked == [torch.device("cpu")] * 2
@@ -305,7 +305,7 @@ class Backwards:
 
 
 def test_timesteps_in_another_order_are_no_rows_of_a_table():
-    for make in (SkipStepLoss, lambda *args: ShrunkModel(nn.Identity(), *args)):
+    for make in (SkipStepLoss, lambda *args: ScaledModel.with_gain(nn.Identity(), *args)):
         with pytest.raises(ValueError, match=r"timesteps must be 0, 1, …, T-1.*got 999, 998, …, 0"):
             make(Backwards(), 9)
 

@@ -74,7 +74,8 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {
         f"s2dm_loss/{path.relative_to(ROOT / 's2dm_loss')}"
-        for path in (ROOT / "s2dm_loss").iterdir()
+        for folder in (ROOT / "s2dm_loss", ROOT / "s2dm_loss" / "sampling")
+        for path in folder.iterdir()
         if path.suffix == ".py" or path.name == "py.typed"
     } | {
         f"s2dm_loss/adapters/{path.relative_to(ROOT / 'adapters')}"

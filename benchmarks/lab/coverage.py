@@ -1,8 +1,8 @@
 """Whether the search's intervals hold, where the truth is known to all digits.
 
 A repeat draws data and start noise anew and compares the samples of several gains by the statistic
-of ``GainSearch``.  A sampler of an exact model acts on independent parts of the data one by one, so
-its samples are put together from two kinds of parts: Gaussian axes, on which it is a factor
+of the search.  A sampler of an exact model acts on independent parts of the data one by one, so its
+samples are put together from two kinds of parts: Gaussian axes, on which it is a factor
 (``linear``), and a ring of eight Gaussians in the plane, for which it is run once on a pool of
 noise.  Rows of the pool are drawn with replacement: the pool is the population, its moments the
 truth.
@@ -29,7 +29,7 @@ from s2dm_loss import (
     StartScaling,
     standard_corrections,
 )
-from s2dm_loss.frechet import FrechetComparison
+from s2dm_loss.sampling.frechet import FrechetComparison
 
 SCHEDULE = NoiseSchedule.linear(1000)
 

@@ -1,7 +1,7 @@
 """Ways of choosing a gain that need neither a feature network nor labels.
 
-``s2dm_loss.GainSearch`` compares candidates by the Fréchet distance of raw values; here are the
-others that it was chosen among.
+``CorrectionSearch`` compares candidates by the Fréchet distance of raw values; here are the others
+that it was chosen among.
 """
 
 from __future__ import annotations

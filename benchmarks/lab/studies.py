@@ -29,10 +29,9 @@ from benchmarks.quality.runner import Bench
 from benchmarks.quality.samplers import sample
 from s2dm_loss import (
     CorrectionSearch,
-    GainSearch,
     NoiseSchedule,
     ScaledModel,
-    ShrunkModel,
+    SkipGain,
     gain,
     standard_corrections,
 )
@@ -217,7 +216,7 @@ def mixtures(bar: Bar, count: int = 1024, seed: int = 0) -> Json:
         model = ExactModel(mixture, SCHEDULE, temperature)
         distances = []
         for skip in skips:
-            shrunk = ShrunkModel(model, SCHEDULE, skip) if skip else model
+            shrunk = ScaledModel.with_gain(model, SCHEDULE, skip) if skip else model
             samples = sample(shrunk, sampler, SCHEDULE, steps, start, draw)
             distances.append(sliced_distance(samples, reference, directions) / total)
         best = min(range(len(skips)), key=distances.__getitem__)
@@ -248,7 +247,7 @@ LINES = {"norm line": norm_ratio_line, "accumulated norm line": accumulated_norm
 
 
 class Chosen:
-    """One :class:`GainSearch`, and what the other criteria choose from the very same samples."""
+    """One :class:`CorrectionSearch` over gains, and what other criteria choose from its samples."""
 
     def __init__(
         self,
@@ -272,12 +271,12 @@ class Chosen:
             norms.append(recorder.reset())
             return kept[-1]
 
-        search = GainSearch(
+        search = CorrectionSearch(
             recorder,
-            SCHEDULE,
             run,
             data,
-            skips=SHOWN,
+            [SkipGain(SCHEDULE, SHOWN)],
+            scan=False,
             num_samples=num_samples,
             batch_size=num_samples,
             seed=seed,
@@ -403,7 +402,7 @@ def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples:
         "sampler": sampler,
         "steps": steps,
         "judged": {
-            skip: judge(ShrunkModel(model, SCHEDULE, skip) if skip else model)
+            skip: judge(ScaledModel.with_gain(model, SCHEDULE, skip) if skip else model)
             for skip in (0, *SHOWN)
         },
         "chosen": chosen.skips,

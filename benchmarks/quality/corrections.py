@@ -111,7 +111,7 @@ class EpsilonScaling(Correction):
             count = len(setting.schedule.alphas_cumprod)
             line = self.factor + self.slope * torch.arange(count) / count
             return Corrected(ScaledInTime(model, 1 / line))
-        correction = s2dm_loss.ConstantScaling(setting.schedule, (self.factor,))
+        correction = s2dm_loss.EpsilonScaling(setting.schedule, (self.factor,))
         return Corrected(correction.correct_model(model, self.factor))
 
 

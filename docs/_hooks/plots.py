@@ -22,7 +22,7 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 from torch import Tensor
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, coefficients, epsilon_scaling
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, coefficients, gain
 
 SKIPS = (1, 9, 49, 99)
 COLORS = ("#1e88e5", "#43a047", "#fb8c00", "#e53935")  # legible on white and on near-black
@@ -86,7 +86,7 @@ def loss_tables() -> Figure:
     schedule = NoiseSchedule.linear(1000)
     for k in SKIPS:
         table = coefficients(schedule, k)
-        curves = (table.c, table.weight, table.gain, epsilon_scaling(schedule, k))
+        curves = (table.c, table.weight, table.gain, 1 / gain(schedule, k))
         for axis, curve in zip(axes, curves, strict=True):
             _line(axis, schedule.timesteps, curve, f"k = {k}")
     titles = (
@@ -114,9 +114,9 @@ def skip_and_tau() -> Figure:
     )
     for row, (schedule, name) in zip(rows, schedules, strict=True):
         for k in SKIPS:
-            _line(row[0], schedule.timesteps, epsilon_scaling(schedule, k), f"k = {k}")
+            _line(row[0], schedule.timesteps, 1 / gain(schedule, k), f"k = {k}")
         for tau in (0.999, 0.99, 0.97, 0.95):
-            curve = epsilon_scaling(schedule, 49, tau=tau)
+            curve = 1 / gain(schedule, 49, tau=tau)
             _line(row[1], schedule.timesteps, curve, f"τ = {tau}")
         row[0].set_title(f"{name}: λ(t) at τ = 0.99")
         row[1].set_title(f"{name}: λ(t) at k = 49")
@@ -138,10 +138,10 @@ def schedule_ends() -> Figure:
         (NoiseSchedule.linear(1000).rescale_zero_terminal_snr(), "linear, zero terminal SNR"),
     )
     for schedule, name in discrete:
-        _line(left, schedule.timesteps, epsilon_scaling(schedule, 9), name)
+        _line(left, schedule.timesteps, 1 / gain(schedule, 9), name)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     for path, name in ((ContinuousSchedule.vp(), "VP-SDE"), (ContinuousSchedule.flow(), "flow")):
-        _line(right, t, epsilon_scaling(path, 0.01, t=t), name)
+        _line(right, t, 1 / gain(path, 0.01, t=t), name)
     left.set_title("λ(t), k = 9")
     right.set_title("λ(t), δ = 0.01")
     for axis in (left, right):

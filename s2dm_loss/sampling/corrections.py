@@ -4,7 +4,7 @@ A correction turns what a sampler is given, a model and its start noise, into an
 noise. What is here multiplies the noise prediction ε̂ by a factor s(t), or the start noise:
 
     SkipGain          s(t) of S²-DM with the skip k; for -k its inverse
-    ConstantScaling   1 / λ: Epsilon Scaling (Ning et al., arXiv 2308.15321)
+    EpsilonScaling   1 / λ: Epsilon Scaling (Ning et al., arXiv 2308.15321)
     ScoreRescaling    (ψ + σ²) / (ψ/k + σ²): Temporal Score Rescaling (arXiv 2510.01184)
     StartScaling      the start noise times a constant
 
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from s2dm_loss.checks import check_choice, check_iterable, check_number
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU
+from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, gain
 from s2dm_loss.prediction import (
     PREDICTION_TYPES,
     PredictionType,
 )
+from s2dm_loss.sampling.scaled_model import ScaledModel
 from s2dm_loss.schedule import Schedule, check_schedule
-from s2dm_loss.shrink import ScaledModel, gain
 
 # Shares of the schedule for the coarse scan. On T = 1000 timesteps they are the skips 19, 49, …
 GAIN_SHARES = (-0.1, -0.05, -0.02, 0.02, 0.05, 0.1, 0.15, 0.2)
@@ -36,7 +36,7 @@ GAIN_SHARES = (-0.1, -0.05, -0.02, 0.02, 0.05, 0.1, 0.15, 0.2)
 class Correction:
     """A change of (model, noise) with one strength. A subclass overrides one method or both.
 
-    >>> from s2dm_loss import Correction
+    >>> from s2dm_loss.sampling import Correction
     >>> class Shift(Correction):
     ...     name, none, strengths = "start noise plus", 0.0, (-0.2, -0.1, 0.1, 0.2)
     ...     def correct_noise(self, noise, strength):
@@ -177,7 +177,7 @@ class SkipGain(PredictionScaling):
         return middle if self.schedule.timesteps is None else round(middle)
 
 
-class ConstantScaling(PredictionScaling):
+class EpsilonScaling(PredictionScaling):
     """ε̂ / λ with one λ: Epsilon Scaling (Ning et al., arXiv 2308.15321)."""
 
     name: str = "ε̂ / λ, λ ="
@@ -248,17 +248,18 @@ def standard_corrections(
 ) -> tuple[Correction, ...]:
     """Return the corrections of this module with their default strengths.
 
-    >>> from s2dm_loss import NoiseSchedule, standard_corrections
+    >>> from s2dm_loss import NoiseSchedule
+    >>> from s2dm_loss.sampling import standard_corrections
     >>> for correction in standard_corrections(NoiseSchedule.linear(1000)):
     ...     print(correction)
     SkipGain(-99, -49, -19, 19, 49, 99, 149, 199)
-    ConstantScaling(0.97, 0.985, 0.995, 1.005, 1.015, 1.03, 1.06)
+    EpsilonScaling(0.97, 0.985, 0.995, 1.005, 1.015, 1.03, 1.06)
     StartScaling(0.9, 0.95, 0.98, 1.03, 1.1, 1.2, 1.35)
     ScoreRescaling(0.75, 0.9, 0.97, 1.03, 1.15, 1.4, 2)
     """
     return (
         SkipGain(schedule, prediction_type=prediction_type),
-        ConstantScaling(schedule, prediction_type=prediction_type),
+        EpsilonScaling(schedule, prediction_type=prediction_type),
         StartScaling(),
         ScoreRescaling(schedule, prediction_type=prediction_type),
     )

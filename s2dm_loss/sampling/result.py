@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss.corrections import Correction
+from s2dm_loss.sampling.corrections import Correction
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from s2dm_loss import (
-    ConstantScaling,
     ContinuousSchedule,
     Correction,
     CorrectionSearch,
-    GainSearch,
+    EpsilonScaling,
     NoiseSchedule,
     Recommendation,
     ScaledModel,
@@ -28,8 +27,8 @@ from s2dm_loss import (
     gain,
     standard_corrections,
 )
-from s2dm_loss.frechet import MAX_AXES, Axes, FrechetComparison
-from s2dm_loss.recommendation import Candidate, SearchCost
+from s2dm_loss.sampling.frechet import MAX_AXES, Axes, FrechetComparison
+from s2dm_loss.sampling.result import Candidate, SearchCost
 
 LINEAR = NoiseSchedule.linear(1000)
 LAST = torch.tensor([999])
@@ -75,10 +74,18 @@ def data_for(skip, shape=(3,), count=2000, seed=1):
     return normal * s_of(skip) if skip > 0 else normal / s_of(-skip)
 
 
+def gain_search(model, schedule, sample, data, *, skips=None, **settings):
+    """A search over gains alone; the strengths given are all reported."""
+    names = {"tau", "prediction_type", "max_c2"} & settings.keys()
+    options = {name: settings.pop(name) for name in names}
+    correction = SkipGain(schedule, skips, **options)
+    return CorrectionSearch(model, sample, data, [correction], scan=skips is None, **settings)
+
+
 def search_for(skip, **settings):
     settings = {"sample": one_call, "skips": [49, 99, 149], "num_samples": 1000} | settings
     settings = {"data": data_for(skip), "tau": TAU} | settings
-    return GainSearch(Echo(), LINEAR, **settings)
+    return gain_search(Echo(), LINEAR, **settings)
 
 
 @pytest.mark.parametrize("skip", [-99, 49, 99, 149])
@@ -138,7 +145,7 @@ def test_the_best_of_several_corrections():
     data = data_for(0) * 1.2
     corrections = [
         SkipGain(LINEAR, [9, 49], tau=TAU),
-        ConstantScaling(LINEAR, [0.99, 1.01]),
+        EpsilonScaling(LINEAR, [0.99, 1.01]),
         StartScaling([0.8, 1.2]),
     ]
     result = CorrectionSearch(Echo(), one_call, data, corrections).recommend()
@@ -179,7 +186,7 @@ def test_the_scan_and_the_report_share_neither_noise_nor_data():
         Echo(),
         recorded,
         numbers,
-        [ConstantScaling(LINEAR, [0.9, 1.1])],
+        [EpsilonScaling(LINEAR, [0.9, 1.1])],
         features=features,
         num_samples=64,
         batch_size=64,
@@ -217,8 +224,8 @@ def test_axes_are_found_on_the_part_that_is_not_compared(num_samples, counts, mo
             compared.append(data)
             super().__init__(data, num_samples, seed)
 
-    monkeypatch.setattr("s2dm_loss.recommend.Axes", Recorded)
-    monkeypatch.setattr("s2dm_loss.recommend.FrechetComparison", Compared)
+    monkeypatch.setattr("s2dm_loss.sampling.search.Axes", Recorded)
+    monkeypatch.setattr("s2dm_loss.sampling.search.FrechetComparison", Compared)
     numbers = torch.arange(200.0)[:, None]
     search = CorrectionSearch(
         Echo(), one_call, numbers, [StartScaling([0.9, 1.1])], num_samples=num_samples
@@ -272,14 +279,14 @@ def test_a_sampler_may_read_the_attributes_of_its_model():
 )
 def test_all_data_are_used_where_nothing_is_chosen(skips, most, used, monkeypatch):
     sizes = []
-    monkeypatch.setattr("s2dm_loss.recommend.MAX_AXES", most)  # 2 are found on a third
+    monkeypatch.setattr("s2dm_loss.sampling.search.MAX_AXES", most)  # 2 are found on a third
 
     class Recorded(FrechetComparison):
         def __init__(self, data, num_samples, seed):
             sizes.append(len(data))
             super().__init__(data, num_samples, seed)
 
-    monkeypatch.setattr("s2dm_loss.recommend.FrechetComparison", Recorded)
+    monkeypatch.setattr("s2dm_loss.sampling.search.FrechetComparison", Recorded)
     search_for(99, data=data_for(99, count=700), skips=skips, num_samples=64).recommend()
     assert sizes[-1] == used
 
@@ -310,17 +317,17 @@ def test_exact_model_of_a_gaussian_under_ddim():
         for t in times:
             at = torch.tensor([t])
             s = 1.0
-            if isinstance(correction, (SkipGain, ConstantScaling)):
+            if isinstance(correction, (SkipGain, EpsilonScaling)):
                 s = float(correction.scale(at, strength))
             x = step(x, s * float(LINEAR.alpha_sigma(at)[1]) * x, t)
         return (x - 1) ** 2
 
     assert loss(None, 0) == pytest.approx((0.832 - 1) ** 2, abs=0.001)  # too little spread
     data = torch.randn(4000, 2, generator=torch.Generator().manual_seed(3))
-    result = GainSearch(Exact(), LINEAR, ddim, data, num_samples=1024).recommend()
+    result = gain_search(Exact(), LINEAR, ddim, data, num_samples=1024).recommend()
     assert loss(result.correction, result.strength) < 0.1 * loss(None, 0)
     assert result.strength in range(80, 150)
-    corrections = [SkipGain(LINEAR), ConstantScaling(LINEAR), StartScaling()]
+    corrections = [SkipGain(LINEAR), EpsilonScaling(LINEAR), StartScaling()]
     result = CorrectionSearch(Exact(), ddim, data, corrections, num_samples=1024).recommend()
     assert loss(result.correction, result.strength) < 0.1 * loss(None, 0)
     for candidate in result.candidates[1:]:
@@ -345,7 +352,7 @@ def test_images_are_compared_along_their_leading_axes(monkeypatch):
             compared.append(tuple(samples.shape))
             return super().add(samples)
 
-    monkeypatch.setattr("s2dm_loss.recommend.FrechetComparison", Recorded)
+    monkeypatch.setattr("s2dm_loss.sampling.search.FrechetComparison", Recorded)
     result = search.recommend()
     assert compared == [(1100, MAX_AXES + 1)] * 4
     assert result.strength == 99
@@ -398,7 +405,7 @@ def test_the_stated_cost_is_the_cost(num_samples, batch_size, batches):
             x = one_call(model, noise)
         return x
 
-    search = GainSearch(
+    search = gain_search(
         model,
         LINEAR,
         three_calls,
@@ -470,7 +477,7 @@ def test_stochastic_samplers_meet_the_same_numbers_and_the_global_state_is_kept(
     torch.manual_seed(7)
     expected = torch.randn(3)
     torch.manual_seed(7)
-    search = GainSearch(
+    search = gain_search(
         Echo(), LINEAR, stochastic, data_for(0), skips=[9, 99], num_samples=64, batch_size=32
     )
     search.recommend()
@@ -494,7 +501,7 @@ def test_what_a_sampler_draws_is_not_the_noise_that_it_starts_from(seed):
         draws.append(torch.randn(noise.shape))
         return one_call(model, noise)
 
-    GainSearch(
+    gain_search(
         *(Echo(), LINEAR, stochastic, data_for(0)),
         **{"skips": [9, 99], "num_samples": 96, "batch_size": 32, "seed": seed},
     ).recommend()
@@ -555,7 +562,7 @@ def test_continuous_time():
 
     data = data_for(0, count=8000) * s
     settings = {"skips": [0.05, 0.25, 0.45], "num_samples": 4000, "tau": TAU}
-    result = GainSearch(Echo(), flow, sample, data, **settings).recommend()
+    result = gain_search(Echo(), flow, sample, data, **settings).recommend()
     assert result.strength == 0.25
 
 
@@ -588,8 +595,8 @@ def test_the_numbers_that_it_says_are_those_of_what_it_recommends():
 def test_what_it_says():
     search = search_for(99)
     assert repr(search) == (
-        "GainSearch(Echo, [SkipGain(49, 99, 149)], scan=False, num_samples=1000, batch_size=256, "
-        "seed=0)"
+        "CorrectionSearch(Echo, [SkipGain(49, 99, 149)], scan=False, num_samples=1000, "
+        "batch_size=256, seed=0)"
     )
     result = search.recommend()
     assert repr(result).startswith("Recommendation(gain, k = 99: Fréchet distance ")
@@ -612,7 +619,7 @@ def test_what_it_says():
         ({"data": torch.full((40, 2), math.nan)}, ValueError, "data must be finite"),
         ({"features": 3}, TypeError, "features must be callable"),
         ({"skips": []}, ValueError, "at least one"),
-        ({"skips": 99}, TypeError, "skips must be a sequence of numbers, got 99"),
+        ({"skips": 99}, TypeError, "strengths must be a sequence of numbers, got 99"),
         ({"skips": [0]}, ValueError, "without 0"),
         ({"skips": [9, 9]}, ValueError, "distinct"),
         ({"skips": [1000]}, ValueError, "below 1000"),
@@ -634,7 +641,7 @@ def test_a_bad_argument_is_named(settings, error, said):
     given = {"model": Echo(), "schedule": LINEAR, "sample": one_call, "data": data_for(0)}
     given |= settings
     with pytest.raises(error, match=said):
-        GainSearch(**given)
+        gain_search(**given)
 
 
 @pytest.mark.parametrize("corrections", [[], [3], [StartScaling], 3, StartScaling()])
@@ -700,11 +707,11 @@ def test_a_model_whose_weights_are_elsewhere():
         return one_call(model, noise.float())
 
     settings = {"tau": TAU, "skips": [49, 99], "num_samples": 500}
-    search = GainSearch(model, LINEAR, sample, data_for(99), **settings)
+    search = gain_search(model, LINEAR, sample, data_for(99), **settings)
     assert search.recommend().strength == 99
     assert kinds == {(torch.bfloat16, "cpu")}
     # Without weights there is nothing to know it from: float32, whatever the data are.
-    search = GainSearch(Echo(), LINEAR, one_call, data_for(99).double(), **settings)
+    search = gain_search(Echo(), LINEAR, one_call, data_for(99).double(), **settings)
     assert next(search._noises(4, 0)).dtype == torch.float32
 
 

@@ -11,11 +11,9 @@ from s2dm_loss import (
     ContinuousSchedule,
     NoiseSchedule,
     ScaledModel,
-    ShrunkModel,
     SkipStepLoss,
     coefficients,
     epsilon_from_output,
-    epsilon_scaling,
     gain,
 )
 from tests.strategies import normal, targets_of
@@ -54,11 +52,10 @@ class Output:
         self.other = "kept"
 
 
-def test_gain_and_its_reciprocal():
+def test_gain():
     s = gain(LINEAR, 99)
     for t in (0, 98, 99, 500, 999):
         assert float(s[t]) == pytest.approx(s_of(t), rel=1e-12)
-    assert torch.equal(epsilon_scaling(LINEAR, 99), 1 / s)
     at = torch.tensor([[3, 500], [99, 999]])
     assert torch.equal(gain(LINEAR, 99, t=at), s[at])
 
@@ -66,7 +63,7 @@ def test_gain_and_its_reciprocal():
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "sample", "learned variance"])
 def test_scales_the_prediction_and_nothing_else(kind):
     model, x_t, t = Model(kind), normal(3, 2, 4, seed=0), torch.tensor([0, 500, 999])
-    output = ShrunkModel(model, LINEAR, 99)(x_t, t, label="y")
+    output = ScaledModel.with_gain(model, LINEAR, 99)(x_t, t, label="y")
     assert model.seen == [(t, "y")]
     expected = 0.7 * x_t * torch.tensor([s_of(0), s_of(500), s_of(999)]).double()[:, None, None]
     if kind == "tuple":
@@ -86,14 +83,14 @@ def test_scales_the_prediction_and_nothing_else(kind):
 )
 def test_one_time_for_all_and_fractional_times(t):
     x_t = normal(3, 2, seed=0)
-    output = ShrunkModel(Model(), LINEAR, 99)(x_t, t)
+    output = ScaledModel.with_gain(Model(), LINEAR, 99)(x_t, t)
     torch.testing.assert_close(output, 0.7 * s_of(500) * x_t, rtol=1e-12, atol=0)
 
 
 def test_a_timestep_that_bfloat16_rounds_up_is_the_last_one():
     """Pipelines cast t to the network's dtype, and bfloat16 has no 999 but 1000."""
     x_t = normal(3, 2, seed=0)
-    shrunk = ShrunkModel(Model(), LINEAR, 99)
+    shrunk = ScaledModel.with_gain(Model(), LINEAR, 99)
     output = shrunk(x_t, torch.tensor([999, 501, 3]).bfloat16())
     wanted = torch.tensor([s_of(999), s_of(500), s_of(3)], dtype=torch.float64)[:, None]
     torch.testing.assert_close(output, 0.7 * wanted * x_t, rtol=1e-12, atol=0)
@@ -102,12 +99,36 @@ def test_a_timestep_that_bfloat16_rounds_up_is_the_last_one():
             shrunk(x_t, outside)
 
 
+@pytest.mark.parametrize(
+    "t", [0.999, 0.5, torch.tensor(0.25), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.5]).half()]
+)
+def test_t_over_the_number_of_timesteps_is_no_timestep(t):
+    """Else it would be rounded to row 0, where s = 1, without a word."""
+    model = Model()
+    with pytest.raises(ValueError, match=r"t must hold timesteps from 0 to 999.*t / T.*rescale"):
+        ScaledModel.with_gain(model, LINEAR, 99)(normal(3, 2, seed=0), t)
+    assert not model.seen
+
+
+def test_the_last_fractional_timesteps_of_euler_are_right():
+    """Below 1 as well, as of a sampler with more steps than T / 2, once a larger one was seen."""
+    shrunk, x_t = ScaledModel.with_gain(Model(), LINEAR, 1, tau=0.01), normal(3, 2, seed=0)
+    for t in (998.4, 1.6, 0.7, 0.2, 0.0):
+        expected = 0.7 * s_of(round(t), k=1, tau=0.01) * x_t
+        torch.testing.assert_close(shrunk(x_t, t), expected, rtol=1e-12, atol=0)
+    # And where nothing was seen: 0 and 1 are timesteps.
+    fresh = ScaledModel.with_gain(Model(), LINEAR, 1, tau=0.01)
+    for t in (0.0, 1.0):
+        expected = 0.7 * s_of(round(t), k=1, tau=0.01) * x_t
+        torch.testing.assert_close(fresh(x_t, t), expected, rtol=1e-12, atol=0)
+
+
 def test_a_sigma_is_no_timestep_of_a_table_of_sigmas():
     """Else σ = 3.7 would be rounded to the row 4 of the table, without a word."""
     sigmas = torch.logspace(-2, 1.9, 100, dtype=torch.float64)
     x_t = normal(3, 2, seed=0)
     model = Model()
-    shrunk = ShrunkModel(model, NoiseSchedule.from_sigmas(sigmas), 9)
+    shrunk = ScaledModel.with_gain(model, NoiseSchedule.from_sigmas(sigmas), 9)
     for sigma in (3.7, 5.0, torch.tensor(80.0), torch.full((3,), 0.5, dtype=torch.float64)):
         with pytest.raises(TypeError, match=r"integer timesteps.*rescale"):
             shrunk(x_t, sigma)
@@ -141,14 +162,13 @@ def taught(schedule, kind, k=99, tau=0.99, max_c2=100.0):
 def test_other_prediction_types_have_the_gain_on_epsilon(kind):
     """While the bound of the output does not act it is the same for all; later it is weaker."""
     model, x_t, t = Model(), normal(4, 2, seed=0), torch.tensor([200, 500, 700, 900])
-    shrunk = ShrunkModel(model, LINEAR, 99, prediction_type=kind)
+    shrunk = ScaledModel.with_gain(model, LINEAR, 99, prediction_type=kind)
     before = epsilon_from_output(model(x_t, t), x_t, t, LINEAR, kind)
     after = epsilon_from_output(shrunk(x_t, t), x_t, t, LINEAR, kind)
     s = taught(LINEAR, kind)[t]
     assert s[:2].tolist() == pytest.approx([s_of(200), s_of(500)], rel=1e-12)
     torch.testing.assert_close(after, s[:, None] * before, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gain(LINEAR, 99, t=t, prediction_type=kind), s)
-    torch.testing.assert_close(epsilon_scaling(LINEAR, 99, t=t, prediction_type=kind), 1 / s)
 
 
 @pytest.mark.parametrize("kind", list(RATIO_SQUARED))
@@ -166,7 +186,7 @@ def test_a_trained_network_and_a_shrunk_one_are_the_same(kind, weak):
             return target
 
     for k in (9, 99):
-        shrunk = ShrunkModel(Perfect(), schedule, k, prediction_type=kind)
+        shrunk = ScaledModel.with_gain(Perfect(), schedule, k, prediction_type=kind)
         criterion = SkipStepLoss(schedule, k, prediction_type=kind)
         taught = criterion.regression_target(target, x_t, t).target
         torch.testing.assert_close(shrunk(x_t, t), taught, rtol=1e-9, atol=1e-9)
@@ -184,7 +204,7 @@ def test_a_trained_network_and_a_shrunk_one_are_the_same(kind, weak):
 )
 def test_every_timestep_is_finite_and_has_the_gain_while_there_is_signal(schedule, kind):
     t, x_t, model = torch.arange(1000), normal(1000, 4, seed=0), Model()
-    output = ShrunkModel(model, schedule, 99, prediction_type=kind)(x_t, t)
+    output = ScaledModel.with_gain(model, schedule, 99, prediction_type=kind)(x_t, t)
     assert output.isfinite().all()
     signal = schedule.alphas_cumprod > 1e-6  # conversions lose digits below
     before, after = (
@@ -199,7 +219,7 @@ def test_every_timestep_is_finite_and_has_the_gain_while_there_is_signal(schedul
 def test_continuous_time():
     schedule = ContinuousSchedule.vp()
     x_t, t = normal(3, 2, seed=0), torch.tensor([0.01, 0.5, 1.0])
-    output = ShrunkModel(Model(), schedule, 0.05)(x_t, t)
+    output = ScaledModel.with_gain(Model(), schedule, 0.05)(x_t, t)
     s = gain(schedule, 0.05, t=t)
     torch.testing.assert_close(output, 0.7 * s[:, None] * x_t, rtol=1e-12, atol=0)
     assert s[0] == 1
@@ -212,7 +232,7 @@ def test_computes_the_gain_once_however_many_sampling_steps(monkeypatch):
         "s2dm_loss.output.coefficients",
         lambda *a, **k: calls.append(k["t"]) or coefficients(*a, **k),
     )
-    shrunk, x_t = ShrunkModel(Model(), LINEAR, 99), torch.ones(2, 3, dtype=torch.float64)
+    shrunk, x_t = ScaledModel.with_gain(Model(), LINEAR, 99), torch.ones(2, 3, dtype=torch.float64)
     checked_at_construction = len(calls)
 
     for t in (999, 500, 0):
@@ -223,7 +243,7 @@ def test_computes_the_gain_once_however_many_sampling_steps(monkeypatch):
 
 def test_keeps_dtype_and_gradient_and_weights():
     model = Model().to(torch.bfloat16)
-    shrunk = ShrunkModel(model, LINEAR, 99)
+    shrunk = ScaledModel.with_gain(model, LINEAR, 99)
     output = shrunk(normal(3, 2, seed=0, dtype=torch.bfloat16), torch.tensor([0, 500, 999]))
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
@@ -254,7 +274,7 @@ def test_in_any_sampler_of_diffusers(name):
                 x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x).prev_sample
         return x
 
-    plain, shrunk = sample(Model()), sample(ShrunkModel(Model(), LINEAR, 99))
+    plain, shrunk = sample(Model()), sample(ScaledModel.with_gain(Model(), LINEAR, 99))
     assert shrunk.isfinite().all()
     assert not torch.equal(plain, shrunk)
     # ε̂ = 0.7 x says the same as ε̂ = 0.7 s x with the scaling put into the model by hand.
@@ -291,7 +311,7 @@ class Returning(nn.Module):
 def test_outputs_keep_their_type_and_all_else_in_them(make, which):
     x_t = normal(2, 3, seed=0)
     before = make(x_t)
-    after = ShrunkModel(Returning(make), LINEAR, 99)(x_t, 999)
+    after = ScaledModel.with_gain(Returning(make), LINEAR, 99)(x_t, 999)
     assert type(after) is type(before)
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
         if i == which:
@@ -314,7 +334,7 @@ def test_outputs_keep_their_type_and_all_else_in_them(make, which):
 def test_nothing_broadcasts(x_t, t, output, message):
     model = Returning(lambda x: x if output is None else output)
     with pytest.raises(ValueError, match=message):
-        ShrunkModel(model, LINEAR, 99)(x_t, t)
+        ScaledModel.with_gain(model, LINEAR, 99)(x_t, t)
 
 
 @pytest.mark.parametrize(
@@ -335,15 +355,15 @@ def test_a_scale_that_is_none_is_named(scale, error, said):
 def test_a_model_may_overwrite_its_input(kind):
     x_t, t = normal(2, 3, seed=0), torch.tensor([500, 900])
     kept, overwritten = (
-        ShrunkModel(Returning(make), LINEAR, 99, prediction_type=kind)(x_t.clone(), t)
+        ScaledModel.with_gain(Returning(make), LINEAR, 99, prediction_type=kind)(x_t.clone(), t)
         for make in (lambda x: 0.5 * x, lambda x: x.mul_(0.5))
     )
     assert torch.equal(kept, overwritten)
 
 
 def test_its_repr_says_what_it_does_and_its_errors_where_to_go():
-    shrunk = ShrunkModel(nn.Identity(), LINEAR, 99)
-    assert "NoiseSchedule.linear(1000), SkipSet(99), tau=0.99" in repr(shrunk)
+    shrunk = ScaledModel.with_gain(nn.Identity(), LINEAR, 99)
+    assert "NoiseSchedule.linear(1000), gain(SkipSet(99)), prediction" in repr(shrunk)
     with pytest.raises(AttributeError, match=r"no 'config'.*shrink_pipeline"):
         shrunk.config  # noqa: B018 - a pipeline's first question
 
@@ -351,11 +371,11 @@ def test_its_repr_says_what_it_does_and_its_errors_where_to_go():
 @pytest.mark.parametrize("training", [True, False])
 def test_a_sampler_that_asks_for_the_mode_and_restores_it_leaves_it(training):
     model = Model().train(training)
-    for wrapped in (ShrunkModel(model, LINEAR, 9), ScaledModel(model, LINEAR, torch.Tensor.double)):
-        before = wrapped.training
-        wrapped.eval()
-        wrapped.train(before)
-        assert model.training is training
+    wrapped = ScaledModel.with_gain(model, LINEAR, 9)
+    before = wrapped.training
+    wrapped.eval()
+    wrapped.train(before)
+    assert model.training is training
 
 
 def test_a_frozen_output_is_made_anew():
@@ -367,15 +387,15 @@ def test_a_frozen_output_is_made_anew():
     class ReadOnly:
         sample = property(lambda self: torch.ones(2, 3))
 
-    output = ShrunkModel(Returning(Frozen), LINEAR, 99)(torch.ones(2, 3), 999)
+    output = ScaledModel.with_gain(Returning(Frozen), LINEAR, 99)(torch.ones(2, 3), 999)
     assert type(output) is Frozen
     assert output.other == "kept"
     torch.testing.assert_close(output.sample, torch.full((2, 3), s_of(999)))
     with pytest.raises(TypeError, match=r"model output must have a `sample` that can be set.*Read"):
-        ShrunkModel(Returning(lambda _: ReadOnly()), LINEAR, 99)(torch.ones(2, 3), 999)
+        ScaledModel.with_gain(Returning(lambda _: ReadOnly()), LINEAR, 99)(torch.ones(2, 3), 999)
 
 
 def test_a_whole_number_is_a_time_in_continuous_time():
-    shrunk = ShrunkModel(Model(), ContinuousSchedule.vp(), 0.1)
+    shrunk = ScaledModel.with_gain(Model(), ContinuousSchedule.vp(), 0.1)
     x_t = normal(2, 3, seed=0)
     assert torch.equal(shrunk(x_t, 1), shrunk(x_t, 1.0))

@@ -1,8 +1,8 @@
 """Functions of t as tables: made once and in float64, read on any device and in any type.
 
-One mechanism for all that the library looks up by timestep. The float64 source never leaves the
-CPU and is no buffer, so no cast, move, export or synchronisation of a module reaches it; what is
-read are copies of it, and a copy is kept only if it is a real tensor, made under no transform.
+All that one loss looks up by timestep is one table. Its float64 source never leaves the CPU and is
+no buffer, so no cast, move, export or synchronisation of a module reaches it; what is read are
+copies of it, and a copy is kept only if it is a real tensor, made under no transform.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from s2dm_loss._head import whole
+from s2dm_loss._torch import is_traced, real_tensors, whole
 
 
 class DeviceCopies:
@@ -31,7 +31,7 @@ class DeviceCopies:
         copy = self._copies.get((device, dtype))
         if copy is not None:
             return copy
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_traced():
             return self.source.to(device, dtype)
         with torch.inference_mode(False):
             copy = self.source.to(device, dtype)
@@ -46,7 +46,7 @@ class DeviceCopies:
 class TabledModule(nn.Module):
     """A module whose tables are ready on the device that it is moved to.
 
-    A compiled call cannot keep a copy, and there is no buffer that would be moved.
+    Compiled calls cannot keep a copy, and `.to()` moves no buffer of these modules.
     """
 
     def _copy_tables(self, device: torch.device) -> None:
@@ -63,52 +63,48 @@ class TabledModule(nn.Module):
 
 
 class TimeTable:
-    """A function of t with several values, as a table over a schedule's timesteps.
+    """Several functions of t, packed into one table over a schedule's timesteps.
 
-    In continuous time, where there is nothing to keep, the function is called.
+    In continuous time, where there is nothing to keep, the functions are called.
     """
 
     def __init__(
-        self, function: Callable[[Tensor], Sequence[Tensor | None]], timesteps: Tensor | None
+        self, functions: Callable[[Tensor], Sequence[Tensor]], timesteps: Tensor | None
     ) -> None:
         """Make the table.
 
         Args:
-            function: Maps times to values of the same shape; None for a value that is never there.
+            functions: Maps times to K values, each of the shape of the times.
             timesteps: All times, int64 of shape [T]; None in continuous time.
+
+        Raises:
+            ValueError: if the timesteps are not 0 … T-1, or a value requires a gradient.
         """
-        self._function = function
+        self._functions = functions
         self._table: DeviceCopies | None = None
         if timesteps is None:
             return
-        # Whatever default device, gradient or inference mode this is made under.
-        with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+        with real_tensors():
             _check_rows(timesteps)
-            values = function(timesteps)
-            there = [value for value in values if value is not None]
-            table = torch.stack(there, dim=-1).to("cpu", torch.float64)
+            table = torch.stack(tuple(functions(timesteps))).to("cpu", torch.float64)
         if table.requires_grad:
             raise ValueError(
                 "schedule, weighting and scale must be fixed on a discrete schedule, where their "
                 "values are kept, got values that require a gradient"
             )
         self._table = DeviceCopies(table)
-        present = iter(range(len(there)))
-        self._columns = [None if value is None else next(present) for value in values]
         self.copy_to(torch.device("cpu"))
 
-    def at(self, t: Tensor, dtype: torch.dtype) -> list[Any]:
-        """Return the function's values at times [B] in `dtype`; None stays None.
+    def at(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the values at times [B] as one tensor [K, B] in `dtype`.
 
         Raises:
             ValueError: if a timestep lies outside the table; see `read_table`.
         """
         t = whole(t)
         if self._table is None:
-            values = self._function(t)
-            return [None if value is None else value.to(dtype) for value in values]
-        rows = read_table(self._table.on(t.device, dtype), t).unbind(-1)
-        return [None if column is None else rows[column] for column in self._columns]
+            return torch.stack([value.to(dtype) for value in self._functions(t)])
+        return read_table(self._table.on(t.device, dtype), t)
 
     def copy_to(self, device: torch.device) -> None:
         """Have the float32 copy ready on a device."""
@@ -117,7 +113,7 @@ class TimeTable:
 
 
 def _check_rows(timesteps: Tensor) -> None:
-    """Raise ValueError unless the timesteps are the rows of a table."""
+    """Raise ValueError unless the timesteps are the columns of a table."""
     count = timesteps.numel()
     if not torch.equal(timesteps.cpu(), torch.arange(count)):
         few = [str(t) for t in timesteps.flatten()[:2].tolist()]
@@ -128,26 +124,26 @@ def _check_rows(timesteps: Tensor) -> None:
 
 
 def read_table(table: Tensor, t: Tensor) -> Tensor:
-    """Return the rows `table[t]`, of shape t.shape + table.shape[1:].
+    """Return the columns t of a table [..., T], of shape table.shape[:-1] + t.shape.
 
     Raises:
         ValueError: if a timestep lies outside the table. On a GPU, where the host cannot know
-            without waiting, it is the device's own assertion instead; compiled, the rows are NaN.
+            without waiting, it is the device's own assertion instead; compiled, the values are NaN.
     """
     if t.ndim != 1:
-        return read_table(table, t.reshape(-1)).reshape(t.shape + table.shape[1:])
+        return read_table(table, t.reshape(-1)).reshape(table.shape[:-1] + t.shape)
     if t.dtype not in (torch.int32, torch.int64):
         t = t.long()
+    last = table.shape[-1]
     if torch.compiler.is_compiling():
         # Compiled code counts a negative index from the end.
-        inside = (t >= 0) & (t < table.shape[0])
-        rows = table.index_select(0, torch.where(inside, t, 0))
-        return torch.where(inside.reshape(-1, *[1] * (table.ndim - 1)), rows, math.nan)
+        inside = (t >= 0) & (t < last)
+        return torch.where(inside, table.index_select(-1, torch.where(inside, t, 0)), math.nan)
     try:
-        # index_select, unlike table[t], refuses a negative index instead of counting from the end.
-        return table.index_select(0, t)
+        # index_select, unlike table[..., t], refuses an index below 0: it counts from no end.
+        return table.index_select(-1, t)
     except (IndexError, RuntimeError) as error:
-        outside = t[(t < 0) | (t >= table.shape[0])]
+        outside = t[(t < 0) | (t >= last)]
         if outside.numel() == 0:
             raise
-        raise ValueError(f"t must lie in [0, {table.shape[0]}), got {outside[0].item()}") from error
+        raise ValueError(f"t must lie in [0, {last}), got {outside[0].item()}") from error

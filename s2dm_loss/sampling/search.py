@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from s2dm_loss.checks import check_batch, check_count, describe
-from s2dm_loss.corrections import Correction
-from s2dm_loss.frechet import MAX_AXES, SAMPLES_PER_AXIS, Axes, FrechetComparison
-from s2dm_loss.recommendation import Candidate, Recommendation, ScanPoint, SearchCost
+from s2dm_loss.sampling.corrections import Correction
+from s2dm_loss.sampling.frechet import MAX_AXES, SAMPLES_PER_AXIS, Axes, FrechetComparison
+from s2dm_loss.sampling.result import Candidate, Recommendation, ScanPoint, SearchCost
 
 _INPUTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that a network's input can have."""
@@ -47,7 +47,8 @@ class CorrectionSearch:
     """A search for the correction that suits a trained model, its sampler and its data.
 
     >>> import torch
-    >>> from s2dm_loss import CorrectionSearch, NoiseSchedule, standard_corrections
+    >>> from s2dm_loss import CorrectionSearch, NoiseSchedule
+    >>> from s2dm_loss.sampling import standard_corrections
     >>> schedule = NoiseSchedule.linear(1000)
     >>> data = torch.randn(2048, 2)  # unit Gaussian: E[ε | x_t] = √(1-ᾱ) x_t
     >>> class Model(torch.nn.Module):

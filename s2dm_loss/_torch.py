@@ -1,0 +1,85 @@
+"""Every private name of PyTorch that the library reads, each asked for once and guarded.
+
+A name that a later PyTorch no longer has answers with the slower of its two meanings ("a transform
+may be active", "somebody may watch"), so that the loss stays right and only the fast path goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def _asked(owner: Any, name: str) -> Callable[[], Any]:
+    """Return a private function of PyTorch, or one that always answers yes."""
+    found: Callable[[], Any] = getattr(owner, name, lambda: True)
+    return found
+
+
+_functorch_is_active = _asked(torch._C, "_are_functorch_transforms_active")
+_dispatch_modes = _asked(torch._C, "_len_torch_dispatch_stack")
+
+
+def is_traced() -> bool:
+    """Return whether a compiler or a function transform (`torch.func`) is at work."""
+    return torch.compiler.is_compiling() or bool(_functorch_is_active())
+
+
+def needs_plain_operators(tensor: Tensor) -> bool:
+    """Return whether more is asked of an operation than its gradient by autograd.
+
+    Under a compiler, a function transform or forward mode, and for tensors that are made of others
+    (DTensor), plain operators answer and a custom `autograd.Function` may not.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or bool(_functorch_is_active())
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or (type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__"))
+    )
+
+
+def is_watched() -> bool:
+    """Return whether something looks at each operator, such as selective checkpointing."""
+    return bool(_dispatch_modes())
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Make tensors that hold values on the CPU, whatever mode or default device is active."""
+    pause: Any = nullcontext
+    if is_watched():
+        fake_tensor: Any = getattr(getattr(torch, "_subclasses", None), "fake_tensor", None)
+        pause = getattr(fake_tensor, "unset_fake_temporarily", nullcontext)
+    with pause(), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def placed_like(data: Tensor, *tensors: Any) -> tuple[Any, ...]:
+    """Return `tensors`, those of shape [B] on every device of the mesh where `data` is a DTensor.
+
+    Each device makes the coefficients from t, of the whole batch, whatever part of the data lies
+    there. A DTensor is known by its attributes: its module is slow to import, and has moved.
+    """
+    mesh = None if type(data) is Tensor else getattr(data, "device_mesh", None)
+    if mesh is None:
+        return tensors
+    kind: Any = type(data)
+    return tuple(
+        tensor
+        if tensor is None or tensor.ndim != 1 or hasattr(tensor, "device_mesh")
+        else kind.from_local(tensor, mesh, run_check=False)
+        for tensor in tensors
+    )
+
+
+def whole(per_sample: Any) -> Tensor:
+    """Return a DTensor of shape [B] as the plain tensor of the whole batch, any other as it is."""
+    plain = type(per_sample) is Tensor or not hasattr(per_sample, "device_mesh")
+    tensor: Tensor = per_sample if plain else per_sample.full_tensor()
+    return tensor

@@ -1,0 +1,176 @@
+"""The loss head: where the loss meets the data.
+
+Everything else in the loss has one value for each sample and costs next to nothing. The head moves
+the data five times and makes one new tensor of their size, which ends as the gradient:
+
+    forward     residual = output - scale · target     reads two, writes one
+                norms of pieces of the residual        reads one
+    backward    residual *= a factor                   reads one, writes one
+
+`F.mse_loss` moves them eight times and makes three such tensors. On a CPU half types need float32
+copies, of which the head holds two at once, as `F.mse_loss` does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from s2dm_loss._torch import is_watched, needs_plain_operators, placed_like
+
+Reduction = Literal["mean", "sum", "none"]
+
+_REDUCE: dict[Reduction, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "none": lambda per_sample: per_sample,
+}
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+# Longest run of values that one float32 norm adds up. A CPU's norm adds in 8 lanes, one after the
+# other: over 2^14 equal values that is wrong by 1e-5, over 256 by less than 1e-6.
+_PIECE = 256
+
+
+def along(per_sample: Tensor, data: Tensor) -> Tensor:
+    """Give a [B] tensor the rank of `data`, so that it can only meet the batch axis."""
+    return per_sample.view((-1, *(1,) * (data.ndim - 1)))
+
+
+def weighted_square(
+    output: Tensor,
+    weight: Tensor,
+    *target: Tensor,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """Return weight · mean (output - Σ scale · data)² over the data axes, reduced over the batch.
+
+    Args:
+        output: Of shape [B, ...]; autograd gives its gradient without a second residual.
+        weight: [2, B], in the dtype of the result: the weight, and twice the weight, which is what
+            the gradient needs.
+        target: Each scale, of shape [B] and in that dtype, and its data, shaped as `output`.
+        reduction: "mean" or "sum" over the batch, or "none" for shape [B].
+    """
+    # Plain operators too where anything but the output needs a gradient, and for no data at all.
+    plain = needs_plain_operators(output) or weight.requires_grad or output.numel() == 0
+    for tensor in target:  # in half the time of `any`
+        plain = plain or tensor.requires_grad
+    if not plain:
+        return _WeightedSquare.apply(output, weight, target, reduction)  # type: ignore[no-untyped-call, no-any-return]
+    return _plain_weighted_square(
+        output, *placed_like(output, weight[0], *target), reduction=reduction
+    )
+
+
+def _plain_weighted_square(
+    output: Tensor, weight: Tensor, *target: Tensor, reduction: Reduction
+) -> Tensor:
+    residual = output
+    for scale, data in _pairs(target):
+        # No `addcmul`: `torch.func.linearize` ends the process at one with a value.
+        residual = residual - along(scale, data) * data
+    squares = residual.to(weight.dtype).square()
+    # No einops: a compiled loss would check at each call all that einops looks up.
+    per_sample = squares.mean(_data_axes(squares)) if squares.ndim > 1 else squares
+    return _REDUCE[reduction](weight * per_sample)
+
+
+class _WeightedSquare(torch.autograd.Function):
+    """The square whose residual becomes its gradient, in place.
+
+    Autograd's own would keep the residual until it has made the gradient beside it, and would
+    record each step of the arithmetic on [B], which is most of what a small batch costs.
+
+    What needs no gradient comes as one tuple, since autograd's care for each argument costs time.
+    Nothing that an operator made is changed in place before the backward pass while somebody
+    watches: selective checkpointing may keep the output of any operator here.
+    """
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, output: Tensor, weight: Tensor, target: tuple[Tensor, ...], reduction: Reduction
+    ) -> Tensor:
+        residual = _residual(output, weight.dtype, target)
+        values = output.shape[1:].numel() * (len(output) if reduction == "mean" else 1)
+        share, slope = weight * (1 / values)
+        # The residual is no saved tensor, since it is there to be overwritten. A second backward
+        # through the same graph makes it again from the saved ones.
+        ctx.residual, ctx.slope, ctx.dtype = residual, slope, output.dtype
+        ctx.save_for_backward(output, slope, *target)
+        squares = _piece_norms(residual).square() * share.unsqueeze(1)
+        return squares.sum(1) if reduction == "none" else squares.sum()
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        # Compiled autograd has one graph for every call, which knows saved tensors alone.
+        residual = None if torch.compiler.is_compiling() else ctx.residual
+        if residual is None or torch.is_grad_enabled():
+            output, slope, *target = ctx.saved_tensors
+            gradient = _residual(output, slope.dtype, target) * along(grad * slope, output)
+        else:
+            ctx.residual = None
+            factor = along(grad * ctx.slope, residual)
+            try:
+                gradient = residual.mul_(factor)
+            except RuntimeError:
+                # Several gradients at once (`is_grads_batched`) do not fit into one residual.
+                gradient = residual * factor
+        return gradient.to(ctx.dtype), None, None, None
+
+
+def _residual(output: Tensor, dtype: torch.dtype, target: Sequence[Tensor]) -> Tensor:
+    """Return output - Σ scale · data in `dtype`, one new tensor."""
+    residual, ours = output, False
+    if output.is_cpu and output.dtype != dtype:
+        # A CPU's operators copy what is of another dtype. Out of place there would be three copies.
+        residual, ours = output.to(dtype), not is_watched()
+    for scale, data in _pairs(target):
+        if ours:
+            residual.addcmul_(data, along(scale, data), value=-1)
+        else:
+            residual = torch.addcmul(residual, data, along(scale, data), value=-1)
+            ours = not is_watched()
+    return residual
+
+
+def _piece_norms(values: Tensor) -> Tensor:
+    """Return the norms of each sample's pieces, of shape [B, pieces]."""
+    batch, count = len(values), values.shape[1:].numel()
+    if not values.is_contiguous():
+        # A sum is the same in the order in which memory has the values.
+        values = values.permute(0, *sorted(_data_axes(values), key=values.stride, reverse=True))
+    values = values.reshape(batch, count)
+    piece = _piece_length(count)
+    rest = count % piece
+    norms = torch.linalg.vector_norm(
+        values[:, : count - rest].view(batch, count // piece, piece), dim=2
+    )
+    if rest:
+        last = torch.linalg.vector_norm(values[:, count - rest :], dim=1, keepdim=True)
+        norms = torch.cat([norms, last], dim=1)
+    return norms
+
+
+@functools.lru_cache(maxsize=64)
+def _piece_length(count: int) -> int:
+    """Return the length of the pieces: one that leaves no rest, if it is not too short."""
+    fitting = max(n for n in range(1, min(count, _PIECE) + 1) if count % n == 0)
+    return fitting if fitting == count or fitting >= _PIECE // 8 else _PIECE
+
+
+def _pairs(target: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    # Not one iterator twice, which torch 2.4's compiler pairs wrongly.
+    return zip(target[::2], target[1::2], strict=True)
+
+
+def _data_axes(data: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, data.ndim))

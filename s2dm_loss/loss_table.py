@@ -1,0 +1,189 @@
+"""All that one loss looks up by t: its rows (`coefficients.LossRows`), packed into one table."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from s2dm_loss._torch import real_tensors
+from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
+from s2dm_loss.coefficients import (
+    Coefficients,
+    Estimator,
+    LossRows,
+    coefficients,
+    loss_rows,
+    output_weights,
+)
+from s2dm_loss.prediction import Path, PredictionType
+from s2dm_loss.schedule import Schedule, drawn_by, wide_dtype
+from s2dm_loss.skip_set import SkipSet
+from s2dm_loss.tables import TimeTable
+from s2dm_loss.timesteps import times_at
+from s2dm_loss.weighting import check_weights
+
+_PROBES = 17
+_NOT_TRAINED = 1e-6
+
+
+class LossTable:
+    """The table of a loss; the settings are those of `SkipStepLoss`."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        skip_set: SkipSet,
+        *,
+        tau: float,
+        estimator: Estimator,
+        prediction_type: PredictionType,
+        weighting: Callable[[Tensor], Tensor] | None,
+        normalize: bool,
+        max_c2: float,
+    ) -> None:
+        """Make the table.
+
+        Raises:
+            TypeError, ValueError: if tau, max_c2, the skips or the weighting are not as they
+                should be.
+        """
+        self._schedule, self._skip_set, self._tau = schedule, skip_set, tau
+        self._estimator: Estimator = estimator
+        self._prediction_type: PredictionType = prediction_type
+        self._weighting, self._normalize, self._max_c2 = weighting, normalize, max_c2
+        timesteps = schedule.timesteps
+        with real_tensors():
+            times = times_at(schedule, torch.linspace(0, 1, _PROBES))
+            row = self._rows_at(times[:1])
+            if weighting is not None:
+                self._check_weighting(weighting, times if timesteps is None else timesteps)
+        filled = [name for name, value in row._asdict().items() if value is not None]
+        self._columns = {name: index for index, name in enumerate(filled)}
+        self._rows = TimeTable(
+            lambda t: [value for value in self._rows_at(t) if value is not None], timesteps
+        )
+        self._terms = TimeTable(self._terms_at, timesteps)
+
+    def rows(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the filled rows at times [B], [K, B] in `dtype`; 0 is the weight, 1 the slope."""
+        return self._rows.at(t, dtype)
+
+    def has(self, name: str) -> bool:
+        """Return whether a field of `LossRows` is one that this loss has."""
+        return name in self._columns
+
+    def row(self, rows: Tensor, name: str) -> Tensor:
+        """Return a field of `LossRows` out of `rows`."""
+        return rows[self._columns[name]]
+
+    def target(self, rows: Tensor, **parts: Tensor | None) -> list[Tensor]:
+        """Return scale and data in turn, of each part of a target that this loss has."""
+        target: list[Tensor] = []
+        for name, data in parts.items():
+            column = self._columns.get(name)
+            if column is not None and data is not None:
+                target += (rows[column], data)
+        return target
+
+    def terms(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return τ, c, c² and the weighting of the noise's error at times [B], [4, B]."""
+        return self._terms.at(t, dtype)
+
+    def coefficients_at(self, t: Tensor) -> Coefficients:
+        """Return the `Coefficients` at times of any shape, in float64."""
+        tau, c, c2, _ = self._terms.at(t, wide_dtype(t.device))
+        return Coefficients(tau, c, c2, self._estimator)
+
+    def copy_to(self, device: torch.device) -> None:
+        """Have copies ready on a device."""
+        for table in (self._rows, self._terms, self._skip_set):
+            table.copy_to(device)
+
+    def check_data(
+        self, target: Tensor, t: Tensor, x_t: Tensor | None, name: str = "target"
+    ) -> None:
+        """Raise unless target, t and x_t fit together and to the prediction type."""
+        check_batch(name, target)
+        if isinstance(t, Tensor) and t.ndim > 1 and t.is_floating_point():
+            raise ValueError(
+                f"t must have shape ({len(target)},), got {describe(t)}: t comes before x_t, "
+                "from_output(output, target, t, x_t)"
+            )
+        check_per_sample("t", t, name, target)
+        self._schedule.check_timesteps(t)
+        if x_t is not None:
+            check_like("x_t", x_t, name, target)
+        elif self.has("on_input"):
+            raise ValueError(
+                f"x_t must be given for prediction_type {self._prediction_type!r}, whose target "
+                "holds data, got None: from_output(output, target, t, x_t)"
+            )
+
+    def skip_noise(
+        self,
+        skip_noise: Tensor | None,
+        like_name: str,
+        like: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor | None:
+        """Return ξ where the estimator draws one, drawn if it is not given, and None elsewhere."""
+        if not self.has("on_skip_noise"):
+            if skip_noise is not None:
+                raise ValueError(
+                    "skip_noise belongs to an estimator that draws it, 'fresh', got it with "
+                    f"{self._estimator!r}"
+                )
+            return None
+        if skip_noise is None:
+            return draw_like(like, generator)
+        return check_like("skip_noise", skip_noise, like_name, like)
+
+    def _coefficients(self, t: Tensor) -> Coefficients:
+        return coefficients(
+            self._schedule,
+            self._skip_set,
+            t=t,
+            tau=self._tau,
+            estimator=self._estimator,
+            prediction_type=self._prediction_type,
+            max_c2=self._max_c2,
+            weighting=self._weighting,
+        )
+
+    def _rows_at(self, t: Tensor) -> LossRows:
+        return loss_rows(
+            self._coefficients(t),
+            self._prediction_type,
+            Path.at(self._schedule, t),
+            weighting=self._weighting,
+            normalize=self._normalize,
+        )
+
+    def _terms_at(self, t: Tensor) -> tuple[Tensor, ...]:
+        at_t = self._coefficients(t)
+        weight = torch.ones_like(at_t.c2)
+        if self._weighting is not None:
+            weight = output_weights(self._weighting, "epsilon", Path.at(self._schedule, t))
+        return at_t.tau, at_t.c, at_t.c2, weight
+
+    def _check_weighting(self, weighting: Callable[[Tensor], Tensor], times: Tensor) -> None:
+        """Raise on weights that cannot train; warn of a last timestep that they leave out."""
+        path = Path.at(self._schedule, times)
+        weights = output_weights(weighting, self._prediction_type, path)
+        check_weights(weights)
+        left_out = (path.a == 0) & (weights < _NOT_TRAINED)
+        if self._schedule.timesteps is not None and bool(left_out.any()):
+            warnings.warn(
+                f"weighting {weighting!r} is below {_NOT_TRAINED:g} at the last timestep of "
+                f"{self._schedule!r}, which has no signal: it is never trained, and samplers start "
+                "there. weighting=None and weighting='truncated_snr' train it",
+                stacklevel=4,
+            )
+
+
+def draw_like(noise: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw Gaussian noise of the shape, dtype and device of `noise`."""
+    return torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, **drawn_by(generator))

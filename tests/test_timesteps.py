@@ -1,0 +1,155 @@
+"""Training times: uniform, stratified, or a function's."""
+
+import math
+
+import pytest
+import torch
+
+from s2dm_loss import ContinuousSchedule, NoiseSchedule
+from s2dm_loss.timesteps import draw, read_timesteps, times_at
+
+LINEAR, FLOW, VP = NoiseSchedule.linear(1000), ContinuousSchedule.flow(), ContinuousSchedule.vp()
+SCHEDULES = pytest.mark.parametrize("schedule", [LINEAR, FLOW, VP], ids=repr)
+
+
+def source(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@SCHEDULES
+def test_uniform_is_the_schedules_own_draw(schedule):
+    t, weights = draw("uniform", schedule, 64, device="cpu", generator=source())
+    expected = schedule.draw_timesteps(64, device=torch.device("cpu"), generator=source())
+    assert torch.equal(t, expected)
+    assert weights is None
+
+
+@SCHEDULES
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 128, 1000])
+def test_stratified_puts_one_time_in_each_part(schedule, batch_size):
+    for seed in range(5):
+        t, weights = draw("stratified", schedule, batch_size, device="cpu", generator=source(seed))
+        assert weights is None
+        assert t.shape == (batch_size,)
+        schedule.check_timesteps(t)
+        uniform = schedule.draw_timesteps(1, device=torch.device("cpu"))
+        assert t.dtype == uniform.dtype
+        length = 1000 if schedule is LINEAR else 1
+        first = 1e-5 if schedule is VP else 0
+        u = (t.double().sort().values / length - first) / (1 - first)
+        # A timestep stands for the part [t, t + 1) of the table that was rounded down to it.
+        slack = 1e-3 if schedule is LINEAR else 1e-6
+        edges = torch.arange(batch_size + 1) / batch_size
+        assert (u >= edges[:-1] - slack).all()
+        assert (u <= edges[1:] + slack).all()
+
+
+def test_each_sample_of_a_stratified_batch_has_uniform_times():
+    """Else the first sample of every batch would be trained at the earliest times alone."""
+    generator, draws = source(), 20_000
+    small = NoiseSchedule.linear(10)
+    t = torch.stack(
+        [draw("stratified", small, 4, device="cpu", generator=generator)[0] for _ in range(draws)]
+    )
+    for sample in t.unbind(1):
+        counts = sample.bincount(minlength=10).double()
+        chi2 = ((counts - draws / 10).square() / (draws / 10)).sum()
+        assert chi2 < 27.9  # 99.9 % of chi squared with 9 degrees of freedom
+
+
+def test_the_mean_of_a_stratified_batch_varies_less():
+    """The mean of f(u) = u over B strata has variance 1 / (12 B³), and 1 / (12 B) uniform."""
+    generator, size = source(), 16
+    means = {
+        name: torch.stack(
+            [
+                draw(name, FLOW, size, device="cpu", generator=generator)[0].double().mean()
+                for _ in range(4000)
+            ]
+        )
+        for name in ("uniform", "stratified")
+    }
+    for name, power in (("uniform", 1), ("stratified", 3)):
+        assert means[name].var().item() == pytest.approx(1 / (12 * size**power), rel=0.1)
+        error = (means[name].var() / 4000).sqrt()
+        assert abs(means[name].mean() - 0.5) < 4 * error
+
+
+def test_times_never_reach_the_end():
+    u = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert times_at(LINEAR, u).tolist() == [0, 500, 999]
+    assert times_at(FLOW, u)[-1] < 1
+    assert times_at(VP, u)[0].item() == pytest.approx(1e-5)
+
+
+def logit_normal_mixture(batch_size, *, device, generator):
+    """Half of the times uniform, half logit-normal, with the weights of a uniform mean."""
+    z = torch.randn(batch_size, device=device, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(batch_size, device=device, generator=generator, dtype=torch.float64)
+    coin = torch.rand(batch_size, device=device, generator=generator)
+    t = torch.where(coin < 0.5, uniform, z.sigmoid())
+    density = torch.exp(-t.logit().square() / 2) / (math.sqrt(2 * math.pi) * t * (1 - t))
+    return t, 1 / (0.5 + 0.5 * density)
+
+
+def test_a_functions_weights_keep_the_mean_of_uniform_times():
+    t, weights = draw(logit_normal_mixture, FLOW, 200_000, device="cpu", generator=source())
+    weighted = weights * t.square()
+    error = weighted.std() / math.sqrt(len(t))
+    assert abs(weighted.mean() - 1 / 3) < 4 * error
+    assert abs(t.square().mean() - 1 / 3) > 20 * error  # which the weights have mended
+
+
+def test_a_function_may_return_times_alone():
+    t, weights = draw(lambda n, **_: torch.full((n,), 7), LINEAR, 3, device="cpu")
+    assert t.tolist() == [7, 7, 7]
+    assert weights is None
+
+
+@pytest.mark.parametrize(
+    ("returned", "named"),
+    [
+        (torch.zeros(3, 1), "t"),
+        (torch.zeros(2), "t"),
+        ([0.0, 0.0, 0.0], "t"),
+        ((torch.zeros(3), torch.ones(2)), "weights"),
+        ((torch.zeros(3), 1.0), "weights"),
+        ((torch.zeros(3), torch.ones(3, device="meta")), "weights"),
+    ],
+)
+def test_what_a_function_returns_is_checked(returned, named):
+    with pytest.raises(ValueError, match=rf"shape \(3,\) on one device, got {named} = "):
+        draw(lambda n, **_: returned, FLOW, 3, device="cpu")
+
+
+def test_times_of_the_wrong_kind_are_refused():
+    with pytest.raises(TypeError, match="integer timesteps"):
+        draw(lambda n, **_: torch.rand(n), LINEAR, 3, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"), [("stratify", ValueError), (None, TypeError), (3, TypeError)]
+)
+def test_a_setting_is_checked(setting, error):
+    with pytest.raises(error, match="'uniform', 'stratified', or a function"):
+        read_timesteps(setting)
+    assert read_timesteps("stratified") == "stratified"
+    assert read_timesteps(logit_normal_mixture) is logit_normal_mixture
+
+
+def test_a_stratified_draw_compiles():
+    run = torch.compile(
+        lambda x: draw("stratified", LINEAR, x.shape[0], device=x.device)[0],
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for size in (4, 6, 9):
+        t = run(torch.zeros(size))
+        assert sorted((t.double() * size / 1000).floor().long().tolist()) == pytest.approx(
+            list(range(size)), abs=1
+        )
+
+
+def test_a_stratified_draw_reads_no_value():
+    t, _ = draw("stratified", LINEAR, 4, device="meta")
+    assert t.device.type == "meta"
