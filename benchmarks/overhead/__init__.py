@@ -9,6 +9,6 @@ Losses on identical tensors, in one process, in turn.
 `step`          a whole training step: eager, compiled, in a CUDA graph
 `plan`          all of it on a GPU within minutes, the most useful first
 `against`       the loss of another version beside this one
-`page`          the numbers and tables of `docs/overhead.md`
+`holes`         the numbers, tables and figures of `docs/overhead.md`
 ==============  ===========================================================
 """

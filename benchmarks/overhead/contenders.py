@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from s2dm_loss import NoiseSchedule, SkipStepLoss, coefficients
-from s2dm_loss.coefficients import Estimator
+from s2dm_loss import NoiseSchedule, SkipStepLoss
+from s2dm_loss.coefficients import Estimator, coefficients
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -36,7 +36,7 @@ def contenders(device: torch.device, dtype: torch.dtype = torch.float32) -> dict
     estimators: tuple[Estimator, ...] = ("expected", "shared", "fresh")
     for estimator in estimators:
         criterion = SkipStepLoss(NoiseSchedule.linear(), SKIP, tau=TAU, estimator=estimator)
-        losses[estimator] = criterion.to(device).from_prediction
+        losses[estimator] = criterion.to(device).from_output
     losses["released"] = released_loss(device)
     return losses
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class Training:
         schedule = NoiseSchedule.linear()
         alpha, sigma = schedule.alpha_sigma(schedule.timesteps)
         self.alpha, self.sigma = alpha.float().to(self.device), sigma.float().to(self.device)
-        self.x0 = torch.randn(settings.step_batch, 3, 32, 32, device=self.device)
+        side = 8 if settings.small else 32
+        self.x0 = torch.randn(settings.step_batch, 3, side, side, device=self.device)
         fast = half and self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, fused=fast, capturable=fast
@@ -64,14 +66,14 @@ class Training:
         """Draw a batch, and return the training step on it."""
         noise = torch.randn_like(self.x0)
         t = torch.randint(1000, self.x0.shape[:1], device=self.device)
-        # A CUDA graph cannot hold what autocast keeps between calls.
-        mixed = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False
-        )
+        mixed: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.half:
+            # A CUDA graph cannot hold what autocast keeps between calls.
+            mixed = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
         def step() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)
-            with mixed if self.half else contextlib.nullcontext():
+            with mixed:
                 loss = objective(noise, t)
             loss.backward()
             self.optimizer.step()
@@ -150,14 +152,18 @@ def step_graph(settings: Settings) -> Iterator[Cell]:
         captured, heads, falls = {}, {}, {}
         for name, loss in losses.items():
             replay, value = capture(training.work(training.objective(loss)))
-            captured[name] = lambda replay=replay: replay
+            captured[name] = partial(_same, replay)
             values = [(replay(), value.item())[1] for _ in range(10)]
             falls[name] = math.isfinite(values[-1]) and values[-1] < values[0]
-            heads[name] = lambda replay=_captured_head(loss, training): replay
+            heads[name] = partial(_same, _captured_head(loss, training))
         times = settings.interleave(captured, seconds, LEAST_ROUNDS)
         alone = settings.interleave(heads, min(seconds / 5, settings.seconds))
         shown = {"rounds": len(times["mse"]), **summarise(times), "loss_falls": falls}
         yield training.cell(mode, {**shown, "head": summarise(alone)})
+
+
+def _same(work: Callable[[], None]) -> Callable[[], None]:
+    return work
 
 
 def _captured_head(loss: Loss, training: Training) -> Callable[[], None]:

@@ -1,10 +1,10 @@
-"""The numbers, tables and plots of `docs/overhead.md`, from the committed results."""
+"""What `docs/overhead.md` can say: numbers, tables and figures, from committed results."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,22 @@ from matplotlib.figure import Figure
 from benchmarks.files import load_json
 from benchmarks.overhead.contenders import LABELS
 from benchmarks.overhead.levels import KNOWN, LATENTS
+from benchmarks.pages.figures import COLORS, new_figure
 from benchmarks.pages.tables import markdown_table
 from benchmarks.provenance import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "overhead"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 BYTES = {"float32": 4, "bfloat16": 2}
-DRAWN = ("mse", "expected", "min_snr", "released")
+HEADS = (
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("compiled", "float32"),
+    ("compiled", "bfloat16"),
+)
+"""Levels of the loss alone, and their types."""
+STEPS = ("eager", "compiled", "graph", "compiled graph")
+DRAWN = {"expected": 1, "mse": 0, "min_snr": 3, "released": 4}
 Cell = dict[str, Any]
 
 
@@ -83,20 +92,38 @@ class Device:
         shares = [extra_time(head) / _median(step) for head in heads]
         return min(shares), max(shares)
 
-    def ratios(self, level: str, pair: str = "expected/mse", least: int = 0) -> list[float]:
-        """Return the median ratios of a level, over shapes of at least `least` elements."""
-        return [
-            cell["ratios"][pair][1]
-            for cell in self.cells(level)
-            if math.prod(cell["shape"]) >= least and pair in cell["ratios"]
-        ]
+    @property
+    def added_text(self) -> str:
+        """Those shares as text."""
+        least, most = (f"{100 * share:.2f}" for share in self.added)
+        return f"{least} %" if least == most else f"{least} to {most} %"
 
-    def goal(self, level: str, most: float, pair: str = "expected/mse", least: int = 2**20) -> str:
-        """Return the range of the ratios, and whether the greatest is at most `most`."""
-        found = self.ratios(level, pair, least)
-        if not found:
-            return ""
-        return f"{value_range(found)}: {'met' if max(found) <= most else '**missed**'}"
+    @property
+    def ratios_text(self) -> str:
+        """`expected` over `F.mse_loss` at the shapes people train on, eager, float32."""
+        ratios = [cell["ratios"]["expected/mse"][1] for _, cell in self.known()]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    @property
+    def extra(self) -> float:
+        """By how many microseconds it takes longer there, at most."""
+        return max(extra_time(cell) for _, cell in self.known())
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """What the plan for a GPU has and these results do not, by level."""
+        shapes = {cell["name"] for cell in self.cells("float32")}
+        missing = []
+        for level, dtype in HEADS[1:]:
+            found = {cell["name"] for cell in self.cells(level) if cell["dtype"] == dtype}
+            title = dtype if level == dtype else f"{level} {dtype}"
+            if not found:
+                missing.append(f"{title} at any size")
+            elif found < shapes:
+                missing.append(f"{title} at any size but {' and '.join(sorted(found))}")
+        timed = {cell["mode"] for cell in self.cells("step") + self._other_steps() if _median(cell)}
+        missing += [f"the step, {name}" for name in STEPS if name not in timed]
+        return missing
 
     def counted(self, dtype: str, shape: Sequence[int] = LATENTS) -> dict[str, Cell]:
         """Return the counts at one shape, by contender."""
@@ -114,7 +141,9 @@ class Device:
     @property
     def waits(self) -> int:
         """How often one of our losses makes the host wait, or breaks a graph."""
-        ours = [r for r in self.cells("counts") if r["contender"] in ("expected", "fresh", "shared")]
+        ours = [
+            r for r in self.cells("counts") if r["contender"] in ("expected", "fresh", "shared")
+        ]
         return sum(
             r["sync_operators"] + (r.get("sync") is not None) + r.get("graph_breaks", 0)
             for r in ours
@@ -142,7 +171,7 @@ class Device:
                     duration(cell["microseconds"]["expected"][1]),
                     quartiles(cell["ratios"]["expected/mse"], 2),
                     f"{rate / 1e9:.1f}",
-                    f"{rate / self.copy_rate:.2g}".replace("0.", "0.") if False else _percent(rate / self.copy_rate),
+                    _percent(rate / self.copy_rate),
                     f"{row['peak_bytes'] / row['data_bytes']:.2f}" if row else "",
                     "" if error is None else f"{error:.1g}",
                     str(row["sync_operators"]) if row else "",
@@ -249,13 +278,6 @@ def quartiles(values: Sequence[float], digits: int) -> str:
     return f"{middle} ({low}, {high})"
 
 
-def value_range(values: Iterable[float], form: str = ".2f") -> str:
-    """Return the least and the greatest."""
-    values = list(values)
-    low, high = (f"{value:{form}}" for value in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
-
-
 def shape_text(shape: Iterable[int]) -> str:
     """Return a shape such as 64×4×64×64."""
     return "×".join(map(str, shape))
@@ -274,16 +296,34 @@ def useful_rate(cell: Cell, name: str) -> float:
     return 3 * size / (cell["microseconds"][name][1] / 1e6)
 
 
-def measured(folder: Path = RESULTS) -> list[Device]:
-    """Return the devices that have results."""
-    return [Device(path) for name in DEVICES if (path := folder / f"{name}.json").exists()]
+class Overhead:
+    """What the page can name.
 
+    Args:
+        folder: Folder of the results.
+    """
 
-def provenance(devices: Iterable[Device]) -> str:
-    """Return what each level was measured on, and with which command."""
-    rows = []
-    for device in devices:
-        for name, level in device.levels.items():
+    def __init__(self, folder: Path = RESULTS) -> None:
+        """Read nothing yet."""
+        self.folder = folder
+
+    @cached_property
+    def devices(self) -> list[Device]:
+        """The devices that have results."""
+        paths = [self.folder / f"{name}.json" for name in DEVICES]
+        return [Device(path) for path in paths if path.exists()]
+
+    @property
+    def gpu_has_run_the_plan(self) -> bool:
+        """Whether a GPU's results have what only the plan measures."""
+        return any(d.label == "GPU" and "step-compiled" in d.levels for d in self.devices)
+
+    @property
+    def provenance(self) -> str:
+        """What each level was measured on, and with which command."""
+        rows = []
+        for device, name in ((d, name) for d in self.devices for name in d.levels):
+            level = device.levels[name]
             found = level["machine"]
             where = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"
             if "gpu" in found:
@@ -298,20 +338,21 @@ def provenance(devices: Iterable[Device]) -> str:
                     f"`{level['command']}`",
                 ]
             )
-    return markdown_table(["", "machine", "library", "load before", "command"], rows)
+        return markdown_table(["", "machine", "library", "load before", "command"], rows)
 
 
-def rates(device: Device) -> Figure:
+def rates(name: str) -> Figure:
     """Draw GB/s of the losses by size, below the speed of a copy."""
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-    axes = figure.subplots()
+    device = Device(RESULTS / f"{name}.json")
+    figure, ((axes,),) = new_figure(3.4)
     cells = [cell for cell in device.cells("float32") if cell["name"].startswith("2^")]
-    for name in DRAWN:
-        speeds = [useful_rate(cell, name) / 1e9 for cell in cells]
-        sizes = [math.prod(cell["shape"]) for cell in cells]
-        axes.plot(sizes, speeds, marker="o", markersize=3, label=LABELS[name].replace("`", ""))
+    sizes = [math.prod(cell["shape"]) for cell in cells]
+    for loss, color in DRAWN.items():
+        speeds = [useful_rate(cell, loss) / 1e9 for cell in cells]
+        label = LABELS[loss].replace("`", "")
+        axes.plot(sizes, speeds, marker="o", markersize=3, color=COLORS[color], label=label)
     ceiling = device.copy_rate / 1e9
-    axes.axhline(ceiling, color="#7d838c", linestyle="--", linewidth=1.2, label="a copy")
+    axes.axhline(ceiling, color=COLORS[2], linestyle="--", linewidth=1.2, label="a copy")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="elements of ε̂", ylabel="GB/s", ylim=(0, 1.1 * ceiling))
     axes.minorticks_off()
@@ -319,11 +360,5 @@ def rates(device: Device) -> Figure:
     return figure
 
 
-PLOTS: dict[str, tuple[Callable[[], Figure], str]] = {
-    f"overhead_{device}": (
-        partial(lambda path: rates(Device(path)), RESULTS / f"{device}.json"),
-        f"GB/s of the losses by size on a {label}, below the speed of a copy.",
-    )
-    for device, label in DEVICES.items()
-}
-"""What the site draws: a plot and its description, by name."""
+HOLES = {"overhead": Overhead()}
+FIGURES = {f"overhead/{name}": partial(rates, name) for name in DEVICES}
