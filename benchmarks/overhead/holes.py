@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from benchmarks.files import load_json
 from benchmarks.overhead.contenders import LABELS
 from benchmarks.overhead.levels import KNOWN, LATENTS
 from benchmarks.pages.figures import COLORS, new_figure
-from benchmarks.pages.tables import markdown_table
 from benchmarks.provenance import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "overhead"
@@ -66,6 +65,12 @@ class Device:
         return sorted({level["version"] for level in self.levels.values()})
 
     @property
+    def old(self) -> bool:
+        """Whether that was the head before 0.3, which moved the data seven times."""
+        row = self.counted("float32")["expected"]
+        return bool(row["bytes"] > 6.5 * row["data_bytes"])
+
+    @property
     def copy_rate(self) -> float:
         """Bytes a second of a copy, read and written."""
         return float(self.cells("bandwidth")[0]["copy_bytes_per_second"][1])
@@ -73,11 +78,13 @@ class Device:
     @property
     def fastest_step(self) -> Cell:
         """The plain training step that takes least, of those that were measured."""
-        timed = [cell for cell in self.cells("step") + self._other_steps() if _median(cell)]
-        return min(timed, key=_median)
+        return min(self.steps, key=_plain)
 
-    def _other_steps(self) -> list[Cell]:
-        return self.cells("step-compiled") + self.cells("step-graph")
+    @property
+    def steps(self) -> list[Cell]:
+        """The timed training steps, of every kind."""
+        levels = ("step", "step-compiled", "step-graph")
+        return [cell for level in levels for cell in self.cells(level) if "microseconds" in cell]
 
     @property
     def added(self) -> tuple[float, float]:
@@ -89,7 +96,7 @@ class Device:
         level = step["dtype"] if step["mode"] == "eager" else step["mode"]
         again = [cell for cell in self.cells(level) if cell["dtype"] == step["dtype"]]
         heads = [step["head"], *(cell for cell in again if cell["shape"] == step["shape"])]
-        shares = [extra_time(head) / _median(step) for head in heads]
+        shares = [extra_time(head) / _plain(step) for head in heads]
         return min(shares), max(shares)
 
     @property
@@ -121,9 +128,9 @@ class Device:
                 missing.append(f"{title} at any size")
             elif found < shapes:
                 missing.append(f"{title} at any size but {' and '.join(sorted(found))}")
-        timed = {cell["mode"] for cell in self.cells("step") + self._other_steps() if _median(cell)}
-        missing += [f"the step, {name}" for name in STEPS if name not in timed]
-        return missing
+        timed = {cell["mode"] for cell in self.steps}
+        steps = STEPS if self.label == "GPU" else STEPS[:2]  # no graphs on a CPU
+        return missing + [f"the step, {name}" for name in steps if name not in timed]
 
     def counted(self, dtype: str, shape: Sequence[int] = LATENTS) -> dict[str, Cell]:
         """Return the counts at one shape, by contender."""
@@ -149,6 +156,22 @@ class Device:
             for r in ours
         )
 
+    def losses(self, level: str, dtype: str) -> list[str]:
+        """Return what was timed beside `F.mse_loss`, in the tables' order."""
+        timed = {
+            pair.removesuffix("/mse")
+            for cell in self.cells(level)
+            for pair in cell["ratios"]
+            if cell["dtype"] == dtype
+        }
+        return [name for name in LABELS if name in timed]
+
+    @property
+    def large(self) -> list[Cell]:
+        """The float32 cells whose time is that of the data."""
+        cells = self.cells("float32") + self.cells("compiled")
+        return [c for c in cells if c["dtype"] == "float32" and math.prod(c["shape"]) >= 2**22]
+
     def moved(self, cell: Cell) -> tuple[float, float]:
         """Return shares of a copy's speed: by bytes moved, and by those that any loss must move."""
         row = self.counted(cell["dtype"])["expected"]
@@ -156,138 +179,18 @@ class Device:
         least = useful_rate(cell, "expected") / self.copy_rate
         return moved / 3 * least, least
 
-    @property
-    def table(self) -> str:
-        """What a reader comes for: `expected` at the shapes people train on."""
-        rows = []
-        for name, cell in self.known():
-            rate = useful_rate(cell, "expected")
-            row = self.counted("float32", cell["shape"]).get("expected", {})
-            error = row.get("gradient_error")
-            rows.append(
-                [
-                    name,
-                    shape_text(cell["shape"]),
-                    duration(cell["microseconds"]["expected"][1]),
-                    quartiles(cell["ratios"]["expected/mse"], 2),
-                    f"{rate / 1e9:.1f}",
-                    _percent(rate / self.copy_rate),
-                    f"{row['peak_bytes'] / row['data_bytes']:.2f}" if row else "",
-                    "" if error is None else f"{error:.1g}",
-                    str(row["sync_operators"]) if row else "",
-                ]
-            )
-        header = ["", "shape", "forward and backward", "÷ `F.mse_loss`", "GB/s"]
-        header += ["share of a copy's", "peak memory, tensors", "gradient error", "host syncs"]
-        return markdown_table(header, rows)
-
-    def heads(self, level: str, dtype: str) -> str:
-        """Return the times of a level and dtype over `F.mse_loss`'s."""
-        cells = [cell for cell in self.cells(level) if cell["dtype"] == dtype]
-        names = [name for name in LABELS if cells and f"{name}/mse" in cells[0]["ratios"]]
-        rows = [
-            [
-                cell["name"],
-                shape_text(cell["shape"]),
-                duration(_median(cell)),
-                *(quartiles(cell["ratios"][f"{name}/mse"], 2) for name in names),
-            ]
-            for cell in cells
-        ]
-        header = ["", "shape", LABELS["mse"], *(LABELS[name] for name in names)]
-        return markdown_table(header, rows) if rows else ""
-
-    @property
-    def steps(self) -> str:
-        """Times of a whole training step."""
-        rows = []
-        for cell in self.cells("step") + self._other_steps():
-            for name in (name for name in LABELS if name in cell.get("microseconds", {})):
-                ratio = cell["ratios"].get(f"{name}/mse")
-                memory = cell.get("peak_bytes", {})
-                extra = memory[name] - memory["mse"] if memory else 0
-                rows.append(
-                    [
-                        f"{cell['dtype']}, {cell['mode']}",
-                        LABELS[name],
-                        duration(cell["microseconds"][name][1]),
-                        quartiles(ratio, 3) if ratio else "1",
-                        f"{extra / 2**20:+.1f} MiB" if memory else "",
-                    ]
-                )
-        return markdown_table(["", "loss", "step", "÷ `F.mse_loss`", "peak memory above it"], rows)
-
-    def counts(self, dtype: str) -> str:
-        """Return memory, operators, bytes and syncs at the shape of Stable Diffusion's latents."""
-        columns: dict[str, Callable[[Cell], str]] = {
-            "peak memory": lambda row: f"{row['peak_bytes'] / row['data_bytes']:.2f}",
-            "operators": lambda row: str(row["operators"]),
-            "on data": lambda row: str(row["data_operators"]),
-            "passes": lambda row: f"{row['bytes'] / row['data_bytes']:.1f}",
-            "compiled": lambda row: _share(row, "compiled_bytes"),
-            "graph breaks": lambda row: str(row["graph_breaks"]),
-            "syncs": lambda row: str(row["sync_operators"]),
-        }
-        found = self.counted(dtype)
-        if "kernels" in found["mse"]:
-            columns["kernels"] = lambda row: str(row["kernels"])
-            columns["sync seen by CUDA"] = lambda row: "yes" if row["sync"] else "no"
-        rows = [
-            [LABELS[name], *(column(found[name]) for column in columns.values())]
-            for name in LABELS
-            if name in found
-        ]
-        return markdown_table([dtype, *columns], rows)
-
-    @property
-    def limit(self) -> str:
-        """How far large sizes are from the speed of a copy."""
-        rows = [
-            [cell["name"], cell["mode"], *map(_percent, self.moved(cell))]
-            for level in ("float32", "compiled")
-            for cell in self.cells(level)
-            if cell["dtype"] == "float32" and math.prod(cell["shape"]) >= 2**22
-        ]
-        return markdown_table(["size", "", "by the bytes moved", "by the least bytes"], rows)
-
 
 def _order(cell: Cell) -> tuple[bool, int]:
     return not cell["name"].startswith("2^"), math.prod(cell["shape"])
 
 
-def _median(cell: Cell) -> float:
-    return float(cell.get("microseconds", {}).get("mse", (0, 0))[1])
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
-
-
-def _share(row: Cell, name: str) -> str:
-    return f"{row[name] / row['data_bytes']:.1f}" if name in row else ""
+def _plain(cell: Cell) -> float:
+    return float(cell["microseconds"]["mse"][1])
 
 
 def extra_time(timed: Cell) -> float:
     """Return by how many microseconds `expected` takes longer than `F.mse_loss`."""
     return float(timed["microseconds"]["expected"][1] - timed["microseconds"]["mse"][1])
-
-
-def quartiles(values: Sequence[float], digits: int) -> str:
-    """Return the median, and in brackets the quartiles."""
-    low, middle, high = (f"{value:.{digits}f}" for value in values)
-    return f"{middle} ({low}, {high})"
-
-
-def shape_text(shape: Iterable[int]) -> str:
-    """Return a shape such as 64×4×64×64."""
-    return "×".join(map(str, shape))
-
-
-def duration(microseconds: float) -> str:
-    """Return a time in the unit that suits it."""
-    if microseconds < 1e3:
-        return f"{microseconds:.0f} µs"
-    return f"{microseconds / 1e3:.1f} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.2f} s"
 
 
 def useful_rate(cell: Cell, name: str) -> float:
@@ -296,49 +199,10 @@ def useful_rate(cell: Cell, name: str) -> float:
     return 3 * size / (cell["microseconds"][name][1] / 1e6)
 
 
-class Overhead:
-    """What the page can name.
-
-    Args:
-        folder: Folder of the results.
-    """
-
-    def __init__(self, folder: Path = RESULTS) -> None:
-        """Read nothing yet."""
-        self.folder = folder
-
-    @cached_property
-    def devices(self) -> list[Device]:
-        """The devices that have results."""
-        paths = [self.folder / f"{name}.json" for name in DEVICES]
-        return [Device(path) for path in paths if path.exists()]
-
-    @property
-    def gpu_has_run_the_plan(self) -> bool:
-        """Whether a GPU's results have what only the plan measures."""
-        return any(d.label == "GPU" and "step-compiled" in d.levels for d in self.devices)
-
-    @property
-    def provenance(self) -> str:
-        """What each level was measured on, and with which command."""
-        rows = []
-        for device, name in ((d, name) for d in self.devices for name in d.levels):
-            level = device.levels[name]
-            found = level["machine"]
-            where = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"
-            if "gpu" in found:
-                where = f"{found['gpu']}, driver {found['driver']}, CUDA {found['cuda']}"
-            changed = " and local changes" if level["local_changes"] else ""
-            rows.append(
-                [
-                    f"{device.label}, {name}",
-                    f"{where}, torch {found['torch']}, Python {found['python']}",
-                    f"{level['version']}, {level['commit'][:10]}{changed}",
-                    str(level["load_average_before"]),
-                    f"`{level['command']}`",
-                ]
-            )
-        return markdown_table(["", "machine", "library", "load before", "command"], rows)
+def devices(folder: Path = RESULTS) -> list[Device]:
+    """Return the devices that have results."""
+    paths = [folder / f"{name}.json" for name in DEVICES]
+    return [Device(path) for path in paths if path.exists()]
 
 
 def rates(name: str) -> Figure:
@@ -360,5 +224,10 @@ def rates(name: str) -> Figure:
     return figure
 
 
-HOLES = {"overhead": Overhead()}
+HOLES = {
+    "overhead_devices": devices,
+    "overhead_labels": LABELS,
+    "overhead_heads": HEADS,
+    "useful_rate": useful_rate,
+}
 FIGURES = {f"overhead/{name}": partial(rates, name) for name in DEVICES}
