@@ -4,33 +4,61 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
-from s2dm_loss._torch import is_traced
+from s2dm_loss._torch import is_traced, real_tensors
 from s2dm_loss.checks import check_number, describe
-from s2dm_loss.schedule import drawn_by, log_one_minus_exp, wide_dtype
+from s2dm_loss.paths import (
+    COEFFICIENTS,
+    PROBES,
+    CosinePath,
+    FlowPath,
+    OwnPath,
+    Path,
+    PathFunction,
+    TurnedPath,
+    VpPath,
+    check_derivatives,
+    check_finite,
+    check_path,
+    derivatives_of,
+    probed,
+)
+from s2dm_loss.schedule import Schedule, drawn_by, since_data, wide_dtype
+
+DataAt = Literal[0, 1]
 
 
 class ContinuousSchedule:
     """A path x_t = alpha(t) x_0 + sigma(t) ε in continuous time, t in [0, 1].
 
-    Flow matching counts as well: its σ is the time, alpha = 1 - σ and sigma = σ.
+    Times, skips and derivatives are in the trainer's own clock. Data lie at t = 0, or with
+    `data_at=1` at t = 1, as in SiT, torchcfm and flow_matching. Flow matching counts as well: its σ
+    is the time from the data, alpha = 1 - σ and sigma = σ.
 
     >>> from s2dm_loss import ContinuousSchedule
-    >>> ContinuousSchedule.flow()
-    ContinuousSchedule.flow()
+    >>> ContinuousSchedule.flow(data_at=1)
+    ContinuousSchedule.flow(data_at=1)
+
+    A path is fixed: no gradient flows to t or to what the path is made of.
+
+    Attributes:
+        data_at: The time at which the data lie, 0 or 1.
+        min_time: Least distance of a drawn time from the data.
     """
 
     def __init__(
         self,
-        log_alpha_sigma: Callable[[Tensor], tuple[Tensor, Tensor]],
+        log_alpha_sigma: PathFunction,
         *,
+        data_at: DataAt = 0,
         min_time: float = 0.0,
         name: str | None = None,
     ) -> None:
@@ -38,46 +66,108 @@ class ContinuousSchedule:
 
         Args:
             log_alpha_sigma: Maps float64 times of any shape to (log alpha, log sigma) of that
-                shape. The ratio alpha / sigma must fall with t.
-            min_time: Smallest time that `draw_timesteps` draws, in [0, 1).
+                shape. The ratio alpha / sigma must fall from the data on. If it has a method
+                `alpha_sigma` that returns the coefficients themselves, derivatives are taken of
+                that.
+            data_at: The time at which the data lie, 0 or 1. The path is in that clock.
+            min_time: Least distance from the data of the times that `draw_timesteps` draws, in
+                [0, 1).
             name: What `repr` prints.
 
         Raises:
             TypeError: if the path is no function that returns two tensors.
-            ValueError: if they have another shape, hold NaN, are no logarithms, or if their ratio
-                does not fall with t.
+            ValueError: if they have another shape, hold NaN, are no logarithms, have parameters to
+                train, or if their ratio does not fall from the data on.
         """
         if not callable(log_alpha_sigma):
             raise TypeError(f"log_alpha_sigma must be callable, got {describe(log_alpha_sigma)}")
-        _check_path(log_alpha_sigma)
+        self.data_at: DataAt = _read_data_at(data_at)
+        check_path(log_alpha_sigma, self.data_at)
         self._log_alpha_sigma = log_alpha_sigma
         self.min_time: float = check_number("min_time", min_time, 0.0, 1.0)
         if self.min_time == 1:
             raise ValueError("min_time must lie in [0, 1), got 1.0: no time would be left to draw")
-        self._name = name or "ContinuousSchedule(...)"
+        self._name = name or f"ContinuousSchedule({_arguments('...', data_at=data_at)})"
 
     @classmethod
-    def vp(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> Self:
+    def vp(
+        cls,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        *,
+        data_at: DataAt = 0,
+        min_time: float = 1e-5,
+    ) -> Self:
         """The variance-preserving SDE (Song et al., arXiv 2011.13456, Eq. 33)."""
-        return cls._sde("vp", beta_min, beta_max)
+        return cls._sde("vp", beta_min, beta_max, data_at, min_time)
 
     @classmethod
-    def sub_vp(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> Self:
+    def sub_vp(
+        cls,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        *,
+        data_at: DataAt = 0,
+        min_time: float = 1e-5,
+    ) -> Self:
         """The sub-variance-preserving SDE (Song et al., arXiv 2011.13456, Eq. 35)."""
-        return cls._sde("sub_vp", beta_min, beta_max)
+        return cls._sde("sub_vp", beta_min, beta_max, data_at, min_time)
 
     @classmethod
-    def _sde(cls, kind: Literal["vp", "sub_vp"], beta_min: float, beta_max: float) -> Self:
+    def _sde(
+        cls,
+        kind: Literal["vp", "sub_vp"],
+        beta_min: float,
+        beta_max: float,
+        data_at: DataAt,
+        min_time: float,
+    ) -> Self:
         check_number("beta_min", beta_min, 0.0, math.inf, open_ends=True)
         check_number("beta_max", beta_max, beta_min, sys.float_info.max)
-        path = _VpPath(beta_min, beta_max, sub=kind == "sub_vp")
-        return cls(path, min_time=1e-5, name=f"ContinuousSchedule.{kind}({beta_min}, {beta_max})")
+        path = VpPath(beta_min, beta_max, sub=kind == "sub_vp")
+        betas = f"{beta_min}, {beta_max}"
+        return cls._named(path, kind, data_at, min_time, usual_min_time=1e-5, positional=betas)
+
+    @classmethod
+    def cosine(cls, *, data_at: DataAt = 0, min_time: float = 0.0) -> Self:
+        """The cosine path without its cut at the end (arXiv 2102.09672, Eq. 17).
+
+        The path of SiT's GVP and of TrigFlow, alpha = cos(π t / 2) and sigma = sin(π t / 2), has no
+        offset at the data: give it to `from_alpha_sigma`.
+        """
+        return cls._named(CosinePath(), "cosine", data_at, min_time)
+
+    @classmethod
+    def flow(cls, *, data_at: DataAt = 0, min_time: float = 0.0) -> Self:
+        """The straight path of flow matching (arXiv 2210.02747): alpha = 1 - t, sigma = t.
+
+        With `data_at=1`, alpha = t and sigma = 1 - t.
+        """
+        return cls._named(FlowPath(), "flow", data_at, min_time)
+
+    @classmethod
+    def _named(
+        cls,
+        path: Path,
+        kind: str,
+        data_at: DataAt,
+        min_time: float,
+        *,
+        usual_min_time: float = 0.0,
+        positional: str = "",
+    ) -> Self:
+        """Return one of the library's own paths, which are written with data at 0."""
+        path = TurnedPath(path) if _read_data_at(data_at) else path
+        changed = {} if min_time == usual_min_time else {"min_time": min_time}
+        name = f"ContinuousSchedule.{kind}({_arguments(positional, data_at=data_at, **changed)})"
+        return cls(path, data_at=data_at, min_time=min_time, name=name)
 
     @classmethod
     def from_alpha_sigma(
         cls,
-        alpha_sigma: Callable[[Tensor], tuple[Tensor, Tensor]],
+        alpha_sigma: PathFunction,
         *,
+        data_at: DataAt = 0,
         min_time: float = 0.0,
         name: str | None = None,
     ) -> Self:
@@ -89,7 +179,8 @@ class ContinuousSchedule:
         Args:
             alpha_sigma: Maps float64 times of any shape to (alpha, sigma) of that shape, none
                 negative. Where one comes near 0 it loses digits there, which the logarithms keep.
-            min_time: Smallest time that `draw_timesteps` draws, in [0, 1).
+            data_at: The time at which the data lie, 0 or 1. The path is in that clock.
+            min_time: Least distance from the data of the times that `draw_timesteps` draws.
             name: What `repr` prints.
 
         Raises:
@@ -97,24 +188,15 @@ class ContinuousSchedule:
         """
         if not callable(alpha_sigma):
             raise TypeError(f"alpha_sigma must be callable, got {describe(alpha_sigma)}")
-        smallest = min(float(v.min()) for v in _probed(alpha_sigma, "alpha_sigma", _COEFFICIENTS))
+        smallest = min(float(v.min()) for v in probed(alpha_sigma, "alpha_sigma", COEFFICIENTS))
         if smallest < 0:
             raise ValueError(
                 f"alpha_sigma must return values of at least 0, got {smallest:.3g} for t from 0 to "
                 "1: ContinuousSchedule itself takes logarithms"
             )
-        name = name or "ContinuousSchedule.from_alpha_sigma(...)"
-        return cls(_LogPath(alpha_sigma), min_time=min_time, name=name)
-
-    @classmethod
-    def cosine(cls) -> Self:
-        """The cosine path without its cut at the end (arXiv 2102.09672, Eq. 17)."""
-        return cls(_cosine_path, name="ContinuousSchedule.cosine()")
-
-    @classmethod
-    def flow(cls) -> Self:
-        """The straight path of flow matching: alpha = 1 - t, sigma = t (arXiv 2210.02747)."""
-        return cls(_flow_path, name="ContinuousSchedule.flow()")
+        arguments = _arguments("...", data_at=data_at)
+        name = name or f"ContinuousSchedule.from_alpha_sigma({arguments})"
+        return cls(OwnPath(alpha_sigma), data_at=data_at, min_time=min_time, name=name)
 
     @property
     def timesteps(self) -> None:
@@ -122,10 +204,13 @@ class ContinuousSchedule:
         return None
 
     def check_timesteps(self, t: Tensor) -> None:
-        """Raise unless `t` is a floating-point tensor and, where reading it is free, in [0, 1]."""
+        """Raise unless `t` is a floating-point tensor and, where reading it is free, in [0, 1].
+
+        A time that rounding has put beyond an end, by 2 ulp of its type or of float32, is the end.
+        """
         if not t.is_floating_point():
             raise TypeError(f"t must hold floating-point times in [0, 1], got {describe(t)}")
-        if _reading_is_free(t) and not bool(((t >= 0) & (t <= 1)).all()):
+        if _reading_is_free(t) and not bool(_is_inside(t).all()):
             raise ValueError(
                 f"t must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}"
             )
@@ -135,115 +220,113 @@ class ContinuousSchedule:
 
         A time outside [0, 1] gives NaN where `check_timesteps` could not read it.
         """
-        log_alpha, log_sigma = self._log_alpha_sigma_at(t)
-        return F.logsigmoid(2 * (log_alpha - log_sigma))
+        log_alpha, log_sigma = self._log_alpha_sigma(self._times(t))
+        return F.logsigmoid(2 * (log_alpha - log_sigma)).detach()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha(t) and sigma(t), float64, of the shape of `t`.
 
         A time outside [0, 1] gives NaN where `check_timesteps` could not read it.
         """
-        log_alpha, log_sigma = self._log_alpha_sigma_at(t)
-        return log_alpha.exp(), log_sigma.exp()
+        log_alpha, log_sigma = self._log_alpha_sigma(self._times(t))
+        return log_alpha.exp().detach(), log_sigma.exp().detach()
 
-    def _log_alpha_sigma_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return dalpha/dt and dsigma/dt in the trainer's clock, float64, of the shape of `t`.
+
+        With them the velocity of the path, dx_t/dt, is (dalpha/dt) x_0 + (dsigma/dt) ε. At an end
+        of the path they are the one-sided limits.
+
+        Raises:
+            ValueError: if one is infinite at a time of `t`, as dsigma/dt of the VP path is at the
+                data. Where values cannot be read (compiled, on a GPU) it is infinite.
+        """
+        rates = derivatives_of(self._log_alpha_sigma, self._times(t))
+        if _reading_is_free(t):
+            check_finite(repr(self), t, rates)
+        return rates
+
+    def check_derivatives(self) -> None:
+        """Raise ValueError unless the path has derivatives at all times that are drawn.
+
+        Each must be finite from `min_time` to the noise end, and its integral must be the change of
+        the coefficient: a path that looks up a table has the derivative 0 and no error.
+        """
+        with real_tensors():
+            check_derivatives(repr(self), self._log_alpha_sigma, self.min_time, turned=self.data_at)
+
+    def _times(self, t: Tensor) -> Tensor:
+        """Return times as float64 in [0, 1], NaN for one outside, cut off from their graph."""
         self.check_timesteps(t)
-        t = t.to(wide_dtype(t.device))
-        t = torch.where((t >= 0) & (t <= 1), t, math.nan)
-        log_alpha, log_sigma = self._log_alpha_sigma(t)
-        return log_alpha, log_sigma
+        wide = t.detach().to(wide_dtype(t.device))
+        return torch.where(_is_inside(t), wide.clamp(0, 1), math.nan)
 
     def draw_timesteps(
         self, batch_size: int, *, device: torch.device, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return `batch_size` times, float32, uniform on [min_time, 1)."""
+        """Return `batch_size` times, float32, uniform and at least `min_time` from the data."""
         # Said, since a half type as the default would have a few hundred values only.
         uniform = torch.rand(batch_size, dtype=torch.float32, device=device, **drawn_by(generator))
-        return self.min_time + (1 - self.min_time) * uniform
+        return since_data(self, self.min_time + (1 - self.min_time) * uniform)
 
     @override
     def __repr__(self) -> str:
         return self._name
 
 
-def _probed(path: Callable[[Tensor], Any], name: str, what: str) -> list[Tensor]:
-    """Return the two values of a path at times from 0 to 1, float64, or say what is wrong."""
-    with torch.device("cpu"), torch.no_grad():
-        t = torch.linspace(0, 1, _PROBES, dtype=torch.float64)
-        values = path(t)
-    pair = isinstance(values, (tuple, list)) and len(values) == 2
-    if not pair or not all(isinstance(value, Tensor) for value in values):
-        came = " and ".join(map(describe, values)) if pair else describe(values)
-        raise TypeError(f"{name} must return two tensors, {what}, got {came}")
-    for value in values:
-        if value.shape != t.shape or bool(value.isnan().any()):
-            came = "NaN" if value.shape == t.shape else describe(value)
-            raise ValueError(
-                f"{name} must return two tensors of the shape of t, without NaN, got {came} for t "
-                f"of shape ({_PROBES},) from 0 to 1"
-            )
-    return [value.to("cpu", torch.float64) for value in values]
-
-
-def _check_path(path: Callable[[Tensor], Any]) -> None:
-    """Raise unless a path gives log alpha and log sigma, and an SNR that falls with t."""
-    log_alpha, log_sigma = _probed(path, "log_alpha_sigma", "log alpha and log sigma")
-    smallest = torch.minimum(log_alpha.min(), log_sigma.min())
-    if smallest >= 0 and abs(float(log_alpha[0]) - 1) < _NEAR_ONE:
-        raise ValueError(
-            "log_alpha_sigma must return logarithms, got values from alpha = 1 on and none below "
-            "0, which look like alpha and sigma: ContinuousSchedule.from_alpha_sigma takes them"
+def check_velocity(schedule: Schedule) -> None:
+    """Raise ValueError unless a schedule has the derivatives that "velocity" is made of."""
+    if not hasattr(schedule, "derivatives"):
+        cure = (
+            "a discrete schedule has no time to differentiate by. ContinuousSchedule has, and "
+            '"v_prediction" or "flow" are defined on both'
+            if schedule.timesteps is not None
+            else "give it a method `derivatives(t)`, see ContinuousSchedule"
         )
-    log_snr = 2 * (log_alpha - log_sigma)
-    rises = log_snr[1:] > log_snr[:-1]
-    if bool(rises.any()) or not bool(log_snr[-1] < log_snr[0]):
-        way = "rises with t" if bool(rises.any()) else "is the same at every t"
         raise ValueError(
-            "log_alpha_sigma must give a signal-to-noise ratio that falls with t, from data at 0 "
-            f"to noise at 1, got one that {way}. Where time runs the other way, turn it round, "
-            "`lambda t: path(1 - t)`, and give the loss 1 - t; and where the network predicts "
-            "data minus noise, the output and the target with the other sign"
+            "prediction_type 'velocity' takes a schedule with derivatives, got "
+            f"{schedule!r}: {cure}"
+        )
+    check: Callable[[], None] = getattr(schedule, "check_derivatives", lambda: None)
+    check()
+
+
+def warn_if_not_straight(schedule: Schedule) -> None:
+    """Warn if "flow", ε - x_0, is not the velocity of a continuous path: it is on straight ones."""
+    if schedule.timesteps is not None:
+        return
+    with real_tensors():
+        t = since_data(schedule, torch.linspace(0, 1, PROBES, dtype=torch.float64)[1:-1])
+        alpha, sigma = schedule.alpha_sigma(t)
+        time = since_data(schedule, t)
+        straight = ((alpha + time - 1).abs() < 1e-6) & ((sigma - time).abs() < 1e-6)
+    if not bool(straight.all()):
+        warnings.warn(
+            f"prediction_type 'flow' is noise minus data, which on {schedule!r} is not the "
+            "velocity dx_t/dt: if the network predicts that, use prediction_type='velocity'",
+            UserWarning,
+            stacklevel=4,  # whoever made the loss
         )
 
 
-_PROBES = 65
-_COEFFICIENTS = "alpha and sigma, such as torch.ones_like(t) and t"
-_NEAR_ONE = 0.01
+def _read_data_at(data_at: object) -> DataAt:
+    if isinstance(data_at, bool) or data_at not in (0, 1):
+        raise ValueError(
+            f"data_at must be 0 or 1, the time at which the data lie, got {describe(data_at)}"
+        )
+    return 1 if data_at == 1 else 0
 
 
-class _LogPath:
-    """The logarithms of a path; a class, so that a schedule pickles where its path does."""
-
-    def __init__(self, alpha_sigma: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        self.alpha_sigma = alpha_sigma
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.alpha_sigma(t)
-        return alpha.log(), sigma.log()
+def _arguments(positional: str, *, data_at: int, **changed: float) -> str:
+    """Return a call's arguments, with only those that are not at their default."""
+    given = {**({"data_at": data_at} if data_at else {}), **changed}
+    return ", ".join(filter(None, [positional, *(f"{k}={v}" for k, v in given.items())]))
 
 
-class _VpPath:
-    """(log alpha, log sigma) of the VP and sub-VP SDE; a class, so that a schedule pickles."""
-
-    def __init__(self, beta_min: float, beta_max: float, *, sub: bool) -> None:
-        self.beta_min, self.beta_max, self.sub = beta_min, beta_max, sub
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_alpha = -0.25 * t.square() * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
-        log_variance = log_one_minus_exp(2 * log_alpha)
-        return log_alpha, log_variance if self.sub else 0.5 * log_variance
-
-
-def _cosine_path(t: Tensor) -> tuple[Tensor, Tensor]:
-    def log_cos(t: Tensor) -> Tensor:
-        return torch.cos((t + 0.008) / 1.008 * math.pi / 2).log()
-
-    log_alpha = (log_cos(t) - log_cos(torch.zeros_like(t))).clamp(max=0.0)
-    return log_alpha, 0.5 * log_one_minus_exp(2 * log_alpha)
-
-
-def _flow_path(t: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.log1p(-t), t.log()
+def _is_inside(t: Tensor) -> Tensor:
+    """Return where times lie in [0, 1], to the rounding of their type or of float32."""
+    rounding = 2 * max(torch.finfo(t.dtype).eps, torch.finfo(torch.float32).eps)
+    return (t >= -rounding) & (t <= 1 + rounding)
 
 
 def _reading_is_free(t: Tensor) -> bool:

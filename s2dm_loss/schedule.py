@@ -8,7 +8,7 @@ error of 1.7e-4 at k = 1.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import Self, override
 
 from s2dm_loss.checks import as_float64, check_all, check_count, check_number, describe
+from s2dm_loss.noise_tables import read_alphas_cumprod, read_betas, read_log_snr, read_sigmas
 from s2dm_loss.tables import read_table
 
 
@@ -24,13 +25,38 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+_METHODS = (
+    "timesteps",
+    "check_timesteps",
+    "log_alphas_cumprod_at",
+    "alpha_sigma",
+    "draw_timesteps",
+)
+
+
+class _ByAttributes(type(Protocol)):  # type: ignore[misc]
+    """Instances are what has the methods, also by `__getattr__`.
+
+    From Python 3.12 on `runtime_checkable` does not see those.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        if cls.__dict__.get("_is_protocol") is not True:
+            return bool(super().__instancecheck__(instance))
+        return not isinstance(instance, type) and all(hasattr(instance, n) for n in _METHODS)
+
+
 @runtime_checkable
-class Schedule(Protocol):
+class Schedule(Protocol, metaclass=_ByAttributes):
     """A Gaussian path x_t = alpha(t) x_0 + sigma(t) ε, with noise that grows with t.
 
-    `NoiseSchedule` (discrete) and `ContinuousSchedule` implement it; any object that does is
-    accepted wherever a schedule is. One in continuous time may have a `min_time`, the least time
-    that is drawn: a weighting needs no bound before it.
+    `NoiseSchedule` (discrete) and `ContinuousSchedule` implement it; any object that has its
+    methods is accepted wherever a schedule is. One in continuous time may say more:
+
+    - `data_at`, 0 or 1: the time at which its data lie. 0 if it does not say. With 1 the noise
+      grows from t = 1 to t = 0.
+    - `min_time`: the least distance of a drawn time from the data. Weights may be infinite nearer.
+    - `derivatives(t)`: dalpha/dt and dsigma/dt, for the prediction type "velocity".
     """
 
     @property
@@ -142,15 +168,7 @@ class NoiseSchedule:
 
         The last may be 1, which leaves no signal (zero terminal SNR).
         """
-        table = as_float64("betas", betas)
-        if len(table) >= _TELLING_LENGTH and table[0] > 0.5 and bool((table.diff() < 0).all()):
-            raise ValueError(
-                f"betas must be the β of each timestep, got values that fall from {table[0]:.3g} "
-                f"to {table[-1]:.3g}, which look like ᾱ: from_alphas_cumprod takes them"
-            )
-        good = (table > 0) & (table < 1)
-        good[-1:] |= table[-1:] == 1
-        check_all("betas", table, good, "lie in (0, 1), the last in (0, 1]")
+        table = read_betas(betas)
         return cls(_log_alphas_cumprod(table), name=f"NoiseSchedule.from_betas([{len(table)}])")
 
     @classmethod
@@ -160,21 +178,13 @@ class NoiseSchedule:
         A float32 table is accepted, and its rounding kept: where the β are at hand,
         `from_betas` in float64 is more exact.
         """
-        table = as_float64("alphas_cumprod", alphas_cumprod)
-        check_all("alphas_cumprod", table, (table >= 0) & (table <= 1), "lie in [0, 1]")
-        _check_direction("alphas_cumprod", table, falls=True)
-        if len(table) >= _WHOLE and table[-1] > 0.9:
-            raise ValueError(
-                "alphas_cumprod must fall towards 0, got a table that ends at "
-                f"{table[-1]:.3g}, which looks like 1 - β of each timestep: its `cumprod(0)` is ᾱ"
-            )
+        table = read_alphas_cumprod(alphas_cumprod)
         return cls(table.log(), name=f"NoiseSchedule.from_alphas_cumprod([{len(table)}])")
 
     @classmethod
     def from_log_snr(cls, log_snr: Any) -> Self:
         """Build from log(ᾱ_t / (1 - ᾱ_t)), a strictly decreasing sequence of shape [T]."""
-        table = as_float64("log_snr", log_snr)
-        _check_direction("log_snr", table, falls=True)
+        table = read_log_snr(log_snr)
         return cls(F.logsigmoid(table), name=f"NoiseSchedule.from_log_snr([{len(table)}])")
 
     @classmethod
@@ -185,15 +195,7 @@ class NoiseSchedule:
         that of the variance-preserving process of equal signal-to-noise ratio, 1 / (1 + σ²). A
         sampler's own list runs the other way and ends in 0: `sigmas[:-1].flip(0)`.
         """
-        table = as_float64("sigmas", sigmas)
-        check_all("sigmas", table, (table > 0) & table.isfinite(), "be positive and finite")
-        _check_direction("sigmas", table, falls=False)
-        if len(table) >= _WHOLE and table[-1] <= 1:
-            raise ValueError(
-                "sigmas must be those of x_0 + σ ε, got a table of values that never exceed 1, "
-                "which look like √(1-ᾱ), or like the times of flow matching: from_alphas_cumprod "
-                "takes ᾱ, and ContinuousSchedule.flow() has no table"
-            )
+        table = read_sigmas(sigmas)
         return cls(
             F.logsigmoid(-2 * table.log()),
             unit_alpha=True,
@@ -246,7 +248,9 @@ class NoiseSchedule:
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise TypeError(
                 f"t must hold integer timesteps in [0, {self.num_train_timesteps}), got "
-                f"{describe(t)}"
+                f"{describe(t)}: whole numbers go in as `t.long()`, and a trainer's "
+                f"t / {self.num_train_timesteps} as `({self.num_train_timesteps} * "
+                "t).round().long()`"
             )
 
     def log_alphas_cumprod_at(self, t: Tensor) -> Tensor:
@@ -278,6 +282,19 @@ class NoiseSchedule:
         return self._name
 
 
+def data_at_of(schedule: object) -> Literal[0, 1]:
+    """Return the time at which a schedule's data lie; 0 if it does not say."""
+    return 1 if getattr(schedule, "data_at", 0) == 1 else 0
+
+
+def since_data(schedule: object, t: Tensor) -> Tensor:
+    """Return how far times lie from the data: t, or 1 - t where the data lie at t = 1.
+
+    It turns such a distance back into a time as well.
+    """
+    return 1 - t if data_at_of(schedule) else t
+
+
 def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
     """Return the keyword for a draw of torch's; none without a generator.
 
@@ -299,6 +316,11 @@ def check_schedule(schedule: object) -> Schedule:
         TypeError: if it is no schedule.
     """
     if isinstance(schedule, Schedule):
+        if schedule.timesteps is not None and data_at_of(schedule):
+            raise ValueError(
+                f"data_at=1 is for continuous time, got {schedule!r} with timesteps, which count "
+                "from the data: turn its tables, `.flip(0)`, and give the loss T - 1 - t"
+            )
         return schedule
     came = f"a {type(schedule).__name__}"
     cure = "see NoiseSchedule and ContinuousSchedule"
@@ -313,26 +335,6 @@ def check_schedule(schedule: object) -> Schedule:
             "scheduler s2dm_loss.adapters.diffusers.schedule_of gives it in float64"
         )
     raise TypeError(f"schedule must be a NoiseSchedule or another Schedule, got {came}: {cure}")
-
-
-# From this length on, numbers in (0, 1) that fall from above one half are taken for ᾱ.
-_TELLING_LENGTH = 10
-# From this length on a table is a whole schedule, which goes on to noise.
-_WHOLE = 100
-
-
-def _check_direction(name: str, table: Tensor, *, falls: bool) -> None:
-    """Raise ValueError unless a table falls, or rises, strictly with t."""
-    steps = table.diff() if falls else -table.diff()
-    verb = "decrease" if falls else "increase"
-    if len(table) > 1 and bool((steps > 0).all()):
-        other = "increases" if falls else "decreases"
-        raise ValueError(
-            f"{name} must {verb} strictly with t, got a table that {other}: turn it round, "
-            f"`{name}.flip(0)`"
-            + (", or, if it holds β, use from_betas" if name == "alphas_cumprod" else "")
-        )
-    check_all(name, table, F.pad(steps < 0, (1, 0), value=True), f"{verb} strictly with t")
 
 
 def _linspace(start: float, end: float, count: int) -> Tensor:

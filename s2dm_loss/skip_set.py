@@ -11,12 +11,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from s2dm_loss.checks import as_float64, check_all, check_count, describe
-from s2dm_loss.schedule import Schedule, wide_dtype
+from s2dm_loss.schedule import Schedule, data_at_of, since_data, wide_dtype
 from s2dm_loss.tables import DeviceCopies
 
 
 class SkipSet:
     """The skips of the loss: t is paired with t - k for every offset k.
+
+    Where data lie at t = 1 (`ContinuousSchedule.flow(data_at=1)`) it is t + k.
 
     >>> from s2dm_loss import SkipSet
     >>> SkipSet(9)                                 # the released code's default
@@ -30,8 +32,8 @@ class SkipSet:
     >>> SkipSet.from_timesteps([0, 250, 500, 750]) # a sampler's own timesteps
     SkipSet.from_timesteps([0, 250, 500, 750])
 
-    A pair is valid where its earlier time exists (t >= k). Where none is, the loss is the
-    plain one.
+    A pair is valid where its earlier time, the one nearer to the data, exists (t >= k). Where none
+    is, the loss is the plain one. Skip sets that say the same in the same way are equal.
     """
 
     offsets: tuple[float, ...]
@@ -79,7 +81,7 @@ class SkipSet:
 
     @staticmethod
     def from_timesteps(timesteps: Any) -> SkipSet:
-        """Pair each t with the latest sampled timestep before it.
+        """Pair each t with the latest sampled timestep before it, on the side of the data.
 
         Args:
             timesteps: What a sampler visits, e.g. a diffusers `scheduler.timesteps` after
@@ -118,7 +120,11 @@ class SkipSet:
                     f"got {offset!r}"
                 )
             if steps is not None and not isinstance(offset, int):
-                raise TypeError(f"a discrete schedule takes int skips, such as 9, got {offset!r}")
+                near = max(1, round(offset * steps.numel()))
+                raise TypeError(
+                    f"a discrete schedule takes int skips, in timesteps, got {offset!r}, a skip in "
+                    f"units of time: on {steps.numel()} timesteps that is {near}"
+                )
             limit = 1 if steps is None else steps.numel()
             if offset >= limit:
                 raise ValueError(
@@ -138,10 +144,47 @@ class SkipSet:
             mask.
         """
         self.check(schedule)
-        rounding, t = _rounding(t), _as_times(t)
+        times = _as_times(t)
+        distance = since_data(schedule, times)
+        rounding = None
+        if t.is_floating_point():
+            # That of t, also for a small 1 - t.
+            rounding = torch.finfo(t.dtype).eps * torch.maximum(times, distance)
+        earlier, valid = self._earlier(distance, rounding, schedule)
+        return torch.where(valid, since_data(schedule, earlier), times), valid
+
+    def _earlier(
+        self,
+        t: Tensor,
+        rounding: Tensor | None,
+        schedule: Schedule,  # noqa: ARG002 - subclasses read it
+    ) -> tuple[Tensor, Tensor]:
+        """Return `earlier` in time from the data, with anything where a pair is not valid.
+
+        Args:
+            t: Times from the data, int64 or float64.
+            rounding: By how much each may be off in continuous time.
+            schedule: The schedule.
+        """
         earlier = torch.stack([t - offset for offset in self.offsets])
-        valid = earlier >= -rounding * t
-        return torch.where(valid, earlier.clamp(min=0), t), valid
+        if rounding is None:
+            return earlier, earlier >= 0
+        slack = torch.stack([rounding.clamp(max=offset / 2) for offset in self.offsets])
+        return earlier.clamp(min=0), earlier >= -slack
+
+    def _key(self) -> tuple[object, ...]:
+        """Return what makes two skip sets equal."""
+        return tuple((type(offset), offset) for offset in self.offsets)
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SkipSet):
+            return NotImplemented
+        return type(self) is type(other) and self._key() == other._key()
+
+    @override
+    def __hash__(self) -> int:
+        return hash((type(self), self._key()))
 
     def copy_to(self, device: torch.device) -> None:
         """Have what is looked up ready on a device, as a compiled call cannot keep a copy."""
@@ -159,11 +202,6 @@ Skips: TypeAlias = SkipSet | int | float | Iterable[int] | Iterable[float]
 def _as_times(t: Tensor) -> Tensor:
     """Return times in a type that holds their differences: small integers would wrap around."""
     return t.to(wide_dtype(t.device)) if t.is_floating_point() else t.long()
-
-
-def _rounding(t: Tensor) -> float:
-    """Return by what share of itself a time may be off, in the type it comes in."""
-    return torch.finfo(t.dtype).eps if t.is_floating_point() else 0
 
 
 def _offset(value: object) -> float:
@@ -192,8 +230,14 @@ class _SamplingStride(SkipSet):
         self._resolve(schedule).check(schedule)
 
     @override
-    def earlier(self, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        return self._resolve(schedule).earlier(t, schedule)
+    def _earlier(
+        self, t: Tensor, rounding: Tensor | None, schedule: Schedule
+    ) -> tuple[Tensor, Tensor]:
+        return self._resolve(schedule)._earlier(t, rounding, schedule)
+
+    @override
+    def _key(self) -> tuple[object, ...]:
+        return (self.num_inference_steps,)
 
     def _resolve(self, schedule: Schedule) -> SkipSet:
         steps = schedule.timesteps
@@ -216,6 +260,13 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
     return values.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
+def _with_gaps(times: Tensor) -> DeviceCopies:
+    """Return sorted times and, for each, the gap to the next."""
+    gaps = times.diff()
+    gaps = torch.cat([gaps, gaps[-1:] if len(gaps) else torch.zeros_like(times)])
+    return DeviceCopies(torch.stack([times, gaps]))
+
+
 _SAME_TIME = 1 / 16
 """Up to this share of the way to the next sampled time, a time is that sampled one."""
 
@@ -231,47 +282,49 @@ class _SampledTimesteps(SkipSet):
     offsets = ()
 
     def __init__(self, timesteps: Tensor) -> None:
-        self.ends = float(timesteps[0]), float(timesteps[-1])
-        gaps = timesteps.diff()
-        gaps = torch.cat([gaps, gaps[-1:] if len(gaps) else torch.zeros_like(timesteps)])
-        self._sampled = DeviceCopies(torch.stack([timesteps, gaps]))
+        self.timesteps: tuple[float, ...] = tuple(timesteps.tolist())
         self._rounded = DeviceCopies(torch.unique(timesteps.round().long()))
+        # In continuous time, as distances from data at 0 and at 1.
+        self._distances = [_with_gaps(timesteps), _with_gaps((1 - timesteps).flip(0))]
 
     @override
     def check(self, schedule: Schedule) -> None:
         steps = schedule.timesteps
         limit = 1.0 if steps is None else steps.numel() - 1
-        if self.ends[0] < 0 or self.ends[1] > limit:
+        if self.timesteps[0] < 0 or self.timesteps[-1] > limit:
             raise ValueError(
-                f"timesteps must lie in [0, {limit}], got values from {self.ends[0]:g} to "
-                f"{self.ends[1]:g}"
+                f"timesteps must lie in [0, {limit}], got values from {self.timesteps[0]:g} "
+                f"to {self.timesteps[-1]:g}"
             )
 
     @override
-    def earlier(self, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        self.check(schedule)
-        rounding, t = _rounding(t), _as_times(t)
-        if t.is_floating_point():
-            sampled, gaps = self._sampled.on(t.device, t.dtype)
+    def _earlier(
+        self, t: Tensor, rounding: Tensor | None, schedule: Schedule
+    ) -> tuple[Tensor, Tensor]:
+        if rounding is None:
+            sampled = self._rounded.on(t.device, t.dtype)
+            index = torch.searchsorted(sampled, t.contiguous()) - 1
+        else:
+            sampled, gaps = self._distances[data_at_of(schedule)].on(t.device, t.dtype)
             index = torch.searchsorted(sampled, t.contiguous()) - 1
             before = index.clamp(min=0)
             gap = _pick(gaps, before)
-            near = (rounding * t).clamp(min=_SAME_TIME * gap, max=gap / 2)
+            near = rounding.clamp(min=_SAME_TIME * gap, max=gap / 2)
             index = index - (t - _pick(sampled, before) <= near).long()
-        else:
-            sampled = self._rounded.on(t.device, t.dtype)
-            index = torch.searchsorted(sampled, t.contiguous()) - 1
-        earlier = _pick(sampled, index.clamp(min=0))
-        valid = index >= 0
-        return torch.where(valid, earlier, t).unsqueeze(0), valid.unsqueeze(0)
+        return _pick(sampled, index.clamp(min=0)).unsqueeze(0), (index >= 0).unsqueeze(0)
+
+    @override
+    def _key(self) -> tuple[object, ...]:
+        return self.timesteps
 
     @override
     def copy_to(self, device: torch.device) -> None:
-        self._sampled.on(device, wide_dtype(device))
+        for distances in self._distances:
+            distances.on(device, wide_dtype(device))
 
     @override
     def __repr__(self) -> str:
-        values = [f"{value:g}" for value in self._sampled.source[0].tolist()]
+        values = [f"{value:g}" for value in self.timesteps]
         if len(values) > 6:
             values = [*values[:3], "...", *values[-2:]]
         return f"SkipSet.from_timesteps([{', '.join(values)}])"

@@ -14,17 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from s2dm_loss import (
-    ContinuousSchedule,
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, gain
+from s2dm_loss.sampling import (
     Correction,
     CorrectionSearch,
     EpsilonScaling,
-    NoiseSchedule,
     Recommendation,
     ScaledModel,
     SkipGain,
     StartScaling,
-    gain,
     standard_corrections,
 )
 from s2dm_loss.sampling.frechet import MAX_AXES, Axes, FrechetComparison

@@ -17,7 +17,7 @@ from s2dm_loss.weighting import min_snr, p2, soft_min_snr
 from tests.helpers.diffusers_parts import compute_snr, make_scheduler, min_snr_weights
 from tests.helpers.sd_scripts_checkout import load_sd_scripts
 from tests.helpers.upstream import load, load_below, root_of, stubs
-from tests.test_write_your_own import STUBS as K_DIFFUSION_STUBS
+from tests.test_k_diffusion import STUBS as K_DIFFUSION_STUBS
 
 SCHEDULE = NoiseSchedule.scaled_linear(1000)  # Stable Diffusion's
 SNR = SCHEDULE.log_snr.exp()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 from typing_extensions import override
 
@@ -189,6 +190,22 @@ def load_cifar10(folder: Path) -> ImageSet:
     return ImageSet("cifar10", images, torch.tensor(labels, dtype=torch.int64), held_out)
 
 
+def load_cifar10_16(folder: Path) -> ImageSet:
+    """Return CIFAR10 at 16 x 16 pixels: means of 2 x 2, the held-out images likewise.
+
+    Args:
+        folder: As for `load_cifar10`.
+    """
+    full = load_cifar10(folder)
+
+    def halved(images: Tensor) -> Tensor:
+        return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
+
+    if full.held_out is None:
+        raise ValueError("data: CIFAR10 has held-out images")
+    return ImageSet("cifar10-16", halved(full.images), full.labels, halved(full.held_out))
+
+
 def _cifar10_labels(path: Path) -> list[int]:
     with _named(path):
         labels = json.loads(path.read_text(encoding="utf-8"))
@@ -303,15 +320,19 @@ SHIPPED: dict[str, Callable[[], ImageSet]] = {
     "textures": load_textures,
     "patches": load_patches,
 }
-LOCAL: dict[str, Callable[[Path], ImageSet]] = {"cifar10": load_cifar10, "celeba": load_celeba}
+LOCAL: dict[str, Callable[[Path], ImageSet]] = {
+    "cifar10": load_cifar10,
+    "cifar10-16": load_cifar10_16,
+    "celeba": load_celeba,
+}
 
 
 def load(name: str, folder: Path | None = None) -> ImageSet:
     """Return a data set by name.
 
     Args:
-        name: `digits`, `textures`, `patches`, `cifar10` or `celeba`.
-        folder: Where the last two lie.
+        name: `digits`, `textures`, `patches`, `cifar10`, `cifar10-16` or `celeba`.
+        folder: Where the last three lie.
 
     Raises:
         ValueError: If there is no such data set, or it needs a folder and got none.

@@ -200,6 +200,31 @@ class BlockUNet(nn.Module):
         return F.pixel_shuffle(outputs.float(), self.patch)
 
 
+class PixelUNet(BlockUNet):
+    """A plain U-Net on the image as it is; its output is whatever it is trained on."""
+
+    @override
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.on_blocks(x, t.expand(len(x)))
+
+
+@dataclass(frozen=True)
+class PixelUNetSpec(NetworkSpec):
+    """Hyperparameters of `PixelUNet`.
+
+    Attributes:
+        unet: The U-Net.
+        fast: `torch.compile` and, where the processor has it, bfloat16 autocast.
+    """
+
+    unet: UNetSpec
+    fast: bool = True
+
+    @override
+    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
+        return PixelUNet(self.unet.diffusers_unet(image_shape), patch=1, fast=self.fast)
+
+
 class PreconditionedUNet(BlockUNet):
     """An ε-model around a U-Net on blocks of pixels.
 

@@ -22,7 +22,7 @@ from benchmarks.quality.corrections import Correction
 from benchmarks.quality.named import Named
 from benchmarks.quality.samplers import TITLES, visited
 from benchmarks.quality.streams import Stream
-from s2dm_loss import NoiseSchedule, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -174,6 +174,74 @@ class MinSNR(Objective):
         snr = loss.get_buffer("snr")[batch.t]
         per_sample = (predicted - batch.noise).square().flatten(1).mean(1)
         return ((snr.clamp(max=self.gamma) / snr).float() * per_sample).mean()
+
+
+@dataclass(frozen=True)
+class Flow(Objective):
+    """Flow matching: x_t = (1-t) x_0 + t ε, target ε - x_0, t uniform (arXiv 2210.02747).
+
+    Trained with this library's loss where a skip is given. The common draw of a timestep n of T
+    stands for the time t = (n + 1/2) / T, and the network is called with T t.
+    """
+
+    label = "flow{suffix}"
+    heading = "flow{words}"
+    branches = False
+
+    skip: float | None = None
+    tau: float = 0.99
+
+    @property
+    def suffix(self) -> str:
+        """What a skip adds to the name."""
+        return "" if self.skip is None else f"-skip{self.skip:g}"
+
+    @property
+    def words(self) -> str:
+        """What a skip adds to the title."""
+        return "" if self.skip is None else f", S²-DM δ = {self.skip:g}"
+
+    @property
+    @override
+    def name(self) -> str:
+        return f"flow{self.suffix}"
+
+    @property
+    @override
+    def title(self) -> str:
+        return f"flow{self.words}"
+
+    @override
+    def build(self, schedule: NoiseSchedule) -> Loss:
+        return FlowLoss(self, schedule)
+
+
+class FlowLoss(Loss):
+    """`Flow`, on the straight path."""
+
+    objective: Flow
+
+    def __init__(self, objective: Flow, schedule: NoiseSchedule) -> None:
+        """Make the loss, if there is a skip."""
+        super().__init__(objective, schedule)
+        self.criterion = None
+        if objective.skip is not None:
+            self.criterion = SkipStepLoss(
+                ContinuousSchedule.flow(), objective.skip, tau=objective.tau, prediction_type="flow"
+            )
+
+    @override
+    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+        count = len(self.get_buffer("snr"))
+        t = (batch.t.float() + 0.5) / count
+        along = t[:, None, None, None]
+        x_t = (1 - along) * batch.x0 + along * batch.noise
+        target = batch.noise - batch.x0
+        predicted = model(x_t, t * count)
+        plain = F.mse_loss(predicted, target)
+        if self.criterion is None:
+            return plain, plain.detach()
+        return self.criterion.from_output(predicted, target, x_t, t), plain.detach()
 
 
 @dataclass(frozen=True)

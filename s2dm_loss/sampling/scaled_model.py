@@ -27,7 +27,7 @@ from s2dm_loss.checks import (
 from s2dm_loss.coefficients import GainOptions, gain
 from s2dm_loss.head import along
 from s2dm_loss.prediction import (
-    Path,
+    PathPoint,
     PredictionType,
     check_prediction_type,
     output_scales,
@@ -179,7 +179,7 @@ class ScaledModel(FixedSettings, TabledModule):
                 f"scale must return a floating-point tensor of shape {tuple(t.shape)}, that of t, "
                 f"got {describe(s)}"
             )
-        scales = output_scales(self.prediction_type, Path.at(self.schedule, t))
+        scales = output_scales(self.prediction_type, PathPoint.at(self.schedule, t))
         if scales.shift is None:
             return (s,)
         no_signal = scales.ratio == 0

@@ -1,4 +1,4 @@
-"""The recipes of docs/adapters/write_your_own.md, against the trainer they are for.
+"""The recipes of docs/adapters/edm.md, for k-diffusion, against the trainer they are for.
 
 k-diffusion imports much that its loss does not use: `S2DM_K_DIFFUSION_ROOT` names a checkout, whose
 `layers.py` is run with stubs of that. A double of what the page uses is run always.
@@ -18,7 +18,7 @@ from s2dm_loss.testing import check_swap
 from tests.helpers.upstream import load_below, root_of, stubs
 from tests.test_docs_blocks import blocks_of
 
-PAGE = Path(__file__).parents[1] / "docs" / "adapters" / "write_your_own.md"
+PAGE = Path(__file__).parents[1] / "docs" / "adapters" / "edm.md"
 STUBS = (
     *("dctorch", "dctorch.functional", "safetensors", "torchdiffeq", "torchsde"),
     *("torchvision", "torchvision.transforms", "torchvision.transforms.functional"),
