@@ -160,7 +160,11 @@ def _cost() -> dict[str, float]:
     by_noise = LossByNoise(SCHEDULE)
 
     def best(call: Callable[[], object], number: int = 1000) -> float:
-        return 1e6 * min(timeit.repeat(call, timer=time.process_time, number=number, repeat=7)) / number
+        return (
+            1e6
+            * min(timeit.repeat(call, timer=time.process_time, number=number, repeat=7))
+            / number
+        )
 
     return {
         "by_noise.update(t, losses)": best(lambda: by_noise.update(t, losses)),

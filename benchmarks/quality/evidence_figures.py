@@ -24,7 +24,11 @@ ROWS = (
 )
 LINES = {
     "eps16": (("plain", "plain"), ("gain 49", "gain, k = 49"), ("loss 49", "loss, k = 49")),
-    "flow16": (("plain", "plain"), ("gain 0.05", "gain, δ = 0.05"), ("loss 0.05", "loss, δ = 0.05")),
+    "flow16": (
+        ("plain", "plain"),
+        ("gain 0.05", "gain, δ = 0.05"),
+        ("loss 0.05", "loss, δ = 0.05"),
+    ),
 }
 
 

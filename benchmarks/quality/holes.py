@@ -1,10 +1,10 @@
 """What pages can say of the quality results: `HOLES` and `FIGURES` of `benchmarks.pages`.
 
-A run is named as in `committed.NAMES`, a method in words such as "gain 49" (put on the plain
-network), "loss 49" (trained), "rescaling" (its strength chosen on the other seeds) or "search" (what
-the library's search recommended); another name is one of the records. Without a sampler a hole is
-about the run's base sampler, DDIM or Euler, and every change is over the plain network's samples by
-that sampler in as many steps, unless `over` names another.
+A run is named as in `committed.NAMES`, a method in words: "gain 49" (put on the plain network),
+"loss 49" (trained), "rescaling" (its strength chosen on the other seeds) or "search" (what the
+library's search recommended); another name is one of the records. Without a sampler a hole is about
+the run's base sampler, DDIM or Euler, and every change is over the plain network's samples by that
+sampler in as many steps, unless `over` names another.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from benchmarks.quality.statistics import (
     p_value,
 )
 from benchmarks.quality.statistics import change as ratio_change
+from benchmarks.quality.tables import percent
 
 ALPHA = 0.05
 MEASURES = {
@@ -44,16 +45,6 @@ MEASURES = {
 }
 GRID = [Cell(sampler, n) for sampler in ("ddim", "pndm", "deis") for n in (10, 20, 50, 100)]
 """The cells of the digits' means."""
-
-
-def percent(found: Interval | None, digits: int = 1) -> str | None:
-    """Return a change as text, with its interval where there is one, bold where it excludes 0."""
-    if found is None:
-        return None
-    if found.count == 1:
-        return f"{found.mean:+.{digits}f} %"
-    text = f"{found.mean:+.{digits}f} % [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return f"**{text}**" if found.sign else text
 
 
 def find_change(
@@ -98,7 +89,9 @@ def mean_change(run: str, method: str, measure: str = "frechet", over: str = "pl
 def verdict(run: str, method: str, *where: Any, **more: Any) -> str | None:
     """Return "better", "worse" or "no difference shown", by the interval over the seeds."""
     found = find_change(run, method, *where, **more)
-    return None if found is None else {1: "better", -1: "worse", 0: "no difference shown"}[found.sign]
+    return (
+        None if found is None else {1: "better", -1: "worse", 0: "no difference shown"}[found.sign]
+    )
 
 
 def distance(
@@ -138,15 +131,12 @@ def times_floor(run: str, *where: Any, **more: Any) -> str:
 
 
 def fact(run: str, name: str) -> str:
-    """Return something about a run: seeds, samples, images, parameters, hours, floor, features,
-    versions, commit, device or loss share."""
+    """Return something about a run: one of the names in `facts` below."""
     found = results(run)
     record = found.record
     budget, trainings = record["settings"]["budget"], record["trainings"]
     plain = next(iter(trainings["plain"].values()))
-    number = {
-        word: float(value) for word, value in re.findall(r"(steps|batch_size)=(\d+)", budget)
-    }
+    number = {word: float(value) for word, value in re.findall(r"(steps|batch_size)=(\d+)", budget)}
     seconds = sum(
         run["seconds"] * (run.get("loss_share") or 1) for each in trainings.values()
         for run in each.values()
@@ -249,7 +239,7 @@ def mean_table(run: str, rows: Sequence[tuple[str, str]] | None = None) -> str:
 class Together(NamedTuple):
     """What holds of several comparisons by Holm's correction."""
 
-    count: int
+    compared: int
     held: str
     missed: str
     p_of_missed: str
@@ -275,7 +265,9 @@ def archive_row(preset: str) -> list[str]:
     """Return images, seeds, plain DDIM 10 over the floor, and what gain and loss 49 do there."""
     found = results(preset)
     where = Cell("ddim", 10)
-    gains = [percent(found.change(method_name(f"{kind} 49"), where)) or "" for kind in ("gain", "loss")]
+    gains = [
+        percent(found.change(method_name(f"{kind} 49"), where)) or "" for kind in ("gain", "loss")
+    ]
     return [fact(preset, "images"), fact(preset, "seeds").split()[0], times_floor(preset), *gains]
 
 
@@ -299,7 +291,9 @@ def _rescaling(found: Results, where: Cell) -> dict[int, str]:
     names = [name for name in found.methods if name.startswith("plain+rescaling")]
     names = [name for name in names if found.values(name, where)]
     seeds = found.values("plain", where)
-    return dict.fromkeys(seeds, names[0]) if len(names) == 1 else found.chosen_elsewhere(names, where)
+    return (
+        dict.fromkeys(seeds, names[0]) if len(names) == 1 else found.chosen_elsewhere(names, where)
+    )
 
 
 def _searches(found: Results, where: Cell) -> tuple[dict[int, float], dict[int, float]]:
