@@ -21,7 +21,7 @@ from typing_extensions import Self, Unpack, override
 
 from s2dm_loss.adapters import SETTLED, check_options
 from s2dm_loss.adapters.diffusers_pipeline import (
-    PipelineGain,
+    PipelineCorrection,
     correct_pipeline,
     shrink_pipeline,
 )
@@ -32,7 +32,7 @@ from s2dm_loss.prediction import PredictionType
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
 
-__all__ = ["PipelineGain", "SkipLoss", "correct_pipeline", "schedule_of", "shrink_pipeline"]
+__all__ = ["PipelineCorrection", "SkipLoss", "correct_pipeline", "schedule_of", "shrink_pipeline"]
 
 _REFUSED = {"timesteps": SETTLED["timesteps"]}
 

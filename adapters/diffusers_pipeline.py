@@ -1,226 +1,179 @@
-"""diffusers: the gain s(t) on a trained pipeline, with no training.
+"""diffusers: a correction on a trained pipeline, with no training.
 
-with shrink_pipeline(pipe, skip_set=99):
-    images = pipe(num_inference_steps=10).images
+    with shrink_pipeline(pipe, skip_set=49):
+        images = pipe(num_inference_steps=10).images
+
+A correction stands at `scheduler.step`, which every pipeline calls with the network's output, t
+and the latents: the one place that knows σ, whatever the network is called with. So one mechanism
+serves ε, v, x_0 and flow, every denoiser, compiled, offloaded or quantised, and several of them
+(Wan 2.2). The output there is the guided one. Guidance adds outputs up with weights whose sum is 1,
+and ε̂ is linear in the output, so scaling the guided ε̂ is the same as scaling each ε̂ in it.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-import weakref
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import Self, Unpack, override
 
-from s2dm_loss.adapters.diffusers_scheduler import (
-    has_the_path_of,
-    is_the_table_of,
-    prediction_type_of,
-    schedule_of,
-)
-from s2dm_loss.checks import check_choice, describe
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
-from s2dm_loss.prediction import PredictionType, read_output
+from s2dm_loss.adapters.diffusers_scheduler import is_flow, is_the_path_of, output_of, path_of
+from s2dm_loss.checks import check_number, describe
+from s2dm_loss.coefficients import GainOptions
+from s2dm_loss.prediction import PredictionType
+from s2dm_loss.sampling.corrections import Correction
 from s2dm_loss.sampling.result import Recommendation
 from s2dm_loss.sampling.scaled_model import ScaledModel
-from s2dm_loss.schedule import NoiseSchedule
-from s2dm_loss.skip_set import Skips, SkipSet
+from s2dm_loss.schedule import Schedule
+from s2dm_loss.skip_set import Skips
 
-__all__ = ["PipelineGain", "correct_pipeline", "shrink_pipeline"]
-
-NoisyChannels = Literal["first", "last"] | None
+__all__ = ["PipelineCorrection", "correct_pipeline", "shrink_pipeline"]
 
 
 def shrink_pipeline(
-    pipe: Any,
-    skip_set: Skips,
-    *,
-    tau: float = DEFAULT_TAU,
-    estimator: Estimator = "expected",
-    max_c2: float = DEFAULT_MAX_C2,
-    component: str | None = None,
-    noisy_channels: NoisyChannels = None,
-) -> PipelineGain:
-    """Give a trained pipeline the gain s(t) that the loss would have taught it, with no training.
+    pipe: Any, skip_set: Skips, **options: Unpack[GainOptions]
+) -> PipelineCorrection:
+    """Give a trained pipeline the gain s(t) that S²-DM's loss would have taught it.
 
-    Each noise prediction of the pipeline's denoiser becomes s(t) ε̂, until the returned handle is
-    removed; in a `with` statement, until its end:
+    Each noise prediction becomes s(t) ε̂, until the returned handle is removed; in a `with`
+    statement, until its end:
 
-        with shrink_pipeline(pipe, skip_set=99):
+        with shrink_pipeline(pipe, skip_set=49):
             images = pipe(num_inference_steps=10).images
 
-    Nothing of it is saved by `pipe.save_pretrained`. It is the elementwise gain of each call, so
-    classifier-free guidance on a doubled batch works as ever.
-
     Args:
-        pipe: A diffusers pipeline with a `scheduler` and a denoiser, `unet` or `transformer`.
-        skip_set: The skips, as for `SkipStepLoss`; a larger skip is a smaller s(t).
-        tau: τ in [0, 1].
-        estimator: "expected" and "fresh" have the same gain, "shared" another.
-        max_c2: Upper bound on c²; see `coefficients`.
-        component: Name of the denoiser, if it is neither `unet` nor `transformer`.
-        noisy_channels: Where x_t is in an input that has conditions concatenated to it, "first" (as
-            in inpainting) or "last" (as in Marigold). Only a denoiser that predicts anything but
-            noise needs it.
+        pipe: A diffusers pipeline with a `scheduler`.
+        skip_set: The skips, as for `SkipStepLoss`: 49 on 1,000 timesteps, 0.05 on flow matching. A
+            larger skip is a smaller s(t).
+        options: tau, estimator and max_c2, as for `SkipStepLoss`. The prediction type is the
+            scheduler's.
 
     Returns:
         The handle that takes the gain off again.
 
     Raises:
-        TypeError: if `pipe` is no pipeline.
-        ValueError: if its scheduler has no gain (flow matching, EDM, times that are log σ), its
-            denoiser hides the names of its arguments behind `*args`, or it has a gain already; and
-            in a call, if conditions are concatenated and `noisy_channels` is missing.
+        TypeError, ValueError: if an argument is not as said, if the scheduler has no gain (EDM,
+            times that are log σ), or if the pipeline has a correction already.
     """
-    return PipelineGain(
-        pipe,
-        partial(
-            ScaledModel.with_gain,
-            schedule=_schedule(pipe),
-            skip_set=SkipSet.wrap(skip_set),
-            tau=tau,
-            estimator=estimator,
-            max_c2=max_c2,
-        ),
-        component,
-        noisy_channels,
-    )
+
+    def with_gain(model: nn.Module, schedule: Schedule, kind: PredictionType) -> nn.Module:
+        given: GainOptions = {"prediction_type": kind}
+        given.update(options)
+        return ScaledModel.with_gain(model, schedule, skip_set, **given)
+
+    return PipelineCorrection(pipe, with_gain)
 
 
 def correct_pipeline(
-    pipe: Any,
-    recommendation: Recommendation,
-    *,
-    component: str | None = None,
-    noisy_channels: NoisyChannels = None,
-) -> PipelineGain:
-    """Put what a search has recommended on a pipeline's denoiser, until the handle is removed.
+    pipe: Any, correction: Correction | Recommendation, strength: float | None = None
+) -> PipelineCorrection:
+    """Put a correction on a pipeline, until the returned handle is removed.
 
-        with correct_pipeline(pipe, recommendation):
-            images = pipe(latents=recommendation.correct_noise(latents)).images
+        schedule = schedule_of(pipe.scheduler)
+        with correct_pipeline(pipe, ScoreRescaling(schedule), 1.05):
+            images = pipe(num_inference_steps=10).images
 
-    A recommendation about the start noise acts through `latents` alone, which not every pipeline
-    takes (`DDIMPipeline` does not); one of none does nothing.
+    What a search has found goes in without a strength, `correct_pipeline(pipe, found)`; if it found
+    that no correction is better, nothing is changed.
 
     Args:
-        pipe: A diffusers pipeline with a `scheduler` and a denoiser, `unet` or `transformer`.
-        recommendation: What `CorrectionSearch` has found.
-        component: Name of the denoiser, if it is neither `unet` nor `transformer`.
-        noisy_channels: As for `shrink_pipeline`.
+        pipe: A diffusers pipeline with a `scheduler`.
+        correction: The correction, for the pipeline's schedule and prediction type ("flow" for flow
+            matching), or what a search returned.
+        strength: Its strength; left out for what a search returned.
 
     Raises:
-        TypeError: if `pipe` is no pipeline, or `recommendation` not what a search returns.
-        ValueError: if its schedule or its prediction type is not that of the search, if the
-            recommended correction is one of your own that does more to the model than to scale what
-            it returns, or if the pipeline has a gain already.
+        TypeError: if an argument is not as said.
+        ValueError: if the correction is for another schedule or prediction type than the
+            scheduler's, if it scales the start noise (which goes in as `latents=`), if it is one of
+            your own that does more than to scale what the model returns, or if the pipeline has a
+            correction already.
     """
-    if not isinstance(recommendation, Recommendation):
+    if isinstance(correction, Recommendation):
+        if strength is not None:
+            raise TypeError(f"strength must be left out for a Recommendation, got {strength!r}")
+        correct_model, correct_noise = correction.correct_model, correction.correct_noise
+    elif isinstance(correction, Correction):
+        if strength is None:
+            raise TypeError("strength must be given with a correction, such as 49 with SkipGain")
+        check_number("strength", strength, -torch.inf, torch.inf, open_ends=True)
+        correct_model = partial(correction.correct_model, strength=strength)
+        correct_noise = partial(correction.correct_noise, strength=strength)
+    else:
         raise TypeError(
-            "recommendation must be a Recommendation, what a search returns, got "
-            f"{describe(recommendation)}"
+            "correction must be a Correction with a strength, or what a search returned, got "
+            f"{describe(correction)}"
         )
-
-    def corrected(denoiser: nn.Module, prediction_type: PredictionType) -> nn.Module:
-        model = recommendation.correct_model(denoiser)
-        if model is denoiser:
-            return model
-        if not isinstance(model, ScaledModel):
-            raise ValueError(
-                f"recommendation makes a {type(model).__name__} of the denoiser; on a pipeline it "
-                "must make a ScaledModel, which scales what the denoiser returns"
-            )
-        if model.model is not denoiser:
-            raise ValueError(
-                f"recommendation makes a {type(model).__name__} of a {type(model.model).__name__}, "
-                "and not of the denoiser itself; on a pipeline there is one correction of it"
-            )
-        if model.prediction_type != prediction_type:
-            raise ValueError(
-                f"recommendation is for prediction_type {model.prediction_type!r}, and the "
-                f"pipeline's is {prediction_type!r}"
-            )
-        if not is_the_table_of(model.schedule, schedule.alphas_cumprod) or (
-            # The noise in an output hangs on the path, x_0 + σ ε or √ᾱ x_0 + √(1-ᾱ) ε.
-            prediction_type != "epsilon" and not has_the_path_of(model.schedule, schedule)
-        ):
-            raise ValueError(
-                f"recommendation is for {model.schedule!r}, and the pipeline's is {schedule!r}"
-            )
-        return model
-
-    schedule = _schedule(pipe)
-    return PipelineGain(pipe, corrected, component, noisy_channels)
+    noise = torch.linspace(-2, 2, 4, device="cpu")
+    if not torch.equal(correct_noise(noise.clone()), noise):
+        raise ValueError(
+            f"correction changes the start noise, which a pipeline draws itself, got {correction!r}"
+            ": draw the latents, and pass `latents=correction.correct_noise(latents, strength)`"
+        )
+    return PipelineCorrection(pipe, lambda model, *_: correct_model(model))
 
 
-class PipelineGain:
-    """What `shrink_pipeline` returns: the gain on a pipeline's denoiser, until it is removed.
+class PipelineCorrection:
+    """A correction on a pipeline's scheduler, until it is removed.
 
     Attributes:
-        active: Whether the gain is on.
+        active: Whether it is on.
     """
 
     def __init__(
         self,
         pipe: Any,
-        make: Callable[..., nn.Module],
-        component: str | None = None,
-        noisy_channels: NoisyChannels = None,
+        make: Callable[[nn.Module, Schedule, PredictionType], nn.Module],
     ) -> None:
-        """Put the gain on.
+        """Put the correction on.
 
         Args:
             pipe: The pipeline.
-            make: Called `make(denoiser, prediction_type=...)`, returns a `ScaledModel`, or
-                the denoiser where nothing is to be changed.
-            component: Name of the denoiser.
-            noisy_channels: As for `shrink_pipeline`.
+            make: Called with a model, the scheduler's schedule and its prediction type: returns a
+                `ScaledModel` of the model, or the model where nothing is to be changed.
         """
-        if noisy_channels is not None:
-            check_choice("noisy_channels", noisy_channels, ("first", "last"))
-        self._component, denoiser = _denoiser(pipe, component)
-        # torch.compile wraps a module, which may have a gain already and knows the names of the
-        # arguments.
-        self._inner = inner = getattr(denoiser, "_orig_mod", denoiser)
-        self._make = make
-        self._scaled: Any = make(denoiser, prediction_type=prediction_type_of(pipe.scheduler))
-        if self._scaled is not denoiser and inner in _SHRUNK:
-            raise ValueError(
-                f"pipe has a gain on its {type(inner).__name__} already, and two would multiply: "
-                "remove the first handle"
+        if not hasattr(pipe, "scheduler"):
+            raise TypeError(
+                f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
             )
-        self._pipe = pipe
-        self._scheduler = pipe.scheduler
-        self._denoiser: nn.Module | None = denoiser
-        self._noisy_channels = noisy_channels
-        self._signature = inspect.signature(inner.forward)
-        names = self._signature.parameters.keys()
-        named = "timestep" in names and names & {"sample", "hidden_states"}
-        if self._scaled is not denoiser and not named:
+        self._pipe, self._scheduler = pipe, pipe.scheduler
+        schedule, self._prediction_type = path_of(pipe.scheduler)
+        network = nn.Identity()  # in the place of the pipeline's own, whose output comes to `step`
+        model = make(network, schedule, self._prediction_type)
+        self._scaled: ScaledModel | None = None
+        if model is not network:
+            self._scaled = _checked(model, network, schedule, self._prediction_type)
+        self._step = _CorrectedStep(pipe.scheduler, self)
+        self._before = pipe.scheduler.__dict__.get("step")
+        if self._scaled is not None and getattr(self._before, "is_active", False):
             raise ValueError(
-                f"the forward of pipe's {type(inner).__name__} must name timestep, and sample or "
-                f"hidden_states, got {self._signature}: give the pipeline the denoiser itself"
+                f"pipe's {type(pipe.scheduler).__name__} has a correction already, and two would "
+                "multiply: remove the first handle. Another pipeline that shares the scheduler "
+                "takes its own, `type(scheduler).from_config(scheduler.config)`"
             )
-        self._hook = denoiser.register_forward_hook(self._rescale, with_kwargs=True)
-        if self._scaled is not denoiser:
-            _SHRUNK.add(inner)
         self.active: bool = True
+        if self._scaled is not None:
+            pipe.scheduler.step = self._step
 
     def remove(self) -> None:
-        """Take the gain off; once is enough, twice does no harm."""
-        if self.active:
-            self._hook.remove()
-            if self._scaled is not self._denoiser:
-                _SHRUNK.discard(self._inner)
-            self.active = False
+        """Take the correction off; once is enough, twice does no harm."""
+        self.active = False
+        if self._scheduler.__dict__.get("step") is not self._step:
+            return  # taken off before, or wrapped by another, who will find it without effect
+        if self._before is None:
+            del self._scheduler.step
+        else:
+            self._scheduler.step = self._before
 
     def __enter__(self) -> Self:
         if not self.active:
-            raise ValueError("the gain has been removed: put it on anew for another `with`")
+            raise ValueError("the correction has been removed: make another one for this `with`")
         return self
 
     def __exit__(
@@ -230,124 +183,102 @@ class PipelineGain:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
-        now = getattr(self._pipe, self._component, None)
-        if (
-            kind is None
-            and self._scaled is not self._denoiser
-            and isinstance(now, nn.Module)
-            and not any(m is self._denoiser or m in _SHRUNK for m in now.modules())
-        ):
+        exchanged = getattr(self._pipe, "scheduler", None) is not self._scheduler
+        if kind is None and exchanged and self._scaled is not None:
             warnings.warn(
-                f"pipe's {self._component} was exchanged while the gain was on, and the new one "
-                "had none: put the gain on after the exchange",
+                "pipe's scheduler was exchanged while the correction was on, and the new one had "
+                "none: put the correction on after the exchange",
                 stacklevel=2,
             )
 
-    def _rescale(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        # A copy of the denoiser has copied the hook, but it is not what the handle is for.
-        if module is not self._denoiser or self._scaled is self._denoiser:
-            return output
-        if self._pipe.scheduler is not self._scheduler:
-            self._check_exchanged()
-        call = self._signature.bind(*args, **kwargs).arguments
-        x_t = call["sample"] if "sample" in call else call["hidden_states"]
-        prediction = read_output(output)
-        variance = str(self._pipe.scheduler.config.get("variance_type")).startswith("learned")
-        learned_variance = variance or prediction.shape[1] == 2 * x_t.shape[1]
-        # A pipeline's scheduler, and with it the prediction type, can be exchanged.
-        prediction_type = prediction_type_of(self._pipe.scheduler)
-        channels, *rest = prediction.shape[1:]
-        sizes = (channels // 2 if learned_variance else channels, *rest)
-        x_t = self._without_conditions(x_t, sizes, prediction_type)
-        if prediction_type != self._scaled.prediction_type:
-            self._scaled = self._make(self._denoiser, prediction_type=prediction_type)
-        return self._scaled.rescale(output, x_t, call["timestep"])
-
-    def _check_exchanged(self) -> None:
-        """Raise ValueError unless a pipeline's new scheduler has the schedule of the gain."""
-        if not is_the_table_of(self._scaled.schedule, _schedule(self._pipe).alphas_cumprod):
+    def _corrected(self, scheduler: Any, output: Any, t: Any, sample: Tensor) -> Any:
+        """Return a network's output, as `step` has it, with its noise prediction scaled."""
+        assert self._scaled is not None  # noqa: S101 - for the type checker
+        if output_of(scheduler) != self._prediction_type:
             raise ValueError(
-                f"pipe has another scheduler, a {type(self._pipe.scheduler).__name__}, whose "
-                "alphas_cumprod are not those of the gain: remove the gain and put it on anew"
+                f"scheduler's prediction_type was {self._prediction_type!r} and is "
+                f"{output_of(scheduler)!r}: remove the correction, and put it on anew"
             )
-        self._scheduler = self._pipe.scheduler
-
-    def _without_conditions(
-        self, x_t: Tensor, sizes: tuple[int, ...], prediction_type: PredictionType
-    ) -> Tensor:
-        """Return the noisy channels, of these sizes after the batch's.
-
-        They are the first axis after the batch, or the second of CogVideoX's videos.
-        """
-        if x_t.shape[1:] == sizes:
-            return x_t
-        if prediction_type != "epsilon" and self._noisy_channels is None:
-            raise ValueError(
-                "noisy_channels must be 'first' or 'last', the place of x_t in the denoiser's "
-                f"input {tuple(x_t.shape)}, to scale the noise in an output of {prediction_type!r} "
-                f"with {sizes} for each sample; got None"
-            )
-        last = self._noisy_channels == "last"
-        return x_t[(slice(None), *(slice(-n, None) if last else slice(n) for n in sizes))]
+        if is_flow(scheduler):
+            if scheduler.step_index is None:
+                scheduler._init_step_index(t)
+            # The rounding of a shift can lead past 1.
+            sigma = scheduler.sigmas[scheduler.step_index].clamp(0, 1)
+            return self._scaled.rescale(output, sample, sigma)
+        if self._prediction_type != "epsilon":
+            # Euler's x_0 + σ ε, say, as the network has seen it.
+            sample = scheduler.scale_model_input(sample, t)
+        return self._scaled.rescale(output, sample, torch.as_tensor(t).round().long())
 
     def __deepcopy__(self, memo: object) -> Self:
-        """Return the handle itself: a copy of the denoiser copies its hooks, and has no gain."""
+        """Return the handle itself: it is for the copy of its scheduler as well."""
         return self
 
     @override
-    def __reduce__(self) -> tuple[Callable[[], PipelineGain], tuple[()]]:
-        """Keep nothing: a denoiser is pickled with its hooks, and what is loaded has no gain."""
+    def __reduce__(self) -> tuple[Callable[[], PipelineCorrection], tuple[()]]:
+        """Keep nothing: a scheduler is pickled with its `step`, and the loaded one has its own."""
         return _removed, ()
 
     @override
     def __repr__(self) -> str:
+        what = "nothing" if self._scaled is None else self._scaled.extra_repr()
         state = "active" if self.active else "removed"
-        kind, what = type(self._denoiser).__name__, "nothing"
-        if self._scaled is not self._denoiser:
-            what = self._scaled.extra_repr()
-        return f"PipelineGain({what}, {kind}, {state})"
+        return f"{type(self).__name__}({what}, {type(self._scheduler).__name__}, {state})"
 
 
-def _removed() -> PipelineGain:
-    handle = object.__new__(PipelineGain)
-    handle._denoiser = handle._scaled = None
+class _CorrectedStep:
+    """`scheduler.step` with a correction of the output before it."""
+
+    def __init__(self, scheduler: Any, handle: PipelineCorrection) -> None:
+        self.scheduler, self.handle, self.step = scheduler, handle, scheduler.step
+        self.__signature__ = inspect.signature(scheduler.step)  # pipelines ask whether it has eta
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it corrects."""
+        return self.handle.active
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_active:
+            return self.step(*args, **kwargs)
+        call = self.__signature__.bind(*args, **kwargs)
+        given = call.arguments
+        if given.get("per_token_timesteps") is not None:
+            raise ValueError(
+                "scheduler.step must have one t for each call, got per_token_timesteps: a "
+                "correction is not offered for them"
+            )
+        given["model_output"] = self.handle._corrected(
+            self.scheduler, given["model_output"], given["timestep"], given["sample"]
+        )
+        return self.step(*call.args, **call.kwargs)
+
+
+def _removed() -> PipelineCorrection:
+    handle = object.__new__(PipelineCorrection)
+    handle._scheduler = handle._scaled = None
     handle.active = False
     return handle
 
 
-# Denoisers that have a gain.
-_SHRUNK: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def _schedule(pipe: Any) -> NoiseSchedule:
-    if not hasattr(pipe, "scheduler"):
-        raise TypeError(
-            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
-        )
-    schedule = schedule_of(pipe.scheduler)
-    if pipe.scheduler.config.get("timestep_type") == "continuous":
+def _checked(
+    model: nn.Module, network: nn.Module, schedule: Schedule, prediction_type: PredictionType
+) -> ScaledModel:
+    """Return the model of a correction, or say why it is none for a pipeline."""
+    if not isinstance(model, ScaledModel) or model.model is not network:
+        inner = f" of a {type(model.model).__name__}" if isinstance(model, ScaledModel) else ""
         raise ValueError(
-            "pipe must have a scheduler whose timesteps are those of training, got timestep_type "
-            f"'continuous' of its {type(pipe.scheduler).__name__}, a quarter of log σ"
+            f"correction makes a {type(model).__name__}{inner} of the network; on a pipeline it "
+            "must make a ScaledModel of the network itself, which scales what that returns"
         )
-    if not isinstance(schedule, NoiseSchedule):
+    if model.prediction_type != prediction_type:
         raise ValueError(
-            "pipe must have a scheduler with alphas_cumprod, got a "
-            f"{type(pipe.scheduler).__name__}: the gain is not offered for flow matching, "
-            "whose transformers do not agree on whether a timestep is σ or 1000 σ"
+            f"correction is for prediction_type {model.prediction_type!r}, and the pipeline's is "
+            f"{prediction_type!r}: make it with prediction_type={prediction_type!r}"
         )
-    return schedule
-
-
-def _denoiser(pipe: Any, component: str | None) -> tuple[str, nn.Module]:
-    names = ("unet", "transformer") if component is None else (component,)
-    for name in names:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return name, module
-    raise ValueError(
-        f"pipe must have a denoiser named {' or '.join(names)}, got a {type(pipe).__name__}: "
-        "name it with component="
-    )
+    if not is_the_path_of(model.schedule, schedule, prediction_type):
+        raise ValueError(
+            f"correction is for {model.schedule!r}, and the pipeline's is {schedule!r}: make it "
+            "with schedule_of(pipe.scheduler)"
+        )
+    return model

@@ -68,6 +68,46 @@ def schedule_of(scheduler: Any) -> Schedule:
     return NoiseSchedule.from_alphas_cumprod(table)
 
 
+def path_of(scheduler: Any) -> tuple[Schedule, PredictionType]:
+    """Return the path that a scheduler samples on, and what its `step` takes the output for.
+
+    Besides the schedulers of `schedule_of` these are the diffusion schedulers set to flow matching,
+    with `use_flow_sigmas` and `flow_prediction` (Wan's UniPC).
+
+    Raises:
+        TypeError: if `scheduler` is no diffusers scheduler.
+        ValueError: if its path is none of these; the message gives the reason.
+    """
+    if is_flow(scheduler):
+        if scheduler.config.get("invert_sigmas"):
+            raise ValueError(
+                "scheduler must have its data at σ = 0, got invert_sigmas=True, whose σ is 1 there"
+            )
+        return ContinuousSchedule.flow(), output_of(scheduler)
+    schedule = schedule_of(scheduler)
+    if scheduler.config.get("timestep_type") == "continuous":
+        raise ValueError(
+            "scheduler must have the timesteps of training, got timestep_type 'continuous' of a "
+            f"{type(scheduler).__name__}, whose t is a quarter of log σ"
+        )
+    return schedule, output_of(scheduler)
+
+
+def output_of(scheduler: Any) -> PredictionType:
+    """Return what a scheduler's `step` takes the network's output for."""
+    return "flow" if is_flow(scheduler) else prediction_type_of(scheduler)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Return whether a scheduler samples on the straight path of flow matching, with `sigmas`."""
+    config = getattr(scheduler, "config", {})
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(
+        hasattr(scheduler, "alphas_cumprod")
+        and config.get("use_flow_sigmas")
+        and config.get("prediction_type") == "flow_prediction"
+    )
+
+
 def is_the_table_of(schedule: Schedule, alphas_cumprod: Tensor) -> bool:
     """Return whether ᾱ, `[T]`, is that of a discrete schedule, up to the rounding of float32."""
     if not isinstance(schedule, NoiseSchedule):
@@ -78,10 +118,28 @@ def is_the_table_of(schedule: Schedule, alphas_cumprod: Tensor) -> bool:
     )
 
 
-def has_the_path_of(schedule: Schedule, other: NoiseSchedule) -> bool:
-    """Return whether two schedules of one ᾱ scale x_0 alike, as one of σ does not."""
-    a, b = (one.alpha_sigma(other.timesteps)[0] for one in (schedule, other))
-    return torch.allclose(a, b, rtol=_FLOAT32_ROUNDING, atol=0.0)
+def is_the_path_of(schedule: Schedule, other: Schedule, prediction_type: str) -> bool:
+    """Return whether a network of `other` has the noise in its output that `schedule` says.
+
+    An ε has it on every path of one ᾱ; what is in another output hangs on the path as well, x_0 + σ
+    ε or √ᾱ x_0 + √(1-ᾱ) ε.
+    """
+    if isinstance(other, NoiseSchedule):
+        if not is_the_table_of(schedule, other.alphas_cumprod):
+            return False
+        times = other.timesteps
+    elif schedule.timesteps is not None:
+        return False
+    else:
+        times = torch.linspace(0, 1, 65, dtype=torch.float64, device="cpu")
+    if prediction_type == "epsilon":
+        pairs = [[one.log_alphas_cumprod_at(times).exp()] for one in (schedule, other)]
+    else:
+        pairs = [list(one.alpha_sigma(times)) for one in (schedule, other)]
+    return all(
+        torch.allclose(a, b, rtol=_FLOAT32_ROUNDING, atol=1e-12)
+        for a, b in zip(*pairs, strict=True)
+    )
 
 
 def prediction_type_of(scheduler: Any) -> PredictionType:

@@ -115,7 +115,7 @@ def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions])
             ".regression_target(target, sigmas.flatten(), noisy_model_input)`"
         )
     predicts = _PREDICTS[owner]
-    given: dict[str, Any] = {**options, "skip_set": SkipSet.wrap(skip_set)}
+    given: dict[str, Any] = {"skip_set": SkipSet.wrap(skip_set), **options}
     # A wrong option is found now, on the trainer's T, and not after its models are loaded.
     if predicts is None:
         _loss(NoiseSchedule.scaled_linear(1000), given["skip_set"], options, "epsilon")

@@ -30,6 +30,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or bool(_functorch_is_active())
 
 
+def in_forward_mode() -> bool:
+    """Return whether forward-mode differentiation is at work."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
 def needs_plain_operators(tensor: Tensor) -> bool:
     """Return whether more is asked of an operation than its gradient by autograd.
 
@@ -39,7 +44,7 @@ def needs_plain_operators(tensor: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or bool(_functorch_is_active())
-        or getattr(forward_ad, "_current_level", 0) >= 0
+        or in_forward_mode()
         or (type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__"))
     )
 

@@ -48,7 +48,7 @@ def _did_you_mean(value: object, choices: tuple[str, ...]) -> str:
     return f": did you mean {meant[0]!r}?" if meant else ""
 
 
-def check_rows(name: str, rows: Mapping[str, object], names: Any) -> None:
+def check_rows(name: str, rows: Mapping[Any, object], names: Any) -> None:
     """Raise RuntimeError unless a table has a row for each name of a `Literal`, and no other."""
     if set(rows) != set(get_args(names)):
         odd = sorted(set(rows) ^ set(get_args(names)))

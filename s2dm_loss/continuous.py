@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
-from s2dm_loss._torch import is_traced
+from s2dm_loss._torch import is_traced, real_tensors
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.paths import (
     COEFFICIENTS,
@@ -252,7 +252,7 @@ class ContinuousSchedule:
         Each must be finite from `min_time` to the noise end, and its integral must be the change of
         the coefficient: a path that looks up a table has the derivative 0 and no error.
         """
-        with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+        with real_tensors():
             check_derivatives(repr(self), self._log_alpha_sigma, self.min_time, turned=self.data_at)
 
     def _times(self, t: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ def warn_if_not_straight(schedule: Schedule) -> None:
     """Warn if "flow", ε - x_0, is not the velocity of a continuous path: it is on straight ones."""
     if schedule.timesteps is not None:
         return
-    with torch.device("cpu"), torch.no_grad():
+    with real_tensors():
         t = since_data(schedule, torch.linspace(0, 1, PROBES, dtype=torch.float64)[1:-1])
         alpha, sigma = schedule.alpha_sigma(t)
         time = since_data(schedule, t)
@@ -305,7 +305,7 @@ def warn_if_not_straight(schedule: Schedule) -> None:
             f"prediction_type 'flow' is noise minus data, which on {schedule!r} is not the "
             "velocity dx_t/dt: if the network predicts that, use prediction_type='velocity'",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # whoever made the loss
         )
 
 

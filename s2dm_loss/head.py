@@ -14,7 +14,7 @@ copies, of which the head holds two at once, as `F.mse_loss` does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,12 +24,6 @@ from typing_extensions import override
 from s2dm_loss._torch import is_watched, needs_plain_operators, placed_like
 
 Reduction = Literal["mean", "sum", "none"]
-
-_REDUCE: dict[Reduction, Callable[[Tensor], Tensor]] = {
-    "mean": torch.mean,
-    "sum": torch.sum,
-    "none": lambda per_sample: per_sample,
-}
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 # Longest run of values that one float32 norm adds up. A CPU's norm adds in 8 lanes, one after the
@@ -43,42 +37,36 @@ def along(per_sample: Tensor, data: Tensor) -> Tensor:
 
 
 def weighted_square(
-    output: Tensor,
-    weight: Tensor,
-    *target: Tensor,
-    reduction: Reduction = "none",
+    output: Tensor, share: Tensor, slope: Tensor, *target: Tensor, per_sample: bool = False
 ) -> Tensor:
-    """Return weight · mean (output - Σ scale · data)² over the data axes, reduced over the batch.
+    """Return Σ share · (output - Σ scale · data)², over all axes or all but the batch.
 
     Args:
         output: Of shape [B, ...]; autograd gives its gradient without a second residual.
-        weight: [2, B], in the dtype of the result: the weight, and twice the weight, which is what
-            the gradient needs.
+        share: What each squared value counts, of shape [B], in the dtype of the result.
+        slope: Twice the share, which the gradient needs.
         target: Each scale, of shape [B] and in that dtype, and its data, shaped as `output`.
-        reduction: "mean" or "sum" over the batch, or "none" for shape [B].
+        per_sample: Whether the result has shape [B].
     """
     # Plain operators too where anything but the output needs a gradient, and for no data at all.
-    plain = needs_plain_operators(output) or weight.requires_grad or output.numel() == 0
+    plain = needs_plain_operators(output) or share.requires_grad or not output.numel()
     for tensor in target:  # in half the time of `any`
         plain = plain or tensor.requires_grad
-    if not plain:
-        return _WeightedSquare.apply(output, weight, target, reduction)  # type: ignore[no-untyped-call, no-any-return]
-    return _plain_weighted_square(
-        output, *placed_like(output, weight[0], *target), reduction=reduction
-    )
+    if plain:
+        return _plain_square(output, *placed_like(output, share, *target), per_sample=per_sample)
+    return _WeightedSquare.apply(output, share, slope, target, per_sample)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _plain_weighted_square(
-    output: Tensor, weight: Tensor, *target: Tensor, reduction: Reduction
-) -> Tensor:
+def _plain_square(output: Tensor, share: Tensor, *target: Tensor, per_sample: bool) -> Tensor:
     residual = output
     for scale, data in _pairs(target):
         # No `addcmul`: `torch.func.linearize` ends the process at one with a value.
         residual = residual - along(scale, data) * data
-    squares = residual.to(weight.dtype).square()
+    squares = residual.to(share.dtype).square()
     # No einops: a compiled loss would check at each call all that einops looks up.
-    per_sample = squares.mean(_data_axes(squares)) if squares.ndim > 1 else squares
-    return _REDUCE[reduction](weight * per_sample)
+    if squares.ndim > 1:
+        squares = squares.sum(tuple(range(1, squares.ndim)))
+    return share * squares if per_sample else (share * squares).sum()
 
 
 class _WeightedSquare(torch.autograd.Function):
@@ -95,25 +83,28 @@ class _WeightedSquare(torch.autograd.Function):
     @staticmethod
     @override
     def forward(
-        ctx: Any, output: Tensor, weight: Tensor, target: tuple[Tensor, ...], reduction: Reduction
+        ctx: Any,
+        output: Tensor,
+        share: Tensor,
+        slope: Tensor,
+        target: tuple[Tensor, ...],
+        per_sample: bool,
     ) -> Tensor:
-        residual = _residual(output, weight.dtype, target)
-        values = output.shape[1:].numel() * (len(output) if reduction == "mean" else 1)
-        share, slope = weight * (1 / values)
+        residual = _residual(output, share.dtype, target)
         # The residual is no saved tensor, since it is there to be overwritten. A second backward
         # through the same graph makes it again from the saved ones.
         ctx.residual, ctx.slope, ctx.dtype = residual, slope, output.dtype
         ctx.save_for_backward(output, slope, *target)
         squares = _piece_norms(residual).square() * share.unsqueeze(1)
-        return squares.sum(1) if reduction == "none" else squares.sum()
+        return squares.sum(1) if per_sample else squares.sum()
 
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
+        residual = ctx.residual
         # Compiled autograd has one graph for every call, which knows saved tensors alone.
-        residual = None if torch.compiler.is_compiling() else ctx.residual
-        if residual is None or torch.is_grad_enabled():
+        if residual is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             output, slope, *target = ctx.saved_tensors
             gradient = _residual(output, slope.dtype, target) * along(grad * slope, output)
         else:
@@ -124,7 +115,10 @@ class _WeightedSquare(torch.autograd.Function):
             except RuntimeError:
                 # Several gradients at once (`is_grads_batched`) do not fit into one residual.
                 gradient = residual * factor
-        return gradient.to(ctx.dtype), None, None, None
+        return gradient if gradient.dtype == ctx.dtype else gradient.to(ctx.dtype), *_NONE
+
+
+_NONE = (None,) * 4
 
 
 def _residual(output: Tensor, dtype: torch.dtype, target: Sequence[Tensor]) -> Tensor:
@@ -144,20 +138,20 @@ def _residual(output: Tensor, dtype: torch.dtype, target: Sequence[Tensor]) -> T
 
 def _piece_norms(values: Tensor) -> Tensor:
     """Return the norms of each sample's pieces, of shape [B, pieces]."""
-    batch, count = len(values), values.shape[1:].numel()
+    count = values.shape[1:].numel()
+    piece = _piece_length(count)
+    pieces, rest = divmod(count, piece)
     if not values.is_contiguous():
         # A sum is the same in the order in which memory has the values.
-        values = values.permute(0, *sorted(_data_axes(values), key=values.stride, reverse=True))
-    values = values.reshape(batch, count)
-    piece = _piece_length(count)
-    rest = count % piece
-    norms = torch.linalg.vector_norm(
-        values[:, : count - rest].view(batch, count // piece, piece), dim=2
-    )
-    if rest:
-        last = torch.linalg.vector_norm(values[:, count - rest :], dim=1, keepdim=True)
-        norms = torch.cat([norms, last], dim=1)
-    return norms
+        axes = sorted(range(1, values.ndim), key=values.stride, reverse=True)
+        values = values.permute(0, *axes).reshape(values.shape[0], count)
+    if not rest:
+        norms: Tensor = torch.linalg.vector_norm(values.view(-1, pieces, piece), dim=2)
+        return norms
+    values = values.reshape(-1, count)
+    last = torch.linalg.vector_norm(values[:, count - rest :], dim=1, keepdim=True)
+    values = values[:, : count - rest].view(-1, pieces, piece)
+    return torch.cat([torch.linalg.vector_norm(values, dim=2), last], dim=1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -170,7 +164,3 @@ def _piece_length(count: int) -> int:
 def _pairs(target: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     # Not one iterator twice, which torch 2.4's compiler pairs wrongly.
     return zip(target[::2], target[1::2], strict=True)
-
-
-def _data_axes(data: Tensor) -> tuple[int, ...]:
-    return tuple(range(1, data.ndim))

@@ -9,7 +9,7 @@ and put on the data by `head`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -217,7 +217,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         check_per_sample("t", t, "x0", x0)
         self.schedule.check_timesteps(t)
         noise = draw_like(x0, generator) if noise is None else check_like("noise", noise, "x0", x0)
-        rows = self._table.rows(t, _loss_dtype(x0, noise))
+        rows = self._table.rows(t, _loss_dtype(x0, noise), self._mean_of(x0))
         alpha, sigma = (self._table.row(rows, name) for name in ("alpha", "sigma"))
         a, b = placed_like(x0, alpha, sigma)
         x_t = (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
@@ -274,7 +274,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         if weights is not None:
             check_per_sample("weights", weights, "target", target)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        rows = self._table.rows(t, _loss_dtype(output, target, x_t))
+        rows = self._table.rows(t, _loss_dtype(output, target, x_t), self._mean_of(output))
         regressed = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
         return self._loss(output, rows, regressed, weights)
 
@@ -308,7 +308,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         rows = self._table.rows(t, _loss_dtype(target, x_t))
         parts = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
         terms = [along(s, data) * data for s, data in zip(parts[::2], parts[1::2], strict=True)]
-        return RegressionTarget(sum(terms[1:], start=terms[0]).to(rows.dtype), rows[0])
+        return RegressionTarget(sum(terms[1:], start=terms[0]).to(rows[0].dtype), rows[0])
 
     def terms(
         self, eps_hat: Tensor, noise: Tensor, t: Tensor, *, skip_noise: Tensor | None = None
@@ -336,7 +336,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
             )
         self._table.check_data(noise, t, None, "noise")
         check_like("eps_hat", eps_hat, "noise", noise)
-        if self._table.has("on_skip_noise") and skip_noise is None:
+        if self._table.draws and skip_noise is None:
             raise ValueError(f"skip_noise must be given with the estimator {self.estimator!r}")
         xi = self._table.skip_noise(skip_noise, "noise", noise, None)
         at_t = self._table.terms(t, _loss_dtype(eps_hat, noise))
@@ -351,11 +351,19 @@ class SkipStepLoss(FixedSettings, TabledModule):
         self.schedule.check_timesteps(t)
         return self._table.coefficients_at(t)
 
+    def _mean_of(self, data: Tensor) -> int:
+        """Return how many values of `data` the loss is a mean of."""
+        return data.numel() if self.reduction == "mean" else data.shape[1:].numel()
+
     def _loss(
-        self, output: Tensor, rows: Tensor, target: list[Tensor], weights: Tensor | None
+        self, output: Tensor, rows: Sequence[Tensor], target: list[Tensor], weights: Tensor | None
     ) -> Tensor:
-        weight = rows[:2] if weights is None else rows[:2] * whole(weights).to(rows.dtype)
-        return weighted_square(output, weight, *target, reduction=self.reduction)
+        share, slope = rows[:2]
+        if weights is not None:
+            weights = whole(weights).to(share.dtype)
+            share, slope = share * weights, slope * weights
+        per_sample = self.reduction == "none"
+        return weighted_square(output, share, slope, *target, per_sample=per_sample)
 
     @override
     def _copy_tables(self, device: torch.device) -> None:

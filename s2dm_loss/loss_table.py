@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from s2dm_loss._torch import real_tensors
+from s2dm_loss._torch import is_traced, real_tensors
 from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
 from s2dm_loss.coefficients import (
     Coefficients,
@@ -18,7 +19,7 @@ from s2dm_loss.coefficients import (
     loss_rows,
     output_weights,
 )
-from s2dm_loss.prediction import Path, PredictionType
+from s2dm_loss.prediction import PathPoint, PredictionType
 from s2dm_loss.schedule import Schedule, drawn_by, wide_dtype
 from s2dm_loss.skip_set import SkipSet
 from s2dm_loss.tables import TimeTable
@@ -30,7 +31,12 @@ _NOT_TRAINED = 1e-6
 
 
 class LossTable:
-    """The table of a loss; the settings are those of `SkipStepLoss`."""
+    """The table of a loss; the settings are those of `SkipStepLoss`.
+
+    Attributes:
+        reads_input: Whether the regression target needs x_t: the output holds data.
+        draws: Whether the estimator draws a noise.
+    """
 
     def __init__(
         self,
@@ -62,24 +68,32 @@ class LossTable:
                 self._check_weighting(weighting, times if timesteps is None else timesteps)
         filled = [name for name, value in row._asdict().items() if value is not None]
         self._columns = {name: index for index, name in enumerate(filled)}
-        self._rows = TimeTable(
-            lambda t: [value for value in self._rows_at(t) if value is not None], timesteps
-        )
+        self.reads_input: bool = "on_input" in filled
+        self.draws: bool = "on_skip_noise" in filled
+        self._rows = TimeTable(self._filled_rows_at, timesteps)
         self._terms = TimeTable(self._terms_at, timesteps)
+        self._divided: dict[int, TimeTable] = {}
 
-    def rows(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the filled rows at times [B], [K, B] in `dtype`; 0 is the weight, 1 the slope."""
-        return self._rows.at(t, dtype)
+    def rows(self, t: Tensor, dtype: torch.dtype, values: int = 1) -> Sequence[Tensor]:
+        """Return the rows that this loss has at times [B], each of shape [B] and in `dtype`.
 
-    def has(self, name: str) -> bool:
-        """Return whether a field of `LossRows` is one that this loss has."""
-        return name in self._columns
+        The first two are weight and slope, divided by `values`.
+        """
+        if self._rows.is_continuous or is_traced():
+            weight, slope, *rows = self._rows.at(t, dtype).unbind(0)
+            return weight / values, slope / values, *rows
+        table = self._divided.get(values)
+        if table is None:
+            # A division at each call costs time, and a training meets few numbers of values.
+            table = self._rows.scaled([1 / values if values else math.inf] * 2)
+            self._divided = {**self._divided, values: table} if len(self._divided) < 64 else {}
+        return table.at(t, dtype).unbind(0)
 
-    def row(self, rows: Tensor, name: str) -> Tensor:
+    def row(self, rows: Sequence[Tensor], name: str) -> Tensor:
         """Return a field of `LossRows` out of `rows`."""
         return rows[self._columns[name]]
 
-    def target(self, rows: Tensor, **parts: Tensor | None) -> list[Tensor]:
+    def target(self, rows: Sequence[Tensor], **parts: Tensor | None) -> list[Tensor]:
         """Return scale and data in turn, of each part of a target that this loss has."""
         target: list[Tensor] = []
         for name, data in parts.items():
@@ -116,7 +130,7 @@ class LossTable:
         self._schedule.check_timesteps(t)
         if x_t is not None:
             check_like("x_t", x_t, name, target)
-        elif self.has("on_input"):
+        elif self.reads_input:
             raise ValueError(
                 f"x_t must be given for prediction_type {self._prediction_type!r}, whose target "
                 "holds data, got None: from_output(output, target, t, x_t)"
@@ -130,16 +144,16 @@ class LossTable:
         generator: torch.Generator | None,
     ) -> Tensor | None:
         """Return ξ where the estimator draws one, drawn if it is not given, and None elsewhere."""
-        if not self.has("on_skip_noise"):
-            if skip_noise is not None:
-                raise ValueError(
-                    "skip_noise belongs to an estimator that draws it, 'fresh', got it with "
-                    f"{self._estimator!r}"
-                )
-            return None
-        if skip_noise is None:
-            return draw_like(like, generator)
-        return check_like("skip_noise", skip_noise, like_name, like)
+        if self.draws:
+            if skip_noise is None:
+                return draw_like(like, generator)
+            return check_like("skip_noise", skip_noise, like_name, like)
+        if skip_noise is not None:
+            raise ValueError(
+                "skip_noise belongs to an estimator that draws it, 'fresh', got it with "
+                f"{self._estimator!r}"
+            )
+        return None
 
     def _coefficients(self, t: Tensor) -> Coefficients:
         return coefficients(
@@ -157,21 +171,24 @@ class LossTable:
         return loss_rows(
             self._coefficients(t),
             self._prediction_type,
-            Path.at(self._schedule, t),
+            PathPoint.at(self._schedule, t),
             weighting=self._weighting,
             normalize=self._normalize,
         )
+
+    def _filled_rows_at(self, t: Tensor) -> list[Tensor]:
+        return [value for value in self._rows_at(t) if value is not None]
 
     def _terms_at(self, t: Tensor) -> tuple[Tensor, ...]:
         at_t = self._coefficients(t)
         weight = torch.ones_like(at_t.c2)
         if self._weighting is not None:
-            weight = output_weights(self._weighting, "epsilon", Path.at(self._schedule, t))
+            weight = output_weights(self._weighting, "epsilon", PathPoint.at(self._schedule, t))
         return at_t.tau, at_t.c, at_t.c2, weight
 
     def _check_weighting(self, weighting: Callable[[Tensor], Tensor], times: Tensor) -> None:
         """Raise on weights that cannot train; warn of a last timestep that they leave out."""
-        path = Path.at(self._schedule, times)
+        path = PathPoint.at(self._schedule, times)
         weights = output_weights(weighting, self._prediction_type, path)
         check_weights(weights)
         left_out = (path.a == 0) & (weights < _NOT_TRAINED)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from typing_extensions import override
 
+from s2dm_loss._torch import in_forward_mode, real_tensors
 from s2dm_loss.checks import describe
 from s2dm_loss.schedule import log_one_minus_exp
 
@@ -120,7 +120,7 @@ class FlowPath(Path):
 
 def probed(path: Callable[[Tensor], Any], name: str, what: str) -> list[Tensor]:
     """Return the two values of a path at times from 0 to 1, float64, or say what is wrong."""
-    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+    with real_tensors():
         t = torch.linspace(0, 1, PROBES, dtype=torch.float64)
         values = path(t)
     pair = isinstance(values, (tuple, list)) and len(values) == 2
@@ -180,7 +180,7 @@ def derivatives_of(path: PathFunction, times: Tensor) -> tuple[Tensor, Tensor]:
 
 def _derivatives(path: PathFunction, times: Tensor) -> tuple[Tensor, Tensor]:
     """Return the derivatives of a path's two values, each a function of its own time alone."""
-    if getattr(forward_ad, "_current_level", -1) >= 0:  # a second forward mode cannot be nested
+    if in_forward_mode():  # which cannot be nested
         pull: Any = torch.func.vjp(path, times)[1]
         one, zero = torch.ones_like(times), torch.zeros_like(times)
         return pull((one, zero))[0].detach(), pull((zero, one))[0].detach()

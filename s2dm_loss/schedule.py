@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import Self, override
 
 from s2dm_loss.checks import as_float64, check_all, check_count, check_number, describe
+from s2dm_loss.noise_tables import read_alphas_cumprod, read_betas, read_log_snr, read_sigmas
 from s2dm_loss.tables import read_table
 
 
@@ -167,15 +168,7 @@ class NoiseSchedule:
 
         The last may be 1, which leaves no signal (zero terminal SNR).
         """
-        table = as_float64("betas", betas)
-        if len(table) >= _TELLING_LENGTH and table[0] > 0.5 and bool((table.diff() < 0).all()):
-            raise ValueError(
-                f"betas must be the β of each timestep, got values that fall from {table[0]:.3g} "
-                f"to {table[-1]:.3g}, which look like ᾱ: from_alphas_cumprod takes them"
-            )
-        good = (table > 0) & (table < 1)
-        good[-1:] |= table[-1:] == 1
-        check_all("betas", table, good, "lie in (0, 1), the last in (0, 1]")
+        table = read_betas(betas)
         return cls(_log_alphas_cumprod(table), name=f"NoiseSchedule.from_betas([{len(table)}])")
 
     @classmethod
@@ -185,21 +178,13 @@ class NoiseSchedule:
         A float32 table is accepted, and its rounding kept: where the β are at hand,
         `from_betas` in float64 is more exact.
         """
-        table = as_float64("alphas_cumprod", alphas_cumprod)
-        check_all("alphas_cumprod", table, (table >= 0) & (table <= 1), "lie in [0, 1]")
-        _check_direction("alphas_cumprod", table, falls=True)
-        if len(table) >= _WHOLE and table[-1] > 0.9:
-            raise ValueError(
-                "alphas_cumprod must fall towards 0, got a table that ends at "
-                f"{table[-1]:.3g}, which looks like 1 - β of each timestep: its `cumprod(0)` is ᾱ"
-            )
+        table = read_alphas_cumprod(alphas_cumprod)
         return cls(table.log(), name=f"NoiseSchedule.from_alphas_cumprod([{len(table)}])")
 
     @classmethod
     def from_log_snr(cls, log_snr: Any) -> Self:
         """Build from log(ᾱ_t / (1 - ᾱ_t)), a strictly decreasing sequence of shape [T]."""
-        table = as_float64("log_snr", log_snr)
-        _check_direction("log_snr", table, falls=True)
+        table = read_log_snr(log_snr)
         return cls(F.logsigmoid(table), name=f"NoiseSchedule.from_log_snr([{len(table)}])")
 
     @classmethod
@@ -210,15 +195,7 @@ class NoiseSchedule:
         that of the variance-preserving process of equal signal-to-noise ratio, 1 / (1 + σ²). A
         sampler's own list runs the other way and ends in 0: `sigmas[:-1].flip(0)`.
         """
-        table = as_float64("sigmas", sigmas)
-        check_all("sigmas", table, (table > 0) & table.isfinite(), "be positive and finite")
-        _check_direction("sigmas", table, falls=False)
-        if len(table) >= _WHOLE and table[-1] <= 1:
-            raise ValueError(
-                "sigmas must be those of x_0 + σ ε, got a table of values that never exceed 1, "
-                "which look like √(1-ᾱ), or like the times of flow matching: from_alphas_cumprod "
-                "takes ᾱ, and ContinuousSchedule.flow() has no table"
-            )
+        table = read_sigmas(sigmas)
         return cls(
             F.logsigmoid(-2 * table.log()),
             unit_alpha=True,
@@ -271,7 +248,9 @@ class NoiseSchedule:
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise TypeError(
                 f"t must hold integer timesteps in [0, {self.num_train_timesteps}), got "
-                f"{describe(t)}"
+                f"{describe(t)}: whole numbers go in as `t.long()`, and a trainer's "
+                f"t / {self.num_train_timesteps} as `({self.num_train_timesteps} * "
+                "t).round().long()`"
             )
 
     def log_alphas_cumprod_at(self, t: Tensor) -> Tensor:
@@ -356,26 +335,6 @@ def check_schedule(schedule: object) -> Schedule:
             "scheduler s2dm_loss.adapters.diffusers.schedule_of gives it in float64"
         )
     raise TypeError(f"schedule must be a NoiseSchedule or another Schedule, got {came}: {cure}")
-
-
-# From this length on, numbers in (0, 1) that fall from above one half are taken for ᾱ.
-_TELLING_LENGTH = 10
-# From this length on a table is a whole schedule, which goes on to noise.
-_WHOLE = 100
-
-
-def _check_direction(name: str, table: Tensor, *, falls: bool) -> None:
-    """Raise ValueError unless a table falls, or rises, strictly with t."""
-    steps = table.diff() if falls else -table.diff()
-    verb = "decrease" if falls else "increase"
-    if len(table) > 1 and bool((steps > 0).all()):
-        other = "increases" if falls else "decreases"
-        raise ValueError(
-            f"{name} must {verb} strictly with t, got a table that {other}: turn it round, "
-            f"`{name}.flip(0)`"
-            + (", or, if it holds β, use from_betas" if name == "alphas_cumprod" else "")
-        )
-    check_all(name, table, F.pad(steps < 0, (1, 0), value=True), f"{verb} strictly with t")
 
 
 def _linspace(start: float, end: float, count: int) -> Tensor:

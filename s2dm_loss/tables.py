@@ -7,6 +7,7 @@ copies of it, and a copy is kept only if it is a real tensor, made under no tran
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,10 +102,26 @@ class TimeTable:
         Raises:
             ValueError: if a timestep lies outside the table; see `read_table`.
         """
-        t = whole(t)
+        if type(t) is not Tensor:
+            t = whole(t)
         if self._table is None:
             return torch.stack([value.to(dtype) for value in self._functions(t)])
         return read_table(self._table.on(t.device, dtype), t)
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether nothing is kept and the functions are called."""
+        return self._table is None
+
+    def scaled(self, factors: Sequence[float]) -> TimeTable:
+        """Return a kept table whose first rows are multiplied by `factors`."""
+        scaled = copy.copy(self)
+        if self._table is not None:
+            with real_tensors():
+                source = self._table.source.clone()
+                source[: len(factors)] *= torch.tensor(factors, dtype=source.dtype).unsqueeze(1)
+            scaled._table = DeviceCopies(source)
+        return scaled
 
     def copy_to(self, device: torch.device) -> None:
         """Have the float32 copy ready on a device."""

@@ -37,8 +37,9 @@ def loss_terms(
     zeta = estimator.on_noise * noise
     if skip_noise is not None:
         zeta = zeta + estimator.on_skip_noise * skip_noise
-    # mean (c ε̂ - ζ)²; of several skips, c and c² are means.
-    skip = c2 * _mean(eps_hat.square()) - 2 * c * _mean(eps_hat * zeta) + _mean(zeta.square())
+    # mean (c ε̂ - ζ)²; of several skips, c and c² are means. Beside an infinite c² nothing counts.
+    cross = torch.where(c.isinf(), 0.0, 2 * c) * _mean(eps_hat * zeta)
+    skip = c2 * _mean(eps_hat.square()) - cross + _mean(zeta.square())
     skip = weight * torch.where(tau < 1, skip + estimator.unseen_variance, 0.0)
     simple = weight * _mean((eps_hat - noise).square())
     return LossTerms(simple, skip, tau, tau * simple + (1 - tau) * skip)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from s2dm_loss.checks import describe
-from s2dm_loss.schedule import Schedule, drawn_by, wide_dtype
+from s2dm_loss.schedule import Schedule, drawn_by, since_data, wide_dtype
 
 TimestepsName = Literal["uniform", "stratified"]
 TIMESTEPS: tuple[TimestepsName, ...] = get_args(TimestepsName)
@@ -82,8 +82,9 @@ def draw(
     for name, value in (("t", t), ("weights", weights)):
         if name == "weights" and value is None:
             continue
-        shaped = isinstance(value, Tensor) and value.shape == (batch_size,)
-        if not shaped or value.device != t.device:
+        if not (
+            isinstance(value, Tensor) and value.shape == (batch_size,) and value.device == t.device
+        ):
             raise ValueError(
                 f"timesteps must return t or (t, weights), tensors of shape ({batch_size},) on "
                 f"one device, got {name} = {describe(value)}"
@@ -95,6 +96,8 @@ def draw(
 def times_at(schedule: Schedule, u: Tensor) -> Tensor:
     """Map u in [0, 1), uniform there, to times that are uniform on what the schedule draws.
 
+    A small u is near the data, at whichever end of time they lie.
+
     Returns:
         Times of the shape of u: int64 on a discrete schedule, else float32.
     """
@@ -105,7 +108,7 @@ def times_at(schedule: Schedule, u: Tensor) -> Tensor:
     first: float = getattr(schedule, "min_time", 0.0)
     # The largest float32 below 1, which rounding would exceed.
     u = u.to(torch.float32).clamp(max=1 - 2**-24)
-    return first + (1 - first) * u
+    return since_data(schedule, first + (1 - first) * u)
 
 
 def _stratified(

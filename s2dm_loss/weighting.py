@@ -89,7 +89,7 @@ class WeightingRow(NamedTuple):
     """
 
     formula: Callable[..., Tensor]
-    default: _Named
+    default: Callable[[Tensor], Tensor]
 
 
 WEIGHTINGS: dict[WeightingName, WeightingRow] = {

@@ -51,11 +51,45 @@ def timesteps(size: int, count: int, seed: int) -> torch.Tensor:
     return torch.randint(size, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+def beside(per_sample: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """One value a sample, with the data's rank."""
+    return per_sample.reshape(-1, *[1] * (data.ndim - 1))
+
+
+def mean_of_squares(values: torch.Tensor) -> torch.Tensor:
+    """The mean square of each sample."""
+    return (values**2).reshape(len(values), values.shape[1:].numel()).mean(1)
+
+
+def drawn(estimator: str, xi: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The noise that an estimator draws, as an argument."""
+    return {"skip_noise": xi} if estimator == "fresh" and xi is not None else {}
+
+
+def loss_and_gradient(function, output):
+    """The value, and the gradient of its sum by the output."""
+    leaf = output.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    loss = function(leaf)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), gradient
+
+
+def excess_over_least(two_terms, eps_hat):
+    """How far a quadratic of each sample lies above its minimum, and its gradient at ε̂.
+
+    By gradients at two places alone: L(ε̂) = A mean (ε̂ - best)² + what is left at `best`.
+    """
+    (_, here), (_, there) = (loss_and_gradient(two_terms, x) for x in (eps_hat, eps_hat + 1))
+    count = eps_hat[0].numel()
+    big_a = (there - here).flatten(1).sum(1) / 2 if eps_hat.ndim > 1 else (there - here) / 2
+    return mean_of_squares(here) * count**2 / (4 * big_a), here
+
+
 def targets_of(x0, eps, a, b):
     """What a perfect network of each type puts out, by the definitions."""
     return {
         "epsilon": eps,
-        "v_prediction": a * eps - b * x0,
+        "v_prediction": (a * eps - b * x0) / (a**2 + b**2) ** 0.5,
         "sample": x0,
         "flow": eps - x0,
         "score": -eps / b,

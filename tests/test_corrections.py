@@ -2,25 +2,21 @@
 
 import copy
 import pickle
-from collections import namedtuple
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from s2dm_loss import (
-    ContinuousSchedule,
+from s2dm_loss import ContinuousSchedule, NoiseSchedule
+from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
+from s2dm_loss.sampling import (
     Correction,
     EpsilonScaling,
-    NoiseSchedule,
     PredictionScaling,
     ScaledModel,
     ScoreRescaling,
     SkipGain,
     StartScaling,
-    epsilon_from_output,
-    output_from_epsilon,
     standard_corrections,
 )
 
@@ -151,57 +147,6 @@ def test_pure_noise_stays_as_it_is(prediction_type):
     assert not torch.equal(scaled[1], output[1])
 
 
-Plain = namedtuple("Plain", "prediction extra")
-Named = namedtuple("Named", "extra sample")
-
-
-@dataclass
-class Output:
-    sample: torch.Tensor
-    other: str = "kept"
-
-
-def test_outputs_come_back_as_they_came():
-    x_t, out = torch.randn(2, 4, 3)
-    kinds = {
-        "tensor": (out, lambda got: got),
-        "tuple": ((out, 7), lambda got: got[0]),
-        "list": ([out, 7], lambda got: got[0]),
-        "named": (Plain(out, 7), lambda got: got.prediction),
-        "named sample": (Named(7, out), lambda got: got.sample),
-        "object": (Output(out), lambda got: got.sample),
-    }
-    for output, read in kinds.values():
-        got = ScaledModel(Fixed(output), LINEAR, half)(x_t, TIMES)
-        assert type(got) is type(output)
-        assert torch.equal(read(got), 0.5 * out)
-        if isinstance(got, Named):
-            assert got.extra == 7
-        if isinstance(got, Output):
-            assert got.other == "kept"
-            assert torch.equal(output.sample, out)  # the model's own is left alone
-
-
-def test_a_learned_variance_is_left_alone():
-    x_t, mean, variance = torch.randn(3, 4, 3, 2)
-    got = ScaledModel(Fixed(torch.cat([mean, variance], 1)), LINEAR, half)(x_t, TIMES)
-    assert torch.equal(got, torch.cat([0.5 * mean, variance], 1))
-
-
-def test_times_of_a_sampling_loop():
-    x_t, out = torch.randn(2, 4, 3)
-    correction = SkipGain(LINEAR, [99])
-    model = correction.correct_model(Fixed(out), 99)
-    expected = correction.scale(torch.tensor([500]), 99).float() * out
-    for t in (500, torch.tensor(500), torch.tensor([500]), 499.7, torch.full((4,), 500)):
-        torch.testing.assert_close(model(x_t, t), expected)
-
-
-def test_the_dtype_is_the_models():
-    x_t = torch.randn(4, 3, dtype=torch.bfloat16)
-    assert ScaledModel(Fixed(x_t), LINEAR, half)(x_t, TIMES).dtype == torch.bfloat16
-
-
 def test_models_and_corrections_can_be_copied_and_kept():
     x_t = torch.randn(4, 3)
     for correction in standard_corrections(LINEAR):
@@ -264,13 +209,3 @@ def test_strengths_may_come_from_an_iterator():
 def test_a_bad_argument_is_named(make, error, said):
     with pytest.raises(error, match=said):
         make()
-
-
-def test_a_bad_call_is_named():
-    x_t = torch.randn(4, 3, 2)
-    with pytest.raises(ValueError, match="model output must have the shape of x_t"):
-        ScaledModel(Fixed(torch.zeros(4, 5, 2)), LINEAR, half)(x_t, TIMES)
-    with pytest.raises(ValueError, match="t must have shape"):
-        ScaledModel(Fixed(x_t), LINEAR, half)(x_t, TIMES[:2])
-    with pytest.raises(ValueError, match="t must have shape"):
-        ScaledModel(Fixed(x_t), LINEAR, half)(x_t, TIMES[:, None])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, coefficients
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
+from s2dm_loss.coefficients import coefficients
 from s2dm_loss.schedule import check_schedule
 
 MAKERS = {

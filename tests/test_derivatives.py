@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss, coefficients
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
+from s2dm_loss.coefficients import coefficients
 from s2dm_loss.continuous import check_velocity, warn_if_not_straight
 
 T = torch.linspace(0, 1, 41, dtype=torch.float64)

@@ -6,59 +6,64 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2dm_loss import NoiseSchedule, SkipStepLoss, skip_step_loss
+from s2dm_loss import NoiseSchedule, SkipStepLoss
 
 CASES = json.loads((Path(__file__).parent / "data" / "released_loss.json").read_text())["cases"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"k{c['skip']}-{c['dtype']}")
-@pytest.mark.parametrize("form", ["module", "function"])
-def test_fresh_estimator_is_the_released_loss(case, form):
-    dtype = getattr(torch, case["dtype"])
+class Case:
+    """One case's tensors, in its own type."""
 
-    def tensor(name):
-        return torch.tensor(case[name], dtype=dtype).reshape(case["shape"])
-
-    eps_hat, t = tensor("model_output").requires_grad_(), torch.tensor(case["timesteps"])
-    options = {"skip_set": case["skip"], "tau": case["tau"], "estimator": "fresh"}
-    schedule = NoiseSchedule.linear(1000)
-    skip_noise = tensor("skip_noise")
-    if form == "module":
-        criterion = SkipStepLoss(schedule, **options)
-        loss = criterion.from_prediction(eps_hat, tensor("noise"), t, skip_noise=skip_noise)
-    else:
-        loss = skip_step_loss(
-            eps_hat, tensor("noise"), t, schedule=schedule, skip_noise=skip_noise, **options
+    def __init__(self, case):
+        self.case, self.dtype = case, getattr(torch, case["dtype"])
+        self.t = torch.tensor(case["timesteps"])
+        self.criterion = SkipStepLoss(
+            NoiseSchedule.linear(1000), case["skip"], tau=case["tau"], estimator="fresh"
         )
-    (grad,) = torch.autograd.grad(loss, eps_hat)
 
-    expected = tensor("grad_model_output")
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    assert (grad - expected).norm() <= tolerance * expected.norm()
-    assert (grad - expected).abs().max() <= tolerance * expected.abs().max()
-    assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
+    def __getitem__(self, name):
+        return torch.tensor(self.case[name], dtype=self.dtype).reshape(self.case["shape"])
+
+    def check_gradient(self, loss, leaf):
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        expected = self["grad_model_output"]
+        tolerance = 1e-12 if self.dtype == torch.float64 else 1e-6
+        assert (gradient - expected).norm() <= tolerance * expected.norm()
+        assert (gradient - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("case", CASES[:3], ids=lambda c: f"k{c['skip']}")
-def test_forward_makes_the_released_x_t(case):
-    def tensor(name):
-        return torch.tensor(case[name], dtype=torch.float64).reshape(case["shape"])
+@pytest.fixture(params=CASES, ids=lambda case: f"k{case['skip']}-{case['dtype']}")
+def released(request):
+    return Case(request.param)
 
-    seen = {}
+
+def test_the_loss_has_the_released_gradient(released):
+    leaf = released["model_output"].requires_grad_()
+    loss = released.criterion.from_output(
+        leaf, released["noise"], released.t, skip_noise=released["skip_noise"]
+    )
+    released.check_gradient(loss, leaf)
+
+
+def test_the_terms_have_the_released_value_and_gradient(released):
+    leaf = released["model_output"].requires_grad_()
+    total = released.criterion.terms(
+        leaf, released["noise"], released.t, skip_noise=released["skip_noise"]
+    ).total.mean()
+    assert total.item() == pytest.approx(released.case["loss"], rel=1e-6)
+    released.check_gradient(total, leaf)
+
+
+def test_the_whole_step_makes_the_released_x_t_and_gradient(released):
+    seen, leaf = {}, released["model_output"].requires_grad_()
 
     def model(x_t, t):
         seen["x_t"], seen["t"] = x_t, t
-        return tensor("model_output")
+        return leaf
 
-    criterion = SkipStepLoss(NoiseSchedule.linear(1000), case["skip"], estimator="fresh")
-    loss = criterion(
-        model,
-        tensor("x0"),
-        t=torch.tensor(case["timesteps"]),
-        noise=tensor("noise"),
-        skip_noise=tensor("skip_noise"),
-    )
+    data = {name: released[name] for name in ("noise", "skip_noise")}
+    loss = released.criterion(model, released["x0"], t=released.t, **data)
     # The released code computes its schedule in float32.
-    torch.testing.assert_close(seen["x_t"], tensor("x_t"), rtol=1e-5, atol=1e-6)
-    assert seen["t"].tolist() == case["timesteps"]
-    assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
+    torch.testing.assert_close(seen["x_t"], released["x_t"], rtol=1e-5, atol=1e-6)
+    assert torch.equal(seen["t"], released.t)
+    released.check_gradient(loss, leaf)

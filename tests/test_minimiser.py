@@ -70,7 +70,7 @@ def test_skip_step_loss_learns_it_times_s(estimator, normalize):
 
     def loss_of(eps_hat, noise, t, zeta):
         given_zeta = {"skip_noise": zeta} if estimator == "fresh" else {}
-        return criterion.from_prediction(eps_hat, noise, t, **given_zeta)
+        return criterion.from_output(eps_hat, noise, t, **given_zeta)
 
     c2 = c2_of_skip()
     skip = torch.where(TIMES >= K, 1 - TAU, 0.0)
@@ -97,7 +97,7 @@ def test_stochastic_training_with_fresh_noise_lands_there_too():
         x_t = bar.sqrt() * VARIANCE**0.5 * x0 + (1 - bar).sqrt() * noise
         optimizer.zero_grad()
         eps_hat = weights.repeat_interleave(500)[:, None] * x_t
-        criterion.from_prediction(eps_hat, noise, t, generator=generator).backward()
+        criterion.from_output(eps_hat, noise, t, generator=generator).backward()
         optimizer.step()
         scheduler.step()
     s = TAU / (TAU + (1 - TAU) * c2_of_skip())

@@ -7,15 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from s2dm_loss import (
-    ContinuousSchedule,
-    NoiseSchedule,
-    ScaledModel,
-    SkipStepLoss,
-    coefficients,
-    epsilon_from_output,
-    gain,
-)
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, gain
+from s2dm_loss.prediction import epsilon_from_output
+from s2dm_loss.sampling import ScaledModel
 from tests.strategies import normal, targets_of
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -188,7 +182,7 @@ def test_a_trained_network_and_a_shrunk_one_are_the_same(kind, weak):
     for k in (9, 99):
         shrunk = ScaledModel.with_gain(Perfect(), schedule, k, prediction_type=kind)
         criterion = SkipStepLoss(schedule, k, prediction_type=kind)
-        taught = criterion.regression_target(target, x_t, t).target
+        taught = criterion.regression_target(target, t, x_t).target
         torch.testing.assert_close(shrunk(x_t, t), taught, rtol=1e-9, atol=1e-9)
 
 
@@ -229,8 +223,8 @@ def test_continuous_time():
 def test_computes_the_gain_once_however_many_sampling_steps(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "s2dm_loss.output.coefficients",
-        lambda *a, **k: calls.append(k["t"]) or coefficients(*a, **k),
+        "s2dm_loss.sampling.scaled_model.gain",
+        lambda *a, **k: calls.append(k["t"]) or gain(*a, **k),
     )
     shrunk, x_t = ScaledModel.with_gain(Model(), LINEAR, 99), torch.ones(2, 3, dtype=torch.float64)
     checked_at_construction = len(calls)

@@ -9,15 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from s2dm_loss import (
-    ContinuousSchedule,
-    NoiseSchedule,
-    ScaledModel,
-    Schedule,
-    SkipSet,
-    SkipStepLoss,
-    coefficients,
-)
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
+from s2dm_loss.coefficients import coefficients
+from s2dm_loss.schedule import Schedule
 from tests.strategies import betas
 
 PATHS = {
@@ -414,7 +408,7 @@ def test_a_table_of_something_else_or_the_other_way_round(call, message):
 )
 def test_what_is_no_schedule_is_sent_to_its_constructor(schedule, message):
     for make in (
-        lambda: SkipStepLoss(schedule),
+        lambda: SkipStepLoss(schedule, 9),
         lambda: coefficients(schedule, 9),
         lambda: ScaledModel.with_gain(torch.nn.Identity(), schedule, 9),
     ):
@@ -425,17 +419,15 @@ def test_what_is_no_schedule_is_sent_to_its_constructor(schedule, message):
 
 def test_what_else_is_easily_given_in_the_wrong_place():
     x, t = torch.zeros(2, 3), torch.tensor([1, 2])
-    criterion = SkipStepLoss(NoiseSchedule.linear(1000))
+    criterion = SkipStepLoss(NoiseSchedule.linear(1000), 9)
     with pytest.raises(TypeError, match=r"SkipSet\.from_timesteps"):
         SkipStepLoss(NoiseSchedule.linear(1000), torch.tensor([999, 500, 0]))
-    with pytest.raises(TypeError, match=r"goes to `from_prediction\(eps_hat, noise, t\)`"):
+    with pytest.raises(TypeError, match=r"goes to `from_output\(output, target, t, x_t\)`"):
         criterion(x, x, t)
-    with pytest.raises(ValueError, match="noise requires grad and eps_hat does not"):
-        criterion.from_prediction(x, x.clone().requires_grad_(), t)
     with pytest.raises(ValueError, match="target requires grad and output does not"):
-        criterion.from_output(x, x.clone().requires_grad_(), x, t)
+        criterion.from_output(x, x.clone().requires_grad_(), t)
     with pytest.raises(TypeError, match=r"such as 0.01, got 9"):
-        SkipStepLoss(ContinuousSchedule.flow())
+        SkipStepLoss(ContinuousSchedule.flow(), 9)
     with pytest.raises(TypeError, match=r"t must be a tensor, got \[1\]"):
         coefficients(NoiseSchedule.linear(10), 1, t=[1])
 
@@ -470,3 +462,57 @@ def test_a_last_beta_of_1_is_zero_terminal_snr():
     schedule = NoiseSchedule.from_betas([0.1, 0.5, 1.0])
     assert schedule.alphas_cumprod.tolist() == pytest.approx([0.9, 0.45, 0.0], abs=1e-16)
     assert schedule.alphas_cumprod[-1] == 0
+
+
+@pytest.mark.parametrize("make", [NoiseSchedule.from_betas, NoiseSchedule.from_alphas_cumprod])
+@pytest.mark.parametrize("count", [[1000], 1000, torch.tensor([1000])])
+def test_a_number_of_timesteps_is_sent_to_its_constructor(make, count):
+    with pytest.raises(ValueError, match=r"got 1000, which looks like the number of timesteps: No"):
+        make(count)
+
+
+def test_only_the_last_beta_may_be_1():
+    with pytest.raises(ValueError, match=r"betas must lie in \(0, 1\).*got 1.0 at index 1"):
+        NoiseSchedule.from_betas([0.5, 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"got 1.0 at index 0"):
+        NoiseSchedule.from_betas([1.0, 0.5])
+    with pytest.raises(ValueError, match=r"got 0.0 at index 1"):
+        NoiseSchedule.from_betas([0.5, 0.0])
+
+
+def test_times_of_another_clock_on_a_discrete_schedule():
+    schedule = NoiseSchedule.linear(1000)
+    with pytest.raises(TypeError, match=r"integer timesteps.*t / 1000 as `\(1000 \* t\)\.round"):
+        SkipStepLoss(schedule, 9).coefficients_at(torch.tensor([0.5]))
+    with pytest.raises(TypeError, match=r"got 0.02, a skip in units of time: on 1000 .* is 20"):
+        SkipStepLoss(schedule, 0.02)
+
+
+class Delegating:
+    """Hands everything on, as a wrapper that logs or times would."""
+
+    def __init__(self, schedule):
+        self._schedule = schedule
+
+    def __getattr__(self, name):
+        if name == "_schedule":
+            raise AttributeError(name)
+        return getattr(self._schedule, name)
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(10), ContinuousSchedule.flow(data_at=1)])
+def test_a_delegating_schedule_is_one_on_every_python(schedule):
+    """From Python 3.12 on, `runtime_checkable` does not see what `__getattr__` gives."""
+    wrapped = Delegating(schedule)
+    assert isinstance(wrapped, Schedule)
+    skip, t = (2, torch.tensor([5])) if schedule.timesteps is not None else (0.2, torch.ones(1) / 2)
+    for made in (SkipStepLoss(wrapped, skip), SkipStepLoss(schedule, skip)):
+        assert made.coefficients_at(t).gain == SkipStepLoss(schedule, skip).coefficients_at(t).gain
+    for none in (object(), NoiseSchedule, Delegating(object())):
+        assert not isinstance(none, Schedule)
+
+    class Subclass(Schedule):
+        pass
+
+    assert not isinstance(schedule, Subclass)
+    assert isinstance(Subclass(), Subclass)

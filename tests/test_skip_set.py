@@ -179,3 +179,25 @@ def test_numbers_of_numpy_count():
 )
 def test_repr(skip_set, text):
     assert repr(skip_set) == text
+
+
+EQUAL = [
+    lambda: SkipSet(9),
+    lambda: SkipSet([9, 49]),
+    lambda: SkipSet(0.5),
+    lambda: SkipSet.for_sampling_steps(9),
+    lambda: SkipSet.from_timesteps([9]),
+    lambda: SkipSet.from_timesteps([9, 49]),
+]
+
+
+def test_skip_sets_are_equal_where_they_say_the_same():
+    for i, make in enumerate(EQUAL):
+        for j, other in enumerate(EQUAL):
+            assert (make() == other()) == (i == j)
+            assert (hash(make()) == hash(other())) == (i == j)
+    assert SkipSet([49, 9]) == SkipSet([9, 49])
+    assert SkipSet.from_timesteps([49, 9, 9]) == SkipSet.from_timesteps(np.array([9, 49]))
+    assert SkipSet.from_skipped([0, 2], 4) == SkipSet.from_timesteps([1, 3])
+    assert SkipSet(9) != 9
+    assert len({make() for make in EQUAL * 2}) == len(EQUAL)

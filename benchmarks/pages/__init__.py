@@ -1,11 +1,13 @@
-"""What the pages share: tables, numbers in words, colours and figures.
+"""Pages are Markdown with holes; `python -m benchmarks.pages` fills them from committed results.
 
-The quality bench, the lab and the overhead bench write pages of the site from committed results;
-this room knows how those pages look, and nothing of what was measured.
-
-===========  ==================================
+===========  =============================================================================
+`sources/`   the pages as they are written, at their paths in the repository
+`render`     a source becomes a page: Jinja2, where a hole that does not resolve is an error
 `tables`     Markdown tables, and numbers as text
 `figures`    colours, the style, files of figures
-`example`    the run of the worked example
-===========  ==================================
+`tutorial`   the run of the tutorial, and its notebook
+===========  =============================================================================
+
+What a hole can say is in the module `holes` of each benchmark: `HOLES`, names to functions and
+values, and `FIGURES`, names to functions that draw. No sentence of a page stands in a .py file.
 """

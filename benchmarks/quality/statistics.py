@@ -1,24 +1,25 @@
 """Improvements over plain training, paired by seed, with intervals.
 
-A seed's own luck moves a Fréchet distance by more than most of the effects under test, but it
-moves both sides of a pair alike: same initialisation, data order, training noise and starting
-noise.  So the relative improvement is taken within each seed, and the interval over the seeds.
+A seed's own luck moves a distance by more than most of the effects under test, but it moves both
+sides of a pair alike: same initialisation, data order, training noise and starting noise. So the
+ratio of two distances is taken within each seed, in logarithms, and the interval over the seeds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 from scipy import stats
 
-RESAMPLES = 10_000
 FLOOR_MARGIN = 1.25
 """A distance of less than this many floors says nothing of the samples."""
+FRECHET, KERNEL, SPREAD = "images_frechet", "images_kernel", "spread"
+RAW_FRECHET, RAW_KERNEL = "raw_frechet", "raw_kernel"
+KEYS = ("method", "sampler", "steps", "seed")
 
 
 class Cell(NamedTuple):
@@ -28,87 +29,66 @@ class Cell(NamedTuple):
     steps: int
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds with two 95 % intervals.
-
-    Attributes:
-        mean: The mean.
-        low: Lower end of Student's t interval.
-        high: Its upper end.
-        boot_low: Lower end of the percentile bootstrap over seeds.
-        boot_high: Its upper end.
-        count: Seeds.
-    """
+class Interval(NamedTuple):
+    """A mean over seeds with Student's 95 % interval, which is infinite for one seed."""
 
     mean: float
     low: float
     high: float
-    boot_low: float
-    boot_high: float
-    count: int
+    seeds: int
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the t interval excludes 0, else 0."""
+        """1 or -1 where the interval excludes 0, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
 
-def errors_either_side(count: int) -> float:
-    """Return how many standard errors a 95 % t interval of `count` values reaches either way."""
-    return math.inf if count == 1 else float(stats.t.ppf(0.975, count - 1))
-
-
 def interval(values: Iterable[float]) -> Interval:
-    """Return the mean of one value per seed, and its intervals.
-
-    With five seeds a percentile bootstrap is too narrow (it cannot reach beyond the extremes it
-    has seen), so the t interval decides and the bootstrap stands beside it.
+    """Return the mean of one value per seed, and its interval.
 
     Raises:
         ValueError: If there are no values.
     """
-    array: NDArray[np.float64] = np.asarray(list(values), dtype=np.float64)
+    array = np.asarray(list(values), dtype=np.float64)
     if array.size == 0:
         raise ValueError("values: expected one value per seed, got none")
     mean = float(array.mean())
     if array.size == 1:
-        return Interval(mean, float("-inf"), float("inf"), float("-inf"), float("inf"), 1)
-    half = errors_either_side(array.size) * float(array.std(ddof=1) / np.sqrt(array.size))
-    draw = np.random.default_rng(0).integers(array.size, size=(RESAMPLES, array.size))
-    boot_low, boot_high = np.percentile(array[draw].mean(1), [2.5, 97.5])
-    return Interval(
-        mean, mean - half, mean + half, float(boot_low), float(boot_high), int(array.size)
-    )
+        return Interval(mean, -math.inf, math.inf, 1)
+    half = float(stats.t.ppf(0.975, array.size - 1) * stats.sem(array))
+    return Interval(mean, mean - half, mean + half, array.size)
 
 
 def log_ratios(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """Return log(ours / theirs) by seed, for the seeds that both have."""
-    return [math.log(ours[seed] / theirs[seed]) for seed in ours if seed in theirs]
+    """Return log(ours / theirs) for the seeds that both have.
+
+    Raises:
+        ValueError: If a distance is not positive, as a kernel distance at the floor may be.
+    """
+    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    if any(value <= 0 for pair in pairs for value in pair):
+        raise ValueError(f"distances: expected positive ones, got {pairs}")
+    return [math.log(a / b) for a, b in pairs]
 
 
-def improvement_of_ratios(
-    ours: Mapping[int, float], theirs: Mapping[int, float]
-) -> Interval | None:
-    """Return 100 (1 - ours / theirs) at the mean log ratio over the seeds; None without a seed."""
+def change(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
+    """Return by how many per cent ours is nearer; None without a common seed.
+
+    It is 100 (1 - ours / theirs), at the mean log ratio over the seeds.
+    """
     logs = log_ratios(ours, theirs)
     if not logs:
         return None
     found = interval(logs)
-    mean, low, high, boot_low, boot_high = (
-        -100 * math.expm1(value)
-        for value in (found.mean, found.high, found.low, found.boot_high, found.boot_low)
-    )
-    return Interval(mean, low, high, boot_low, boot_high, found.count)
+    mean, low, high = (-100 * math.expm1(x) for x in (found.mean, found.high, found.low))
+    return Interval(mean, low, high, found.seeds)
 
 
 def p_value(values: Sequence[float]) -> float:
     """Return Student's two-sided p-value of a mean of 0, one value per seed; 1 with one seed."""
-    array: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
-    if array.size < 2 or not array.any():
+    if len(values) < 2 or not any(values):
         return 1.0
-    error = array.std(ddof=1) / np.sqrt(array.size)
-    return float(2 * stats.t.sf(abs(array.mean()) / max(error, 1e-300), array.size - 1))
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -122,41 +102,27 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 class Results:
-    """The rows of one run's record, by method, cell and seed.
+    """One run's record as a long table: a row for each method, sampler, steps and seed.
 
     Args:
-        record: What `benchmarks.quality.runner.collect` returns.
+        record: What `benchmarks.quality.record.collect` returns.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        """Sort the rows."""
+        """Make the table."""
         self.record = record
-        columns = list(record["columns"])
-        self._values: dict[str, dict[tuple[str, Cell], dict[int, float]]] = {}
-        for row in record["rows"]:
-            entry = dict(zip(columns, row, strict=True))
-            key = (entry["method"], Cell(entry["sampler"], entry["steps"]))
-            for measure in columns[4:]:
-                if entry[measure] is not None:
-                    by_seed = self._values.setdefault(measure, {}).setdefault(key, {})
-                    by_seed[entry["seed"]] = entry[measure]
-        # The samples as the sampler returns them, where the feature network takes them.
-        self.primary = "raw_frechet" if "raw_frechet" in self._values else "images_frechet"
-
-    def of_seeds(self, seeds: Iterable[int]) -> Results:
-        """Return the results of some of the seeds."""
-        place, kept = self.record["columns"].index("seed"), set(seeds)
-        rows = [row for row in self.record["rows"] if row[place] in kept]
-        raw = {
-            cell: {seed: value for seed, value in by_seed.items() if int(seed) in kept}
-            for cell, by_seed in self.record.get("raw_spreads", {}).items()
-        }
-        return Results({**self.record, "rows": rows, "raw_spreads": raw})
+        table = pd.DataFrame(record["rows"], columns=record["columns"])
+        self.table = table.set_index(list(KEYS)).sort_index()
+        self.methods: list[str] = list(dict.fromkeys(table["method"]))
+        cells = table[["method", "sampler", "steps"]].drop_duplicates()
+        self._cells = [
+            (row.method, Cell(row.sampler, int(row.steps))) for row in cells.itertuples()
+        ]
 
     @property
-    def methods(self) -> list[str]:
-        """Names of the methods that have results, in the order of the run."""
-        return list(dict.fromkeys(row[0] for row in self.record["rows"]))
+    def base(self) -> str:
+        """The sampler that others are compared with: DDIM, or Euler for a flow network."""
+        return "ddim" if any(cell.sampler == "ddim" for _, cell in self._cells) else "euler"
 
     def title(self, method: str) -> str:
         """Return a method's name in tables."""
@@ -165,12 +131,25 @@ class Results:
 
     def cells(self, method: str) -> list[Cell]:
         """Return the cells of a method, in the order of the run."""
-        found = (key[1] for key in self._values[self.primary] if key[0] == method)
-        return list(dict.fromkeys(found))
+        return [cell for name, cell in self._cells if name == method]
 
-    def values(self, method: str, cell: Cell, measure: str | None = None) -> dict[int, float]:
+    def values(self, method: str, cell: Cell, measure: str = FRECHET) -> dict[int, float]:
         """Return a measure by seed; empty where there is none."""
-        return self._values.get(measure or self.primary, {}).get((method, cell), {})
+        if (method, cell) not in self._cells or measure not in self.table:
+            return {}
+        found = self.table.loc[(method, *cell), measure].dropna()
+        return {int(seed): float(value) for seed, value in found.items()}
+
+    def mean(self, method: str, cell: Cell, measure: str = FRECHET) -> float:
+        """Return the mean over the seeds.
+
+        Raises:
+            LookupError: If there is none.
+        """
+        values = self.values(method, cell, measure)
+        if not values:
+            raise LookupError(f"{self.record['preset']} has no {measure} of {method} at {cell}")
+        return sum(values.values()) / len(values)
 
     @property
     def floor(self) -> float:
@@ -187,50 +166,49 @@ class Results:
         share = (1 / samples + 1 / reference) / (1 / each + 1 / other)
         return float(measured["frechet"] * share)
 
-    def at_floor(self, method: str, cell: Cell, measure: str | None = None) -> bool:
-        """Return whether a method's mean distance is as small as that of real images."""
-        measure = measure or self.primary
-        values = self.values(method, cell, measure)
-        if not values or not measure.endswith("frechet"):
-            return False
-        return float(np.mean(list(values.values()))) < FLOOR_MARGIN * self.floor
+    def at_floor(self, method: str, cell: Cell, measure: str = FRECHET) -> bool:
+        """Return whether a method's mean distance is about as small as that of real images."""
+        near = measure.endswith("frechet") and bool(self.values(method, cell, measure))
+        return near and self.mean(method, cell, measure) < FLOOR_MARGIN * self.floor
 
-    def improvements(
-        self, method: str, cell: Cell, measure: str | None = None, baseline: str = "plain"
-    ) -> dict[int, float]:
-        """Return 100 (1 - d / d_baseline) by seed, for the seeds that both have."""
-        ours = self.values(method, cell, measure)
-        theirs = self.values(baseline, cell, measure)
-        return {seed: 100 * (1 - ours[seed] / theirs[seed]) for seed in ours if seed in theirs}
-
-    def difference(
-        self, method: str, cells: Iterable[Cell], measure: str, baseline: str = "plain"
-    ) -> Interval | None:
-        """Return d_baseline - d, averaged over cells within each seed; positive is better.
-
-        For the kernel distance, which is near 0 or below where samples are good.
-        """
-        per_cell = []
-        for cell in cells:
-            ours, theirs = (self.values(name, cell, measure) for name in (method, baseline))
-            per_cell.append({seed: theirs[seed] - ours[seed] for seed in ours if seed in theirs})
-        return _over_seeds(per_cell)
-
-    def improvement(
+    def change(
         self,
-        method: str,
-        cells: Iterable[Cell],
-        measure: str | None = None,
-        baseline: str = "plain",
+        method: str | Mapping[int, str],
+        cell: Cell,
+        measure: str = FRECHET,
+        over: tuple[str, Cell] | None = None,
     ) -> Interval | None:
-        """Return the improvement, averaged over cells within each seed.
+        """Return by how many per cent a method is nearer to the data; None if not measured.
+
+        Args:
+            method: A method, or one for each seed.
+            cell: Its sampler and steps.
+            measure: A distance.
+            over: The method and cell that it is compared with; the plain network in the same cell.
+        """
+        theirs = self.values(*(over or ("plain", cell)), measure)
+        names = method if not isinstance(method, str) else dict.fromkeys(theirs, method)
+        found = {seed: self.values(name, cell, measure) for seed, name in names.items()}
+        ours = {seed: values[seed] for seed, values in found.items() if seed in values}
+        return change(ours, theirs)
+
+    def mean_change(
+        self, method: str, cells: Iterable[Cell], measure: str = FRECHET, over: str = "plain"
+    ) -> Interval | None:
+        """Return the change over several cells, a log ratio averaged over them within each seed.
 
         Only seeds that have every cell count; None where there are none.
         """
-        return _over_seeds([self.improvements(method, c, measure, baseline) for c in cells])
+        per_cell = []
+        for cell in cells:
+            ours, theirs = (self.values(name, cell, measure) for name in (method, over))
+            per_cell.append({s: log_ratios({s: ours[s]}, theirs)[0] for s in ours if s in theirs})
+        seeds = sorted(set.intersection(*map(set, per_cell))) if per_cell else []
+        means = {s: math.exp(sum(one[s] for one in per_cell) / len(per_cell)) for s in seeds}
+        return change(means, dict.fromkeys(means, 1.0))
 
     def chosen_elsewhere(
-        self, methods: Iterable[str], cell: Cell, measure: str | None = None
+        self, methods: Iterable[str], cell: Cell, measure: str = FRECHET
     ) -> dict[int, str]:
         """Return, for each seed, the method that is nearest on average in the other seeds.
 
@@ -238,7 +216,7 @@ class Results:
         out; empty with one seed.
         """
         found = {name: self.values(name, cell, measure) for name in methods}
-        seeds = set().union(*(values.keys() for values in found.values()))
+        seeds: set[int] = set().union(*found.values())
         whole = {name: values for name, values in found.items() if set(values) == seeds}
 
         def elsewhere(name: str, seed: int) -> float:
@@ -248,26 +226,17 @@ class Results:
             return {}
         return {s: min(whole, key=lambda name: elsewhere(name, s)) for s in sorted(seeds)}
 
-    def against(
-        self,
-        ours: Mapping[int, str],
-        theirs: Mapping[int, str],
-        cell: Cell,
-        measure: str | None = None,
-    ) -> Interval | None:
-        """Return the improvement of one choice of methods over another, each by seed."""
-        pairs = [
-            (self.values(ours[seed], cell, measure), self.values(theirs[seed], cell, measure), seed)
-            for seed in ours
-            if seed in theirs
-        ]
-        found = [100 * (1 - a[seed] / b[seed]) for a, b, seed in pairs if seed in a and seed in b]
-        return interval(found) if found else None
+    def dose(self, loss: str, gain: str, cell: Cell) -> Interval | None:
+        """Return the share of the way to its gain that a trained loss has come, by the spread.
 
+        None where one of the two was not measured.
+        """
+        plain, trained, full = (self.values(name, cell, SPREAD) for name in ("plain", loss, gain))
+        seeds = sorted(plain.keys() & trained.keys() & full.keys())
+        shares = [(trained[s] - plain[s]) / (full[s] - plain[s]) for s in seeds]
+        return interval(shares) if shares else None
 
-def _over_seeds(per_cell: list[dict[int, float]]) -> Interval | None:
-    """Return the interval of the mean over cells, for the seeds that have them all."""
-    seeds = set.intersection(*map(set, per_cell)) if per_cell else set()
-    if not seeds:
-        return None
-    return interval(float(np.mean([found[seed] for found in per_cell])) for seed in sorted(seeds))
+    def loss_share(self, objective: str) -> float:
+        """Return the share of the training that had the loss."""
+        seeds = self.record["trainings"][objective]
+        return float(next(iter(seeds.values()))["loss_share"])

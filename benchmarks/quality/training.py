@@ -23,8 +23,9 @@ from benchmarks.quality.checkpoint import newest_state, remove_states, save_stat
 from benchmarks.quality.data import ImageSet, to_model_range
 from benchmarks.quality.networks import NetworkSpec, SpectralUNet
 from benchmarks.quality.objectives import Batch, Objective
+from benchmarks.quality.paths import STEPS
+from benchmarks.quality.paths import Path as NoisePath
 from benchmarks.quality.streams import Purpose, Stream, generator
-from s2dm_loss import NoiseSchedule
 
 
 class Progress(Protocol):
@@ -43,7 +44,7 @@ def train(
     seed: int,
     *,
     data: ImageSet,
-    schedule: NoiseSchedule,
+    path: NoisePath,
     network: NetworkSpec,
     budget: Budget,
     folder: Path,
@@ -57,8 +58,8 @@ def train(
         objective: What to train on.
         seed: Seed of the initialisation and of all streams.
         data: The images.
-        schedule: The noise schedule.
-        network: The ε-model.
+        path: What it is trained on.
+        network: The network.
         budget: The training budget.
         folder: Where this run's files go: checkpoints while it is under way, then `weights.pt`
             and `training.json`.
@@ -77,7 +78,7 @@ def train(
         if not (weights_path.exists() and record_path.exists()):
             if isinstance(model, SpectralUNet):
                 model.measure(to_model_range(data.images))
-            run = _Run(model, objective, seed, data, schedule, budget, accelerator)
+            run = _Run(model, objective, seed, data, path, budget, accelerator)
             run.advance(folder, branch, progress)
             model = run.averaged()
             if accelerator.is_main_process:
@@ -130,7 +131,7 @@ class _Run:
         objective: Objective,
         seed: int,
         data: ImageSet,
-        schedule: NoiseSchedule,
+        path: NoisePath,
         budget: Budget,
         accelerator: Accelerator,
     ) -> None:
@@ -142,7 +143,6 @@ class _Run:
             )
         self.objective, self.budget = objective, budget
         self.accelerator = accelerator
-        self.num_train_timesteps = len(schedule.alphas_cumprod)
         device = accelerator.device
         self.images = data.images.to(device)
         rows = slice(share * accelerator.process_index, share * (accelerator.process_index + 1))
@@ -150,7 +150,7 @@ class _Run:
             purpose: Stream(generator(seed, purpose), budget.batch_size, rows, device)
             for purpose in (Purpose.TRAINING, Purpose.EXTRA)
         }
-        self.loss = objective.build(schedule).to(device)
+        self.loss = objective.build(path).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=budget.learning_rate, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema = averaged_as_in(budget, self._bare().parameters())
@@ -220,7 +220,7 @@ class _Run:
     def _batch(self) -> Batch:
         stream = self.streams[Purpose.TRAINING]
         rows = stream.integers(len(self.images))
-        t = stream.integers(self.num_train_timesteps)
+        t = stream.integers(STEPS)
         noise = stream.normal(tuple(self.images.shape[1:]))
         x0 = to_model_range(self.images[rows])
         if self.budget.flip:

@@ -1,12 +1,12 @@
 """The loss by another way, sharing no code with the library.
 
-Coefficients in mpmath with 40 digits, from the definitions of each schedule; the loss in float64,
-as the two terms that the paper writes and as the plain squared error of a changed target.
+Coefficients in mpmath with 40 digits, from the definitions of each schedule. The loss in float64:
+as the two terms that the paper writes, and as A · mse(output, regression target), which is 0 where
+the two are equal.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,99 +75,117 @@ def weight_of(name: str | None, pair: Pair) -> Any:
     }[name]
 
 
+# ζ = u ε + v ξ + a noise of variance n that only its expectation shows.
+ESTIMATORS = {"expected": (0, 0, 1), "fresh": (0, 1, 0), "shared": (1, 0, 0)}
+
+
 @dataclass(frozen=True)
 class Scales:
-    """The loss at one time, in exact numbers turned to floats."""
+    """The loss at one time, in exact numbers turned to floats; output = p x_0 + q ε."""
 
     tau: float
-    cs: tuple[float, ...]
     c: float
     c2: float
     a: float
     b: float
-    weight: float
+    p: float
+    q: float
+    ratio: float
+    weight: float | None
+
+    @property
+    def big_a(self) -> float:
+        return self.tau + (1 - self.tau) * self.c2
+
+    def best(self, eps: Tensor, xi: Tensor | None, estimator: str) -> Tensor:
+        """The ε̂ at which the two terms are least."""
+        u, v, _ = ESTIMATORS[estimator]
+        if self.big_a == 0:
+            return 0 * eps
+        zeta = u * eps + (v * xi if v else 0)
+        return (self.tau * eps + (1 - self.tau) * self.c * zeta) / self.big_a
+
+    def target(self, x0: Tensor, eps: Tensor, xi: Tensor | None, estimator: str) -> Tensor:
+        """The output that stands for `best` on the same x_t."""
+        if self.ratio == 0:  # no signal: the output says nothing of the noise
+            return self.p * x0 + self.q * eps
+        best = self.best(eps, xi, estimator)
+        if self.p == 0:
+            return self.q * best
+        return self.p * (x0 + self.b / self.a * (eps - best)) + self.q * best
+
+    def loss(
+        self,
+        output: Tensor,
+        x0: Tensor,
+        eps: Tensor,
+        xi: Tensor | None,
+        estimator: str,
+        *,
+        normalize: bool = False,
+    ) -> Tensor:
+        """A · mse(output, target) of one sample, times the weighting of the noise's error."""
+        weight = 1.0 if normalize else self.big_a
+        weight *= 1.0 if self.weight is None else self.weight * self.ratio**2
+        return weight * (output - self.target(x0, eps, xi, estimator)).square().mean()
+
+    def two_terms(
+        self, eps_hat: Tensor, eps: Tensor, xi: Tensor | None, estimator: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """mse(ε̂, ε), mse(c ε̂, ζ) and their sum as in Eq. 13, each times the weighting."""
+        u, v, n = ESTIMATORS[estimator]
+        zeta = u * eps + (v * xi if v else 0)
+        simple = (eps_hat - eps).square().mean()
+        skip = self.c2 * eps_hat.square() - 2 * self.c * eps_hat * zeta + zeta**2 + n
+        skip = skip.mean() if self.tau < 1 else 0 * simple
+        weight = 1.0 if self.weight is None else self.weight
+        return weight * simple, weight * skip, weight * (self.tau * simple + (1 - self.tau) * skip)
 
 
 def scales(
     pair: Pair,
     earlier: list[Pair],
     tau: float,
-    max_c2: float,
-    weighting: str | None,
-    ratio: Any = None,
+    max_c2: float = 100.0,
+    weighting: str | None = None,
+    kind: str = "epsilon",
+    rates: Pair | None = None,
 ) -> Scales:
-    """Return the scales at a time with these earlier ones; `ratio` where an output's bound acts."""
-    weight = weight_of(weighting, pair)
-    abar = abar_of(pair)
+    """Return the scales of an output at a time with these earlier ones."""
+    (a, b), weight, abar = pair, weight_of(weighting, pair), abar_of(pair)
+    p, q = parts(kind, pair, rates)
+    d = a * q - b * p
+    ratio = (a / d if d else mp.inf) if p else 1 / q
     squares = []
     for other in earlier:
         c2 = abar_of(other) / abar - 1 if abar else mp.inf
         squares.append(min(max(c2, mpf(0)), mpf(max_c2)))
     count = max(len(squares), 1)
     c, c2 = sum(map(mp.sqrt, squares)) / count, sum(squares) / count
-    bound = mp.inf
+    reach = min(mpf(1), ratio**2)  # 0 where the output says nothing of the noise
+    bound = mpf(max_c2) * reach if reach else mpf(0)
     if weight is not None:
-        bound = mpf(max_c2) / max(weight, 1)
-    if ratio is not None:
-        bound = min(bound, mpf(max_c2) * ratio**2)
-    c, c2 = min(c, mp.sqrt(bound)), min(c2, bound)
+        bound = min(bound, mpf(max_c2) / max(weight, 1))
+    of_c = mp.sqrt(max_c2) * reach if reach else mpf(0)
+    values = min(c, mp.sqrt(bound), of_c), min(c2, bound), a, b, p, q, ratio
     return Scales(
         tau if squares else 1.0,
-        tuple(float(mp.sqrt(each)) for each in squares),
-        float(c),
-        float(c2),
-        float(pair[0]),
-        float(pair[1]),
-        1.0 if weight is None else float(weight),
+        *(float(value) for value in values),
+        weight=None if weight is None else float(weight),
     )
 
 
-def two_terms(
-    at: Scales, eps_hat: Tensor, eps: Tensor, zeta: Tensor | None, estimator: str
-) -> Tensor:
-    """τ mse(ε̂, ε) + (1-τ) mse(c ε̂, ζ) of one sample, times its weight (Eq. 13)."""
-    simple = (eps_hat - eps).square().mean()
-    if estimator == "expected":
-        skip = at.c2 * eps_hat.square().mean() + 1
-    else:
-        other = eps if estimator == "shared" else zeta
-        assert other is not None
-        skip = at.c2 * eps_hat.square() - 2 * at.c * eps_hat * other + other.square()
-        skip = skip.mean()
-    return at.weight * (at.tau * simple + (1 - at.tau) * skip if at.tau < 1 else simple)
-
-
-def minimiser(at: Scales, eps: Tensor, zeta: Tensor | None, estimator: str) -> Tensor:
-    """The ε̂ at which the two terms are least."""
-    a = at.tau + (1 - at.tau) * at.c2
-    if a == 0:
-        return 0 * eps
-    best = at.tau / a * eps
-    if estimator != "expected":
-        other = eps if estimator == "shared" else zeta
-        assert other is not None
-        best = best + (1 - at.tau) * at.c / a * other
-    return best
-
-
-def parts(kind: str, a: float, b: float) -> tuple[float, float]:
-    """p and q of an output p x_0 + q ε."""
-    return {
-        "epsilon": (0.0, 1.0),
-        "v_prediction": (-b, a),
-        "sample": (1.0, 0.0),
-        "flow": (-1.0, 1.0),
-        "score": (0.0, -1 / b if b else -math.inf),
-    }[kind]
-
-
-def ratio_of(kind: str, pair: Pair) -> Any:
-    """An error of ε̂ over one of the output."""
+def parts(kind: str, pair: Pair, rates: Pair | None = None) -> Pair:
+    """p and q of an output p x_0 + q ε; `rates` are da/dt and db/dt."""
     a, b = pair
+    if kind == "velocity":
+        assert rates is not None
+        return rates
+    norm = mp.sqrt(a**2 + b**2)
     return {
-        "epsilon": mpf(1),
-        "v_prediction": a / (a**2 + b**2),
-        "sample": a / b if b else mp.inf,
-        "flow": a / (a + b),
-        "score": b,
+        "epsilon": (mpf(0), mpf(1)),
+        "v_prediction": (-b / norm, a / norm),
+        "sample": (mpf(1), mpf(0)),
+        "flow": (mpf(-1), mpf(1)),
+        "score": (mpf(0), -1 / b if b else -mp.inf),
     }[kind]

@@ -1,0 +1,76 @@
+"""The committed results by the names that pages use."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.files import load_json
+from benchmarks.quality.statistics import Cell, Results
+
+FOLDER = Path(__file__).parents[1] / "results" / "quality"
+ARCHIVE = "archive.json"
+"""Records of presets that are no longer in the code."""
+NAMES = {
+    "unet": "cifar10-unet",
+    "small": "cifar10-wide",
+    "small-10k": "cifar10-wide-10k",
+    "eps16": "cifar10-16",
+    "flow16": "cifar10-16-flow",
+}
+"""Short names of runs; any other is a preset's own."""
+_METHOD = re.compile(r"(?P<kind>gain|loss) (?P<skip>-?[\d.]+)$")
+
+
+@cache
+def records(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """Return all committed records by preset, those of the archive included."""
+    archive: dict[str, dict[str, Any]] = (
+        load_json(folder / ARCHIVE) if (folder / ARCHIVE).exists() else {}
+    )
+    found = {path.stem: load_json(path) for path in sorted(folder.glob("*.json"))}
+    found.pop(Path(ARCHIVE).stem, None)
+    return {**archive, **found}
+
+
+@cache
+def results(run: str, folder: Path = FOLDER) -> Results:
+    """Return the results of a run.
+
+    Raises:
+        LookupError: If none are committed.
+    """
+    preset, known = NAMES.get(run, run), records(folder)
+    if preset not in known:
+        raise LookupError(f"no committed results of {run!r}; there are {', '.join(known)}")
+    return Results(known[preset])
+
+
+def measured(run: str, folder: Path = FOLDER) -> bool:
+    """Return whether a run has committed results."""
+    return NAMES.get(run, run) in records(folder)
+
+
+def method_name(words: str) -> str:
+    """Return a method's name in the records: "gain 49", "loss 49", or the name itself.
+
+    "loss 49 + gain 9" is the gain put on the trained loss.
+    """
+    first, _, rest = words.partition(" + ")
+    found = _METHOD.match(first)
+    if found is None:
+        name = first
+    elif found["kind"] == "loss":
+        name = f"skip{found['skip']}-expected"
+    else:
+        name = f"plain+gain{found['skip']}"
+    if not rest:
+        return name
+    return f"{name}+{method_name(rest).removeprefix('plain+')}"
+
+
+def cell(run: str, sampler: str | None, steps: int) -> Cell:
+    """Return a cell; without a sampler of the one that others are compared with."""
+    return Cell(sampler or results(run).base, steps)

@@ -1,0 +1,339 @@
+"""What pages can say of the quality results: `HOLES` and `FIGURES` of `benchmarks.pages`.
+
+A run is named as in `committed.NAMES`, a method in words: "gain 49" (put on the plain network),
+"loss 49" (trained), "rescaling" (its strength chosen on the other seeds) or "search" (what the
+library's search recommended); another name is one of the records. Without a sampler a hole is about
+the run's base sampler, DDIM or Euler, and every change is over the plain network's samples by that
+sampler in as many steps, unless `over` names another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from benchmarks.pages.tables import counted, listed, markdown_table
+from benchmarks.quality import evidence_figures
+from benchmarks.quality.committed import cell, measured, method_name, records, results
+from benchmarks.quality.samplers import TITLES
+from benchmarks.quality.statistics import (
+    FRECHET,
+    KERNEL,
+    RAW_FRECHET,
+    RAW_KERNEL,
+    SPREAD,
+    Cell,
+    Interval,
+    Results,
+    holm,
+    log_ratios,
+    p_value,
+)
+from benchmarks.quality.statistics import change as ratio_change
+from benchmarks.quality.tables import percent
+
+ALPHA = 0.05
+MEASURES = {
+    "frechet": FRECHET,
+    "kernel": KERNEL,
+    "raw frechet": RAW_FRECHET,
+    "raw kernel": RAW_KERNEL,
+    "spread": SPREAD,
+}
+GRID = [Cell(sampler, n) for sampler in ("ddim", "pndm", "deis") for n in (10, 20, 50, 100)]
+"""The cells of the digits' means."""
+
+
+def find_change(
+    run: str,
+    method: str,
+    sampler: str | None = None,
+    steps: int = 10,
+    measure: str = "frechet",
+    over: str | tuple[str, str | None, int] | None = None,
+) -> Interval | None:
+    """Return the interval of `change`."""
+    found, key = results(run), MEASURES[measure]
+    if method == "search":
+        return _searched(found, cell(run, sampler, steps)) if key == FRECHET else None
+    if isinstance(over, tuple):
+        baseline = method_name(over[0]), cell(run, *over[1:])
+    else:
+        baseline = "plain", cell(run, over, steps)
+    names: str | Mapping[int, str] = method_name(method)
+    if method == "rescaling":
+        names = _rescaling(found, cell(run, None, steps))
+    return found.change(names, cell(run, sampler, steps), key, baseline)
+
+
+def change(run: str, method: str, *where: Any, digits: int = 1, **more: Any) -> str | None:
+    """Return by how many per cent a method's samples are nearer to the data than plain ones."""
+    return percent(find_change(run, method, *where, **more), digits)
+
+
+def points(run: str, method: str, *where: Any, **more: Any) -> float | None:
+    """Return the mean of `change` as a number, for a claim that a page makes on a condition."""
+    found = find_change(run, method, *where, **more)
+    return None if found is None else found.mean
+
+
+def mean_change(run: str, method: str, measure: str = "frechet", over: str = "plain") -> str | None:
+    """Return the change over DDIM, PNDM and DEIS at 10, 20, 50 and 100 steps, as text."""
+    names = method_name(method), method_name(over)
+    return percent(results(run).mean_change(names[0], GRID, MEASURES[measure], names[1]))
+
+
+def verdict(run: str, method: str, *where: Any, **more: Any) -> str | None:
+    """Return "better", "worse" or "no difference shown", by the interval over the seeds."""
+    found = find_change(run, method, *where, **more)
+    return (
+        None if found is None else {1: "better", -1: "worse", 0: "no difference shown"}[found.sign]
+    )
+
+
+def distance(
+    run: str, method: str = "plain", sampler: str | None = None, steps: int = 10, **more: Any
+) -> str:
+    """Return the mean Fréchet distance, or kernel distance in thousandths, as text."""
+    measure = more.pop("measure", "frechet")
+    value = results(run).mean(method_name(method), cell(run, sampler, steps), MEASURES[measure])
+    value *= 1000 if "kernel" in measure else 1
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def spread(
+    run: str, method: str = "plain", sampler: str | None = None, steps: int = 10, digits: int = 3
+) -> str:
+    """Return the spread of the samples over the data's, the mean over the seeds, as text."""
+    value = results(run).mean(method_name(method), cell(run, sampler, steps), SPREAD)
+    return f"{value:.{digits}f}"
+
+
+def find_dose(run: str, skip: float, steps: int = 10) -> Interval | None:
+    """Return the share of the way to its gain that the trained loss has come, by the spread."""
+    names = (method_name(f"loss {skip:g}"), method_name(f"gain {skip:g}"))
+    return results(run).dose(*names, cell(run, None, steps))
+
+
+def dose(run: str, skip: float, steps: int = 10) -> str | None:
+    """Return `find_dose` as text."""
+    found = find_dose(run, skip, steps)
+    return None if found is None else f"{100 * found.mean:.0f} %"
+
+
+def times_floor(run: str, *where: Any, **more: Any) -> str:
+    """Return how many times farther than real images the plain network's samples are."""
+    cell_ = cell(run, *(where or (None, 10)), **more)
+    return f"{results(run).mean('plain', cell_) / results(run).floor:.1f}"
+
+
+def fact(run: str, name: str) -> str:
+    """Return something about a run: one of the names in `facts` below."""
+    found = results(run)
+    record = found.record
+    budget, trainings = record["settings"]["budget"], record["trainings"]
+    plain = next(iter(trainings["plain"].values()))
+    number = {word: float(value) for word, value in re.findall(r"(steps|batch_size)=(\d+)", budget)}
+    seconds = sum(
+        run["seconds"] * (run.get("loss_share") or 1) for each in trainings.values()
+        for run in each.values()
+    )  # fmt: skip
+    facts: dict[str, Callable[[], str]] = {
+        "seeds": lambda: counted(found.table.index.unique("seed").size, "seed"),
+        "samples": lambda: f"{record['settings']['samples']:,}",
+        "images": lambda: f"{int(number['steps'] * number['batch_size']):,}",
+        "parameters": lambda: f"{plain['parameters'] / 1e6:.2f}",
+        "hours": lambda: f"{seconds / 3600:.1f}",
+        "floor": lambda: f"{found.floor:.1f}" if found.floor > 10 else f"{found.floor:.2f}",
+        "features": lambda: str(record["floor"]["features"]),
+        "cells": lambda: str(len(record["rows"])),
+        "device": lambda: str(plain["device"]),
+        "versions": lambda: ", ".join(
+            f"{key} {value}" for key, value in record["versions"].items()
+            if value and key in ("python", "torch", "diffusers", "torchmetrics")
+        ),
+        "commit": lambda: str(record["versions"]["commit"])[:10],
+        "loss share": lambda: f"{100 * _any_loss_share(found):.0f} %",
+    }  # fmt: skip
+    return facts[name]()
+
+
+def table(
+    head: str,
+    columns: Sequence[tuple[str, str, str]],
+    rows: Sequence[tuple[str, str, str | None]],
+    steps: int = 10,
+) -> str:
+    """Return a table of changes; a row of the loss says its dose, an empty cell is not measured.
+
+    Args:
+        head: Title of the first column.
+        columns: (title, run, measure).
+        rows: (title, method, sampler).
+        steps: Sampling steps.
+    """
+    lines = []
+    for title, method, sampler in rows:
+        line = [title]
+        for _, run, measure in columns:
+            text = (measured(run) and change(run, method, sampler, steps, measure)) or ""
+            if text and method.startswith("loss ") and measure == "frechet" and sampler is None:
+                share = dose(run, float(method.split()[1]), steps)
+                text += f" (dose {share})" if share else ""
+            line.append(text)
+        if any(line[1:]):
+            lines.append(line)
+    return markdown_table([head, *(title for title, *_ in columns)], lines).rstrip()
+
+
+def cells_table(
+    run: str,
+    rows: Sequence[tuple[str, str, str | None]],
+    steps: Sequence[int],
+    measure: str = "kernel",
+) -> str:
+    """Return a table of a run: a row's distance and spread by the number of steps."""
+    found, lines = results(run), []
+    for title, method, sampler in rows:
+        line, name = [title], method_name(method)
+        for n in steps:
+            where = cell(run, sampler, n)
+            known = found.values(name, where, MEASURES[measure])
+            line.append(
+                f"{distance(run, method, sampler, n, measure=measure)}, {spread(run, method, sampler, n)}"  # noqa: E501
+                if known
+                else ""
+            )
+        if any(line[1:]):
+            lines.append(line)
+    return markdown_table(["", *(f"{n} steps" for n in steps)], lines).rstrip()
+
+
+def mean_table(run: str, rows: Sequence[tuple[str, str]] | None = None) -> str:
+    """Return the methods of a grid: mean over its cells and DDIM at 10 steps, 8-bit and raw."""
+    found = results(run)
+    if rows is None:
+        names = [name for name in found.methods if set(GRID) <= set(found.cells(name))]
+        rows = [(found.title(name), name) for name in names if name != "plain"]
+    lines = [
+        [
+            title,
+            *(
+                text or ""
+                for measure in ("frechet", "raw frechet")
+                for text in (
+                    mean_change(run, method, measure),
+                    change(run, method, "ddim", 10, measure),
+                )
+            ),
+        ]
+        for title, method in rows
+    ]
+    head = ["", "8-bit, mean", "8-bit, DDIM 10", "raw, mean", "raw, DDIM 10"]
+    return markdown_table(head, lines).rstrip()
+
+
+class Together(NamedTuple):
+    """What holds of several comparisons by Holm's correction."""
+
+    compared: int
+    held: str
+    missed: str
+    p_of_missed: str
+
+
+def together(run: str, rows: Sequence[tuple[str, str, str | None]], steps: int = 10) -> Together:
+    """Return which rows of `table` differ from plain together, and which one just misses it."""
+    p_values = {}
+    for title, method, sampler in rows:
+        logs = _logs(run, method, sampler, steps)
+        if len(logs) > 1:
+            p_values[title] = p_value(logs)
+    adjusted = holm(p_values)
+    held = [title for title in p_values if adjusted[title] < ALPHA]
+    missed = sorted((p, title) for title, p in adjusted.items() if p >= ALPHA)
+    nearest = missed[0] if missed else (1.0, "none")
+    return Together(
+        len(p_values), listed(held) if held else "none", nearest[1], f"{nearest[0]:.3f}"
+    )
+
+
+def archive_row(preset: str) -> list[str]:
+    """Return images, seeds, plain DDIM 10 over the floor, and what gain and loss 49 do there."""
+    found = results(preset)
+    where = Cell("ddim", 10)
+    gains = [
+        percent(found.change(method_name(f"{kind} 49"), where)) or "" for kind in ("gain", "loss")
+    ]
+    return [fact(preset, "images"), fact(preset, "seeds").split()[0], times_floor(preset), *gains]
+
+
+def _logs(run: str, method: str, sampler: str | None, steps: int) -> list[float]:
+    found, where = results(run), cell(run, sampler, steps)
+    plain = found.values("plain", cell(run, None, steps))
+    if method == "search":
+        searches = _searches(found, where)
+        return log_ratios(*searches) if searches[0] else []
+    names = (
+        _rescaling(found, where)
+        if method == "rescaling"
+        else dict.fromkeys(plain, method_name(method))
+    )
+    ours = {s: v[s] for s, name in names.items() if s in (v := found.values(name, where))}
+    return log_ratios(ours, plain)
+
+
+def _rescaling(found: Results, where: Cell) -> dict[int, str]:
+    """Return for each seed the score rescaling that is best on the others, or the only one."""
+    names = [name for name in found.methods if name.startswith("plain+rescaling")]
+    names = [name for name in names if found.values(name, where)]
+    seeds = found.values("plain", where)
+    return (
+        dict.fromkeys(seeds, names[0]) if len(names) == 1 else found.chosen_elsewhere(names, where)
+    )
+
+
+def _searches(found: Results, where: Cell) -> tuple[dict[int, float], dict[int, float]]:
+    kept = [
+        one for one in found.record.get("searches", [])
+        if Cell(one["sampler"], one["steps"]) == where
+    ]  # fmt: skip
+    corrected = {one["seed"]: float(one["corrected"]) for one in kept}
+    return corrected, {one["seed"]: float(one["plain"]) for one in kept}
+
+
+def _searched(found: Results, where: Cell) -> Interval | None:
+    return ratio_change(*_searches(found, where))
+
+
+def _any_loss_share(found: Results) -> float:
+    return next(found.loss_share(name) for name in found.record["trainings"] if "skip" in name)
+
+
+HOLES: dict[str, Any] = {
+    "archive_row": archive_row,
+    "cells_table": cells_table,
+    "change": change,
+    "distance": distance,
+    "dose": dose,
+    "fact": fact,
+    "listed": listed,
+    "markdown_table": markdown_table,
+    "mean_change": mean_change,
+    "mean_table": mean_table,
+    "measured": measured,
+    "points": points,
+    "records": records,
+    "sampler_title": TITLES.__getitem__,
+    "spread": spread,
+    "table": table,
+    "times_floor": times_floor,
+    "together": together,
+    "verdict": verdict,
+}
+FIGURES: dict[str, Callable[[], Figure]] = {
+    f"quality/{name}": draw for name, draw in evidence_figures.FIGURES.items()
+}

@@ -1,0 +1,298 @@
+"""A validation loss that repeats itself: fixed times and fixed noise for each sample.
+
+Sample i is evaluated at `levels` times, one in each of as many equal parts of the schedule, with a
+noise of its own at each. Both depend on the seed and on i alone, so neither the batch size, nor the
+number of processes, nor a former call changes them, and two checkpoints see the same inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from typing_extensions import Unpack
+
+from s2dm_loss.checks import check_batch, check_count, describe
+from s2dm_loss.loss import LossOptions, SkipStepLoss
+from s2dm_loss.prediction import read_output
+from s2dm_loss.schedule import Schedule, check_schedule, log_one_minus_exp
+from s2dm_loss.skip_set import Skips, SkipSet
+from s2dm_loss.timesteps import times_at
+from s2dm_loss.validation_result import ValidationLoss
+
+_OF_SKIP_STEP = ("skip_set", "tau", "estimator", "normalize", "max_c2")
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: its multiples are spread evenly mod 2^64
+
+
+def validation_loss(
+    model: Callable[..., Any],
+    batches: Iterable[Any],
+    schedule: Schedule,
+    *,
+    levels: int = 16,
+    skip_set: Skips | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    **options: Unpack[LossOptions],
+) -> ValidationLoss:
+    """Evaluate a model at fixed times and noise; `levels` model calls a batch, without gradients.
+
+    The model is in evaluation mode meanwhile, and torch's random numbers go on afterwards as if it
+    had not been called. Two calls on a CPU give the same bits. With several processes every one has
+    to call it, each with its own part of the data, and every one gets the result of all.
+
+    Args:
+        model: Called as for `SkipStepLoss`; pass the averaged weights if you sample with them.
+        batches: Any iterable of batches, such as a DataLoader. A batch is x_0 of shape [B, ...], or
+            (x_0, model_kwargs), or (x_0, model_kwargs, index) with an int for each sample. Without
+            an index the samples count in their order; with R processes the j-th of process r is
+            sample r + R j, as a `DistributedSampler` deals them out.
+        schedule: The noise schedule.
+        levels: Number of times for each sample.
+        skip_set: Skips of the S²-DM loss, evaluated besides the plain one from the same model
+            calls; None leaves it out.
+        seed: Seed of times and noise. Results compare only at the same seed.
+        device: Where the model is called; that of its parameters if not given, or x_0's.
+        progress: Show a bar, where tqdm is installed and the error stream is a terminal.
+        **options: Those of `SkipStepLoss`: prediction_type, tau, weighting, max_c2, ...
+
+    Returns:
+        The loss of each sample at each level, with its means, standard errors, figure and
+        comparison.
+
+    Raises:
+        TypeError, ValueError: if an argument, a batch or the model's output is not as said.
+    """
+    check_schedule(schedule)
+    check_count("levels", levels, 2)
+    _check_options(options)
+    shared: LossOptions = {**options, "reduction": "none"}
+    # At τ = 1, which is the plain loss, any skips will do.
+    plain: LossOptions = {**shared, "tau": 1.0}
+    criteria = {"plain": SkipStepLoss(schedule, SkipSet.for_sampling_steps(2), **plain)}
+    if skip_set is not None:
+        criteria["skip_step"] = SkipStepLoss(schedule, skip_set, **shared)
+    place = _device_of(model) if device is None else torch.device(device)
+    rank, world_size = rank_and_size()
+    indices: list[int] = []
+    means: list[float] = []
+    losses = [torch.empty(0, len(criteria), levels, dtype=torch.float64, device="cpu")]
+    with _evaluating(model), torch.no_grad(), _own_random_numbers(place, seed):
+        for batch in _bar(batches, shown=progress and rank == 0):
+            x0, model_kwargs, index = _read_batch(batch, place)
+            if index is None:
+                index = [rank + world_size * (len(indices) + j) for j in range(len(x0))]
+            losses.append(_losses_of(criteria, model, x0, model_kwargs, index, levels, seed))
+            indices += index
+            means += x0.double().flatten(1).mean(1).tolist()
+    index_of, mean_x0, found = _joined(indices, means, torch.cat(losses))
+    middle = (torch.arange(levels, dtype=torch.float64, device="cpu") + 0.5) / levels
+    # From noise to data, whichever way the schedule's time runs.
+    log_snr, order = log_snr_at(schedule, times_at(schedule, middle)).sort()
+    return ValidationLoss(
+        index=index_of,
+        mean_x0=mean_x0,
+        losses=dict(zip(criteria, found[..., order].unbind(1), strict=True)),
+        log_snr=log_snr.tolist(),
+        settings={
+            "schedule": repr(schedule),
+            "levels": levels,
+            "seed": seed,
+            **_settings(criteria["plain"], "prediction_type", "weighting"),
+            **_settings(criteria.get("skip_step"), *_OF_SKIP_STEP),
+        },
+    )
+
+
+def log_snr_at(schedule: Schedule, t: Tensor) -> Tensor:
+    """Return log(ᾱ / (1 - ᾱ)) at times of any shape; infinite without noise or without signal."""
+    log_alphas_cumprod = schedule.log_alphas_cumprod_at(t)
+    return log_alphas_cumprod - log_one_minus_exp(log_alphas_cumprod)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes: 0 and 1 if there is one."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _losses_of(
+    criteria: Mapping[str, SkipStepLoss],
+    model: Callable[..., Any],
+    x0: Tensor,
+    model_kwargs: Mapping[str, Any],
+    index: Sequence[int],
+    levels: int,
+    seed: int,
+) -> Tensor:
+    """Return each criterion's loss of one batch, float64 of shape [B, criteria, levels]."""
+    sources = [_source(seed, i) for i in index]
+    u = torch.tensor([_uniform(seed, i, levels) for i in index], dtype=torch.float64, device="cpu")
+    losses = []
+    for times in times_at(criteria["plain"].schedule, u).unbind(1):
+        noise = torch.stack(
+            [torch.randn(x0.shape[1:], generator=source, device="cpu") for source in sources]
+        ).to(x0)
+        once = _Once(model, model_kwargs)
+        for criterion in criteria.values():
+            losses.append(criterion(once, x0, times.to(x0.device), noise=noise))
+    values = torch.stack(losses, dim=1).to("cpu", torch.float64)
+    return values.reshape(-1, levels, len(criteria)).transpose(1, 2)
+
+
+class _Once:
+    """A model that is called for the first loss; the others read the same output."""
+
+    def __init__(self, model: Callable[..., Any], model_kwargs: Mapping[str, Any]) -> None:
+        self.model, self.model_kwargs = model, model_kwargs
+        self.output: Tensor | None = None
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.output is None:
+            self.output = read_output(self.model(x_t, t, **self.model_kwargs))
+        return self.output
+
+
+def _source(seed: int, index: int) -> torch.Generator:
+    """Return the random stream of one sample's noise.
+
+    A CPU generator, whose numbers are the same for every device, takes 32 bits of a seed: an odd
+    multiple of the index is another one for each of 2^32 samples.
+    """
+    start = (_hashed(seed) + index * _GOLDEN) % 2**32
+    return torch.Generator("cpu").manual_seed(start)
+
+
+def _uniform(seed: int, index: int, levels: int) -> list[float]:
+    """Return one u in each of `levels` parts of [0, 1).
+
+    Over the samples, multiples of the golden ratio fill each part evenly (a Kronecker sequence), so
+    the times of n samples are stratified n · levels fold.
+    """
+    shifts = [_hashed(seed, level) for level in range(levels)]
+    within = [((shift + index * _GOLDEN) % 2**64 >> 11) / 2**53 for shift in shifts]
+    return [(level + part) / levels for level, part in enumerate(within)]
+
+
+def _hashed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")
+
+
+def _read_batch(
+    batch: Any, device: torch.device | None
+) -> tuple[Tensor, dict[str, Any], list[int] | None]:
+    """Return x_0, the model's further arguments, and the samples' indices or None."""
+    parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    x0, kwargs, index = (*parts, None, None)[:3]
+    kwargs = {} if kwargs is None else kwargs
+    if len(parts) > 3 or not isinstance(x0, Tensor) or not isinstance(kwargs, Mapping):
+        raise TypeError(
+            "batches must hold x_0, (x_0, model_kwargs) or (x_0, model_kwargs, index), got "
+            f"{', '.join(map(describe, parts))}: of a loader with labels give "
+            '`((x, {"y": y}) for x, y in loader)`, or `(x for x, _ in loader)` without them'
+        )
+    x0 = check_batch("x0", x0).to(device)
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    if index is None:
+        return x0, moved, None
+    index = [int(i) for i in index]
+    if len(index) != len(x0):
+        raise ValueError(f"index must hold one int for each of {len(x0)} samples, got {len(index)}")
+    return x0, moved, index
+
+
+def _joined(
+    indices: list[int], means: list[float], losses: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the samples of all processes, each once, in the order of their index."""
+    mine = (
+        torch.tensor(indices, dtype=torch.int64, device="cpu"),
+        torch.tensor(means, dtype=torch.float64, device="cpu"),
+        losses,
+    )
+    parts: list[Any] = [mine] * rank_and_size()[1]
+    if len(parts) > 1:
+        distributed.all_gather_object(parts, mine)
+    index, mean_x0, losses = (torch.cat(values) for values in zip(*parts, strict=True))
+    if not len(index):
+        raise ValueError(
+            "batches must hold at least one sample, got none: was an iterator used up before?"
+        )
+    index, order = index.sort(stable=True)
+    mean_x0, losses = mean_x0[order], losses[order]
+    # A distributed sampler repeats samples to fill its last batch.
+    first = torch.ones_like(index, dtype=torch.bool)
+    first[1:] = index[1:] != index[:-1]
+    same = torch.isclose(mean_x0[1:], mean_x0[:-1], rtol=1e-3, equal_nan=True)
+    if bool((~first[1:] & ~same).any()):
+        i = int((~first[1:] & ~same).nonzero()[0])
+        raise ValueError(f"index must differ between samples, got {int(index[i])} for several")
+    return index[first], mean_x0[first], losses[first]
+
+
+def _device_of(model: object) -> torch.device | None:
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            return parameter.device
+    return None
+
+
+@contextmanager
+def _evaluating(model: object) -> Iterator[None]:
+    """Put a module and its parts into evaluation mode, and each back as it was."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    training = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, was in zip(modules, training, strict=True):
+            module.training = was
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device | None, seed: int) -> Iterator[None]:
+    """Seed torch's generators, which a loader or a model may draw from, and put them back."""
+    on_gpu = device is not None and device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _bar(batches: Iterable[Any], *, shown: bool) -> Iterable[Any]:
+    if not shown or not sys.stderr.isatty():
+        return batches
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return batches
+    return tqdm(batches, desc="validation loss", leave=False)  # type: ignore[no-any-return]
+
+
+def _check_options(options: LossOptions) -> None:
+    if options.get("estimator") == "fresh":
+        raise ValueError(
+            "estimator must not be 'fresh', which draws a second noise: 'expected' evaluates its "
+            "expectation"
+        )
+    for name in ("reduction", "timesteps"):
+        if name in options:
+            raise ValueError(f"{name} must be left out: each sample is kept, at times of its own")
+
+
+def _settings(criterion: SkipStepLoss | None, *names: str) -> dict[str, Any]:
+    """Return settings of a loss as JSON can hold them; None for all of a loss that is not there."""
+    values = {name: getattr(criterion, name, None) for name in names}
+    simple = (bool, int, float, str, type(None))
+    return {name: v if isinstance(v, simple) else repr(v) for name, v in values.items()}
