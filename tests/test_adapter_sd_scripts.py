@@ -19,7 +19,7 @@ from s2dm_loss import NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.sd_scripts import loss_of, skip_step
 from s2dm_loss.testing import check_swap
 from tests.doubles import sd_scripts_double as double
-from tests.helpers.docs_diff import apply_docs_diff
+from tests.helpers.patches import patched
 from tests.helpers.sd_scripts_checkout import load_sd_scripts
 
 PLAIN = {
@@ -292,7 +292,7 @@ def test_the_pages_diff_in_the_scripts_with_a_loop(script, name):
         pytest.skip("the script has no masks")
     args = SimpleNamespace(**{**PLAIN, **OPTIONS[name]})
     plain = Path(module.__file__).read_text()
-    swapped = apply_docs_diff("sd_scripts.md", f"{script}.py", plain)
+    swapped = patched("sd-scripts", f"{script}.py", plain)
 
     def loss(model, tau=None):
         batch = make_batch(double.NetworkTrainer, masked=args.masked_loss)
