@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from s2dm_loss.checks import check_batch, check_like
-from s2dm_loss.functional import along, draw_like, loss_dtype
-from s2dm_loss.loss import SkipStepLoss
-from s2dm_loss.output import RegressionTarget
+from s2dm_loss.head import along
+from s2dm_loss.loss import RegressionTarget, SkipStepLoss
+from s2dm_loss.loss_table import draw_like
 
 __all__ = ["ChangedOutput", "changed_output", "check_tau"]
 
@@ -38,31 +38,31 @@ class ChangedOutput(NamedTuple):
 
 
 def changed_output(
-    criterion: SkipStepLoss, output: Tensor, x_t: Tensor, t: Tensor
+    criterion: SkipStepLoss, output: Tensor, t: Tensor, x_t: Tensor
 ) -> ChangedOutput:
     """Return the output that makes a trainer's own squared error the loss of `criterion`.
 
     Args:
         criterion: The loss, made for what the network predicts; its τ above 0.
         output: The network's output, of shape [B, ...].
-        x_t: The noisy input that the network was given, of the same shape.
         t: Times of shape [B].
+        x_t: The noisy input that the network was given, of the shape of `output`.
 
     Raises:
         TypeError, ValueError: if an argument is not as said; the message names it.
     """
     check_tau(criterion.tau)
     check_like("x_t", x_t, "output", check_batch("output", output))
-    fresh = criterion.estimator == "fresh"
-    dtype = loss_dtype(output, x_t)
+    dtype = torch.promote_types(torch.promote_types(output.dtype, x_t.dtype), torch.float32)
     one = torch.ones(len(output), dtype=dtype, device=output.device)
     zero = torch.zeros_like(one)
+    fresh = criterion.estimator == "fresh"
 
-    def answer(target: Tensor, x_t: Tensor, zeta: Tensor) -> RegressionTarget:
-        skip_noise = zeta if fresh else None
-        return criterion.regression_target(target, x_t, t, skip_noise=skip_noise)
+    def answer(target: Tensor, x_t: Tensor, xi: Tensor) -> RegressionTarget:
+        skip_noise = xi if fresh else None
+        return criterion.regression_target(target, t, x_t, skip_noise=skip_noise)
 
-    # Target, x_t and ζ enter linearly: the factor of each is the answer to 1 for it alone.
+    # Target, x_t and ξ enter linearly: the factor of each is the answer to 1 for it alone.
     scale, weight = answer(one, zero, zero)
     changed = output.to(dtype)
     if criterion.prediction_type not in ("epsilon", "score"):

@@ -1,22 +1,25 @@
 """The loss in ermongroup/ddim, the base of the paper's code: one line in `functions/losses.py`.
 
 -    'simple': noise_estimation_loss,
-+    'simple': ddim_loss(skip_set=9),
++    'simple': ddim_loss(skip_set=49),
+
+The paper's own k is 9.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from s2dm_loss import NoiseSchedule, SkipSet, SkipStepLoss
+from s2dm_loss.adapters import SETTLED, check_options
 from s2dm_loss.checks import as_float64, check_all, check_choice, check_count
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
-from s2dm_loss.functional import along
+from s2dm_loss.head import along
+from s2dm_loss.loss import LossOptions
+from s2dm_loss.skip_set import Skips
 
 __all__ = ["DdimLoss", "ddim_loss", "ddim_timesteps"]
 
@@ -41,13 +44,10 @@ class DdimLoss(Protocol):
 
 
 def ddim_loss(
-    skip_set: SkipSet | int | Iterable[int] = 9,
+    skip_set: Skips,
     *,
     data_reduction: DataReduction = "sum",
-    tau: float = DEFAULT_TAU,
-    estimator: Estimator = "expected",
-    normalize: bool = False,
-    max_c2: float = DEFAULT_MAX_C2,
+    **options: Unpack[LossOptions],
 ) -> DdimLoss:
     """Return the S²-DM loss as an entry of the trainer's `loss_registry`.
 
@@ -59,17 +59,20 @@ def ddim_loss(
         data_reduction: Over the data axes the trainer sums and the paper's fork of it averages.
             The default keeps the trainer's scale; at its gradient clipping of 1 the two train
             very differently, so give a plain run that is compared the same one.
-        tau: τ in [0, 1].
-        estimator: "expected", "fresh" or "shared".
-        normalize: Drop the weight A(t) and the constant; see `SkipStepLoss`.
-        max_c2: Upper bound on c²; see `coefficients`.
+        options: Those of `SkipStepLoss`, without what the trainer settles itself: what its network
+            predicts (ε), the reduction over the batch, and how it draws its timesteps.
 
     Raises:
         TypeError, ValueError: if an argument is not as said. Whether the skips fit the schedule
             is known at the first call.
     """
-    options = {"tau": tau, "estimator": estimator, "normalize": normalize, "max_c2": max_c2}
-    return _DdimLoss(skip_set, data_reduction, options)
+    check_choice("data_reduction", data_reduction, get_args(DataReduction))
+    settled = {**SETTLED, "reduction": "the trainer's keepdim and data_reduction say it"}
+    given = check_options(options, settled)
+    skips = SkipSet.wrap(skip_set)
+    # β comes with the first batch only; a wrong option is found now, on some schedule.
+    SkipStepLoss(NoiseSchedule.linear(2), 1, **given)
+    return _DdimLoss(skips, data_reduction, given)
 
 
 def ddim_timesteps(
@@ -101,17 +104,9 @@ class _DdimLoss:
     """The loss, with the tables of the β that it was last called with."""
 
     def __init__(
-        self,
-        skip_set: SkipSet | int | Iterable[int],
-        data_reduction: DataReduction,
-        options: dict[str, Any],
+        self, skip_set: SkipSet, data_reduction: DataReduction, options: dict[str, Any]
     ) -> None:
-        check_choice("data_reduction", data_reduction, get_args(DataReduction))
-        self.skip_set = SkipSet.wrap(skip_set)
-        self.data_reduction = data_reduction
-        self.options = options
-        # β comes with the first batch only; a wrong option is found now, on some schedule.
-        SkipStepLoss(NoiseSchedule.linear(2), 1, **options)
+        self.skip_set, self.data_reduction, self.options = skip_set, data_reduction, options
         self._betas: Tensor | None = None
 
     def __call__(
@@ -129,7 +124,7 @@ class _DdimLoss:
             self._betas = b
         a = (1 - b).cumprod(dim=0).index_select(0, t)
         x_t = x0 * along(a.sqrt(), x0) + e * along((1.0 - a).sqrt(), e)
-        losses = self._criterion.from_prediction(model(x_t, t.float()), e, t)
+        losses = self._criterion.from_output(model(x_t, t.float()), e, t)
         if self.data_reduction == "sum":
             losses = losses * e[0].numel()
         return losses if keepdim else losses.mean(dim=0)
@@ -144,8 +139,6 @@ class _DdimLoss:
 
     @override
     def __repr__(self) -> str:
-        options = [f"{name}={value!r}" for name, value in self.options.items()]
-        return (
-            f"ddim_loss({self.skip_set!r}, data_reduction={self.data_reduction!r}, "
-            f"{', '.join(options)})"
-        )
+        options = [f", {name}={value!r}" for name, value in self.options.items()]
+        given = f"{self.skip_set!r}, data_reduction={self.data_reduction!r}{''.join(options)}"
+        return f"ddim_loss({given})"

@@ -1,7 +1,7 @@
 """The loss in lucidrains/denoising-diffusion-pytorch: one line after the diffusion is made.
 
     diffusion = GaussianDiffusion(model, image_size=128, timesteps=1000)
-    diffusion = skip_step(diffusion, skip_set=9)
+    diffusion = skip_step(diffusion, skip_set=49)
 
 The trainer's own `p_losses` runs, on a changed output of the model: noise offset,
 self-conditioning, immiscible noise and Min-SNR weights are what they are without the adapter. The
@@ -11,20 +11,18 @@ trainer is not imported.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from s2dm_loss.adapters import extend, reduce_extended
+from s2dm_loss.adapters import SETTLED, changed_copy, check_options, check_plain, reduce_changed
 from s2dm_loss.adapters.changed_output import changed_output, check_tau
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
-from s2dm_loss.functional import along
-from s2dm_loss.loss import SkipStepLoss
+from s2dm_loss.head import along
+from s2dm_loss.loss import LossOptions, SkipStepLoss
 from s2dm_loss.prediction import PredictionType
 from s2dm_loss.schedule import NoiseSchedule
-from s2dm_loss.skip_set import SkipSet
+from s2dm_loss.skip_set import Skips
 
 __all__ = ["SkipStepMixin", "skip_step"]
 
@@ -40,46 +38,38 @@ _ATTRIBUTES = ("p_losses", "model", "model_predictions", "betas", "objective", "
 _KNOWN = ("GaussianDiffusion", "GaussianDiffusion1D")
 
 
-def skip_step(
-    diffusion: Diffusion,
-    skip_set: SkipSet | int | Iterable[int] = 9,
-    *,
-    tau: float = DEFAULT_TAU,
-    estimator: Estimator = "expected",
-    max_c2: float = DEFAULT_MAX_C2,
-) -> Diffusion:
-    """Give `diffusion` the S²-DM loss, and return it.
+_REFUSED = {
+    **SETTLED,
+    "weighting": "the trainer weighs its loss itself, as with min_snr_loss_weight=True",
+}
 
-    It is the same object, of a class that extends its own: `forward` and `p_losses` have the S²-DM
-    loss on the scale of the trainer's (without the constant that no gradient sees), samplers and
-    the keys of its `state_dict` stay as they are. The model is called as often as before.
+
+def skip_step(diffusion: Diffusion, skip_set: Skips, **options: Unpack[LossOptions]) -> Diffusion:
+    """Return a copy of `diffusion` that has the S²-DM loss, with the same network in it.
+
+    The copy's `forward` and `p_losses` have the S²-DM loss on the scale of the trainer's; samplers
+    and the keys of its `state_dict` stay as they are. The model is called as often as before.
 
     Args:
         diffusion: A `GaussianDiffusion` or `GaussianDiffusion1D`, of any objective and schedule.
         skip_set: The skips, in timesteps.
-        tau: τ in (0, 1]; 1 is the trainer's own loss, bit for bit.
-        estimator: "expected", "fresh" or "shared".
-        max_c2: Upper bound on c²; see `SkipStepLoss.from_output`.
+        options: Those of `SkipStepLoss`, without `weighting` and what the trainer settles itself. τ
+            lies in (0, 1]; 1 is the trainer's own loss, bit for bit.
 
     Raises:
         TypeError: if `diffusion` is none of the trainer's, or is in continuous time.
         ValueError: if it has a loss of another kind, or the S²-DM loss already.
     """
     _check_diffusion(diffusion)
-    check_tau(tau)
-    extended: Any = diffusion
-    base: Any = type(extended)
+    plain: Any = diffusion
     criterion = SkipStepLoss(
-        NoiseSchedule.from_betas(extended.betas),
+        NoiseSchedule.from_betas(plain.betas),
         skip_set,
-        tau=tau,
-        estimator=estimator,
-        prediction_type=_OBJECTIVES[extended.objective],
-        max_c2=max_c2,
+        **check_options(options, _REFUSED),
+        prediction_type=_OBJECTIVES[plain.objective],
     )
-    extended.__class__ = extend(SkipStepMixin, base)
-    extended.skip_step_loss = criterion
-    return diffusion
+    check_tau(criterion.tau)
+    return changed_copy(plain, SkipStepMixin, skip_step_loss=criterion)  # type: ignore[no-any-return]
 
 
 class SkipStepMixin:
@@ -108,7 +98,7 @@ class SkipStepMixin:
             # DataParallel's replicas share their hooks.
             if self._predicts_for_itself or module is not this.model:
                 return None
-            changed, weight = changed_output(self.skip_step_loss, output, inputs[0], t)
+            changed, weight = changed_output(self.skip_step_loss, output, t, inputs[0])
             weights.append(weight)
             return changed
 
@@ -133,18 +123,16 @@ class SkipStepMixin:
     @override
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made at run time, so pickle would not find it by name.
-        return reduce_extended(self)
+        return reduce_changed(self)
 
 
 def _check_diffusion(diffusion: Any) -> None:
-    name = type(diffusion).__name__
-    if isinstance(diffusion, SkipStepMixin):
-        raise ValueError(f"diffusion must have its plain loss, got a {name}")
+    check_plain("diffusion", diffusion, SkipStepMixin)
     missing = [attribute for attribute in _ATTRIBUTES if not hasattr(diffusion, attribute)]
     if missing:
         raise TypeError(
             "diffusion must be a GaussianDiffusion of denoising-diffusion-pytorch with discrete "
-            f"timesteps, got a {name} without {', '.join(missing)}"
+            f"timesteps, got a {type(diffusion).__name__} without {', '.join(missing)}"
         )
     owner: Any = next(kind for kind in type(diffusion).__mro__ if "p_losses" in vars(kind))
     if owner.__name__ not in _KNOWN:

@@ -25,10 +25,11 @@ from typing_extensions import Self, Unpack, override
 
 from s2dm_loss.adapters.diffusers_scheduler import is_flow, is_the_path_of, output_of, path_of
 from s2dm_loss.checks import check_number, describe
+from s2dm_loss.coefficients import GainOptions
 from s2dm_loss.prediction import PredictionType
 from s2dm_loss.sampling.corrections import Correction
 from s2dm_loss.sampling.result import Recommendation
-from s2dm_loss.sampling.scaled_model import GainOptions, ScaledModel
+from s2dm_loss.sampling.scaled_model import ScaledModel
 from s2dm_loss.schedule import Schedule
 from s2dm_loss.skip_set import Skips
 

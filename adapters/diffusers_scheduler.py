@@ -16,7 +16,7 @@ from s2dm_loss.schedule import NoiseSchedule, Schedule
 __all__ = ["PredictionType", "prediction_type_of", "schedule_of"]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
-_CONFIGURED = ("epsilon", "v_prediction", "sample")
+CONFIGURED = ("epsilon", "v_prediction", "sample")
 
 # More than the relative difference of ᾱ between diffusers' float32 tables and the same schedule in
 # float64; measured over its schedulers and schedules it stays below 4e-5.
@@ -145,9 +145,9 @@ def is_the_path_of(schedule: Schedule, other: Schedule, prediction_type: str) ->
 def prediction_type_of(scheduler: Any) -> PredictionType:
     """Return what `scheduler.config` says the model predicts, "epsilon" where it says nothing."""
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
-    if prediction_type not in _CONFIGURED:
+    if prediction_type not in CONFIGURED:
         raise ValueError(
-            f"scheduler.config.prediction_type must be one of {', '.join(map(repr, _CONFIGURED))}, "
+            f"scheduler.config.prediction_type must be one of {', '.join(map(repr, CONFIGURED))}, "
             f"got {prediction_type!r}"
         )
     return prediction_type  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """The loss in NVlabs/edm and edm2: one line in `training/training_loop.py`.
 
          loss_fn = dnnlib.util.construct_class_by_name(**loss_kwargs)
-    +    loss_fn = skip_step(loss_fn, skip_set=1/17)
+    +    loss_fn = skip_step(loss_fn, SkipSet.for_sampling_steps(20))
 
 The trainer's own loss runs, on a changed output of the denoiser; EDM2's log-variance head keeps its
 place in it. The trainers are not imported.
@@ -13,35 +13,38 @@ t = (σ^(1/ρ) - σ_min^(1/ρ)) / (σ_max^(1/ρ) - σ_min^(1/ρ)) (arXiv 2206.00
 from __future__ import annotations
 
 import copy
-from typing import Any
+from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
+from s2dm_loss.adapters import SETTLED, changed_copy, check_options, check_plain, reduce_changed
 from s2dm_loss.adapters.changed_output import changed_output, check_tau
 from s2dm_loss.checks import describe
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
 from s2dm_loss.continuous import ContinuousSchedule
-from s2dm_loss.functional import along
-from s2dm_loss.loss import SkipStepLoss
+from s2dm_loss.head import along
+from s2dm_loss.loss import LossOptions, SkipStepLoss
 from s2dm_loss.skip_set import Skips
 
-__all__ = ["SkipStepDenoiserLoss", "skip_step"]
+__all__ = ["SkipStepMixin", "skip_step"]
+
+Loss = TypeVar("Loss")
+
+_REFUSED = {**SETTLED, "weighting": "the trainer's own λ(σ) weighs its loss"}
 
 
 def skip_step(
-    loss_fn: Any,
+    loss_fn: Loss,
     skip_set: Skips,
     *,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
-    tau: float = DEFAULT_TAU,
-    estimator: Estimator = "expected",
-    max_c2: float = DEFAULT_MAX_C2,
-) -> SkipStepDenoiserLoss:
-    """Return the S²-DM loss in the place of a trainer's `loss_fn`, called as it is.
+    **options: Unpack[LossOptions],
+) -> Loss:
+    """Return a copy of a trainer's `loss_fn` that has the S²-DM loss, called as the trainer's is.
 
     A snapshot that pickles it holds the trainer's own loss, so that no reader of it needs this
     library; a checkpoint has the same keys.
@@ -53,16 +56,19 @@ def skip_step(
         sigma_min: The sampler's smallest σ; one below it is held there, where no skip is valid.
         sigma_max: The sampler's largest σ; one above it is held there.
         rho: The sampler's ρ.
-        tau: τ in (0, 1]; 1 is the trainer's own loss, bit for bit.
-        estimator: "expected", "fresh" or "shared".
-        max_c2: Upper bound on c²; see `SkipStepLoss.from_output`.
+        options: Those of `SkipStepLoss`, without `weighting` and what the trainer settles itself. τ
+            lies in (0, 1]; 1 is the trainer's own loss, bit for bit.
 
     Raises:
         TypeError, ValueError: if an argument is not as said.
     """
-    if isinstance(loss_fn, SkipStepDenoiserLoss) or not callable(loss_fn):
-        raise TypeError(f"loss_fn must be the trainer's own loss, got a {type(loss_fn).__name__}")
-    check_tau(tau)
+    check_plain("loss_fn", loss_fn, SkipStepMixin)
+    call = getattr(type(loss_fn), "__call__", None)  # noqa: B004 - of a class of its own
+    if not isinstance(call, FunctionType):
+        raise TypeError(
+            "loss_fn must be an object with a __call__, as the trainers' are, such as EDMLoss(), "
+            f"got {describe(loss_fn)}"
+        )
     if not 0 < sigma_min < sigma_max or not rho > 0:
         raise ValueError(
             "sigma_min, sigma_max and rho must satisfy 0 < sigma_min < sigma_max and rho > 0, got "
@@ -73,22 +79,21 @@ def skip_step(
     criterion = SkipStepLoss(
         ContinuousSchedule.from_alpha_sigma(ramp, name=name),
         skip_set,
-        tau=tau,
-        estimator=estimator,
+        **check_options(options, _REFUSED),
         prediction_type="sample",
-        max_c2=max_c2,
     )
-    return SkipStepDenoiserLoss(loss_fn, criterion, ramp)
+    check_tau(criterion.tau)
+    return changed_copy(loss_fn, SkipStepMixin, **dict(zip(_OURS, (criterion, ramp), strict=True)))  # type: ignore[no-any-return]
 
 
-class SkipStepDenoiserLoss:
-    """What `skip_step` returns: the trainer's loss with a changed output of the denoiser."""
+_OURS = ("skip_step_loss", "skip_step_ramp")
 
-    def __init__(self, plain: Any, criterion: SkipStepLoss, ramp: _Ramp) -> None:
-        """Keep the trainer's loss, the criterion, and the ramp that gives the time of a σ."""
-        self.plain: Any = plain
-        self.criterion: SkipStepLoss = criterion
-        self.ramp: _Ramp = ramp
+
+class SkipStepMixin:
+    """What `skip_step` puts in front of a loss's class."""
+
+    skip_step_loss: SkipStepLoss
+    skip_step_ramp: _Ramp
 
     def __call__(self, net: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of each element; the arguments are those of the trainer's loss.
@@ -98,19 +103,20 @@ class SkipStepDenoiserLoss:
             args: Further arguments of the trainer's loss, the images among them.
             kwargs: The same by name.
         """
+        plain: Any = super()
         weights: list[Tensor] = []
         log_variances: list[Tensor] = []
 
         def changed(x_t: Tensor, sigma: Tensor, *more: Any, **options: Any) -> Any:
             output = net(x_t, sigma, *more, **options)
             denoised, *log_variance = output if isinstance(output, tuple) else (output,)
-            t = self.ramp.time_of(sigma.reshape(-1).float().expand(len(x_t)))
-            denoised, weight = changed_output(self.criterion, denoised, x_t, t)
+            t = self.skip_step_ramp.time_of(sigma.reshape(-1).float().expand(len(x_t)))
+            denoised, weight = changed_output(self.skip_step_loss, denoised, t, x_t)
             weights.append(weight)
             log_variances.extend(log_variance)
             return (denoised, *log_variance) if log_variance else denoised
 
-        loss: Tensor = self.plain(changed, *args, **kwargs)
+        loss: Tensor = plain.__call__(changed, *args, **kwargs)
         if loss.shape[:1] != weights[-1].shape:
             raise ValueError(
                 "loss_fn must return the squared error of each sample, of shape "
@@ -124,26 +130,29 @@ class SkipStepDenoiserLoss:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the trainer's own loss, which is all that a checkpoint holds."""
-        return dict(vars(self.plain))
+        return {name: value for name, value in vars(self).items() if name not in _OURS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the state of the trainer's own loss."""
-        vars(self.plain).update(state)
+        vars(self).update(state)
 
-    def __copy__(self) -> SkipStepDenoiserLoss:
-        return type(self)(self.plain, self.criterion, self.ramp)
+    def __copy__(self) -> Any:
+        restore, parts = reduce_changed(self)
+        return restore(*parts)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SkipStepDenoiserLoss:
-        parts = (self.plain, self.criterion, self.ramp)
-        return type(self)(*copy.deepcopy(parts, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        restore, (*classes, state) = reduce_changed(self)
+        return restore(*classes, copy.deepcopy(state, memo))
 
     @override
     def __reduce__(self) -> Any:
-        return copy.copy, (self.plain,)  # the standard library's, as a reader has nothing else
+        plain: Any = object.__new__(type(self).__bases__[1])
+        vars(plain).update(self.state_dict())
+        return copy.copy, (plain,)  # the standard library's, as a reader has nothing else
 
     @override
     def __repr__(self) -> str:
-        return f"SkipStepDenoiserLoss({type(self.plain).__name__}, {self.criterion!r})"
+        return f"{type(self).__name__}({self.skip_step_loss!r})"
 
 
 class _Ramp:

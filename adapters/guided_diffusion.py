@@ -1,7 +1,7 @@
 """The loss in openai/guided-diffusion: one line in `image_train.py` or `super_res_train.py`.
 
     -        diffusion=diffusion,
-    +        diffusion=skip_step(diffusion, skip_set=9),
+    +        diffusion=skip_step(diffusion, skip_set=49),
 
 The trainer is not imported: a diffusion object is known by its attributes, so a vendored copy of
 the package works as the installed one does.
@@ -10,18 +10,20 @@ the package works as the installed one does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from s2dm_loss import NoiseSchedule, Schedule, SkipSet, SkipStepLoss
-from s2dm_loss.adapters import extend, reduce_extended
+from s2dm_loss import NoiseSchedule, SkipSet, SkipStepLoss
+from s2dm_loss.adapters import SETTLED, changed_copy, check_options, check_plain, reduce_changed
 from s2dm_loss.checks import describe
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
+from s2dm_loss.loss import LossOptions
 from s2dm_loss.prediction import PredictionType
+from s2dm_loss.schedule import Schedule
+from s2dm_loss.skip_set import Skips
 
 __all__ = ["SkipStepMixin", "skip_step"]
 
@@ -30,12 +32,10 @@ Diffusion = TypeVar("Diffusion")
 
 def skip_step(
     diffusion: Diffusion,
-    skip_set: SkipSet | int | Iterable[int] = 9,
+    skip_set: Skips,
     *,
     original_timesteps: bool = False,
-    tau: float = DEFAULT_TAU,
-    estimator: Estimator = "expected",
-    max_c2: float = DEFAULT_MAX_C2,
+    **options: Unpack[LossOptions],
 ) -> Diffusion:
     """Return a copy of `diffusion` whose `training_losses` is the S²-DM loss.
 
@@ -47,11 +47,8 @@ def skip_step(
         skip   what S²-DM adds to the plain loss; 0 where no skip is valid
         loss   mse + skip (+ vb)
 
-    mse + skip is Eq. 13 of arXiv 2401.01520 on the scale of the model's output, without the
-    constant that no gradient sees: the trainer's `loss-second-moment` sampler draws each timestep
-    as often as its loss is large, and the constant is large where there is nothing to learn. The
-    model is called once, and with the estimators "expected" and "shared" no further random number
-    is drawn.
+    mse + skip is the loss of `SkipStepLoss.from_output`. The model is called once, and with the
+    estimators "expected" and "shared" no further random number is drawn.
 
     Args:
         diffusion: A `GaussianDiffusion` or `SpacedDiffusion` of guided-diffusion.
@@ -59,9 +56,7 @@ def skip_step(
             are respaced ones after `--timestep_respacing`.
         original_timesteps: Read the skips in timesteps of the schedule before respacing. An
             earlier timestep that respacing left out stands for the latest one kept before it.
-        tau: τ in [0, 1].
-        estimator: "expected", "fresh" or "shared".
-        max_c2: Upper bound on c²; see `SkipStepLoss.from_output`. The cosine schedule needs it.
+        options: Those of `SkipStepLoss`, without `weighting` and what the trainer settles itself.
 
     Raises:
         TypeError: if `diffusion` is not a diffusion of guided-diffusion.
@@ -72,19 +67,14 @@ def skip_step(
     plain: Any = diffusion
     if original_timesteps:
         skip_set = _OriginalTimesteps(skip_set, plain)
-    extended: Any = copy.copy(plain)
-    base: Any = type(plain)
-    extended.__class__ = extend(SkipStepMixin, base)
-    extended.skip_step_loss = SkipStepLoss(
+    criterion = SkipStepLoss(
         NoiseSchedule.from_alphas_cumprod(plain.alphas_cumprod),
         skip_set,
-        tau=tau,
-        estimator=estimator,
+        **check_options(options, _REFUSED),
         reduction="none",
         prediction_type=_PREDICTS[plain.model_mean_type.name],
-        max_c2=max_c2,
     )
-    return extended  # type: ignore[no-any-return]
+    return changed_copy(plain, SkipStepMixin, skip_step_loss=criterion)  # type: ignore[no-any-return]
 
 
 class SkipStepMixin:
@@ -111,7 +101,7 @@ class SkipStepMixin:
             t: Integer timesteps of this diffusion, of shape [N].
             model_kwargs: Further arguments of the model.
             noise: ε of the shape of `x_start`; drawn if not given.
-            skip_noise: ζ of the estimator "fresh", of the same shape; drawn if not given.
+            skip_noise: ξ of the estimator "fresh", of the same shape; drawn if not given.
         """
         this: Any = self
         plain: Any = super()
@@ -136,7 +126,7 @@ class SkipStepMixin:
         if not torch.compiler.is_compiling() and not output.is_meta and self._calls_to_check:
             self._calls_to_check -= 1
             _check_terms(type(self).__name__, terms, output.detach(), target)
-        squared = criterion.from_output(output, target, recorder.x_t, t, skip_noise=skip_noise)
+        squared = criterion.from_output(output, target, t, recorder.x_t, skip_noise=skip_noise)
         # Elsewhere, and at τ = 1, the loss stays the trainer's own, bit for bit.
         acts = criterion.coefficients_at(t).tau < 1
         loss = torch.where(acts, squared, terms["mse"])
@@ -151,7 +141,7 @@ class SkipStepMixin:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made at run time, so pickle would not find it by name.
-        return reduce_extended(self)
+        return reduce_changed(self)
 
 
 class _Recorder:
@@ -195,7 +185,7 @@ class _OriginalTimesteps(SkipSet):
 
     offsets = ()
 
-    def __init__(self, skip_set: SkipSet | int | Iterable[int], diffusion: Any) -> None:
+    def __init__(self, skip_set: Skips, diffusion: Any) -> None:
         self.skip_set = SkipSet.wrap(skip_set)
         num_timesteps: int = diffusion.num_timesteps
         kept: Sequence[int] = getattr(diffusion, "timestep_map", range(num_timesteps))
@@ -222,6 +212,13 @@ class _OriginalTimesteps(SkipSet):
 
 
 _PREDICTS: dict[str, PredictionType] = {"EPSILON": "epsilon", "START_X": "sample"}
+_REFUSED = {
+    **SETTLED,
+    "weighting": (
+        "where no skip is valid the loss is the trainer's own mse, which has no weighting; "
+        "`SkipStepLoss.regression_target` puts a weighted loss into its training_losses"
+    ),
+}
 _LEARNED_VARIANCES = ("LEARNED", "LEARNED_RANGE")
 _ATTRIBUTES = (
     "training_losses",
@@ -234,14 +231,13 @@ _ATTRIBUTES = (
 
 
 def _check_diffusion(diffusion: Any) -> None:
+    check_plain("diffusion", diffusion, SkipStepMixin)
     missing = [name for name in _ATTRIBUTES if not hasattr(diffusion, name)]
     if missing:
         raise TypeError(
             "diffusion must be a GaussianDiffusion or SpacedDiffusion of guided-diffusion, got "
             f"a {type(diffusion).__name__} without {', '.join(missing)}"
         )
-    if isinstance(diffusion, SkipStepMixin):
-        raise ValueError(f"diffusion must have its plain loss, got {diffusion!r}")
     kinds = ("loss_type", "model_mean_type", "model_var_type")
     if unnamed := [kind for kind in kinds if not hasattr(getattr(diffusion, kind), "name")]:
         raise TypeError(

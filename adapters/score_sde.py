@@ -1,7 +1,7 @@
 """The loss in yang-song/score_sde_pytorch: one call in `run_lib.py`, the training one.
 
     -  train_step_fn = losses.get_step_fn(sde, train=True, optimize_fn=optimize_fn,
-    +  train_step_fn = get_step_fn(sde, train=True, optimize_fn=optimize_fn,
+    +  train_step_fn = get_step_fn(sde, train=True, skip_set=49, optimize_fn=optimize_fn,
 
 The functions have the names, arguments and defaults of the trainer's `losses.py`. Nothing of the
 trainer is imported: its module names (`losses`, `models`, `utils`) are those of other trainers as
@@ -25,31 +25,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import Unpack
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
-from s2dm_loss.coefficients import Estimator
-from s2dm_loss.functional import along
+from s2dm_loss.adapters import SETTLED, check_options
+from s2dm_loss.head import along
+from s2dm_loss.loss import LossOptions
+from s2dm_loss.schedule import Schedule
 from s2dm_loss.skip_set import Skips
 
-__all__ = [
-    "LossOptions",
-    "get_ddpm_loss_fn",
-    "get_sde_loss_fn",
-    "get_smld_loss_fn",
-    "get_step_fn",
-]
+__all__ = ["get_ddpm_loss_fn", "get_sde_loss_fn", "get_smld_loss_fn", "get_step_fn"]
 
 LossFn = Callable[[nn.Module, Tensor], Tensor]
 
 
-class LossOptions(TypedDict, total=False):
-    """Further options, each as for `SkipStepLoss` and with its default."""
-
-    tau: float
-    estimator: Estimator
-    normalize: bool
-    max_c2: float
+_REFUSED = {**SETTLED, "reduction": "the trainer's reduce_mean says it"}
 
 
 def get_sde_loss_fn(
@@ -60,7 +50,7 @@ def get_sde_loss_fn(
     likelihood_weighting: bool = True,
     eps: float = 1e-5,
     *,
-    skip_set: Skips = 9,
+    skip_set: Skips,
     allow_ve: bool = False,
     **options: Unpack[LossOptions],
 ) -> LossFn:
@@ -77,15 +67,15 @@ def get_sde_loss_fn(
             skips in units of time. A time t below δ has the plain loss.
         allow_ve: Accept a `VESDE`. S²-DM is defined on processes that preserve variance; here its
             c is that of the process of equal signal-to-noise ratio that does, x_t / √(1 + σ²).
-        options: `tau`, `estimator`, `normalize` and `max_c2`, as for `SkipStepLoss`.
+        options: Those of `SkipStepLoss`, without what the trainer settles itself.
 
     Raises:
         TypeError, ValueError: if an argument is not as said.
     """
     kind = _kind_of(sde, allow_ve)
-    criterion = SkipStepLoss(
-        _continuous_schedule(sde, kind), _in_units_of_time(skip_set, sde.N), **_per_sample(options)
-    )
+    _check_weighting(likelihood_weighting, options)
+    skips = _in_units_of_time(skip_set, sde.N)
+    criterion = _criterion(_continuous_schedule(sde, kind), skips, options)
 
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
         model.train(train)
@@ -98,7 +88,7 @@ def get_sde_loss_fn(
         if likelihood_weighting:
             weights = sde.sde(torch.zeros_like(batch), t)[1] ** 2 / std**2
         return _reduce(
-            criterion.from_prediction(eps_hat, noise, t, weights=weights), batch, reduce_mean
+            criterion.from_output(eps_hat, noise, t, weights=weights), batch, reduce_mean
         )
 
     return loss_fn
@@ -109,7 +99,7 @@ def get_ddpm_loss_fn(
     train: bool,
     reduce_mean: bool = True,
     *,
-    skip_set: Skips = 9,
+    skip_set: Skips,
     **options: Unpack[LossOptions],
 ) -> LossFn:
     """Return a loss of `(model, batch)` on the discrete timesteps of a `VPSDE`.
@@ -119,7 +109,7 @@ def get_ddpm_loss_fn(
         train: Put the model in training mode, else in evaluation mode.
         reduce_mean: Average over the data axes; else half their sum.
         skip_set: Skips in timesteps.
-        options: `tau`, `estimator`, `normalize` and `max_c2`, as for `SkipStepLoss`.
+        options: Those of `SkipStepLoss`, without what the trainer settles itself.
 
     Raises:
         TypeError, ValueError: if an argument is not as said.
@@ -127,7 +117,7 @@ def get_ddpm_loss_fn(
     _check_kind("vpsde", vpsde, "VPSDE")
     # From β and in float64: the SDE's own ᾱ is float32, too coarse for its small differences.
     schedule = NoiseSchedule.from_betas(vpsde.discrete_betas)
-    criterion = SkipStepLoss(schedule, skip_set, **_per_sample(options))
+    criterion = _criterion(schedule, skip_set, options)
 
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
         model.train(train)
@@ -136,7 +126,7 @@ def get_ddpm_loss_fn(
         a = vpsde.sqrt_alphas_cumprod.to(batch.device)[labels]
         b = vpsde.sqrt_1m_alphas_cumprod.to(batch.device)[labels]
         eps_hat = model(along(a, batch) * batch + along(b, noise) * noise, labels)
-        return _reduce(criterion.from_prediction(eps_hat, noise, labels), batch, reduce_mean)
+        return _reduce(criterion.from_output(eps_hat, noise, labels), batch, reduce_mean)
 
     return loss_fn
 
@@ -146,20 +136,20 @@ def get_smld_loss_fn(
     train: bool,
     reduce_mean: bool = False,
     *,
-    skip_set: Skips = 9,
+    skip_set: Skips,
     **options: Unpack[LossOptions],
 ) -> LossFn:
     """Return a loss of `(model, batch)` on the discrete noise levels of a `VESDE`.
 
     Its labels count σ from the largest down, so a skip of k pairs a label with label + k. For c
-    see `allow_ve` of `get_sde_loss_fn`; who calls this function has asked for VE by name.
+    see `allow_ve` of `get_sde_loss_fn`, which calling this function implies.
 
     Args:
         vesde: A `VESDE` of the trainer.
         train: Put the model in training mode, else in evaluation mode.
         reduce_mean: Average over the data axes; else half their sum.
         skip_set: Skips in noise levels.
-        options: `tau`, `estimator`, `normalize` and `max_c2`, as for `SkipStepLoss`.
+        options: Those of `SkipStepLoss`, without what the trainer settles itself.
 
     Raises:
         TypeError, ValueError: if an argument is not as said.
@@ -167,7 +157,7 @@ def get_smld_loss_fn(
     _check_kind("vesde", vesde, "VESDE")
     ascending = vesde.discrete_sigmas
     schedule = NoiseSchedule.from_sigmas(ascending)
-    criterion = SkipStepLoss(schedule, skip_set, **_per_sample(options))
+    criterion = _criterion(schedule, skip_set, options)
 
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
         model.train(train)
@@ -176,7 +166,7 @@ def get_smld_loss_fn(
         sigma = along(ascending.to(batch.device)[t], batch)
         noise = torch.randn_like(batch)
         eps_hat = -sigma * model(batch + sigma * noise, labels)
-        return _reduce(criterion.from_prediction(eps_hat, noise, t), batch, reduce_mean)
+        return _reduce(criterion.from_output(eps_hat, noise, t), batch, reduce_mean)
 
     return loss_fn
 
@@ -189,7 +179,7 @@ def get_step_fn(
     continuous: bool = True,
     likelihood_weighting: bool = False,
     *,
-    skip_set: Skips = 9,
+    skip_set: Skips,
     allow_ve: bool = False,
     **options: Unpack[LossOptions],
 ) -> Callable[[dict[str, Any], Tensor], Tensor]:
@@ -204,7 +194,7 @@ def get_step_fn(
         likelihood_weighting: See `get_sde_loss_fn`; in continuous time only.
         skip_set: The skips; see the loss functions.
         allow_ve: Accept a `VESDE`.
-        options: `tau`, `estimator`, `normalize` and `max_c2`, as for `SkipStepLoss`.
+        options: Those of `SkipStepLoss`, without what the trainer settles itself.
 
     Returns:
         A function of `(state, batch)` that returns the scalar loss. The state's `model`,
@@ -293,8 +283,16 @@ def _reduce(losses: Tensor, batch: Tensor, reduce_mean: bool) -> Tensor:
     return losses.mean() if reduce_mean else 0.5 * batch[0].numel() * losses.mean()
 
 
-def _per_sample(options: LossOptions) -> dict[str, Any]:
-    return {**options, "reduction": "none"}
+def _criterion(schedule: Schedule, skips: Skips, options: LossOptions) -> SkipStepLoss:
+    return SkipStepLoss(schedule, skips, **check_options(options, _REFUSED), reduction="none")
+
+
+def _check_weighting(likelihood_weighting: bool, options: LossOptions) -> None:
+    if likelihood_weighting and options.get("weighting") is not None:
+        raise ValueError(
+            f"likelihood_weighting must be False with a weighting, got True and "
+            f"{options['weighting']!r}: both weigh the error of the noise"
+        )
 
 
 def _in_units_of_time(skip_set: Skips, num_steps: int) -> SkipSet:

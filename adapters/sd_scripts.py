@@ -1,32 +1,35 @@
 """The loss in kohya-ss/sd-scripts: one line in `train_network.py` or `sdxl_train_network.py`.
 
     -    trainer = NetworkTrainer()
-    +    trainer = skip_step(NetworkTrainer(), skip_set=9)
+    +    trainer = skip_step(NetworkTrainer(), skip_set=49)
+
+and, with `SkipSet.for_sampling_steps(20)`, in `flux_train_network.py` or `sd3_train_network.py`.
 
 The trainer's own loss runs, of whichever type and with its masks and weights: it is given another
 target, and A(t) as the weighting that it multiplies by. The trainer is not imported.
 
-The scripts that have a loop instead of a trainer (`sdxl_train.py`, `train_db.py`, `fine_tune.py`)
-ask `loss_of` for the loss and change their target with its `regression_target`.
+The scripts that have a loop instead of a trainer (`sdxl_train.py`, `train_db.py`, `fine_tune.py`,
+`flux_train.py`, `sd3_train.py`) ask `loss_of` for the loss and change their target with its
+`regression_target`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from s2dm_loss.adapters import extend
+from s2dm_loss.adapters import SETTLED, changed_copy, check_options, check_plain
 from s2dm_loss.adapters.diffusers_scheduler import schedule_of
-from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, Estimator
-from s2dm_loss.functional import along
-from s2dm_loss.loss import SkipStepLoss
-from s2dm_loss.schedule import NoiseSchedule
-from s2dm_loss.skip_set import SkipSet
+from s2dm_loss.continuous import ContinuousSchedule
+from s2dm_loss.head import along
+from s2dm_loss.loss import LossOptions, SkipStepLoss
+from s2dm_loss.prediction import PredictionType
+from s2dm_loss.schedule import NoiseSchedule, Schedule
+from s2dm_loss.skip_set import Skips, SkipSet
 
 __all__ = ["SkipStepMixin", "loss_of", "skip_step"]
 
@@ -34,102 +37,92 @@ Trainer = TypeVar("Trainer")
 
 _LOGGER = logging.getLogger(__name__)
 _METHODS = ("get_noise_scheduler", "get_noise_pred_and_target", "call_unet", "assert_extra_args")
-# Whose own methods make the noise and the target: not those of the flow-matching trainers.
-_OWNER = "NetworkTrainer"
+# By the class that makes noise and target. None: --v_parameterization says it.
+_PREDICTS: dict[str, PredictionType | None] = {
+    "NetworkTrainer": None,
+    "FluxNetworkTrainer": "flow",
+    "Sd3NetworkTrainer": "sample",
+}
+_REFUSED = {**SETTLED, "weighting": "the trainer weighs its loss itself, as with --min_snr_gamma"}
 
 
 def loss_of(
-    args: Any,
-    noise_scheduler: Any,
-    skip_set: SkipSet | int | Iterable[int] = 9,
-    *,
-    tau: float = DEFAULT_TAU,
-    estimator: Estimator = "expected",
-    max_c2: float = DEFAULT_MAX_C2,
+    args: Any, noise_scheduler: Any, skip_set: Skips, **options: Unpack[LossOptions]
 ) -> SkipStepLoss:
     """Return the loss for a script's arguments and the scheduler that it noises with.
 
     Args:
-        args: The script's arguments, of which `v_parameterization` and `loss_type` are read.
-        noise_scheduler: Its DDPM scheduler, after it was fixed for `--zero_terminal_snr`.
-        skip_set: The skips, in timesteps.
-        tau: τ in [0, 1].
-        estimator: "expected", "fresh" or "shared".
-        max_c2: Upper bound on c²; see `SkipStepLoss.from_output`.
+        args: The script's arguments, of which `loss_type` is read, and `v_parameterization` for a
+            DDPM scheduler.
+        noise_scheduler: Its DDPM scheduler, after it was fixed for `--zero_terminal_snr`, or its
+            FlowMatch scheduler.
+        skip_set: The skips, in timesteps or, for a FlowMatch scheduler, in units of σ.
+        options: Those of `SkipStepLoss`, without `weighting` and what the script settles itself.
+            For a FlowMatch scheduler `prediction_type` says what the script's target is: "flow"
+            (noise - latents: Flux) or "sample" (latents: SD3).
 
     Raises:
         TypeError, ValueError: if an argument is not as said, or the loss has no squared part.
     """
     _check_loss_type(args)
     schedule = schedule_of(noise_scheduler)
-    if not isinstance(schedule, NoiseSchedule):
-        raise ValueError(
-            "noise_scheduler must be one with timesteps and ᾱ (DDPM), got a "
-            f"{type(noise_scheduler).__name__}: flow matching is not offered in this trainer"
-        )
-    return SkipStepLoss(
-        schedule,
-        skip_set,
-        tau=tau,
-        estimator=estimator,
-        prediction_type="v_prediction" if args.v_parameterization else "epsilon",
-        max_c2=max_c2,
-    )
+    prediction_type: Any = "v_prediction" if args.v_parameterization else "epsilon"
+    if schedule.timesteps is None:
+        prediction_type = options.pop("prediction_type", None)
+        if prediction_type not in ("flow", "sample"):
+            raise ValueError(
+                f"prediction_type must be given for a {type(noise_scheduler).__name__}: 'flow' "
+                "where the script's target is noise - latents (Flux), 'sample' where it is latents "
+                f"(SD3), got {prediction_type!r}"
+            )
+    return _loss(schedule, skip_set, options, prediction_type)
 
 
-def skip_step(
-    trainer: Trainer,
-    skip_set: SkipSet | int | Iterable[int] = 9,
-    *,
-    tau: float = DEFAULT_TAU,
-    estimator: Estimator = "expected",
-    max_c2: float = DEFAULT_MAX_C2,
-) -> Trainer:
-    """Give a trainer of Stable Diffusion or SDXL networks the S²-DM loss, and return it.
+def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions]) -> Trainer:
+    """Return a copy of a trainer of LoRA networks that has the S²-DM loss.
 
-    It is the same object, of a class that extends its own. What is validated stays the plain loss.
+    What it validates stays the plain loss.
 
     Args:
-        trainer: A `NetworkTrainer` or `SdxlNetworkTrainer`, before its `train` is called.
-        skip_set: The skips, in timesteps.
-        tau: τ in [0, 1]; 1 is the trainer's own loss, bit for bit.
-        estimator: "expected", "fresh" or "shared".
-        max_c2: Upper bound on c²; see `SkipStepLoss.from_output`.
+        trainer: A `NetworkTrainer`, `SdxlNetworkTrainer`, `FluxNetworkTrainer` or
+            `Sd3NetworkTrainer`, before its `train` is called.
+        skip_set: The skips, in timesteps; for Flux and SD3 floats in units of σ.
+        options: Those of `SkipStepLoss`, without `weighting` and what the trainer settles itself. τ
+            = 1 is the trainer's own loss, bit for bit.
 
     Raises:
         TypeError: if `trainer` is none of this kind.
-        ValueError: if it trains flow matching, or has the S²-DM loss already.
+        ValueError: if it trains another kind of network, or has the S²-DM loss already.
     """
-    extended: Any = trainer
-    base: Any = type(trainer)
-    if isinstance(trainer, SkipStepMixin):
-        raise ValueError(f"trainer must have its plain loss, got a {base.__name__}")
-    missing = [name for name in _METHODS if not hasattr(trainer, name)]
-    if missing:
+    plain: Any = trainer
+    kind: Any = type(trainer)
+    check_plain("trainer", trainer, SkipStepMixin)
+    if missing := [name for name in _METHODS if not hasattr(trainer, name)]:
         raise TypeError(
             "trainer must be a NetworkTrainer of sd-scripts, got a "
-            f"{base.__name__} without {', '.join(missing)}: a script that makes its loss in a loop "
+            f"{kind.__name__} without {', '.join(missing)}: a script that makes its loss in a loop "
             "takes `loss_of` in that loop"
         )
-    for name in _METHODS[:2]:
-        owner = next(kind for kind in base.__mro__ if name in vars(kind))
-        if owner.__name__ != _OWNER:
-            raise ValueError(
-                f"trainer must train Stable Diffusion or SDXL, got a {base.__name__} with a {name} "
-                "of its own: the flow-matching trainers (Flux, SD3, Lumina, HunyuanImage, Anima) "
-                "weigh and shift their σ themselves"
-            )
-    options: dict[str, Any] = {
-        "skip_set": SkipSet.wrap(skip_set),
-        "tau": tau,
-        "estimator": estimator,
-        "max_c2": max_c2,
+    owners = {
+        next(base.__name__ for base in kind.__mro__ if name in vars(base)) for name in _METHODS[:2]
     }
+    owner = owners.pop()
+    if owners or owner not in _PREDICTS:
+        raise ValueError(
+            f"trainer must train Stable Diffusion, SDXL, Flux or SD3, got a {kind.__name__} with a "
+            f"{_METHODS[1]} of its own: there, change target and weighting by "
+            "`SkipStepLoss(ContinuousSchedule.flow(), ..., prediction_type='flow')"
+            ".regression_target(target, sigmas.flatten(), noisy_model_input)`"
+        )
+    predicts = _PREDICTS[owner]
+    given: dict[str, Any] = {"skip_set": SkipSet.wrap(skip_set), **options}
     # A wrong option is found now, on the trainer's T, and not after its models are loaded.
-    SkipStepLoss(NoiseSchedule.scaled_linear(1000), **options)
-    extended.__class__ = extend(SkipStepMixin, base)
-    extended.skip_step_options = options
-    return trainer
+    if predicts is None:
+        _loss(NoiseSchedule.scaled_linear(1000), given["skip_set"], options, "epsilon")
+    else:
+        _loss(ContinuousSchedule.flow(), given["skip_set"], options, predicts)
+        given["prediction_type"] = predicts
+    return changed_copy(plain, SkipStepMixin, skip_step_options=given)  # type: ignore[no-any-return]
 
 
 class SkipStepMixin:
@@ -137,7 +130,7 @@ class SkipStepMixin:
 
     skip_step_options: dict[str, Any]
     skip_step_loss: SkipStepLoss
-    _calls: list[tuple[Tensor, list[int] | None]]
+    _inputs: list[Tensor]
 
     def assert_extra_args(self, args: Any, *datasets: Any, **kwargs: Any) -> Any:
         """Refuse what the loss has no meaning for before any model is loaded."""
@@ -160,40 +153,66 @@ class SkipStepMixin:
         unet: Any,
         noisy_latents: Tensor,
         *more: Any,
-        indices: list[int] | None = None,
-        **kwargs: Any,
+        **named: Any,
     ) -> Any:
         """Call the model as the trainer does, and keep what goes in."""
         plain: Any = super()
-        self._calls.append((noisy_latents, indices))
-        if indices is not None:
-            kwargs["indices"] = indices
-        return plain.call_unet(args, accelerator, unet, noisy_latents, *more, **kwargs)
+        self._inputs.append(noisy_latents)
+        return plain.call_unet(args, accelerator, unet, noisy_latents, *more, **named)
 
     def get_noise_pred_and_target(
-        self, *args: Any, is_train: bool = True, **kwargs: Any
+        self,
+        args: Any,
+        accelerator: Any,
+        noise_scheduler: Any,
+        latents: Tensor,
+        batch: Any,
+        text_encoder_conds: Any,
+        unet: Any,
+        *more: Any,
+        is_train: bool = True,
+        **named: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return the prediction, the changed target, the timesteps and the weighting."""
         plain: Any = super()
-        self._calls = []
+        criterion = self.skip_step_loss
+        self._inputs = []
+
+        def watched(noisy_latents: Tensor, *inputs: Any, **options: Any) -> Any:
+            self._inputs.append(noisy_latents)
+            return unet(noisy_latents, *inputs, **options)
+
+        # SD3's target does not hold the noise, so x_t has to be seen; Flux calls its model with
+        # packed latents.
+        called = watched if criterion.prediction_type == "sample" else unet
+        conds = (batch, text_encoder_conds, called)
         prediction, target, timesteps, weighting = plain.get_noise_pred_and_target(
-            *args, is_train=is_train, **kwargs
+            args, accelerator, noise_scheduler, latents, *conds, *more, is_train=is_train, **named
         )
         if not is_train:
             return prediction, target, timesteps, weighting
-        # Gradient checkpointing makes the noisy latents require a gradient; a target has none.
-        noisy_latents = self._calls[0][0].detach()
-        changed, weight = self.skip_step_loss.regression_target(target, noisy_latents, timesteps)
-        for _, preserved in self._calls[1:]:
-            # Samples that shall keep the output of the network without its adapter: no noise there.
-            changed[preserved] = target[preserved].to(changed.dtype)
-            weight[preserved] = 1
+        t = timesteps if criterion.schedule.timesteps is not None else timesteps.float() / 1000
+        # Flux: x_t = (1-σ) latents + σ noise. Elsewhere gradient checkpointing makes x_t require a
+        # gradient; a target has none.
+        x_t = self._inputs[0].detach() if self._inputs else latents + along(t, latents) * target
+        changed, weight = criterion.regression_target(target, t, x_t)
+        for index, attributes in enumerate(batch.get("custom_attributes", ())):
+            if attributes.get("diff_output_preservation"):
+                # The target is the network's output without its adapter: no noise there.
+                changed[index], weight[index] = target[index].to(changed.dtype), 1
         weight = along(weight, target)
         return prediction, changed, timesteps, weight if weighting is None else weight * weighting
 
     @override
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.skip_step_options})"
+
+
+def _loss(
+    schedule: Schedule, skip_set: Skips, options: LossOptions, prediction_type: PredictionType
+) -> SkipStepLoss:
+    given = check_options(options, _REFUSED)
+    return SkipStepLoss(schedule, skip_set, **given, prediction_type=prediction_type)
 
 
 def _check_loss_type(args: Any) -> None:

@@ -12,13 +12,16 @@ from s2dm_loss._version import __version__
 from s2dm_loss.coefficients import gain
 from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.loss import SkipStepLoss
+from s2dm_loss.monitor import LossByNoise
 from s2dm_loss.sampling import CorrectionSearch, ScaledModel, ScoreRescaling, SkipGain
 from s2dm_loss.schedule import NoiseSchedule
 from s2dm_loss.skip_set import SkipSet
+from s2dm_loss.validation import validation_loss
 
 __all__ = [
     "ContinuousSchedule",
     "CorrectionSearch",
+    "LossByNoise",
     "NoiseSchedule",
     "ScaledModel",
     "ScoreRescaling",
@@ -27,4 +30,5 @@ __all__ = [
     "SkipStepLoss",
     "__version__",
     "gain",
+    "validation_loss",
 ]

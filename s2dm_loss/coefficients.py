@@ -61,7 +61,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from s2dm_loss.checks import check_choice, check_number, check_rows, describe
-from s2dm_loss.prediction import PREDICTION_TYPES, Path, PredictionType, output_scales
+from s2dm_loss.prediction import PREDICTION_TYPES, PathPoint, PredictionType, output_scales
 from s2dm_loss.schedule import Schedule, check_schedule, wide_dtype
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.weighting import weights_at
@@ -198,7 +198,7 @@ def coefficients(
     if not isinstance(t, Tensor):
         raise TypeError(f"t must be a tensor, got {describe(t)}")
     schedule.check_timesteps(t)
-    path = Path.at(schedule, t)
+    path = PathPoint.at(schedule, t)
     earlier, valid = SkipSet.wrap(skip_set).earlier(t, schedule)
     if t.is_floating_point():
         t = t.to(wide_dtype(t.device))
@@ -282,7 +282,7 @@ class LossRows(NamedTuple):
 def loss_rows(
     at_t: Coefficients,
     prediction_type: PredictionType,
-    path: Path,
+    path: PathPoint,
     *,
     weighting: Callable[[Tensor], Tensor] | None = None,
     normalize: bool = False,
@@ -315,7 +315,7 @@ def loss_rows(
 
 
 def output_weights(
-    weighting: Callable[[Tensor], Tensor], prediction_type: PredictionType, path: Path
+    weighting: Callable[[Tensor], Tensor], prediction_type: PredictionType, path: PathPoint
 ) -> Tensor:
     """Return w ratio²: what multiplies the output's error if w multiplies the noise's."""
     # The product has limits at the path's ends that its factors do not have.
@@ -323,7 +323,7 @@ def output_weights(
     return _noise_weights(weighting, path) * ratio.square()
 
 
-def _noise_weights(weighting: Callable[[Tensor], Tensor], path: Path) -> Tensor:
+def _noise_weights(weighting: Callable[[Tensor], Tensor], path: PathPoint) -> Tensor:
     path = path.within_the_ends()
     return weights_at(weighting, path.a, path.b)
 

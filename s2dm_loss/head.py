@@ -146,7 +146,8 @@ def _piece_norms(values: Tensor) -> Tensor:
         axes = sorted(range(1, values.ndim), key=values.stride, reverse=True)
         values = values.permute(0, *axes).reshape(values.shape[0], count)
     if not rest:
-        return torch.linalg.vector_norm(values.view(-1, pieces, piece), dim=2)
+        norms: Tensor = torch.linalg.vector_norm(values.view(-1, pieces, piece), dim=2)
+        return norms
     values = values.reshape(-1, count)
     last = torch.linalg.vector_norm(values[:, count - rest :], dim=1, keepdim=True)
     values = values[:, : count - rest].view(-1, pieces, piece)

@@ -19,7 +19,7 @@ from s2dm_loss.coefficients import (
     loss_rows,
     output_weights,
 )
-from s2dm_loss.prediction import Path, PredictionType
+from s2dm_loss.prediction import PathPoint, PredictionType
 from s2dm_loss.schedule import Schedule, drawn_by, wide_dtype
 from s2dm_loss.skip_set import SkipSet
 from s2dm_loss.tables import TimeTable
@@ -171,7 +171,7 @@ class LossTable:
         return loss_rows(
             self._coefficients(t),
             self._prediction_type,
-            Path.at(self._schedule, t),
+            PathPoint.at(self._schedule, t),
             weighting=self._weighting,
             normalize=self._normalize,
         )
@@ -183,12 +183,12 @@ class LossTable:
         at_t = self._coefficients(t)
         weight = torch.ones_like(at_t.c2)
         if self._weighting is not None:
-            weight = output_weights(self._weighting, "epsilon", Path.at(self._schedule, t))
+            weight = output_weights(self._weighting, "epsilon", PathPoint.at(self._schedule, t))
         return at_t.tau, at_t.c, at_t.c2, weight
 
     def _check_weighting(self, weighting: Callable[[Tensor], Tensor], times: Tensor) -> None:
         """Raise on weights that cannot train; warn of a last timestep that they leave out."""
-        path = Path.at(self._schedule, times)
+        path = PathPoint.at(self._schedule, times)
         weights = output_weights(weighting, self._prediction_type, path)
         check_weights(weights)
         left_out = (path.a == 0) & (weights < _NOT_TRAINED)

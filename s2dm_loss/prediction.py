@@ -45,7 +45,7 @@ _SMALLEST_SHARE = 9.357622968840175e-14
 
 
 @dataclass(frozen=True)
-class Path:
+class PathPoint:
     """A schedule's path at some times: x_t = a x_0 + b ε, in float64.
 
     Attributes:
@@ -59,23 +59,23 @@ class Path:
     rates: Callable[[], tuple[Tensor, Tensor]]
 
     @classmethod
-    def at(cls, schedule: Schedule, t: Tensor) -> Path:
+    def at(cls, schedule: Schedule, t: Tensor) -> PathPoint:
         """Return a schedule's path at times t."""
         return cls(*schedule.alpha_sigma(t), rates=lambda: schedule.derivatives(t))  # type: ignore[attr-defined]
 
-    def within_the_ends(self) -> Path:
+    def within_the_ends(self) -> PathPoint:
         """Return it with |log snr| <= 60, so that every weighting has a value."""
         a = self.a.maximum(self.b * _SMALLEST_SHARE)
-        return Path(a, self.b.maximum(self.a * _SMALLEST_SHARE), self.rates)
+        return PathPoint(a, self.b.maximum(self.a * _SMALLEST_SHARE), self.rates)
 
 
-def _v_parts(path: Path) -> tuple[Tensor, Tensor]:
+def _v_parts(path: PathPoint) -> tuple[Tensor, Tensor]:
     norm = torch.hypot(path.a, path.b)
     return -path.b / norm, path.a / norm
 
 
 # p, None where it is 0 at every t, and q.
-PREDICTION_TYPES: dict[PredictionType, Callable[[Path], tuple[Tensor | None, Tensor]]] = {
+PREDICTION_TYPES: dict[PredictionType, Callable[[PathPoint], tuple[Tensor | None, Tensor]]] = {
     "epsilon": lambda path: (None, torch.ones_like(path.b)),
     "v_prediction": _v_parts,
     "sample": lambda path: (torch.ones_like(path.a), torch.zeros_like(path.b)),
@@ -120,7 +120,7 @@ class OutputScales(NamedTuple):
     shift: Tensor | None
 
 
-def output_scales(prediction_type: PredictionType, path: Path) -> OutputScales:
+def output_scales(prediction_type: PredictionType, path: PathPoint) -> OutputScales:
     """Return the scales of an output on a path, each of the shape of t."""
     p, q = PREDICTION_TYPES[prediction_type](path)
     if p is None:
@@ -213,7 +213,7 @@ def _prepare(
     check_like(name, value, "x_t", check_batch("x_t", x_t))
     check_per_sample("t", t, "x_t", x_t)
     dtype = torch.promote_types(torch.promote_types(value.dtype, x_t.dtype), torch.float32)
-    path = Path.at(schedule, t)
+    path = PathPoint.at(schedule, t)
     p, q = PREDICTION_TYPES[prediction_type](path)
     q, a, b = (along(scale.to(dtype), x_t) for scale in (q, path.a, path.b))
     return (None if p is None else along(p.to(dtype), x_t), q, a, b), dtype

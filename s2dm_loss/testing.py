@@ -12,7 +12,10 @@ gradient a little, and must change it somewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from s2dm_loss._target import check_target
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.coefficients import DEFAULT_TAU
-from s2dm_loss.loss import SkipStepLoss
-from s2dm_loss.prediction import epsilon_from_output
+
+__all__ = ["SwapReport", "check_swap", "check_target"]
 
 # A τ at which even a small skip moves the target by much more than float32 rounding.
 _STRONG_TAU = 0.5
@@ -79,14 +83,15 @@ def check_swap(
 
     It finds a scale or a target that is not the trainer's, a wrong order of arguments, a loss that
     explodes or dies at an end of the schedule, a schedule that does not act, and a model that is
-    called more often than before. What the network predicts it cannot see, nor surely which way its
-    time runs: at τ = 1 the loss is the trainer's own squared error of whatever it is given. That
-    takes `check_target`.
+    called more often than before. It cannot detect a wrong prediction type, nor reliably a reversed
+    time: at τ = 1 the loss is the trainer's own squared error whatever it is told. `check_target`
+    detects both.
 
     Args:
         trainers_loss: Calls the model it is given, once, and returns the trainer's own loss: a
-            scalar or one value for each sample. Draws from torch's global generator are the same
-            in every call.
+            scalar or one value for each sample. The global generators of PyTorch, NumPy and Python
+            start from `seed` in every call, and get their state back after it; a generator of
+            the trainer's own it has to reset itself.
         swapped_loss: The same with this library's loss, at the τ it is given.
         tau: The τ that will be trained with.
         rtol: Tolerance of the comparison at τ = 1, relative to the largest entry.
@@ -146,44 +151,6 @@ def check_swap(
     return report
 
 
-def check_target(criterion: SkipStepLoss, target: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Raise AssertionError unless a criterion reads standard noise out of a trainer's target.
-
-    What `check_swap` cannot see: at τ = 1 `from_output` and `regression_target` are the trainer's
-    loss whatever prediction type and schedule they were made for. The ε in a target on x_t, by the
-    criterion's own account, has variance 1 at every t only if both are the trainer's. Noise that
-    a trainer changed (an offset, perturbed inputs) is to be switched off for it.
-
-    Args:
-        criterion: The loss that the adapter makes.
-        target: What the trainer compares the network's output with, of shape [B, ...]; a thousand
-            values a sample or more.
-        x_t: The network's noisy input, of the same shape.
-        t: Times of shape [B] as the criterion is given them, from all over the schedule.
-
-    Returns:
-        The variance at each t, of shape [B].
-
-    Raises:
-        AssertionError: if a variance is not 1 to within its statistical error.
-    """
-    epsilon = epsilon_from_output(
-        target.double(), x_t.double(), t, criterion.schedule, criterion.prediction_type
-    )
-    variance = epsilon.flatten(1).square().mean(dim=1)
-    # Four standard deviations of a mean square, and what float32 inputs lose next to the data.
-    tolerance = 4 * (2 / target[0].numel()) ** 0.5 + 0.01
-    bad = ~((variance - 1).abs() <= tolerance)
-    if bool(bad.any()):
-        rows = [f"{float(t[i]):10.4g}   {float(variance[i]):.4g}" for i in bad.nonzero().flatten()]
-        raise AssertionError(
-            f"the noise in target must have variance 1 to within {tolerance:.2g}: "
-            f"{criterion.prediction_type!r} on {criterion.schedule!r} is not what the trainer "
-            "trains. Got\n      time   variance\n" + "\n".join(rows)
-        )
-    return variance
-
-
 class _Probe(nn.Module):
     """Stands for the network: remembers its times, and puts out a leaf that takes gradients."""
 
@@ -197,9 +164,10 @@ class _Probe(nn.Module):
         self.weight = nn.Parameter(torch.zeros(()))  # for whoever asks a model for its device
 
     @override
-    def forward(self, x_t: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x_t, t = _read_call(args, kwargs)
         self.calls += 1
-        self.times = t.detach().flatten()
+        self.times = torch.as_tensor(t).detach().flatten()
         if self.output_of is not None:
             output = self.output_of(x_t).detach().clone()
         else:
@@ -211,6 +179,46 @@ class _Probe(nn.Module):
         return self.output
 
 
+_INPUTS = ("x_t", "x", "sample", "hidden_states", "noisy_latents", "xt", "input", "inputs")
+_TIMES = ("t", "timestep", "timesteps", "time", "sigma", "noise_labels")
+
+
+def _read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Return x_t and t from a call of a network, by place or by the names that networks use."""
+    places = list(args[:2])
+    places += [_named(kwargs, names) for names in (_INPUTS, _TIMES)[len(places) :]]
+    x_t, t = places
+    if not isinstance(x_t, Tensor) or t is None:
+        raise TypeError(
+            f"the model must be called with x_t, a tensor, and t, got {len(args)} arguments and "
+            f"{', '.join(kwargs) or 'none'} by name: call it through a function that hands both on "
+            f"by place. It knows {', '.join(_INPUTS)} and {', '.join(_TIMES)} by name"
+        )
+    return x_t, t
+
+
+def _named(kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of PyTorch, Python and NumPy, and give their states back."""
+    numpy: Any = sys.modules.get("numpy")  # a trainer that uses it has imported it
+    states = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            if numpy is not None:
+                numpy.random.seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy is not None:
+            numpy.random.set_state(states[1])
+
+
 def _run(
     loss_of: Callable[[nn.Module], Tensor],
     output_of: Callable[[Tensor], Tensor] | None,
@@ -218,8 +226,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, _Probe]:
     """Return a loss, its gradient with respect to the model's output, and the model."""
     probe = _Probe(output_of, seed)
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(seed)
+    with _seeded(seed), torch.enable_grad():
         loss = loss_of(probe)
         if not isinstance(loss, Tensor):
             raise TypeError(f"a loss must be a tensor, got {describe(loss)}")

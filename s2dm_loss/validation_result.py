@@ -37,7 +37,7 @@ class ValidationLoss:
             results are of the same data.
         losses: By kind of loss, float64 of shape [n, L]: "plain", mse(output, target), and
             "skip_step", the S²-DM loss, if there was a `skip_set`.
-        log_snr: log SNR in the middle of each level, L floats.
+        log_snr: log SNR in the middle of each level, L floats, rising: from noise to data.
         settings: What `validation_loss` was called with.
     """
 

@@ -37,9 +37,9 @@ def test_value_and_gradient_are_those_of_from_output(prediction_type, estimator,
         reduction="none",
     )
     torch.manual_seed(0)
-    expected = criterion.from_output(output, target, x_t, t)
+    expected = criterion.from_output(output, target, t, x_t)
     torch.manual_seed(0)  # the estimator "fresh" draws once
-    changed, weight = changed_output(criterion, output, x_t, t)
+    changed, weight = changed_output(criterion, output, t, x_t)
     found = weight * (changed - target).square().mean((1, 2, 3))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(
@@ -54,7 +54,7 @@ def test_at_tau_one_nothing_is_changed(prediction_type):
     schedule = NoiseSchedule.linear(1000)
     output, _, x_t, _, t = make_batch(schedule)
     criterion = SkipStepLoss(schedule, 9, tau=1.0, prediction_type=prediction_type)
-    changed, weight = changed_output(criterion, output, x_t, t)
+    changed, weight = changed_output(criterion, output, t, x_t)
     assert torch.equal(changed, output)
     assert torch.equal(weight, torch.ones_like(weight))
 
@@ -63,7 +63,7 @@ def test_half_precision_is_lifted():
     schedule = NoiseSchedule.linear(1000)
     output, _, x_t, _, t = make_batch(schedule)
     criterion = SkipStepLoss(schedule, 9, prediction_type="v_prediction")
-    changed, weight = changed_output(criterion, output.half(), x_t.half(), t)
+    changed, weight = changed_output(criterion, output.half(), t, x_t.half())
     assert changed.dtype == weight.dtype == torch.float32
 
 
@@ -71,4 +71,4 @@ def test_refuses_tau_zero():
     schedule = NoiseSchedule.linear(1000)
     output, _, x_t, _, t = make_batch(schedule)
     with pytest.raises(ValueError, match=r"tau must be above 0 .* got 0"):
-        changed_output(SkipStepLoss(schedule, 9, tau=0.0), output, x_t, t)
+        changed_output(SkipStepLoss(schedule, 9, tau=0.0), output, t, x_t)

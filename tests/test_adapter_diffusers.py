@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 import os
 import pickle
@@ -26,10 +25,10 @@ from tests.helpers.diffusers_parts import (
     velocity,
 )
 from tests.helpers.docs_diff import apply_docs_diff
+from tests.helpers.released_loss import CASES, released_constant
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 ROOT = os.environ.get("S2DM_DIFFUSERS_ROOT")
-CASES = json.loads((Path(__file__).parent / "data" / "released_loss.json").read_text())["cases"]
 
 
 def by_name(prediction_type):
@@ -37,8 +36,12 @@ def by_name(prediction_type):
     return "sample" if prediction_type == "sample" else None
 
 
+def make_loss(scheduler, skip_set=9, **options):
+    return SkipLoss.from_scheduler(scheduler, skip_set, **options)
+
+
 def batch(prediction_type="epsilon", *, scheduler=None, timesteps=(3, 9, 200, 640, 999), seed=0):
-    """What a script has at its loss line: float64 model_pred, target, noisy, timesteps; and ε."""
+    """What a script has at its loss line: float64 model_pred, target, timesteps, noisy; and ε."""
     scheduler = scheduler or make_scheduler(prediction_type=prediction_type)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(timesteps), 2, 4, 4)
@@ -49,7 +52,7 @@ def batch(prediction_type="epsilon", *, scheduler=None, timesteps=(3, 9, 200, 64
     alphas_cumprod = schedule_of(scheduler).alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
     a, b = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
     target = {"epsilon": noise, "v_prediction": a * noise - b * latents, "sample": latents}
-    return model_pred, target[prediction_type], a * latents + b * noise, timesteps, noise
+    return model_pred, target[prediction_type], timesteps, a * latents + b * noise, noise
 
 
 # τ = 1: the script's own loss.
@@ -69,7 +72,7 @@ def test_tau_one_is_the_untouched_script(name, beta_schedule, zero_snr):
     latents = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     scheduler = make_scheduler(name, beta_schedule=beta_schedule, **config)
     skip_losses = {
-        (prediction_type, estimator): SkipLoss.from_scheduler(
+        (prediction_type, estimator): make_loss(
             scheduler,
             skip_set=9,
             tau=1.0,
@@ -124,10 +127,10 @@ def test_the_swap(prediction_type, beta_schedule, zero_snr):
         model_pred = model(noisy, timesteps)
         if tau is None:
             return F.mse_loss(model_pred.float(), target.float(), reduction="mean")
-        skip_loss = SkipLoss.from_scheduler(
+        skip_loss = make_loss(
             scheduler, skip_set=9, tau=tau, prediction_type=by_name(prediction_type)
         )
-        return skip_loss(model_pred, target, noisy, timesteps)
+        return skip_loss(model_pred, target, timesteps, noisy)
 
     report = check_swap(step, step, rtol=1e-6)
     assert report.calls == 1
@@ -138,14 +141,12 @@ def test_the_swap(prediction_type, beta_schedule, zero_snr):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_tau_one_mean_is_the_one_line_of_the_scripts(prediction_type):
-    model_pred, target, noisy, timesteps, _ = batch(prediction_type)
+    model_pred, target, timesteps, noisy, _ = batch(prediction_type)
     model_pred, target, noisy = (x.float() for x in (model_pred, target, noisy))
     model_pred.requires_grad_()
     scheduler = make_scheduler(prediction_type=prediction_type)
-    skip_loss = SkipLoss.from_scheduler(
-        scheduler, tau=1.0, prediction_type=by_name(prediction_type)
-    )
-    loss = skip_loss(model_pred, target, noisy, timesteps)
+    skip_loss = make_loss(scheduler, tau=1.0, prediction_type=by_name(prediction_type))
+    loss = skip_loss(model_pred, target, timesteps, noisy)
     expected = F.mse_loss(model_pred.float(), target.float(), reduction="mean")
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(
@@ -156,11 +157,11 @@ def test_tau_one_mean_is_the_one_line_of_the_scripts(prediction_type):
 
 
 def test_tau_one_fresh_draws_only_its_own_noise():
-    model_pred, target, noisy, timesteps, _ = batch()
-    skip_loss = SkipLoss.from_scheduler(make_scheduler(), tau=1.0, estimator="fresh")
+    model_pred, target, timesteps, noisy, _ = batch()
+    skip_loss = make_loss(make_scheduler(), tau=1.0, estimator="fresh")
     before = torch.get_rng_state()
     generator = torch.Generator().manual_seed(0)
-    loss = skip_loss(model_pred, target, noisy, timesteps, generator=generator)
+    loss = skip_loss(model_pred, target, timesteps, noisy, generator=generator)
     assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(loss, F.mse_loss(model_pred, target))
 
@@ -171,19 +172,20 @@ def test_tau_one_fresh_draws_only_its_own_noise():
 @pytest.mark.parametrize("estimator", ["expected", "shared", "fresh"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_epsilon_is_the_core(estimator, normalize):
-    model_pred, target, noisy, timesteps, noise = batch()
+    model_pred, target, timesteps, noisy, noise = batch()
     options = {"estimator": estimator, "normalize": normalize, "reduction": "none"}
     zeta = {"skip_noise": torch.randn_like(target)} if estimator == "fresh" else {}
-    skip_loss = SkipLoss.from_scheduler(make_scheduler(), skip_set=[1, 9, 49], **options)
+    skip_loss = make_loss(make_scheduler(), skip_set=[1, 9, 49], **options)
     criterion = SkipStepLoss(NoiseSchedule.linear(1000), [1, 9, 49], **options)
-    loss = skip_loss(model_pred, target, noisy, timesteps, **zeta)
-    assert torch.equal(loss, criterion.from_prediction(model_pred, noise, timesteps, **zeta))
+    loss = skip_loss(model_pred, target, timesteps, noisy, **zeta)
+    assert torch.equal(loss, criterion.from_output(model_pred, noise, timesteps, **zeta))
 
 
 def loss_by_hand(prediction_type, estimator, model_pred, noisy, noise, timesteps, zeta, skip, tau):
     """Eq. 13 term by term in float64, on ε̂ by the textbook, at the weight of the script's loss.
 
-    c² is held to 100, and to 100 / w as the adapter documents, w being mse(output) / mse(ε̂).
+    c² is held to 100, and to 100 / w, c besides to 10 / w, as `coefficients` says in its section 5,
+    w being mse(output) / mse(ε̂).
     """
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     alphas_cumprod = (1 - betas).cumprod(0)
@@ -199,11 +201,12 @@ def loss_by_hand(prediction_type, estimator, model_pred, noisy, noise, timesteps
             losses.append(w * simple)
             continue
         c2 = min(alphas_cumprod[t - skip] / alphas_cumprod[t] - 1, torch.tensor(100.0), 100 / w)
+        c = min(c2.sqrt(), 10 * min(1, 1 / w))
         if estimator == "expected":
             term = c2 * eps_hat.square().mean() + 1
         else:
             against = noise[i] if estimator == "shared" else zeta[i]
-            term = (c2.sqrt() * eps_hat - against).square().mean()
+            term = (c2 * eps_hat.square() - 2 * c * eps_hat * against + against.square()).mean()
         losses.append(w * (tau * simple + (1 - tau) * term))
     return torch.stack(losses)
 
@@ -212,9 +215,9 @@ def loss_by_hand(prediction_type, estimator, model_pred, noisy, noise, timesteps
 @pytest.mark.parametrize("estimator", ["expected", "shared", "fresh"])
 @pytest.mark.parametrize("skip", [9, 199])
 def test_other_outputs_are_the_core_at_the_weight_of_the_script(prediction_type, estimator, skip):
-    model_pred, target, noisy, timesteps, noise = batch(prediction_type)
+    model_pred, target, timesteps, noisy, noise = batch(prediction_type)
     zeta = torch.randn_like(noise) if estimator == "fresh" else None
-    skip_loss = SkipLoss.from_scheduler(
+    skip_loss = make_loss(
         make_scheduler(prediction_type=prediction_type),
         skip,
         estimator=estimator,
@@ -224,7 +227,7 @@ def test_other_outputs_are_the_core_at_the_weight_of_the_script(prediction_type,
     other = torch.randn_like(model_pred)
 
     def ours(output):
-        return skip_loss(output, target, noisy, timesteps, skip_noise=zeta)
+        return skip_loss(output, target, timesteps, noisy, skip_noise=zeta)
 
     def by_hand(output):
         return loss_by_hand(
@@ -264,7 +267,7 @@ def test_released_loss_replayed(case, prediction_type):
         "sample": (-a / b, 1 / b, x0),
     }[prediction_type]
     model_pred = ((tensor("model_output") - lift * x_t) / ratio).requires_grad_()
-    skip_loss = SkipLoss.from_scheduler(
+    skip_loss = make_loss(
         make_scheduler(prediction_type=prediction_type),
         case["skip"],
         tau=case["tau"],
@@ -272,26 +275,26 @@ def test_released_loss_replayed(case, prediction_type):
         prediction_type=by_name(prediction_type),
         max_c2=math.inf,
     )
-    loss = skip_loss(model_pred, target, x_t, timesteps, skip_noise=tensor("skip_noise"))
+    loss = skip_loss(model_pred, target, timesteps, x_t, skip_noise=tensor("skip_noise"))
     (grad,) = torch.autograd.grad(loss, model_pred)
     expected = tensor("grad_model_output") / ratio
     tolerance = 1e-9 if case["dtype"] == "float64" else 1e-5
     assert (grad - expected).norm() <= tolerance * expected.norm()
     if prediction_type == "epsilon":
-        assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
+        assert loss.item() == pytest.approx(case["loss"] - released_constant(case), rel=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_order_of_the_samples_is_kept(prediction_type):
-    model_pred, target, noisy, timesteps, _ = batch(prediction_type)
-    skip_loss = SkipLoss.from_scheduler(
+    model_pred, target, timesteps, noisy, _ = batch(prediction_type)
+    skip_loss = make_loss(
         make_scheduler(prediction_type=prediction_type),
         reduction="none",
         prediction_type=by_name(prediction_type),
     )
     order = torch.tensor([4, 0, 3, 1, 2])
-    whole = skip_loss(model_pred, target, noisy, timesteps)
-    moved = skip_loss(model_pred[order], target[order], noisy[order], timesteps[order])
+    whole = skip_loss(model_pred, target, timesteps, noisy)
+    moved = skip_loss(model_pred[order], target[order], timesteps[order], noisy[order])
     assert whole.shape == (5,)
     assert len(set(whole.tolist())) == 5
     torch.testing.assert_close(moved, whole[order], rtol=1e-12, atol=0)
@@ -299,15 +302,15 @@ def test_order_of_the_samples_is_kept(prediction_type):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_weights_and_reductions(prediction_type):
-    model_pred, target, noisy, timesteps, _ = batch(prediction_type)
+    model_pred, target, timesteps, noisy, _ = batch(prediction_type)
     weights = torch.rand(5)
 
     def loss(reduction, **options):
-        return SkipLoss.from_scheduler(
+        return make_loss(
             make_scheduler(prediction_type=prediction_type),
             reduction=reduction,
             prediction_type=by_name(prediction_type),
-        )(model_pred, target, noisy, timesteps, **options)
+        )(model_pred, target, timesteps, noisy, **options)
 
     each = loss("none") * weights
     torch.testing.assert_close(loss("none", weights=weights), each)
@@ -318,15 +321,15 @@ def test_weights_and_reductions(prediction_type):
 def test_the_skip_term_acts():
     """At τ = 0.99 no prediction type has the script's own loss: the adapter is not a no-op."""
     for prediction_type in PREDICTION_TYPES:
-        model_pred, target, noisy, timesteps, _ = batch(prediction_type, timesteps=(500, 800))
-        skip_loss = SkipLoss.from_scheduler(
+        model_pred, target, timesteps, noisy, _ = batch(prediction_type, timesteps=(500, 800))
+        skip_loss = make_loss(
             make_scheduler(prediction_type=prediction_type),
             prediction_type=by_name(prediction_type),
         )
         grads = [
             torch.func.grad(f)(model_pred)
             for f in (
-                lambda x: skip_loss(x, target, noisy, timesteps),  # noqa: B023 - called at once
+                lambda x: skip_loss(x, target, timesteps, noisy),  # noqa: B023 - called at once
                 lambda x: F.mse_loss(x, target),  # noqa: B023
             )
         ]
@@ -338,13 +341,11 @@ def test_the_skip_term_acts():
 
 def test_prediction_type_is_read_at_each_call():
     scheduler = make_scheduler()
-    skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")
-    model_pred, target, noisy, timesteps, _ = batch("v_prediction")
+    skip_loss = make_loss(scheduler, reduction="none")
+    model_pred, target, timesteps, noisy, _ = batch("v_prediction")
     scheduler.register_to_config(prediction_type="v_prediction")
-    built_after = SkipLoss.from_scheduler(
-        make_scheduler(prediction_type="v_prediction"), reduction="none"
-    )
-    inputs = model_pred, target, noisy, timesteps
+    built_after = make_loss(make_scheduler(prediction_type="v_prediction"), reduction="none")
+    inputs = model_pred, target, timesteps, noisy
     assert torch.equal(skip_loss(*inputs), built_after(*inputs))
     scheduler.register_to_config(prediction_type="epsilon")
     assert not torch.allclose(skip_loss(*inputs), built_after(*inputs))
@@ -352,17 +353,17 @@ def test_prediction_type_is_read_at_each_call():
 
 def test_skips_from_an_iterator_outlast_the_first_prediction_type():
     scheduler = make_scheduler()
-    losses = [SkipLoss.from_scheduler(scheduler, skip_set=s) for s in (iter([1, 9]), [1, 9])]
-    model_pred, target, noisy, timesteps, _ = batch("v_prediction")
+    losses = [make_loss(scheduler, skip_set=s) for s in (iter([1, 9]), [1, 9])]
+    model_pred, target, timesteps, noisy, _ = batch("v_prediction")
     for kind in ("epsilon", "v_prediction"):
         scheduler.register_to_config(prediction_type=kind)
-        one, other = (loss(model_pred, target, noisy, timesteps) for loss in losses)
+        one, other = (loss(model_pred, target, timesteps, noisy) for loss in losses)
         assert torch.equal(one, other)
 
 
 def test_add_noise_moves_the_schedulers_table_but_not_ours():
     scheduler = make_scheduler(beta_schedule="sigmoid")  # the one whose table is taken as it is
-    skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")
+    skip_loss = make_loss(scheduler, reduction="none")
     inputs = batch(scheduler=scheduler)[:4]
     before = skip_loss(*inputs)
     table = skip_loss.criterion.schedule.log_alphas_cumprod.clone()
@@ -373,7 +374,7 @@ def test_add_noise_moves_the_schedulers_table_but_not_ours():
     assert torch.equal(skip_loss(*inputs), before)
     # Nor does writing into the scheduler's table, which a float64 one would share.
     scheduler.alphas_cumprod = make_scheduler(beta_schedule="sigmoid").alphas_cumprod.double()
-    skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")
+    skip_loss = make_loss(scheduler, reduction="none")
     scheduler.alphas_cumprod.fill_(0.5)
     assert torch.equal(skip_loss.criterion.schedule.log_alphas_cumprod, table)
 
@@ -390,7 +391,7 @@ def test_the_schedulers_own_table_is_not_written():
 @pytest.mark.parametrize("change", ["noise_offset", "input_perturbation"])
 def test_changed_noise_leaves_the_plain_term_the_scripts_own(prediction_type, change):
     """L = τ · (the script's loss) + (1-τ) w c² mean ε̂² whatever target and x_t are made of."""
-    model_pred, target, noisy, timesteps, _ = batch(prediction_type, timesteps=(60, 300, 600))
+    model_pred, target, timesteps, noisy, _ = batch(prediction_type, timesteps=(60, 300, 600))
     extra = torch.full_like(noisy, 0.3)
     if change == "noise_offset":
         target = target + extra
@@ -407,11 +408,11 @@ def test_changed_noise_leaves_the_plain_term_the_scripts_own(prediction_type, ch
         }[prediction_type]
         return (0.99 * (output - target).square() + 0.01 * w * c2 * eps_hat.square()).mean()
 
-    skip_loss = SkipLoss.from_scheduler(
+    skip_loss = make_loss(
         make_scheduler(prediction_type=prediction_type), prediction_type=by_name(prediction_type)
     )
     torch.testing.assert_close(
-        torch.func.grad(lambda x: skip_loss(x, target, noisy, timesteps))(model_pred),
+        torch.func.grad(lambda x: skip_loss(x, target, timesteps, noisy))(model_pred),
         torch.func.grad(by_hand)(model_pred),
         rtol=1e-9,
         atol=1e-12,
@@ -422,7 +423,7 @@ def test_changed_noise_leaves_the_plain_term_the_scripts_own(prediction_type, ch
 def test_dream(tau):
     """DREAM changes noise and input, with a model call of its own that it makes itself."""
     latents = torch.randn(4, 2, 4, 4)
-    skip_loss = SkipLoss.from_scheduler(make_scheduler(), tau=tau, reduction="none")
+    skip_loss = make_loss(make_scheduler(), tau=tau, reduction="none")
     losses = []
     for ours in (None, skip_loss):
         torch.manual_seed(1)
@@ -441,71 +442,71 @@ def test_sample_has_to_be_said_by_name():
     inputs = batch("sample")[:4]
     said = r"prediction_type 'sample' must be given by name.*SDXL"
     with pytest.raises(ValueError, match=said):
-        SkipLoss.from_scheduler(scheduler)
+        make_loss(scheduler)
     set_later = make_scheduler()
-    unnamed = SkipLoss.from_scheduler(set_later)
+    unnamed = make_loss(set_later)
     set_later.register_to_config(prediction_type="sample")
     with pytest.raises(ValueError, match=said):
         unnamed(*inputs)
-    named = SkipLoss.from_scheduler(scheduler, prediction_type="sample")
+    named = make_loss(scheduler, prediction_type="sample")
     assert named(*inputs).isfinite()
     assert "prediction_type='sample'" in repr(named)
 
 
 def test_a_given_prediction_type_must_be_the_configs():
-    skip_loss = SkipLoss.from_scheduler(make_scheduler(), prediction_type="v_prediction")
+    skip_loss = make_loss(make_scheduler(), prediction_type="v_prediction")
     with pytest.raises(ValueError, match=r"'v_prediction' was given, but .* says 'epsilon'"):
         skip_loss(*batch()[:4])
 
 
 def test_prior_preservation():
     """The script chunks model_pred and target, not the timesteps: two of them at batch size 1."""
-    model_pred, target, noisy, timesteps, _ = batch(timesteps=(500, 900))
-    skip_loss = SkipLoss.from_scheduler(make_scheduler(), reduction="none")
-    whole = skip_loss(model_pred, target, noisy, timesteps)
+    model_pred, target, timesteps, noisy, _ = batch(timesteps=(500, 900))
+    skip_loss = make_loss(make_scheduler(), reduction="none")
+    whole = skip_loss(model_pred, target, timesteps, noisy)
     pred, pred_prior = model_pred.chunk(2)
     tgt, tgt_prior = target.chunk(2)
     x, x_prior = noisy.chunk(2)
     t, t_prior = timesteps.chunk(2)
     with pytest.raises(ValueError, match=r"timesteps must have shape \(1,\).*prior preservation"):
-        skip_loss(pred, tgt, x, timesteps)
+        skip_loss(pred, tgt, timesteps, x)
     with pytest.raises(ValueError, match="noisy_latents must have the shape of target"):
-        skip_loss(pred, tgt, noisy, t)
-    torch.testing.assert_close(skip_loss(pred, tgt, x, t), whole[:1])
-    torch.testing.assert_close(skip_loss(pred_prior, tgt_prior, x_prior, t_prior), whole[1:])
+        skip_loss(pred, tgt, t, noisy)
+    torch.testing.assert_close(skip_loss(pred, tgt, t, x), whole[:1])
+    torch.testing.assert_close(skip_loss(pred_prior, tgt_prior, t_prior, x_prior), whole[1:])
 
 
 @pytest.mark.parametrize("channels", [3, 4])
 def test_learned_variance_channels(channels):
     target = torch.randn(2, channels, 4, 4)
     model_pred = torch.randn(2, 2 * channels, 4, 4)
-    skip_loss = SkipLoss.from_scheduler(make_scheduler())
+    skip_loss = make_loss(make_scheduler())
     with pytest.raises(ValueError, match=r"model_pred must have the shape.*learned variance"):
-        skip_loss(model_pred, target, target, torch.tensor([5, 500]))
+        skip_loss(model_pred, target, torch.tensor([5, 500]), target)
     mean, _ = model_pred.chunk(2, dim=1)
-    assert skip_loss(mean, target, target, torch.tensor([5, 500])).isfinite()
+    assert skip_loss(mean, target, torch.tensor([5, 500]), target).isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_float_timesteps_are_refused(dtype):
-    model_pred, target, noisy, timesteps, _ = batch()
-    skip_loss = SkipLoss.from_scheduler(make_scheduler())
+    model_pred, target, timesteps, noisy, _ = batch()
+    skip_loss = make_loss(make_scheduler())
     with pytest.raises(TypeError, match=r"must be integers.*bfloat16 turns 999 into 1000"):
-        skip_loss(model_pred, target, noisy, timesteps.to(dtype))
+        skip_loss(model_pred, target, timesteps.to(dtype), noisy)
     assert torch.tensor(999).bfloat16() == 1000  # what the refusal is for
     for integer in (torch.int16, torch.int32):
         torch.testing.assert_close(
-            skip_loss(model_pred, target, noisy, timesteps.to(integer)),
-            skip_loss(model_pred, target, noisy, timesteps),
+            skip_loss(model_pred, target, timesteps.to(integer), noisy),
+            skip_loss(model_pred, target, timesteps, noisy),
         )
 
 
 def test_timesteps_beyond_the_schedule():
-    model_pred, target, noisy, timesteps, _ = batch()
+    model_pred, target, timesteps, noisy, _ = batch()
     for prediction_type in ("epsilon", "v_prediction"):
         scheduler = make_scheduler(prediction_type=prediction_type)
         with pytest.raises(ValueError, match=r"must lie in \[0, 1000\), got 1000"):
-            SkipLoss.from_scheduler(scheduler)(model_pred, target, noisy, timesteps + 1)
+            make_loss(scheduler)(model_pred, target, timesteps + 1, noisy)
 
 
 @pytest.mark.parametrize(
@@ -521,9 +522,11 @@ def test_where_the_bound_acts_on_v(config, skip, start):
     """The numbers of docs/adapters/diffusers.md."""
     scheduler = make_scheduler(prediction_type="v_prediction", **config)
     timesteps = torch.arange(1000)
-    inputs = *torch.randn(3, 1000, 1, 2, 2, dtype=torch.float64).unbind(0), timesteps
+    output, target, noisy = torch.randn(3, 1000, 1, 2, 2, dtype=torch.float64).unbind(0)
     losses = [
-        SkipLoss.from_scheduler(scheduler, skip, reduction="none", max_c2=max_c2)(*inputs)
+        make_loss(scheduler, skip, reduction="none", max_c2=max_c2)(
+            output, target, timesteps, noisy
+        )
         for max_c2 in (100.0, math.inf)
     ]
     assert torch.equal(losses[0] != losses[1], timesteps >= start)
@@ -546,7 +549,7 @@ def test_zero_terminal_snr(name, beta_schedule, prediction_type, estimator):
     assert scheduler.alphas_cumprod[-1] in (0.0, 2**-24)
     schedule = schedule_of(scheduler)
     assert schedule.alphas_cumprod[-1] == 0
-    skip_loss = SkipLoss.from_scheduler(
+    skip_loss = make_loss(
         scheduler, estimator=estimator, reduction="none", prediction_type=by_name(prediction_type)
     )
     timesteps = torch.tensor([500, 990, 998, 999])
@@ -555,7 +558,7 @@ def test_zero_terminal_snr(name, beta_schedule, prediction_type, estimator):
     target = velocity(scheduler, latents, noise, timesteps)
     target = {"epsilon": noise, "v_prediction": target, "sample": latents}[prediction_type]
     model_pred.requires_grad_()
-    loss = skip_loss(model_pred, target, noisy, timesteps)
+    loss = skip_loss(model_pred, target, timesteps, noisy)
     (grad,) = torch.autograd.grad(loss.sum(), model_pred)
     plain = 2 * (model_pred - target).detach() / 16
     assert loss.isfinite().all()
@@ -569,8 +572,9 @@ def test_min_snr_at_zero_terminal_snr():
     """The script's own weight is NaN there for ε (0 / 0): ours stays finite, and takes a cure."""
     scheduler = make_scheduler(rescale_betas_zero_snr=True)
     timesteps = torch.tensor([500, 999])
-    inputs = *torch.randn(3, 2, 1, 4, 4).unbind(0), timesteps
-    skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")
+    output, target, noisy = torch.randn(3, 2, 1, 4, 4).unbind(0)
+    inputs = output, target, timesteps, noisy
+    skip_loss = make_loss(scheduler, reduction="none")
     weights = min_snr_weights(scheduler, timesteps, 5.0)
     assert weights[0].isfinite()
     assert weights[1].isnan()
@@ -630,7 +634,7 @@ def test_trained_betas_and_short_schedules():
     schedule = schedule_of(make_scheduler(trained_betas=betas))
     expected = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
     torch.testing.assert_close(schedule.alphas_cumprod, expected, rtol=1e-14, atol=0)
-    skip_loss = SkipLoss.from_scheduler(make_scheduler(num_train_timesteps=20), skip_set=9)
+    skip_loss = make_loss(make_scheduler(num_train_timesteps=20), skip_set=9)
     assert repr(skip_loss.criterion.schedule) == "NoiseSchedule.linear(20)"
 
 
@@ -645,7 +649,7 @@ def test_betas_of_no_signal_and_of_no_noise(betas):
 @pytest.mark.parametrize("name", ["RePaintScheduler", "UnCLIPScheduler"])
 def test_schedulers_that_say_less(name):
     scheduler = make_scheduler(name)
-    skip_loss = SkipLoss.from_scheduler(scheduler)
+    skip_loss = make_loss(scheduler)
     assert skip_loss(*batch()[:4]).isfinite()
     known = "linear(1000)" if name == "RePaintScheduler" else "cosine(1000)"
     assert repr(skip_loss.criterion.schedule) == f"NoiseSchedule.{known}"
@@ -664,7 +668,7 @@ def test_schedulers_that_say_less(name):
 )
 def test_schedulers_without_a_table_are_refused(name, reason):
     with pytest.raises(ValueError, match=f"alphas_cumprod.*got a {name}: {reason}"):
-        SkipLoss.from_scheduler(make_scheduler(name))
+        make_loss(make_scheduler(name))
 
 
 @pytest.mark.parametrize(
@@ -673,13 +677,13 @@ def test_schedulers_without_a_table_are_refused(name, reason):
 def test_flow_sigmas_on_a_diffusion_scheduler_are_refused(config):
     scheduler = make_scheduler("UniPCMultistepScheduler", **config)
     with pytest.raises(ValueError, match="set to flow matching"):
-        SkipLoss.from_scheduler(scheduler)
+        make_loss(scheduler)
 
 
 @pytest.mark.parametrize("scheduler", [None, 9, NoiseSchedule.linear(1000)])
 def test_what_is_no_scheduler_is_refused(scheduler):
     with pytest.raises(TypeError, match="scheduler must be a diffusers scheduler, got"):
-        SkipLoss.from_scheduler(scheduler)
+        make_loss(scheduler)
 
 
 @pytest.mark.parametrize(
@@ -689,34 +693,34 @@ def test_what_is_no_scheduler_is_refused(scheduler):
         ({"tau": 2}, ValueError, "tau must lie in"),
         ({"estimator": "none"}, ValueError, "estimator must be one of"),
         ({"reduction": "batch"}, ValueError, "reduction must be one of"),
-        ({"prediction_type": "score"}, ValueError, "prediction_type must be one of"),
+        ({"prediction_type": "score"}, ValueError, "prediction_type must be one of 'epsilon', "),
         ({"prediction_type": "flow"}, ValueError, "belongs to a FlowMatch scheduler"),
     ],
 )
 def test_wrong_options(options, error, message):
     with pytest.raises(error, match=message):
-        SkipLoss.from_scheduler(make_scheduler(), **options)
+        make_loss(make_scheduler(), **options)
 
 
 def test_wrong_calls():
-    model_pred, target, noisy, timesteps, _ = batch()
-    skip_loss = SkipLoss.from_scheduler(make_scheduler())
+    model_pred, target, timesteps, noisy, _ = batch()
+    skip_loss = make_loss(make_scheduler())
     with pytest.raises(TypeError, match="timesteps must be a tensor, got 3"):
-        skip_loss(model_pred, target, noisy, 3)
+        skip_loss(model_pred, target, 3, noisy)
     with pytest.raises(ValueError, match=r"timesteps must have shape \(5,\)"):
-        skip_loss(model_pred, target, noisy, timesteps[:, None])
+        skip_loss(model_pred, target, timesteps[:, None], noisy)
     with pytest.raises(ValueError, match="the noisy channels alone"):
-        skip_loss(model_pred, target, torch.cat([noisy, noisy], dim=1), timesteps)
+        skip_loss(model_pred, target, timesteps, torch.cat([noisy, noisy], dim=1))
     with pytest.raises(ValueError, match=r"weights must have shape \(5,\)"):
-        skip_loss(model_pred, target, noisy, timesteps, weights=torch.ones(5, 1, 1, 1))
-    with pytest.raises(ValueError, match="skip_noise belongs to the estimator 'fresh'"):
-        skip_loss(model_pred, target, noisy, timesteps, skip_noise=noisy)
+        skip_loss(model_pred, target, timesteps, noisy, weights=torch.ones(5, 1, 1, 1))
+    with pytest.raises(ValueError, match="skip_noise belongs to an estimator that draws"):
+        skip_loss(model_pred, target, timesteps, noisy, skip_noise=noisy)
     with pytest.raises(ValueError, match="prediction_type must be given"):
-        SkipLoss(NoiseSchedule.linear(1000))
+        SkipLoss(NoiseSchedule.linear(1000), 9)
     with pytest.raises(TypeError, match=r"got a DDPMScheduler: .*diffusers.schedule_of"):
         SkipLoss(make_scheduler("DDPMScheduler"), 9)
     with pytest.raises(TypeError, match="schedule must be a NoiseSchedule"):
-        SkipLoss(1000, scheduler=make_scheduler("DDPMScheduler"))
+        SkipLoss(1000, 9, scheduler=make_scheduler("DDPMScheduler"))
 
 
 # The diffs of the docs page, on the real scripts.
@@ -770,9 +774,7 @@ def test_flow_matching(prediction_type, tau):
     noisy = (1 - sigmas) * latents + sigmas * noise
     # SD3 preconditions by default: the output becomes a prediction of x_0, and so does the target.
     target = noise - latents if prediction_type == "flow" else latents
-    skip_loss = SkipLoss.from_scheduler(
-        scheduler, skip_set=0.02, tau=tau, prediction_type=prediction_type
-    )
+    skip_loss = make_loss(scheduler, skip_set=0.02, tau=tau, prediction_type=prediction_type)
     weighting = torch.rand(4, 1, 1, 1, dtype=torch.float64)
 
     def by_hand(output):
@@ -788,7 +790,7 @@ def test_flow_matching(prediction_type, tau):
         return (weighting * each).mean()
 
     def ours(output):
-        return skip_loss(output, target, noisy, sigmas.flatten(), weights=weighting.flatten())
+        return skip_loss(output, target, sigmas.flatten(), noisy, weights=weighting.flatten())
 
     torch.testing.assert_close(
         torch.func.grad(ours)(output), torch.func.grad(by_hand)(output), rtol=1e-9, atol=1e-12
@@ -801,7 +803,7 @@ def test_flow_matching(prediction_type, tau):
 @pytest.mark.parametrize("prediction_type", ["flow", "sample"])
 @pytest.mark.parametrize("estimator", ["expected", "shared", "fresh"])
 def test_flow_matching_at_its_ends(prediction_type, estimator):
-    skip_loss = SkipLoss.from_scheduler(
+    skip_loss = make_loss(
         make_scheduler("FlowMatchEulerDiscreteScheduler"),
         skip_set=0.02,
         prediction_type=prediction_type,
@@ -810,7 +812,7 @@ def test_flow_matching_at_its_ends(prediction_type, estimator):
     )
     output, target, noisy = torch.randn(3, 4, 1, 4, 4).unbind(0)
     output.requires_grad_()
-    loss = skip_loss(output, target, noisy, torch.tensor([0.0, 1e-4, 0.9999, 1.0]))
+    loss = skip_loss(output, target, torch.tensor([0.0, 1e-4, 0.9999, 1.0]), noisy)
     (grad,) = torch.autograd.grad(loss.sum(), output)
     assert grad.isfinite().all()
     plain = (output - target).square().flatten(1).mean(1)
@@ -820,17 +822,17 @@ def test_flow_matching_at_its_ends(prediction_type, estimator):
 def test_flow_matching_errors():
     scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ValueError, match="prediction_type must be given for a FlowMatch"):
-        SkipLoss.from_scheduler(scheduler, skip_set=0.02)
+        make_loss(scheduler, skip_set=0.02)
     with pytest.raises(TypeError, match="takes skips as floats"):
-        SkipLoss.from_scheduler(scheduler, skip_set=9, prediction_type="flow")
-    skip_loss = SkipLoss.from_scheduler(scheduler, skip_set=0.02, prediction_type="flow")
-    inputs = torch.randn(3, 2, 1, 4, 4).unbind(0)
+        make_loss(scheduler, skip_set=9, prediction_type="flow")
+    skip_loss = make_loss(scheduler, skip_set=0.02, prediction_type="flow")
+    output, target, noisy = torch.randn(3, 2, 1, 4, 4).unbind(0)
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-        skip_loss(*inputs, torch.tensor([20.0, 999.0]))
+        skip_loss(output, target, torch.tensor([20.0, 999.0]), noisy)
     with pytest.raises(TypeError, match="the σ of each sample"):
-        skip_loss(*inputs, torch.tensor([20, 999]))
+        skip_loss(output, target, torch.tensor([20, 999]), noisy)
     with pytest.raises(ValueError, match=r"`sigmas.flatten\(\)`"):
-        skip_loss(*inputs, torch.rand(2, 1, 1, 1))
+        skip_loss(output, target, torch.rand(2, 1, 1, 1), noisy)
 
 
 # As a module.
@@ -841,17 +843,18 @@ def test_flow_matching_errors():
 def test_half_types_are_lifted(prediction_type, dtype):
     inputs = batch(prediction_type)
     scheduler = make_scheduler(prediction_type=prediction_type)
-    skip_loss = SkipLoss.from_scheduler(scheduler, reduction="none")
-    model_pred, target, noisy = (x.to(dtype) for x in inputs[:3])
-    loss = skip_loss(model_pred, target, noisy, inputs[3])
-    expected = skip_loss(model_pred.float(), target.float(), noisy.float(), inputs[3])
+    skip_loss = make_loss(scheduler, reduction="none")
+    timesteps = inputs[2]
+    model_pred, target, noisy = (inputs[index].to(dtype) for index in (0, 1, 3))
+    loss = skip_loss(model_pred, target, timesteps, noisy)
+    expected = skip_loss(model_pred.float(), target.float(), timesteps, noisy.float())
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
 
 
 def test_it_leaves_no_trace_in_a_checkpoint_and_copies():
     scheduler = make_scheduler(prediction_type="v_prediction")
-    skip_loss = SkipLoss.from_scheduler(scheduler, skip_set=[9, 49])
+    skip_loss = make_loss(scheduler, skip_set=[9, 49])
     inputs = batch("v_prediction")[:4]
     expected = skip_loss(*inputs)
     assert not skip_loss.state_dict()
@@ -866,9 +869,9 @@ def test_it_leaves_no_trace_in_a_checkpoint_and_copies():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_it_compiles_without_a_graph_break(prediction_type):
     scheduler = make_scheduler(prediction_type=prediction_type)
-    skip_loss = SkipLoss.from_scheduler(scheduler)
-    model_pred, target, noisy, timesteps, _ = batch(prediction_type)
-    inputs = model_pred.float(), target.float(), noisy.float(), timesteps
+    skip_loss = make_loss(scheduler)
+    model_pred, target, timesteps, noisy, _ = batch(prediction_type)
+    inputs = model_pred.float(), target.float(), timesteps, noisy.float()
     expected = skip_loss(*inputs)  # makes the table, which a compiler should not trace
     compiled = torch.compile(skip_loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), expected)

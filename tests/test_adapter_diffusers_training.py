@@ -63,7 +63,7 @@ def train_unconditional(accelerator, prediction_type, skip_loss=None):
                 if skip_loss is None:
                     loss = F.mse_loss(model_output.float(), noise.float())
                 else:
-                    loss = skip_loss(model_output, noise, noisy_images, timesteps)
+                    loss = skip_loss(model_output, noise, timesteps, noisy_images)
             else:
                 alpha_t = noise_scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
                 snr_weights = alpha_t / (1 - alpha_t)
@@ -71,7 +71,7 @@ def train_unconditional(accelerator, prediction_type, skip_loss=None):
                     loss = F.mse_loss(model_output.float(), clean_images.float(), reduction="none")
                     loss = (snr_weights * loss).mean()
                 else:
-                    loss = skip_loss(model_output, clean_images, noisy_images, timesteps)
+                    loss = skip_loss(model_output, clean_images, timesteps, noisy_images)
                     loss = (snr_weights.flatten() * loss).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -130,7 +130,7 @@ def test_train_text_to_image(accelerator, tmp_path):
             noise_scheduler.register_to_config(prediction_type="v_prediction")
             target = noise_scheduler.get_velocity(latents, noise, timesteps)
             model_pred = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
-            loss = skip_loss(model_pred, target, noisy_latents, timesteps)
+            loss = skip_loss(model_pred, target, timesteps, noisy_latents)
             loss = (loss * min_snr_weights(noise_scheduler, timesteps, 5.0)).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:

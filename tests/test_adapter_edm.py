@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2dm_loss.adapters.edm import SkipStepDenoiserLoss, skip_step
+from s2dm_loss.adapters.edm import skip_step
 from s2dm_loss.testing import check_swap
 from tests.helpers.checkouts import checkout_on_path
 from tests.helpers.upstream import root_of, stubs
@@ -120,16 +120,17 @@ def test_against_eq_13_by_hand(kind, estimator):
     s_t, s_s = ((low + t * (high - low)) ** 7 for t in (ramp, (ramp - 1 / 17).clamp(min=0)))
     c2 = ((1 + s_t**2) / (1 + s_s**2) - 1).clamp(max=100).minimum(100 / s_t**2)
     c2 = torch.where(ramp >= 1 / 17, c2, 0.0).reshape(-1, 1, 1, 1)
+    c = c2.sqrt().minimum(10 * (s_t**-2).clamp(max=1).reshape(-1, 1, 1, 1))
     tau = torch.where(ramp >= 1 / 17, 0.9, 1.0).reshape(-1, 1, 1, 1)
     s_t = s_t.reshape(-1, 1, 1, 1)
     eps_hat, noise = (x_t - output) / s_t, (x_t - images) / s_t
     target = {"expected": 0.0, "shared": noise, "fresh": zeta}[estimator]
 
     def eq_13(eps_hat):
-        skip = (c2.sqrt() * eps_hat - target).square()
+        skip = c2 * eps_hat.square() - 2 * c * eps_hat * target
         return (tau * (eps_hat - noise).square() + (1 - tau) * skip).mean((1, 2, 3))
 
-    best = (tau * noise + (1 - tau) * c2.sqrt() * target) / (tau + (1 - tau) * c2)
+    best = (tau * noise + (1 - tau) * c * target) / (tau + (1 - tau) * c2)
     expected = weight * s_t.flatten() ** 2 * (eq_13(eps_hat) - eq_13(best))
     found = (ours - log_u).mean((1, 2, 3))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -157,28 +158,32 @@ def test_a_snapshot_holds_the_trainers_own_loss(kind):
     loaded = pickle.loads(pickle.dumps(adapted))  # noqa: S301
     assert type(loaded).__name__ == type(plain).__name__
     assert adapted.state_dict() == vars(plain)
+    before = dict(vars(plain))
     adapted.load_state_dict({**vars(plain), "sigma_data": 0.7})
-    assert plain.sigma_data == 0.7
+    assert adapted.sigma_data == 0.7
+    assert vars(plain) == before
 
 
 def test_a_copy_is_the_same_loss(kind):
     adapted = skip_step(kind(), 1 / 17)
     for copied in (copy.copy(adapted), copy.deepcopy(adapted)):
         assert repr(copied) == repr(adapted)
-    assert copy.copy(adapted).plain is adapted.plain
-    assert copy.deepcopy(adapted).plain is not adapted.plain
+        assert isinstance(copied, kind)
+    copied.std_data = 0
+    assert not hasattr(adapted, "std_data")
 
 
 def test_says_what_it_is():
     text = repr(skip_step(EDMLoss(), 1 / 17))
-    assert text.startswith("SkipStepDenoiserLoss(EDMLoss, SkipStepLoss(EDM(0.002, 80.0, rho=7.0)")
+    assert text.startswith("SkipStepEDMLoss(SkipStepLoss(EDM(0.002, 80.0, rho=7.0)")
 
 
 def test_refuses_what_it_cannot_serve():
-    with pytest.raises(TypeError, match="trainer's own loss, got a SkipStepDenoiserLoss"):
+    with pytest.raises(ValueError, match="must have its plain loss, got a SkipStepEDMLoss"):
         skip_step(skip_step(EDMLoss(), 1 / 17), 1 / 17)
-    with pytest.raises(TypeError, match="got a dict"):
-        skip_step({}, 1 / 17)
+    for wrong in ({}, EDMLoss, lambda net, images: images):
+        with pytest.raises(TypeError, match=r"an object with a __call__, .* EDMLoss\(\), got"):
+            skip_step(wrong, 1 / 17)
     with pytest.raises(ValueError, match=r"tau must be above 0 .* got 0"):
         skip_step(EDMLoss(), 1 / 17, tau=0.0)
     with pytest.raises(ValueError, match=r"0 < sigma_min < sigma_max .* got 3, 2 and 7\.0"):
@@ -191,7 +196,6 @@ def test_half_precision_outputs_are_lifted():
     images = torch.randn(8, 3, 8, 8) / 2
     loss = loss_of(EDMLoss, lambda x_t, _: x_t.half(), images, 0.99)
     assert loss.dtype == torch.float32
-    assert isinstance(skip_step(EDMLoss(), 1 / 17), SkipStepDenoiserLoss)
 
 
 def test_a_loss_that_is_a_mean_over_the_batch_is_refused():

@@ -120,7 +120,7 @@ def test_compvis(latent_diffusion, parameterization, options):
         reduction="none",
     )
     target = noise if parameterization == "eps" else x
-    simple = criterion.from_output(output, target, x_t, t)
+    simple = criterion.from_output(output, target, t, x_t)
     logvar = options.get("logvar_init", 0.0)
     expected = (simple / torch.tensor(logvar).exp() + logvar).mean()
     expected = options.get("l_simple_weight", 1.0) * expected
@@ -259,7 +259,7 @@ def test_onetrainers_recipe_knows_its_scheduler_and_weighs_a_batch_once():
     for rescaled in (False, True):
         scheduler = make_scheduler(prediction_type="v_prediction", rescale_betas_zero_snr=rescaled)
         criterion = SkipStepLoss(schedule_of(scheduler), 9, prediction_type="v_prediction")
-        wanted = criterion.regression_target(target, x_t, t)
+        wanted = criterion.regression_target(target, t, x_t)
         batch = {"loss_weight": torch.tensor([0.5, 2.0])}
         for _ in range(2):
             data = {"prediction_type": "v_prediction", "target": target, "timestep": t}

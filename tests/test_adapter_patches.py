@@ -1,45 +1,73 @@
-"""The patches beside the pages: they say what the pages say, and `git apply` takes them."""
+"""The patches beside the pages: `git apply` takes them, and the pages show what they change.
 
+With `S2DM_DIFFUSERS_ROOT` the loss lines of diffusers' scripts run as they are and after the patch.
+"""
+
+import functools
+import itertools
+import re
 import shutil
 import subprocess
+import textwrap
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.nn import functional as F
 
-from tests.helpers.patches import (
-    FOLDER,
-    PATCHES,
-    TRAINERS,
-    changed,
-    lines_of_file,
-    lines_of_page,
-    make,
-)
+from s2dm_loss import SkipSet
+from s2dm_loss.adapters.diffusers import SkipLoss
+from s2dm_loss.testing import check_swap
+from tests.helpers.diffusers_parts import compute_snr, diffusers, make_scheduler
+from tests.helpers.docs_diff import PAGES, changed_by, docs_diff, hunks_of
+from tests.helpers.patches import FOLDER, PATCHES, TRAINERS, patch_of, patched
 from tests.helpers.upstream import root_of
+from tests.test_docs_blocks import COLUMNS, columns_of
+
+TITLE = re.compile(r'^ *```diff title="(.*)"$', re.M)
+SHOWN = [
+    (page.name, title)
+    for page in sorted(PAGES.glob("*.md"))
+    for title in TITLE.findall(page.read_text(encoding="utf-8"))
+]
 
 
 def ids(patch):
     return patch.file.stem
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=ids)
-def test_a_patch_changes_the_lines_that_its_page_shows(patch):
-    assert lines_of_file(patch) == lines_of_page(patch)
-
-
-def test_every_patch_is_known_and_every_page_links_to_its_own():
-    assert {path.name for path in FOLDER.glob("*.patch")} == {p.file.name for p in PATCHES}
-    for patch in PATCHES:
-        page = (FOLDER.parent / patch.page).read_text(encoding="utf-8")
-        assert f"](patches/{patch.file.name})" in page, patch.file.name
+def changes(hunks):
+    """The lines that are taken away and added, without their indentation."""
+    lines = [line for hunk in hunks for line in hunk if line[:1] in ("+", "-")]
+    return [line[0] + line[1:].strip() for line in lines]
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=ids)
-def test_a_patch_names_the_commit_that_its_page_was_tested_on(patch):
+def test_a_patch_names_its_commit_and_its_page_links_to_it(patch):
     trainer = TRAINERS[patch.trainer]
     head = patch.file.read_text(encoding="utf-8").splitlines()[0]
     assert head == f"s2dm-loss for {trainer.repository} at {trainer.commit}"
     page = (FOLDER.parent / patch.page).read_text(encoding="utf-8")
     assert trainer.commit[:7] in page
+    assert f"](patches/{patch.file.name})" in page
+
+
+@pytest.mark.parametrize(("page", "title"), SHOWN)
+def test_a_diff_of_a_page_is_its_patch(page, title):
+    (patch,) = (p for p in PATCHES if title in p.titles and p.page == page)
+    shown, whole = changes(hunks_of(docs_diff(page, title))), changes(patch.hunks)
+    assert len(shown) == len(whole)
+    for ours, theirs in zip(shown, whole, strict=True):
+        cut = ours.endswith("…") and ours[0] == "-"
+        assert theirs.startswith(ours[:-1]) if cut else theirs == ours
+
+
+@pytest.mark.parametrize(("page", "title"), SHOWN)
+def test_a_diff_shows_its_payload_without_scrolling_and_its_import_first(page, title):
+    diff = docs_diff(page, title)
+    assert max(map(columns_of, diff.splitlines())) <= COLUMNS
+    added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
+    assert added[0].startswith("from ")
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=ids)
@@ -55,6 +83,158 @@ def test_git_applies_a_patch_to_the_trainers_file(patch, tmp_path):
     command = [git, "apply", "--verbose", str(patch.file)]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)  # noqa: S603
     result = file.read_text(encoding="utf-8")
-    assert result == changed(patch, source)
     compile(result, patch.path, "exec")
-    assert make(patch, root) == patch.file.read_text(encoding="utf-8")
+    assert result == patched(patch.trainer, patch.path, source)
+    for page, title in SHOWN:
+        if title in patch.titles and page == patch.page:
+            assert result == changed_by(docs_diff(page, title), source, title)
+
+
+# The loss lines of diffusers' scripts, as they are and after the patch.
+
+SD = {"snr_gamma": [None, 5.0], "prediction_type": ["epsilon", "v_prediction"]}
+SCRIPTS = {
+    "text_to_image/train_text_to_image": SD,
+    "text_to_image/train_text_to_image_lora": SD,
+    "text_to_image/train_text_to_image_lora_sdxl": SD,
+    "dreambooth/train_dreambooth": {**SD, "with_prior_preservation": [False, True]},
+    "dreambooth/train_dreambooth_lora": {
+        "prediction_type": SD["prediction_type"],
+        "with_prior_preservation": [False, True],
+    },
+    "dreambooth/train_dreambooth_lora_sdxl": {**SD, "with_prior_preservation": [False, True]},
+    "unconditional_image_generation/train_unconditional": {
+        "prediction_type": ["epsilon", "sample"]
+    },
+    **dict.fromkeys(
+        ("dreambooth/train_dreambooth_sd3", "dreambooth/train_dreambooth_lora_sd3"),
+        {"precondition_outputs": [0, 1], "with_prior_preservation": [False, True]},
+    ),
+    **dict.fromkeys(
+        ("dreambooth/train_dreambooth_flux", "dreambooth/train_dreambooth_lora_flux"),
+        {"with_prior_preservation": [False, True]},
+    ),
+    "controlnet/train_controlnet_sd3": {"precondition_outputs": [0, 1]},
+}
+
+
+def combinations():
+    for script, options in SCRIPTS.items():
+        for values in itertools.product(*options.values()):
+            chosen = dict(zip(options, values, strict=True))
+            if chosen.get("with_prior_preservation") and chosen.get("snr_gamma"):
+                continue  # the script's weights have the length of both halves, its loss of one
+            yield pytest.param(script, chosen, id=f"{script} {chosen}")
+
+
+def block(source, first, last):
+    """The lines of a script from the last one that begins so to the next that ends it."""
+    start = source.rindex(first, 0, source.index(last))
+    start = source.rindex("\n", 0, start) + 1
+    return textwrap.dedent(source[start : source.rindex("\n", 0, source.index(last))])
+
+
+@pytest.mark.parametrize(("script", "options"), list(combinations()))
+def test_the_loss_lines_of_a_script(script, options):
+    """At τ = 1 the script's own value and gradient; below it, finite and near at every sample."""
+    path = f"examples/{script}.py"
+    plain = (root_of("S2DM_DIFFUSERS_ROOT") / path).read_text(encoding="utf-8")
+    swapped = patched("diffusers", path, plain)
+    flow = "flux" in script or "sd3" in script
+    unconditional = "unconditional" in script
+    args = SimpleNamespace(
+        **{
+            "debug_loss": False,
+            "do_edm_style_training": False,
+            "dream_training": False,
+            "gradient_accumulation_steps": 1,
+            "precondition_outputs": 0,
+            "prior_loss_weight": 0.7,
+            "snr_gamma": None,
+            "train_batch_size": 6,
+            "weighting_scheme": "sigma_sqrt",
+            "with_prior_preservation": False,
+            "prediction_type": None,
+            **options,
+        }
+    )
+    prediction_type = args.prediction_type or "epsilon"
+    if flow:
+        scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
+        times = torch.tensor([0.05, 0.4, 0.9, 0.7, 0.999, 0.3])
+        first = "# these weighting schemes" if "flux" in script else "# Follow: Section 5"
+    else:
+        scheduler = make_scheduler(
+            prediction_type=prediction_type,
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+        )
+        times = torch.tensor([3, 400, 999, 700, 60, 999])
+        first = 'if args.prediction_type == "epsilon":' if unconditional else "# Get the target for"
+    if args.with_prior_preservation and flow and "lora" not in script:
+        # It cuts all but its weights in two, and fails or broadcasts; the LoRA script cuts them.
+        lora = path.replace("dreambooth_", "dreambooth_lora_")
+        plain = (root_of("S2DM_DIFFUSERS_ROOT") / lora).read_text(encoding="utf-8")
+    lines = {False: plain, True: swapped}
+    lines = {ours: block(text, first, "accelerator.backward(loss)") for ours, text in lines.items()}
+    make = [
+        line[1:]
+        for hunk in patch_of("diffusers", path).hunks
+        for line in hunk
+        if line[0] == "+" and "import" not in line
+    ]
+    make = textwrap.dedent("\n".join(make))
+    make = make[make.index("skip_loss = SkipLoss") :]
+    make = make[: make.index(")\n", make.index("skip_set")) + 1].replace("\n)", ")")
+
+    def loss(model, tau=None):
+        images, noise = torch.randn(2, len(times), 4, 8, 8)
+        if flow:
+            sigmas = times.reshape(-1, 1, 1, 1)
+            noisy = (1 - sigmas) * images + sigmas * noise
+        else:
+            sigmas, noisy = None, scheduler.add_noise(images, noise, times)
+        output = model(noisy, times)
+        namespace = {
+            **vars(diffusers.training_utils),
+            "F": F,
+            "SkipSet": SkipSet,
+            "_extract_into_tensor": lambda table, t, shape: table[t].reshape(shape),
+            "accelerator": SimpleNamespace(gather=lambda loss: loss),
+            "args": args,
+            "compute_snr": compute_snr,
+            "encoder_hidden_states": None,
+            "noise": noise,
+            "noise_scheduler": scheduler,
+            "sigmas": sigmas,
+            "timesteps": times,
+            "torch": torch,
+            "train_loss": 0.0,
+            "unet": lambda *_, **__: (output,),
+            "weighting": None,
+            **dict.fromkeys(("model_input", "latents", "clean_images"), images),
+            **dict.fromkeys(("model_pred", "model_output"), output),
+            **dict.fromkeys(("noisy_model_input", "noisy_latents", "noisy_images"), noisy),
+        }
+        if tau is not None:
+            from_scheduler = functools.partial(SkipLoss.from_scheduler, tau=tau)
+            namespace["SkipLoss"] = SimpleNamespace(from_scheduler=from_scheduler)
+            exec(make, namespace)  # noqa: S102
+        exec(compile(lines[tau is not None], path, "exec"), namespace)  # noqa: S102
+        return namespace["loss"]
+
+    report = check_swap(loss, loss, rtol=1e-5)
+    assert report.calls == 1
+
+
+def test_the_edm_style_of_the_sdxl_script_is_refused():
+    """It weighs an x_0 loss by σ, in lines that the patch leaves alone."""
+    text = "\n".join(
+        line
+        for hunk in patch_of("diffusers", "examples/dreambooth/train_dreambooth_lora_sdxl.py").hunks
+        for line in hunk
+    )
+    lines = textwrap.dedent("\n".join(re.findall(r"^\+( +(?:if args|    raise).*)$", text, re.M)))
+    with pytest.raises(ValueError, match="--do_edm_style_training would keep its plain loss"):
+        exec(lines, {"args": SimpleNamespace(do_edm_style_training=True)})  # noqa: S102

@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import inspect
 import itertools
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,15 +14,24 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss, coefficients
-from s2dm_loss.adapters import score_sde as adapter
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
+from s2dm_loss.adapters import score_sde
+from s2dm_loss.coefficients import coefficients
 from s2dm_loss.testing import check_swap
 from tests.doubles import score_sde_double
+from tests.helpers.released_loss import CASES, released_constant
 from tests.helpers.score_sde_checkout import load_score_sde
 
-CASES = json.loads((Path(__file__).parent / "data" / "released_loss.json").read_text())["cases"]
 ROOT = os.environ.get("S2DM_SCORE_SDE_ROOT")
 KINDS = ("VPSDE", "subVPSDE", "VESDE")
+
+# The adapter, with the skip that most tests take.
+adapter = SimpleNamespace(
+    **{
+        name: functools.partial(getattr(score_sde, name), skip_set=9)
+        for name in ("get_sde_loss_fn", "get_ddpm_loss_fn", "get_smld_loss_fn", "get_step_fn")
+    }
+)
 
 # A skip so long that a batch holds times on both sides of it.
 SKIP = 300
@@ -274,7 +282,7 @@ def test_evaluation_uses_the_averaged_weights_and_puts_the_others_back(trainer):
     "name", ["get_step_fn", "get_sde_loss_fn", "get_ddpm_loss_fn", "get_smld_loss_fn"]
 )
 def test_names_arguments_and_defaults_are_the_trainers(trainer, name):
-    ours = inspect.signature(getattr(adapter, name)).parameters.values()
+    ours = inspect.signature(getattr(score_sde, name)).parameters.values()
     theirs = inspect.signature(getattr(trainer, name)).parameters.values()
     positional = [p for p in ours if p.kind == p.POSITIONAL_OR_KEYWORD]
     assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in theirs]
@@ -305,6 +313,22 @@ def skip_coefficient(kind, t, delta):
     return torch.where(t.double() >= delta, c2.clamp(max=100), 0.0)
 
 
+def eq_13(eps_hat, noise, c2, zeta=None):
+    """The paper's two terms at τ = 0.99, less what they are at their least; shape [B].
+
+    Without ζ its expectation is taken. c² is 0 where no skip is valid.
+    """
+    c2 = c2.view(-1, 1, 1, 1)
+    tau, target = torch.where(c2 > 0, 0.99, 1.0), 0.0 if zeta is None else c2.sqrt() * zeta
+
+    def terms(eps_hat):
+        skip = c2 * eps_hat.square() - 2 * eps_hat * target
+        return (tau * (eps_hat - noise).square() + (1 - tau) * skip).mean((1, 2, 3))
+
+    best = (tau * noise + (1 - tau) * target) / (tau + (1 - tau) * c2)
+    return terms(eps_hat) - terms(best)
+
+
 @pytest.mark.parametrize("estimator", ["expected", "shared", "fresh"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_the_formula(trainer, kind, estimator):
@@ -314,7 +338,6 @@ def test_loss_and_gradient_are_the_formula(trainer, kind, estimator):
     a, b = (values.view(-1, 1, 1, 1) for values in path(kind, t))
     c2 = skip_coefficient(kind, t, SKIP / 1000)
     assert 0 < (c2 == 0).sum() < len(t)
-    tau = torch.where(c2 > 0, 0.99, 1.0)
     for reduce_mean, likelihood in FLAGS:
         model = TinyModel(dropout=0.0)
         ours = adapter.get_sde_loss_fn(
@@ -331,11 +354,7 @@ def test_loss_and_gradient_are_the_formula(trainer, kind, estimator):
         labels = b.flatten() if kind == "VESDE" else 999 * t
         output = model(a * batch + b * z, labels)
         eps_hat = -b * output if kind == "VESDE" else output
-        if estimator == "expected":
-            skip = c2 * eps_hat.square().mean((1, 2, 3)) + 1
-        else:
-            skip = (c2.sqrt().view(-1, 1, 1, 1) * eps_hat - zeta).square().mean((1, 2, 3))
-        losses = tau * (eps_hat - z).square().mean((1, 2, 3)) + (1 - tau) * skip
+        losses = eq_13(eps_hat, z, c2, None if estimator == "expected" else zeta)
         if not reduce_mean:
             losses = losses * 50 / 2
         if likelihood:
@@ -360,7 +379,7 @@ def test_losses_are_the_cores(trainer, estimator):
         loss, gradients, _ = run(ours, model, batch)
         t, z = draws(sde, batch)
         core = SkipStepLoss(schedule, 0.009, estimator=estimator)
-        expected = core.from_prediction(model(*model.seen[0][:2]), z, t)
+        expected = core.from_output(model(*model.seen[0][:2]), z, t)
         assert torch.equal(loss, expected)
         torch.testing.assert_close(
             gradients, torch.autograd.grad(expected, list(model.parameters()))
@@ -372,7 +391,7 @@ def test_losses_are_the_cores(trainer, estimator):
     torch.manual_seed(3)
     labels, z = torch.randint(1000, (len(batch),)), torch.randn_like(batch)
     core = SkipStepLoss(NoiseSchedule.linear(1000), SKIP, estimator=estimator)
-    expected = core.from_prediction(model(*model.seen[0][:2]), z, labels)
+    expected = core.from_output(model(*model.seen[0][:2]), z, labels)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(
         gradients, torch.autograd.grad(expected, list(model.parameters())), rtol=1e-6, atol=1e-9
@@ -405,7 +424,7 @@ def test_replays_the_released_loss(trainer, case, monkeypatch):
     expected = tensor("grad_model_output")
     # The SDE's β are float32.
     assert (gradient - expected).norm() <= 1e-6 * expected.norm()
-    assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
+    assert loss.item() == pytest.approx(case["loss"] - released_constant(case), rel=1e-6)
 
 
 def test_each_sample_keeps_its_own_loss(trainer):
@@ -419,14 +438,11 @@ def test_each_sample_keeps_its_own_loss(trainer):
     x_t = model.seen[0][0]
     a_bar = NoiseSchedule.linear(1000).alphas_cumprod
     singles = []
-    for i, label in enumerate(labels.tolist()):
-        eps_hat = model(x_t[i : i + 1], labels[i : i + 1])
-        single = (eps_hat - z[i]).square().mean()
-        if label >= SKIP:
-            c2 = (a_bar[label - SKIP] / a_bar[label] - 1).clamp(max=100)
-            single = 0.99 * single + 0.01 * (c2 * eps_hat.square().mean() + 1)
-        singles.append(single)
-    torch.testing.assert_close(loss, torch.stack(singles).mean().detach(), rtol=1e-6, atol=0)
+    for one in range(8):
+        label, i = int(labels[one]), slice(one, one + 1)
+        c2 = (a_bar[label - SKIP] / a_bar[label] - 1).clamp(max=100) if label >= SKIP else 0.0
+        singles.append(eq_13(model(x_t[i], labels[i]), z[i], torch.as_tensor(c2)))
+    torch.testing.assert_close(loss, torch.cat(singles).mean().detach(), rtol=1e-6, atol=0)
 
 
 def test_smld_pairs_a_label_with_label_plus_k(trainer):
@@ -443,12 +459,9 @@ def test_smld_pairs_a_label_with_label_plus_k(trainer):
     valid = labels + SKIP <= 999
     assert 0 < valid.sum() < len(labels)
     c2 = torch.where(valid, ((1 + sigma**2) / (1 + earlier**2) - 1).clamp(max=100), 0.0)
-    tau = torch.where(valid, 0.99, 1.0)
     x_t, seen, _ = model.seen[0]
     assert torch.equal(seen, labels)
-    eps_hat = -sigma.view(-1, 1, 1, 1) * model(x_t, labels)
-    skip = c2 * eps_hat.square().mean((1, 2, 3)) + 1
-    expected = tau * (eps_hat - z).square().mean((1, 2, 3)) + (1 - tau) * skip
+    expected = eq_13(-sigma.view(-1, 1, 1, 1) * model(x_t, labels), z, c2)
     torch.testing.assert_close(loss, expected.mean().detach(), rtol=1e-4, atol=0)
 
 
@@ -485,14 +498,14 @@ def test_c_comes_from_beta_not_from_the_float32_table(trainer):
     assert ((table[:-1] / table[1:] - 1).sqrt() / exact - 1).abs().max() > 1e-4
 
     seen = []
-    original = SkipStepLoss.from_prediction
+    original = SkipStepLoss.from_output
 
     def spy(self, *args, **kwargs):
         seen.append(self)
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SkipStepLoss, "from_prediction", spy)
+        patch.setattr(SkipStepLoss, "from_output", spy)
         run(adapter.get_ddpm_loss_fn(sde, True, skip_set=1), TinyModel(), data())
     used = coefficients(seen[0].schedule, seen[0].skip_set).c[1:]
     assert (used / exact - 1).abs().max() < 1e-6
@@ -540,6 +553,8 @@ def test_wrong_arguments_are_named(trainer):
         adapter.get_step_fn(trainer.subVPSDE(), True, print, continuous=False)
     with pytest.raises(ValueError, match="tau must lie in"):
         adapter.get_step_fn(vp, True, print, tau=2.0)
+    with pytest.raises(ValueError, match=r"likelihood_weighting must be False with a weighting"):
+        adapter.get_sde_loss_fn(vp, True, weighting="min_snr")
     with pytest.raises(ValueError, match="a skip must be below 1"):
         adapter.get_sde_loss_fn(vp, True, skip_set=1000)
     with pytest.raises(TypeError, match="discrete schedule takes int skips"):
@@ -572,11 +587,11 @@ def test_subclasses_of_the_sdes_are_known(trainer):
 def test_nothing_is_imported_by_a_name_that_other_trainers_have(monkeypatch):
     for name in ("losses", "models", "utils", "sde_lib", "sampling", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
-    spec = importlib.util.spec_from_file_location("fresh_copy", adapter.__file__)
+    spec = importlib.util.spec_from_file_location("fresh_copy", score_sde.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = TinyModel()
-    loss_fn = module.get_sde_loss_fn(score_sde_double.VPSDE(), True)
+    loss_fn = module.get_sde_loss_fn(score_sde_double.VPSDE(), True, skip_set=9)
     assert loss_fn(model, data()).isfinite()
 
 

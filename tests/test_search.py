@@ -6,7 +6,6 @@ deviation s(999) at k = 99 then make k = 99 the exact answer, and unit data make
 """
 
 import math
-import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -19,14 +18,13 @@ from s2dm_loss.sampling import (
     Correction,
     CorrectionSearch,
     EpsilonScaling,
-    Recommendation,
     ScaledModel,
     SkipGain,
     StartScaling,
     standard_corrections,
 )
+from s2dm_loss.sampling.corrections import NONE
 from s2dm_loss.sampling.frechet import MAX_AXES, Axes, FrechetComparison
-from s2dm_loss.sampling.result import Candidate, SearchCost
 
 LINEAR = NoiseSchedule.linear(1000)
 LAST = torch.tensor([999])
@@ -98,14 +96,13 @@ def test_it_finds_the_skip_that_made_the_data(skip):
 
 def test_it_recommends_none_where_none_helps():
     result = search_for(0).recommend()
-    assert result.strength is None
-    assert result.correction is None
-    assert result.best.correction is None
+    assert not result.improves
+    assert result.correction is NONE
+    assert result.best.correction is NONE
     assert [c.strength for c in result.candidates] == [0, 49, 99, 149]
     assert not result.at_edge
     model, noise = Echo(), torch.randn(2, 3)
     assert result(model, noise) == (model, noise)
-    assert "Recommendation(none: " in repr(result)
 
 
 def test_a_better_gain_within_the_noise_is_not_recommended():
@@ -113,7 +110,7 @@ def test_a_better_gain_within_the_noise_is_not_recommended():
     result = search_for(9, skips=[9], num_samples=40, seed=1).recommend()
     assert result.best.strength == 9
     assert result.best.high >= 0
-    assert result.strength is None
+    assert not result.improves
 
 
 def test_the_sure_one_is_recommended_where_the_best_is_not_sure():
@@ -148,7 +145,7 @@ def test_the_best_of_several_corrections():
     ]
     result = CorrectionSearch(Echo(), one_call, data, corrections).recommend()
     assert (result.correction, result.strength) == (corrections[2], 1.2)
-    assert {c.correction for c in result.candidates} == {None, *corrections}
+    assert {c.correction for c in result.candidates} == {NONE, *corrections}
     assert "start noise times 1.2" in repr(result)
     model, noise = Echo(), torch.ones(2, 3)
     assert result.correct_model(model) is model
@@ -223,7 +220,7 @@ def test_axes_are_found_on_the_part_that_is_not_compared(num_samples, counts, mo
             super().__init__(data, num_samples, seed)
 
     monkeypatch.setattr("s2dm_loss.sampling.search.Axes", Recorded)
-    monkeypatch.setattr("s2dm_loss.sampling.search.FrechetComparison", Compared)
+    monkeypatch.setattr("s2dm_loss.sampling.trials.FrechetComparison", Compared)
     numbers = torch.arange(200.0)[:, None]
     search = CorrectionSearch(
         Echo(), one_call, numbers, [StartScaling([0.9, 1.1])], num_samples=num_samples
@@ -284,7 +281,7 @@ def test_all_data_are_used_where_nothing_is_chosen(skips, most, used, monkeypatc
             sizes.append(len(data))
             super().__init__(data, num_samples, seed)
 
-    monkeypatch.setattr("s2dm_loss.sampling.search.FrechetComparison", Recorded)
+    monkeypatch.setattr("s2dm_loss.sampling.trials.FrechetComparison", Recorded)
     search_for(99, data=data_for(99, count=700), skips=skips, num_samples=64).recommend()
     assert sizes[-1] == used
 
@@ -350,7 +347,7 @@ def test_images_are_compared_along_their_leading_axes(monkeypatch):
             compared.append(tuple(samples.shape))
             return super().add(samples)
 
-    monkeypatch.setattr("s2dm_loss.sampling.search.FrechetComparison", Recorded)
+    monkeypatch.setattr("s2dm_loss.sampling.trials.FrechetComparison", Recorded)
     result = search.recommend()
     assert compared == [(1100, MAX_AXES + 1)] * 4
     assert result.strength == 99
@@ -403,26 +400,22 @@ def test_the_stated_cost_is_the_cost(num_samples, batch_size, batches):
             x = one_call(model, noise)
         return x
 
-    search = gain_search(
-        model,
-        LINEAR,
-        three_calls,
-        data_for(0),
-        skips=[9, 99],
-        num_samples=num_samples,
-        batch_size=batch_size,
-    )
+    settings = {"skips": [9, 99], "num_samples": num_samples, "batch_size": batch_size}
+    search = gain_search(model, LINEAR, three_calls, data_for(0), **settings)
     assert model.calls == 0
     cost = search.cost
-    assert model.calls == cost.calls_per_run == 3
-    assert (cost.candidates, cost.runs) == (3, 3 * batches)
-    assert cost.model_calls == 9 * batches
+    assert model.calls == 3
+    assert cost.calls == {"sample": 3}
+    assert (cost.stages, cost.runs) == (((3, num_samples),), 3 * batches)
     assert cost.samples == 3 * num_samples
-    assert cost.sample_evaluations == 9 * num_samples
-    assert f"{9 * batches} model calls and {3 * num_samples} samples in all" in str(cost)
+    assert cost.network_calls == 9 * num_samples
+    assert str(cost) == (
+        f"3 x {num_samples} samples to compare: at most {3 * batches} sampler runs of 3 network "
+        f"calls each, {3 * num_samples} samples in all"
+    )
     model.calls = 0
     result = search.recommend()
-    assert model.calls == cost.model_calls
+    assert model.calls == 9 * batches
     assert result.cost == cost
 
 
@@ -439,9 +432,8 @@ def test_the_cost_of_a_scan():
     )
     cost = search.cost
     strengths = sum(len(c.strengths) for c in corrections)
-    assert (cost.scanned, cost.scan_samples) == (1 + strengths + 8, 50)
-    assert (cost.candidates, cost.num_samples) == (9, 100)
-    assert cost.runs == cost.scanned + 2 * 9
+    assert cost.stages == ((1 + strengths + 8, 50), (9, 100))
+    assert cost.runs == 1 + strengths + 8 + 2 * 9
     sizes.clear()
     search.recommend()
     # At an end of the scan there is one neighbour only.
@@ -574,34 +566,11 @@ def test_noise_of_another_shape_than_the_data():
     assert result.strength == 99
 
 
-def test_the_numbers_that_it_says_are_those_of_what_it_recommends():
-    """Not of a candidate that came nearer and may be no better than none."""
-    scaled, cost = SkipGain(LINEAR), SearchCost(1, 1, 1, 1, 1, 1)
-    none = Candidate(None, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0)
-    sure = Candidate(scaled, 49, 1.5, -0.5, -0.8, -0.2, 0.4)
-    nearer = Candidate(scaled, 99, 1.0, -1.0, -2.5, 0.5, 0.6)
-    found = Recommendation((none, sure, nearer), (), cost)
-    assert repr(found) == (
-        "Recommendation(gain, k = 49: Fréchet distance 2 -> 1.5, -25.0% [-40.0%, -10.0%])"
-    )
-    found = Recommendation((none, nearer), (), cost)
-    assert repr(found) == (
-        "Recommendation(none: Fréchet distance 2 -> 1 with gain, k = 99, -50.0% [-125.0%, +25.0%])"
-    )
-
-
-def test_what_it_says():
-    search = search_for(99)
-    assert repr(search) == (
+def test_its_repr():
+    assert repr(search_for(99)) == (
         "CorrectionSearch(Echo, [SkipGain(49, 99, 149)], scan=False, num_samples=1000, "
         "batch_size=256, seed=0)"
     )
-    result = search.recommend()
-    assert repr(result).startswith("Recommendation(gain, k = 99: Fréchet distance ")
-    table = str(result).splitlines()
-    assert len(table) == 2 + 4
-    assert [line.endswith("<- recommended") for line in table[2:]] == [False, False, True, False]
-    assert isinstance(pickle.loads(pickle.dumps(result)), Recommendation)  # noqa: S301
 
 
 @pytest.mark.parametrize(
@@ -676,12 +645,14 @@ def test_the_noise_is_of_the_models_dtype(dtype):
     search = search_for(99, data=data_for(99, count=200).to(dtype), num_samples=64)
     search.model = Linear(dtype)
     kinds = set()
-    search.sample = lambda model, noise: kinds.add(noise.dtype) or one_call(model, noise)
+    search.samplers["sample"] = lambda m, noise: kinds.add(noise.dtype) or one_call(m, noise)
     search.recommend()
     assert kinds == {dtype}
     half = torch.float32 if dtype == torch.float64 else dtype
-    expected = next(search_for(99)._noises(8, 0)).to(half).to(dtype)
-    assert torch.equal(next(search._noises(8, 0)), expected)  # the same numbers in every precision
+    expected = next(search_for(99)._trials.noises(8, 0)).to(half).to(dtype)
+    assert torch.equal(
+        next(search._trials.noises(8, 0)), expected
+    )  # the same numbers in every precision
 
 
 def test_another_default_dtype_changes_nothing():
@@ -710,7 +681,7 @@ def test_a_model_whose_weights_are_elsewhere():
     assert kinds == {(torch.bfloat16, "cpu")}
     # Without weights there is nothing to know it from: float32, whatever the data are.
     search = gain_search(Echo(), LINEAR, one_call, data_for(99).double(), **settings)
-    assert next(search._noises(4, 0)).dtype == torch.float32
+    assert next(search._trials.noises(4, 0)).dtype == torch.float32
 
 
 def test_plain_samples_too_large_to_be_squared_are_an_error():
@@ -729,20 +700,40 @@ def test_strengths_may_be_an_array():
             return ScaledModel(model, LINEAR, lambda t: torch.full_like(t, strength, dtype=float))
 
     search = CorrectionSearch(Echo(), one_call, data_for(0), [Louder()], num_samples=64)
-    assert search.recommend().strength is None
+    assert not search.recommend().improves
 
 
-def test_counting_the_calls_leaves_the_mode():
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_evaluated_and_its_parts_left_in_their_modes(training, capsys):
+    """Active dropout is noise that no sampler of a trained model has."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3))
+    model.train(training)
+    model[1].eval()
+    seen = set()
+
     def sample(model, noise):
-        before = model.training
-        model.eval()
-        samples = one_call(model, noise)
-        model.train(before)
-        return samples
+        seen.add(tuple(module.training for module in model.modules()))
+        return model(noise)
 
-    search = search_for(99, sample=sample, num_samples=64)
-    search.model.eval()
-    assert search.cost.calls_per_run == 1
-    assert not search.model.training
+    class TakesTime(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x_t, t=None):
+            return self.parts(x_t)
+
+    whole = TakesTime().train(training)
+    whole.parts[1].eval()
+    search = CorrectionSearch(
+        whole, sample, data_for(0), [StartScaling([1.2])], scan=False, num_samples=64
+    )
+    assert search.cost.calls == {"sample": 1}
     search.recommend()
-    assert not search.model.training
+    assert not any(mode for modes in seen for mode in modes)
+    assert [m.training for m in model.modules()] == [training, training, False]
+    assert whole.training is training
+    assert ("into evaluation mode" in capsys.readouterr().err) is training
+    with pytest.raises(ValueError, match="made no call"):
+        CorrectionSearch(whole, lambda m, noise: noise, data_for(0), [StartScaling()]).recommend()
+    assert whole.training is training

@@ -1,11 +1,15 @@
 """`check_swap` passes right swaps, and finds each way in which one has been got wrong."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, epsilon_from_output
-from s2dm_loss.testing import check_swap, check_target
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss.prediction import epsilon_from_output
+from s2dm_loss.testing import check_swap
 
 LINEAR = NoiseSchedule.linear(1000)
 COSINE = NoiseSchedule.cosine(1000)
@@ -45,7 +49,7 @@ def right(trainer, schedule, skip=9, **options):
         output, target, x_t, _ = trainer.batch(model)
         kind = options.get("prediction_type", trainer.kind)
         criterion = SkipStepLoss(schedule, skip, tau=tau, prediction_type=kind)
-        return criterion.from_output(output, target, x_t, trainer.t)
+        return criterion.from_output(output, target, trainer.t, x_t)
 
     return swapped
 
@@ -85,9 +89,7 @@ def by_weights(trainer, schedule, skip):
         eps_hat = epsilon_from_output(output, x_t, trainer.t, schedule, trainer.kind)
         ratio = trainer.a / (trainer.a + trainer.b) if trainer.kind == "flow" else trainer.a
         criterion = SkipStepLoss(schedule, skip, tau=tau, max_c2=torch.inf)
-        return criterion.from_prediction(
-            eps_hat, noise, trainer.t, weights=1 / ratio.flatten() ** 2
-        )
+        return criterion.from_output(eps_hat, noise, trainer.t, weights=1 / ratio.flatten() ** 2)
 
     return swapped
 
@@ -113,12 +115,13 @@ def test_a_v_that_is_taken_for_noise():
 
     def swapped(model, tau):
         output, _, _, noise = trainer.batch(model)
-        return SkipStepLoss(LINEAR, tau=tau).from_prediction(output, noise, trainer.t)
+        return SkipStepLoss(LINEAR, 9, tau=tau).from_output(output, noise, trainer.t)
 
     with pytest.raises(AssertionError, match=r"loss at tau = 1.*prediction type"):
         check_swap(trainer.loss, swapped)
 
 
+@pytest.mark.filterwarnings("ignore:prediction_type 'flow'")
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
 def test_a_path_whose_time_runs_the_wrong_way(kind):
     """With a schedule that does not check itself: its c² is 0 everywhere, the skip is off."""
@@ -145,7 +148,7 @@ def test_another_schedule():
 
     def swapped(model, tau):
         noise = torch.randn_like(X0)
-        criterion = SkipStepLoss(LINEAR, tau=tau, prediction_type="v_prediction")
+        criterion = SkipStepLoss(LINEAR, 9, tau=tau, prediction_type="v_prediction")
         return criterion(model, X0, trainer.t, noise=noise)
 
     with pytest.raises(AssertionError, match="schedule"):
@@ -203,8 +206,8 @@ def test_another_reduction_and_no_dependence():
 
     def per_sample(model, tau):
         output, target, x_t, _ = trainer.batch(model)
-        return SkipStepLoss(LINEAR, tau=tau, reduction="none").from_output(
-            output, target, x_t, trainer.t
+        return SkipStepLoss(LINEAR, 9, tau=tau, reduction="none").from_output(
+            output, target, trainer.t, x_t
         )
 
     with pytest.raises(AssertionError, match=r"shape of the trainer's own, \(\), got \(8,\)"):
@@ -215,51 +218,6 @@ def test_another_reduction_and_no_dependence():
         check_swap(lambda model: 1.0, per_sample)
 
 
-WIDE = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(6)) * 0.5
-MIDDLE = torch.tensor([20, 100, 250, 400, 550, 700, 850, 990])
-
-
-def target_and_input(schedule, kind, t):
-    trainer = Trainer(schedule, kind, t)
-    noise = torch.randn(WIDE.shape, generator=torch.Generator().manual_seed(7))
-    x_t = trainer.a * WIDE + trainer.b * noise
-    target = {
-        "epsilon": noise,
-        "v_prediction": trainer.a * noise - trainer.b * WIDE,
-        "sample": WIDE,
-        "flow": noise - WIDE,
-    }[kind]
-    return target, x_t
-
-
-KINDS = ["epsilon", "v_prediction", "sample"]
-
-
-@pytest.mark.parametrize("assumed", KINDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_target_tells_its_prediction_type(kind, assumed):
-    """Which `check_swap` cannot: `from_output` is the trainer's loss whatever it is told."""
-    target, x_t = target_and_input(LINEAR, kind, MIDDLE)
-    criterion = SkipStepLoss(LINEAR, prediction_type=assumed)
-    if assumed == kind:
-        assert check_target(criterion, target, x_t, MIDDLE).shape == (8,)
-        return
-    with pytest.raises(AssertionError, match=f"{assumed}.* is not what the trainer trains"):
-        check_target(criterion, target, x_t, MIDDLE)
-
-
-def test_a_target_tells_its_schedule():
-    target, x_t = target_and_input(COSINE, "v_prediction", MIDDLE)
-    with pytest.raises(AssertionError, match=r"NoiseSchedule\.linear\(1000\) is not what"):
-        check_target(SkipStepLoss(LINEAR, prediction_type="v_prediction"), target, x_t, MIDDLE)
-    sigma = MIDDLE / 1000
-    target, x_t = target_and_input(FLOW, "flow", sigma)
-    criterion = SkipStepLoss(FLOW, 0.01, prediction_type="flow")
-    check_target(criterion, target, x_t, sigma)
-    with pytest.raises(AssertionError, match="variance 1"):  # time the wrong way
-        check_target(criterion, target, x_t, 1 - sigma)
-
-
 def test_a_gradient_that_is_nan_at_a_strong_effect_is_no_effect():
     trainer = Trainer(LINEAR, "epsilon", T)
     swapped = right(trainer, LINEAR)
@@ -267,3 +225,50 @@ def test_a_gradient_that_is_nan_at_a_strong_effect_is_no_effect():
         check_swap(
             trainer.loss, lambda m, tau: swapped(m, tau) * (float("nan") if tau == 0.5 else 1)
         )
+
+
+def test_the_generators_of_numpy_and_python_start_anew_and_go_on_after():
+    """Optimal transport pairs noise and data by numpy's: without it a right swap is 1 % off."""
+    trainer = Trainer(LINEAR, "epsilon", T)
+    scales = []
+
+    def drawn(loss):
+        scales.append(random.uniform(1, 2) * np.random.uniform(1, 2))  # noqa: S311 - no secret
+        return loss * scales[-1]
+
+    random.seed(1)
+    np.random.seed(1)
+    swapped = right(trainer, LINEAR)
+    check_swap(
+        lambda model: drawn(trainer.loss(model)), lambda model, tau: drawn(swapped(model, tau))
+    )
+    assert len(set(scales)) == 1
+    found = random.random(), np.random.random()  # noqa: S311
+    random.seed(1)
+    np.random.seed(1)
+    assert found == (random.random(), np.random.random())  # noqa: S311
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, x_t, t: model(sample=x_t, timestep=t),
+        lambda model, x_t, t: model(hidden_states=x_t, encoder_hidden_states=None, timestep=t),
+        lambda model, x_t, t: model(x_t, timesteps=t, context=None),
+        lambda model, x_t, t: model(x_t, t, None, class_labels=t),
+    ],
+)
+def test_the_stand_in_can_be_called_by_keyword(call):
+    trainer = Trainer(LINEAR, "epsilon", T)
+
+    def by_name(model):
+        return lambda x_t, t: call(model, x_t, t)
+
+    swapped = right(trainer, LINEAR)
+    report = check_swap(
+        lambda model: trainer.loss(by_name(model)),
+        lambda model, tau: swapped(by_name(model), tau),
+    )
+    assert torch.equal(report.times, T)
+    with pytest.raises(TypeError, match=r"with x_t, a tensor, and t, got 0 .*pixels by name"):
+        check_swap(lambda model: model(pixels=X0), lambda model, tau: model(pixels=X0))

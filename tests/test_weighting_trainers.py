@@ -15,9 +15,9 @@ from torch import nn
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.weighting import min_snr, p2, soft_min_snr
 from tests.helpers.diffusers_parts import compute_snr, make_scheduler, min_snr_weights
+from tests.helpers.packages import k_diffusion_layers
 from tests.helpers.sd_scripts_checkout import load_sd_scripts
-from tests.helpers.upstream import load, load_below, root_of, stubs
-from tests.test_write_your_own import STUBS as K_DIFFUSION_STUBS
+from tests.helpers.upstream import load, root_of, stubs
 
 SCHEDULE = NoiseSchedule.scaled_linear(1000)  # Stable Diffusion's
 SNR = SCHEDULE.log_snr.exp()
@@ -195,9 +195,7 @@ def k_diffusion(name, sigma, sigma_data):
 
 def k_diffusions_own(name, sigma, sigma_data):
     """The same by its code."""
-    root = root_of("S2DM_K_DIFFUSION_ROOT")
-    (layers,) = load_below(root, "k_diffusion", "layers", stubbed=stubs(*K_DIFFUSION_STUBS))
-    return layers.Denoiser(nn.Identity(), sigma_data, weighting=name).weighting(sigma)
+    return k_diffusion_layers().Denoiser(nn.Identity(), sigma_data, weighting=name).weighting(sigma)
 
 
 @pytest.mark.parametrize("code", [k_diffusion, k_diffusions_own], ids=["formula", "code"])

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from benchmarks.lab.linear import output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.samplers import sample
-from s2dm_loss import (
+from s2dm_loss import CorrectionSearch, NoiseSchedule, SkipGain
+from s2dm_loss.sampling import (
     Correction,
-    CorrectionSearch,
-    NoiseSchedule,
     PredictionScaling,
-    SkipGain,
     StartScaling,
     standard_corrections,
 )
@@ -263,10 +261,10 @@ def whole_search(bar: Any, repeats: int = 200, num_samples: int = 512) -> dict[s
                 for c in found.candidates
             )
             chosen = found.recommended
-            alarms += chosen is not None and truths[chosen.label] >= distance
-            name = "none" if chosen is None else type(chosen.correction).__name__
+            alarms += found.improves and truths[chosen.label] >= distance
+            name = type(chosen.correction).__name__ if found.improves else "none"
             recommended[name] = recommended.get(name, 0) + 1
-            left.append(distance if chosen is None else truths[chosen.label])
+            left.append(truths[chosen.label])
         rows.append(
             {
                 "null": null,

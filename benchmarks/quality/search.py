@@ -97,7 +97,7 @@ def _searched(
         "seed": seed,
         "sampler": cell.sampler,
         "steps": cell.steps,
-        "recommended": "none" if found.recommended is None else found.recommended.label,
+        "recommended": found.recommended.label,
         "best": best.label,
         "relative": [best.difference / plain, best.low / plain, best.high / plain],
         "cost": str(question.cost),

@@ -9,6 +9,7 @@ CorrectionSearch     which correction, how strong, and is it better than none?
 from s2dm_loss.sampling.corrections import (
     Correction,
     EpsilonScaling,
+    NoCorrection,
     PredictionScaling,
     ScoreRescaling,
     SkipGain,
@@ -24,6 +25,7 @@ __all__ = [
     "Correction",
     "CorrectionSearch",
     "EpsilonScaling",
+    "NoCorrection",
     "PredictionScaling",
     "Recommendation",
     "ScaledModel",

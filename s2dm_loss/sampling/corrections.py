@@ -4,8 +4,8 @@ A correction turns what a sampler is given, a model and its start noise, into an
 noise. What is here multiplies the noise prediction ε̂ by a factor s(t), or the start noise:
 
     SkipGain          s(t) of S²-DM with the skip k; for -k its inverse
-    EpsilonScaling   1 / λ: Epsilon Scaling (Ning et al., arXiv 2308.15321)
-    ScoreRescaling    (ψ + σ²) / (ψ/k + σ²): Temporal Score Rescaling (arXiv 2510.01184)
+    EpsilonScaling    1 / λ: Epsilon Scaling (Ning et al., arXiv 2308.15321)
+    ScoreRescaling    (ψ + σ²) / (ψ/r + σ²): Temporal Score Rescaling (arXiv 2510.01184)
     StartScaling      the start noise times a constant
 
 All of them change how far the samples lie apart, and all work in both directions.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class Correction:
     name: str = "correction"
     none: float = 1.0
     strengths: tuple[float, ...] = ()
+    options: tuple[str, ...] = ()  # attributes that `to_dict` keeps besides the strengths
 
     def __call__(
         self, model: nn.Module, noise: Tensor, strength: float
@@ -74,13 +76,39 @@ class Correction:
         """Return a strength between two, for the finer scan; one of them if there is none."""
         return (low + high) / 2
 
+    def label(self, strength: float) -> str:
+        """Return how the correction with a strength is called in a table."""
+        return f"{self.name} {strength:g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON's own types, less its schedule."""
+        options = {name: getattr(self, name) for name in self.options}
+        strengths = [float(s) if isinstance(s, float) else int(s) for s in self.strengths]
+        return {"type": type(self).__name__, "name": self.name, "strengths": strengths, **options}
+
     @override
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{s:g}' for s in self.strengths)})"
 
 
+class NoCorrection(Correction):
+    """The model and the noise as they are."""
+
+    name: str = "none"
+    none: float = 0.0
+
+    @override
+    def label(self, strength: float) -> str:
+        return self.name
+
+
+NONE = NoCorrection()
+
+
 class PredictionScaling(Correction):
     """Multiplies ε̂ by a factor s(t): a subclass says which, in `scale`."""
+
+    options: tuple[str, ...] = ("prediction_type",)
 
     def __init__(
         self,
@@ -123,8 +151,9 @@ class SkipGain(PredictionScaling):
     parameter: τ is held, and k is the strength.
     """
 
-    name: str = "gain, k ="
+    name: str = "gain k ="
     none: float = 0
+    options: tuple[str, ...] = ("prediction_type", "tau", "max_c2")
 
     def __init__(
         self,
@@ -180,7 +209,7 @@ class SkipGain(PredictionScaling):
 class EpsilonScaling(PredictionScaling):
     """ε̂ / λ with one λ: Epsilon Scaling (Ning et al., arXiv 2308.15321)."""
 
-    name: str = "ε̂ / λ, λ ="
+    name: str = "epsilon scaling λ ="
 
     def __init__(
         self,
@@ -199,12 +228,13 @@ class EpsilonScaling(PredictionScaling):
 
 
 class ScoreRescaling(PredictionScaling):
-    """ε̂ (ψ + σ²) / (ψ/k + σ²): Temporal Score Rescaling (arXiv 2510.01184).
+    """ε̂ (ψ + σ²) / (ψ/r + σ²): Temporal Score Rescaling (arXiv 2510.01184), whose k is our r.
 
-    It acts at small t, where σ² = (1-ᾱ)/ᾱ is below ψ, and there by the factor k.
+    It acts at small t, where σ² = (1-ᾱ)/ᾱ is below ψ, and there by the factor r.
     """
 
-    name: str = "score rescaling, k ="
+    name: str = "score rescaling r ="
+    options: tuple[str, ...] = ("prediction_type", "psi")
 
     def __init__(
         self,
@@ -214,7 +244,7 @@ class ScoreRescaling(PredictionScaling):
         psi: float = 1.0,
         prediction_type: PredictionType = "epsilon",
     ) -> None:
-        """Arguments as for `PredictionScaling`; a strength is k, and psi is ψ."""
+        """Arguments as for `PredictionScaling`; a strength is r, and psi is ψ."""
         super().__init__(schedule, strengths, prediction_type=prediction_type)
         _check_positive(self.strengths)
         self.psi: float = check_number("psi", psi, 0.0, float("inf"), open_ends=True)
@@ -263,6 +293,48 @@ def standard_corrections(
         StartScaling(),
         ScoreRescaling(schedule, prediction_type=prediction_type),
     )
+
+
+class StoredCorrection(Correction):
+    """A correction as a file has it, without its schedule: it can be read and not be applied."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        """Take what `Correction.to_dict` returned."""
+        self.values = values
+        self.name: str = values["name"]
+        self.strengths: tuple[float, ...] = tuple(values["strengths"])
+
+    def on(self, schedule: Schedule) -> Correction:
+        """Return the correction itself, for a schedule."""
+        kind = _KINDS.get(self.values["type"])
+        if kind is None:
+            raise ValueError(
+                f"values must be of a correction of s2dm_loss.sampling to be applied, got those of "
+                f"a {self.values['type']}: apply your own correction with the strength"
+            )
+        options = {name: self.values[name] for name in ("strengths", *kind.options)}
+        return kind(**options) if kind is StartScaling else kind(schedule, **options)  # type: ignore[call-arg]
+
+    @override
+    def correct_model(self, model: nn.Module, strength: float) -> nn.Module:
+        raise ValueError(
+            f"{self.name!r} was loaded without its schedule and cannot be applied: "
+            "Recommendation.from_dict(values, schedule) loads it with one"
+        )
+
+    @override
+    def correct_noise(self, noise: Tensor, strength: float) -> Tensor:
+        self.correct_model(nn.Identity(), strength)
+        return noise
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        return self.values
+
+
+_KINDS: dict[str, type[Correction]] = {
+    kind.__name__: kind for kind in (SkipGain, EpsilonScaling, ScoreRescaling, StartScaling)
+}
 
 
 def _ascending(strengths: Sequence[float], none: float) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ eigenproblems for each set, and no resampling.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -69,17 +70,20 @@ class Differences(NamedTuple):
 
     Attributes:
         distance: Fréchet distance from the data, without the bias. It can come out below 0.
-        difference: The same less that of the first set.
+        best_share: How probable it is that this set is the nearest to the data.
+        difference: `distance` less that of the first set.
         low: Lower ends of the intervals of `difference`, which hold together.
         high: Upper ends.
-        best_share: How probable it is that this set is the nearest to the data.
+        own_high: Upper ends for the difference from the set's own baseline; these hold together
+            with the intervals of `difference`.
     """
 
     distance: Tensor
+    best_share: Tensor
     difference: Tensor
     low: Tensor
     high: Tensor
-    best_share: Tensor
+    own_high: Tensor
 
 
 class FrechetComparison:
@@ -131,33 +135,46 @@ class FrechetComparison:
         )
         return distance
 
-    def differences(self) -> Differences:
-        """Compare all sets with the first."""
+    def differences(self, baselines: Sequence[int] | None = None) -> Differences:
+        """Compare all sets with the first, and each with a baseline of its own.
+
+        Args:
+            baselines: For each set the number of its baseline; the first if not given.
+        """
         distance = torch.tensor(self._distances, dtype=torch.float64, device="cpu")
-        difference = distance - distance[0]
+        count = len(distance)
+        # Each set against the first, and those with another baseline against that, too.
+        pairs = [(i, 0) for i in range(count)]
+        pairs += [(i, base) for i, base in enumerate(baselines or ()) if base]
+        left, right = torch.tensor(pairs, device="cpu").T
+        difference = distance[left] - distance[right]
         # Of the mean over samples plus that over data, which are independent.
-        parts = [
-            (torch.stack(influences) - influences[0]).cov() / len(influences[0])
-            for influences in zip(*self._influences, strict=True)
-        ]
-        covariance = (parts[0] + parts[1]).reshape(len(distance), len(distance))
+        parts = []
+        for influences in zip(*self._influences, strict=True):
+            by_set = torch.stack(influences)
+            parts.append((by_set[left] - by_set[right]).cov() / by_set.shape[1])
+        covariance = (parts[0] + parts[1]).reshape(len(pairs), len(pairs))
         error = covariance.diagonal().sqrt()
         # Correlations, so that the variance of a set that has diverged does not swamp the others'.
         per_error = 1 / error.masked_fill(error == 0, torch.inf)
         values, vectors = torch.linalg.eigh(per_error[:, None] * covariance * per_error)
         normal = torch.randn(
-            DRAWS, len(distance), generator=self._generator, dtype=torch.float64, device="cpu"
+            DRAWS, len(pairs), generator=self._generator, dtype=torch.float64, device="cpu"
         )
         deviations = (normal * values.clamp(min=0).sqrt()) @ vectors.T
         # One bound for all: the largest of the standardised deviations.
         reach = torch.quantile(deviations.abs().amax(1), CONFIDENCE) * error
-        winners = (difference + deviations * error).argmin(1)
+        winners = (difference + deviations * error)[:, :count].argmin(1)
+        high = difference + reach
+        own_high = high[:count].clone()
+        own_high[left[count:]] = high[count:]
         return Differences(
             distance,
-            difference,
-            difference - reach,
-            difference + reach,
-            torch.bincount(winners, minlength=len(distance)) / DRAWS,
+            torch.bincount(winners, minlength=count) / DRAWS,
+            difference[:count],
+            (difference - reach)[:count],
+            high[:count],
+            own_high,
         )
 
 

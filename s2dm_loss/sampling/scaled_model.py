@@ -27,7 +27,7 @@ from s2dm_loss.checks import (
 from s2dm_loss.coefficients import GainOptions, gain
 from s2dm_loss.head import along
 from s2dm_loss.prediction import (
-    Path,
+    PathPoint,
     PredictionType,
     check_prediction_type,
     output_scales,
@@ -95,7 +95,8 @@ class ScaledModel(FixedSettings, TabledModule):
         )
         self._counts_timesteps = False
         # Checks what `scale` returns.
-        self._scales_at(torch.zeros(1, device="cpu") if timesteps is None else timesteps[:1])
+        inside = torch.full((1,), 0.5, dtype=torch.float64, device="cpu")
+        self._scales_at(inside if timesteps is None else timesteps[:1])
         self._scales = TimeTable(self._scales_at, timesteps)
 
     @classmethod
@@ -170,8 +171,8 @@ class ScaledModel(FixedSettings, TabledModule):
         """Return s and a factor on x_t, such that s · output + factor · x_t has s ε̂ in it.
 
         With ε̂ = ratio · output + lift · x_t the factor is (s-1) lift / ratio; there is none if the
-        output is noise alone. At ᾱ = 0 ratio is 0:
-        x_t is all noise and no x_0 or v can express a smaller ε̂, so the output stays as it is.
+        output is noise alone. At ᾱ = 0 ratio is 0: x_t is all noise, and no x_0 or v can express a
+        smaller ε̂, so the output stays as it is.
         """
         s = self.scale(t)
         if not isinstance(s, Tensor) or s.shape != t.shape or not s.is_floating_point():
@@ -179,7 +180,7 @@ class ScaledModel(FixedSettings, TabledModule):
                 f"scale must return a floating-point tensor of shape {tuple(t.shape)}, that of t, "
                 f"got {describe(s)}"
             )
-        scales = output_scales(self.prediction_type, Path.at(self.schedule, t))
+        scales = output_scales(self.prediction_type, PathPoint.at(self.schedule, t))
         if scales.shift is None:
             return (s,)
         no_signal = scales.ratio == 0

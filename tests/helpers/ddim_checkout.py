@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from tests.helpers.checkouts import checkout_on_path
-from tests.helpers.docs_diff import apply_docs_diff
+from tests.helpers.patches import patched
 
 
 def _module(name, **attributes):
@@ -36,7 +36,7 @@ def _runner_module(root, *, images=None, saved=None, swap=False):
         if swap:
             losses = importlib.import_module("functions.losses")
             source = (root / "functions" / "losses.py").read_text()
-            source = apply_docs_diff("ddim.md", "functions/losses.py", source)
+            source = patched("ddim", "functions/losses.py", source)
             exec(compile(source, "functions/losses.py", "exec"), vars(losses))  # noqa: S102
         yield importlib.import_module("runners.diffusion")
 

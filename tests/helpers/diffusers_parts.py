@@ -104,7 +104,7 @@ def script_step(script: Script, model: nn.Module, scheduler: Any, latents: Tenso
         loss = F.mse_loss(model_pred.float(), target.float(), reduction="none")
         loss = loss.mean(dim=list(range(1, loss.ndim)))
     else:
-        loss = skip_loss(model_pred, target, noisy_latents, timesteps)
+        loss = skip_loss(model_pred, target, timesteps, noisy_latents)
     return (loss if weights is None else loss * weights).mean()
 
 

@@ -1,18 +1,10 @@
-"""The diffs of docs/adapters as files that `git apply` takes.
+"""The patches of docs/adapters/patches, and the trainers that they change."""
 
-    python -m tests.helpers.patches
-
-writes them again from the pages, where the environment variables name checkouts of the trainers.
-"""
-
-import difflib
-import os
 import re
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.helpers.docs_diff import PAGES, apply_docs_diff
+from tests.helpers.docs_diff import PAGES
 
 FOLDER = PAGES / "patches"
 
@@ -56,115 +48,85 @@ TRAINERS = {
     "OneTrainer": Trainer(
         "Nerogar/OneTrainer", "23df3832e8f213d64c337e39f9365ba46e99fed0", "S2DM_ONETRAINER_ROOT"
     ),
+    "SiT": Trainer("willisma/SiT", "947f95bd3a510e9af441d38c1e9f72e0eee873c5", "S2DM_SIT_ROOT"),
+    "REPA": Trainer(
+        "sihyun-yu/REPA", "67f714503e3892f993844aab088ffc5791c92613", "S2DM_REPA_ROOT"
+    ),
+    "conditional-flow-matching": Trainer(
+        "atong01/conditional-flow-matching",
+        "cacd4dc8a5b6f50de63780e8f73754c9371f15db",
+        "S2DM_TORCHCFM_ROOT",
+    ),
+    "flow_matching": Trainer(
+        "facebookresearch/flow_matching",
+        "11568d37f8d5a080e12aa7b5305d9c35ae07d136",
+        "S2DM_FLOW_MATCHING_ROOT",
+    ),
+    "musubi-tuner": Trainer(
+        "kohya-ss/musubi-tuner",
+        "30c658c4f4b0bf05038b3346eff9670259b10fc7",
+        "S2DM_MUSUBI_TUNER_ROOT",
+    ),
+    "ai-toolkit": Trainer(
+        "ostris/ai-toolkit", "27a03a91f23eb1b757d5ec2e80ee3e129cfcc350", "S2DM_AI_TOOLKIT_ROOT"
+    ),
+    "SimpleTuner": Trainer(
+        "bghira/SimpleTuner", "bc8e6ab7738ce457a2ed8eb2d26cadd91c6442cb", "S2DM_SIMPLETUNER_ROOT"
+    ),
+    "lerobot": Trainer(
+        "huggingface/lerobot", "7427f31801f944f5ec9ce53cda02862ce7d1638b", "S2DM_LEROBOT_ROOT"
+    ),
+    "diffusion_policy": Trainer(
+        "real-stanford/diffusion_policy",
+        "5ba07ac6661db573af695b419a7947ecb704690f",
+        "S2DM_DIFFUSION_POLICY_ROOT",
+    ),
 }
 
 
 class Patch(NamedTuple):
-    """One file of one trainer, changed by the diffs of a page with these titles, in order."""
+    """One file of one trainer, changed."""
 
+    file: Path
     trainer: str
     page: str
-    titles: tuple[str, ...]
+    path: str
+    """The file's path in its repository."""
+    hunks: list[list[str]]
 
     @property
-    def path(self) -> str:
-        """The file's path in its repository: a title without what stands around it."""
-        return self.titles[0].rpartition(": ")[2].split()[0]
-
-    @property
-    def file(self) -> Path:
-        stem = Path(self.path).stem
-        return FOLDER / f"{self.trainer}-{stem}.patch"
+    def titles(self) -> tuple[str, ...]:
+        """What the diff block of a page is called where it shows this patch."""
+        return self.path, f"{self.trainer}: {self.path}"
 
 
-def _diffusers(*titles: str) -> Patch:
-    return Patch("diffusers", "diffusers.md", titles)
+def read(file: Path) -> Patch:
+    """The patch of a file: a head of two lines and an empty one, then a unified diff."""
+    text = file.read_text(encoding="utf-8")
+    page = re.search(r"^docs/adapters/(\S+) says what it does\.$", text, re.M)
+    path = re.search(r"^\+\+\+ b/(\S+)$", text, re.M)
+    assert page, file
+    assert path, file
+    trainer = file.stem.removesuffix(f"-{Path(path[1]).stem}")
+    body = re.split(r"^@@.*\n", text, flags=re.M)[1:]
+    return Patch(file, trainer, page[1], path[1], [part.splitlines() for part in body])
 
 
-_TEXT_TO_IMAGE = "examples/text_to_image/train_text_to_image.py"
-PATCHES = [
-    Patch("guided-diffusion", "guided_diffusion.md", ("scripts/image_train.py",)),
-    Patch("guided-diffusion", "guided_diffusion.md", ("scripts/super_res_train.py",)),
-    Patch(
-        "improved-diffusion",
-        "guided_diffusion.md",
-        ("improved-diffusion: scripts/image_train.py",),
-    ),
-    Patch("DiT", "guided_diffusion.md", ("DiT: train.py",)),
-    _diffusers(_TEXT_TO_IMAGE, f"{_TEXT_TO_IMAGE} --snr_gamma"),
-    _diffusers("examples/unconditional_image_generation/train_unconditional.py"),
-    _diffusers("examples/dreambooth/train_dreambooth.py --with_prior_preservation"),
-    _diffusers("examples/dreambooth/train_dreambooth_sd3.py"),
-    _diffusers("examples/dreambooth/train_dreambooth_flux.py"),
-    _diffusers("examples/controlnet/train_controlnet_sd3.py"),
-    *(
-        Patch("sd-scripts", "sd_scripts.md", (f"{name}.py",))
-        for name in (
-            "train_network",
-            "sdxl_train_network",
-            "sdxl_train",
-            "train_db",
-            "fine_tune",
-        )
-    ),
-    Patch("edm", "edm.md", ("edm: training/training_loop.py",)),
-    Patch("edm2", "edm.md", ("edm2: training/training_loop.py",)),
-    Patch("score_sde_pytorch", "score_sde.md", ("run_lib.py",)),
-    *(
-        Patch("OneTrainer", "more_trainers.md", (f"OneTrainer: modules/modelSetup/{name}.py",))
-        for name in ("BaseStableDiffusionSetup", "BaseStableDiffusionXLSetup")
-    ),
-    Patch("ddim", "ddim.md", ("functions/losses.py",)),
-]
+PATCHES = [read(file) for file in sorted(FOLDER.glob("*.patch"))]
 
 
-def changed(patch: Patch, source: str) -> str:
-    """The trainer's file after the page's diffs."""
-    for title in patch.titles:
-        source = apply_docs_diff(patch.page, title, source)
-    return source
-
-
-def make(patch: Patch, root: Path) -> str:
-    """The patch, against the trainer's file in a checkout."""
-    old = (root / patch.path).read_text(encoding="utf-8")
-    lines = difflib.unified_diff(
-        old.splitlines(keepends=True),
-        changed(patch, old).splitlines(keepends=True),
-        f"a/{patch.path}",
-        f"b/{patch.path}",
-        n=1,  # as little of the trainer's own text as `git apply` can do with
-    )
-    trainer = TRAINERS[patch.trainer]
-    head = f"s2dm-loss for {trainer.repository} at {trainer.commit}\n"
-    return head + f"docs/adapters/{patch.page} says what it does.\n\n" + "".join(lines)
-
-
-def lines_of_page(patch: Patch) -> Counter[str]:
-    """What the page takes away and adds."""
-    text = (PAGES / patch.page).read_text(encoding="utf-8")
-    found: Counter[str] = Counter()
-    for title in patch.titles:
-        (block,) = re.findall(rf'```diff title="{re.escape(title)}"\n(.*?)```', text, re.S)
-        found.update(line for line in block.splitlines() if line[:1] in ("+", "-"))
+def patch_of(trainer: str, path: str) -> Patch:
+    """The patch of a trainer's file."""
+    (found,) = (p for p in PATCHES if (p.trainer, p.path) == (trainer, path))
     return found
 
 
-def lines_of_file(patch: Patch) -> Counter[str]:
-    """What the patch takes away and adds."""
-    text = patch.file.read_text(encoding="utf-8")
-    body = text[text.index("@@") :]
-    return Counter(line for line in body.splitlines() if line[:1] in ("+", "-"))
-
-
-def main() -> None:
-    """Write every patch whose checkout is at hand."""
-    FOLDER.mkdir(exist_ok=True)
-    for patch in PATCHES:
-        root = os.environ.get(TRAINERS[patch.trainer].variable)
-        if root is not None:
-            patch.file.write_text(make(patch, Path(root)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def patched(trainer: str, path: str, source: str) -> str:
+    """The trainer's file after its patch."""
+    for hunk in patch_of(trainer, path).hunks:
+        old = "".join(line[1:] + "\n" for line in hunk if line[:1] != "+")
+        new = "".join(line[1:] + "\n" for line in hunk if line[:1] != "-")
+        if source.count(old) != 1:
+            raise LookupError(f"{path} has {source.count(old)} times:\n{old}")
+        source = source.replace(old, new)
+    return source

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from tests.helpers.checkouts import checkout_on_path
-from tests.helpers.docs_diff import apply_docs_diff
+from tests.helpers.patches import patched
 
 
 class _Writer:
@@ -72,7 +72,7 @@ def load_score_sde(root: Path) -> SimpleNamespace:
     def train(config, workdir, images, *, swap=False):
         source = (root / "run_lib.py").read_text()
         if swap:
-            source = apply_docs_diff("score_sde.md", "run_lib.py", source)
+            source = patched("score_sde_pytorch", "run_lib.py", source)
         run_lib = ModuleType("run_lib")
         stubs = _stubs()
         torch.utils.tensorboard = SimpleNamespace(SummaryWriter=_Writer)

@@ -1,0 +1,245 @@
+"""`python -m benchmarks.monitor`: the numbers and the figures of the page on monitoring.
+
+The README's network learns the digits, on six of seven images; the rest are held out. Its loss is
+logged by noise level, it is validated from time to time, and then three things are measured: how
+much the validation loss varies with its seed, how much stratified times take from the batch loss,
+and what an update costs.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import timeit
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+import matplotlib as mpl
+import torch
+from torch import Tensor, nn
+
+from benchmarks.files import save_json, write_whole
+from benchmarks.pages.figures import STYLE, save_figure
+from benchmarks.pages.tables import markdown_table
+from benchmarks.provenance import ROOT, machine, versions
+from benchmarks.quality.data import load_digits, to_model_range
+from benchmarks.quality.networks import MLPSpec
+from s2dm_loss import NoiseSchedule, SkipStepLoss
+from s2dm_loss.monitor import LossByNoise, validation_loss
+from s2dm_loss.validation_result import ValidationLoss
+
+RESULT = ROOT / "benchmarks" / "results" / "monitor.json"
+PAGE = ROOT / "docs" / "monitor.md"
+FIGURES = ROOT / "docs" / "assets" / "monitor"
+SCHEDULE, SKIP = NoiseSchedule.linear(1000), 49
+HELD_OUT, BATCH = 256, 128
+CHECKED = (250, 500, 1000, 2000, 4000, 6000, 8000, 12_000)
+SEEDS, DRAWS = 200, 2000
+
+
+@click.command()
+def main() -> None:
+    """Train on the digits, measure, and write numbers, figures and the page's tables."""
+    torch.set_num_threads(1)
+    images = to_model_range(load_digits().images)
+    images = images[torch.randperm(len(images), generator=_source(0))]
+    held_out, images = images[:HELD_OUT], images[HELD_OUT:]
+    model = MLPSpec(width=128, blocks=3).build((1, 8, 8))
+    results, training = {}, []
+    for step, by_noise in _trained(model, images):
+        result = validation_loss(model, [held_out], SCHEDULE, skip_set=SKIP)
+        results[step] = result
+        training.append({"step": step, **by_noise})
+        click.echo(f"{step}: {result.overall()}")
+    record = {
+        "provenance": {**versions(), **machine(torch.device("cpu"))},
+        "training": training,
+        "validation": _compared(results),
+        "by_level": {
+            "log_snr": results[CHECKED[-1]].log_snr,
+            **{str(step): result.by_level() for step, result in results.items()},
+        },
+        "variance": [_variance(model, held_out, levels) for levels in (4, 16)],
+        "stratified": [_stratified(model, images, size) for size in (16, 128)],
+        "update_microseconds": _cost(),
+    }
+    save_json(RESULT, record)
+    page = with_tables(PAGE.read_text(encoding="utf-8"), record)
+    write_whole(PAGE, lambda partial: partial.write_text(page, encoding="utf-8"))
+    first, last = results[CHECKED[1]], results[CHECKED[-1]]
+    with mpl.rc_context(STYLE):
+        save_figure(last.plot(), FIGURES / "levels.svg")
+        save_figure(last.compare(first).plot(), FIGURES / "compared.svg")
+
+
+def _source(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _trained(model: nn.Module, images: Tensor) -> Iterator[tuple[int, dict[str, float]]]:
+    """Train, and yield at some steps the loss by noise level since the last of them."""
+    source = _source(1)
+    criterion = SkipStepLoss(SCHEDULE, SKIP, reduction="none")
+    by_noise = LossByNoise(SCHEDULE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for step in range(1, CHECKED[-1] + 1):
+        rows = torch.randint(len(images), (BATCH,), generator=source)
+        t = torch.randint(1000, (BATCH,), generator=source)
+        losses = criterion(model, images[rows], t, generator=source)
+        optimizer.zero_grad()
+        by_noise(t, losses).mean().backward()
+        optimizer.step()
+        if step in CHECKED:
+            yield step, by_noise.compute()
+            by_noise.reset()
+
+
+def _compared(results: dict[int, ValidationLoss]) -> list[dict[str, Any]]:
+    """Return each result, and its paired difference from the one before."""
+    rows: list[dict[str, Any]] = []
+    before = None
+    for step, result in results.items():
+        row: dict[str, Any] = {"step": step, **result.overall()._asdict()}
+        if before is not None:
+            compared = result.compare(before)
+            row["difference"], row["interval"] = compared.overall().mean, compared.interval()
+        rows.append(row)
+        before = result
+    return rows
+
+
+def _variance(model: nn.Module, held_out: Tensor, levels: int) -> dict[str, Any]:
+    """Compare the variance over seeds with that of random times, at equal network calls."""
+    fixed = [
+        validation_loss(model, [held_out], SCHEDULE, levels=levels, seed=seed).overall().mean
+        for seed in range(SEEDS)
+    ]
+    plain = SkipStepLoss(SCHEDULE, SKIP, tau=1.0)
+    repeated = held_out.repeat(levels, 1, 1, 1)
+    with torch.no_grad():
+        drawn = [
+            float(plain(model, repeated, generator=_source(10_000 + seed))) for seed in range(SEEDS)
+        ]
+    return {"levels": levels, "samples": len(held_out), **_spread(fixed=fixed, random=drawn)}
+
+
+def _stratified(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, Any]:
+    """Compare the variance of the batch loss with stratified and with uniform times."""
+    source, losses = _source(2), {}
+    for name in ("stratified", "uniform"):
+        criterion = SkipStepLoss(SCHEDULE, SKIP, timesteps=name)
+        with torch.no_grad():
+            losses[name] = [
+                float(
+                    criterion(
+                        model,
+                        images[torch.randint(len(images), (batch_size,), generator=source)],
+                        generator=source,
+                    )
+                )
+                for _ in range(DRAWS)
+            ]
+    return {"batch_size": batch_size, **_spread(**losses)}
+
+
+def _spread(**losses: list[float]) -> dict[str, float]:
+    """Return means, relative deviations and the ratio of variances, second over first."""
+    tensors = {name: torch.tensor(values).double() for name, values in losses.items()}
+    first, second = tensors.values()
+    return {
+        **{f"{name}_mean": float(values.mean()) for name, values in tensors.items()},
+        **{f"{name}_cv": float(values.std() / values.mean()) for name, values in tensors.items()},
+        "ratio": float(second.var() / first.var()),
+    }
+
+
+def _cost() -> dict[str, float]:
+    """Return microseconds of one update on a CPU, the best of some repeats."""
+    t, losses = torch.randint(1000, (BATCH,), generator=_source(3)), torch.rand(BATCH)
+    by_noise = LossByNoise(SCHEDULE)
+
+    def best(call: Callable[[], object], number: int = 1000) -> float:
+        return (
+            1e6
+            * min(timeit.repeat(call, timer=time.process_time, number=number, repeat=7))
+            / number
+        )
+
+    return {
+        "by_noise.update(t, losses)": best(lambda: by_noise.update(t, losses)),
+        "by_noise.compute()": best(by_noise.compute, 100),
+        "losses.mean()": best(lambda: losses.mean()),
+    }
+
+
+def with_tables(page: str, record: dict[str, Any]) -> str:
+    """Return the page with its tables as a record has them."""
+    for name, rows in tables(record).items():
+        place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
+        page, found = place.subn(f"\n{markdown_table(rows[0], rows[1:])}\n", page)
+        if found != 1:
+            raise ValueError(f"the page must have one place for the table {name}, got {found}")
+    return page
+
+
+def tables(record: dict[str, Any]) -> dict[str, list[Sequence[str]]]:
+    """Return the page's tables, a heading and rows each."""
+    keys = [key for key in record["training"][0] if key.startswith("loss/")]
+    shown = [keys[0], keys[1], keys[3], keys[5], keys[7], keys[-1]]
+    heads = [key.partition("log_snr_")[2].replace("_", " ") or "all" for key in shown]
+    before = [None, *record["validation"][:-1]]
+    return {
+        "levels": [
+            ["steps", *heads],
+            *(
+                [f"{row['step']:,}", *(f"{row[key]:.4f}" for key in shown)]
+                for row in record["training"]
+            ),
+        ],
+        "validation": [
+            ["steps", "loss ± standard error", "difference, 95 % interval"],
+            *(
+                [
+                    f"{row['step']:,}",
+                    f"{row['mean']:.4f} ± {row['error']:.4f}",
+                    "{difference:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]".format_map(row)
+                    if last
+                    else "",
+                ]
+                for row, last in zip(record["validation"], before, strict=True)
+            ),
+        ],
+        "variance": [
+            ["levels", "random: deviation", "fixed: deviation", "variance, random / fixed"],
+            *(
+                [
+                    f"{row['levels']}",
+                    f"{row['random_cv']:.1%}".replace("%", " %"),
+                    f"{row['fixed_cv']:.1%}".replace("%", " %"),
+                    f"{row['ratio']:.0f}",
+                ]
+                for row in record["variance"]
+            ),
+        ],
+        "stratified": [
+            ["batch", "uniform: deviation", "stratified: deviation", "variance, ratio"],
+            *(
+                [
+                    f"{row['batch_size']}",
+                    f"{row['uniform_cv']:.0%}".replace("%", " %"),
+                    f"{row['stratified_cv']:.0%}".replace("%", " %"),
+                    f"{row['ratio']:.1f}",
+                ]
+                for row in record["stratified"]
+            ),
+        ],
+        "cost": [
+            ["one call, B = 128, on a CPU", "microseconds"],
+            *([f"`{name}`", f"{us:.0f}"] for name, us in record["update_microseconds"].items()),
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.monitor")

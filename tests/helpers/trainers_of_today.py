@@ -1,0 +1,720 @@
+"""The losses of today's flow and robotics trainers, by their own code from checkouts.
+
+Their modules import much that the loss does not use, so its functions are taken out of the source.
+Each trainer here is a function `loss(source, model, seen)` of the (patched) text of a file: it
+draws a batch from the global random state, calls `model(x_t, t)`, keeps the last call in `seen`
+and returns the loss.
+"""
+
+import ast
+import contextlib
+import importlib
+import math
+import random
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from enum import Enum
+from functools import lru_cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import einops
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
+from s2dm_loss.adapters.diffusers import SkipLoss
+from tests.helpers.checkouts import checkout_on_path
+from tests.helpers.diffusers_parts import make_scheduler
+from tests.helpers.docs_diff import PAGES
+from tests.helpers.patches import TRAINERS, patch_of
+from tests.helpers.upstream import root_of, stubs
+from tests.test_docs_blocks import blocks_of
+
+Loss = Callable[[str, Callable[..., Tensor], dict[str, Tensor]], Tensor]
+IMAGES, ACTIONS = (8, 4, 8, 8), (8, 6, 4)
+
+
+class Anything:
+    """Settings that are off unless said."""
+
+    def __init__(self, **settings: Any) -> None:
+        vars(self).update(settings)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def source_of(trainer: str, path: str) -> str:
+    return (root_of(TRAINERS[trainer].variable) / path).read_text(encoding="utf-8")
+
+
+def taken(source: str, name: str, namespace: dict[str, Any]) -> Any:
+    """A function or class of a source, by its name or as `Class.name`, defined in a namespace."""
+    within, _, name = name.rpartition(".")
+    places = _nodes(source)
+    if within:
+        (place,) = (n for n in places if isinstance(n, ast.ClassDef) and n.name == within)
+        places = place.body
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    node = next(n for n in places if isinstance(n, kinds) and n.name == name)
+    lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+    text = "from __future__ import annotations\n" + textwrap.dedent("\n".join(lines))
+    exec(compile(text, name, "exec"), namespace)  # noqa: S102
+    return namespace[name]
+
+
+@lru_cache(maxsize=32)
+def _nodes(source: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(source)))
+
+
+def maker(trainer: str, path: str) -> str:
+    """The lines of a patch that make the loss."""
+    for hunk in patch_of(trainer, path).hunks:
+        added = [line[1:] for line in hunk if line[0] == "+"]
+        if any("skip_loss = " in line.lower() for line in added):
+            return textwrap.dedent("\n".join(added))
+    raise LookupError(f"{path} makes no loss")
+
+
+def made(trainer: str, path: str, tau: float, **names: Any) -> SkipStepLoss | SkipLoss:
+    """The loss that a patch makes, at this τ."""
+    owner = SimpleNamespace(**names)
+    namespace = {
+        **names,
+        "ContinuousSchedule": ContinuousSchedule,
+        "SkipSet": SkipSet,
+        "SkipStepLoss": partial(SkipStepLoss, tau=tau),
+        "SkipLoss": SimpleNamespace(from_scheduler=partial(SkipLoss.from_scheduler, tau=tau)),
+        "self": owner,
+        "torch": torch,
+    }
+    exec(maker(trainer, path), namespace)  # noqa: S102
+    return namespace.get("SKIP_LOSS") or owner.skip_loss
+
+
+def watched(model: Callable[..., Tensor], seen: dict[str, Tensor]) -> Callable[..., Tensor]:
+    def call(x_t: Tensor, t: Tensor) -> Tensor:
+        seen.update(x_t=x_t.detach().clone(), t=t.detach().clone())
+        seen["output"] = model(x_t, t)
+        return seen["output"]
+
+    return call
+
+
+MUSUBI = ("musubi-tuner", "src/musubi_tuner/training/trainer_base.py")
+AI_TOOLKIT = ("ai-toolkit", "extensions_built_in/sd_trainer/SDTrainer.py")
+SIMPLE_TUNER = ("SimpleTuner", "simpletuner/helpers/models/common.py")
+KOHYA_FLUX, KOHYA_SD3 = (("sd-scripts", f"{name}_train_network.py") for name in ("flux", "sd3"))
+LEROBOT = "src/lerobot/policies/"
+LEROBOT_DIFFUSION = ("lerobot", LEROBOT + "diffusion/modeling_diffusion.py")
+PI0 = ("lerobot", LEROBOT + "pi0/modeling_pi0.py")
+SMOLVLA = ("lerobot", LEROBOT + "smolvla/modeling_smolvla.py")
+DIFFUSION_POLICY = "diffusion_policy/policy/diffusion_unet_{}_policy.py"
+POLICY_LOWDIM, POLICY_IMAGE = (
+    ("diffusion_policy", DIFFUSION_POLICY.format(name)) for name in ("lowdim", "image")
+)
+
+
+def musubi_tuner(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    sampling: str = "shift",
+    scheme: str = "none",
+) -> Tensor:
+    """`process_batch`: the draw of t, the call and the loss."""
+    times: dict[str, Any] = {"torch": torch, "math": math}
+    text = source_of(MUSUBI[0], "src/musubi_tuner/training/timesteps.py")
+    for name in (
+        "compute_density_for_timestep_sampling",
+        "get_sigmas",
+        "compute_loss_weighting_for_sd3",
+    ):
+        taken(text, name, times)
+    namespace = {**times, "SKIP_LOSS": tau is not None and made(*MUSUBI, tau)}
+    methods = ("process_batch", "compute_loss", "get_noisy_model_input_and_timesteps")
+    trainer = Anything()
+    for name in methods:
+        function = taken(source, f"NetworkTrainer.{name}", namespace)
+        setattr(trainer, name, types.MethodType(function, trainer))
+    latents, noise = torch.randn(2, *IMAGES).unbind(0)
+
+    def call_dit(
+        args: Any, accelerator: Any, dit: Any, latents: Any, batch: Any, noise: Any, *more: Any
+    ) -> Any:
+        x_t, timesteps, _ = more
+        # The network is called with timesteps / 1000 in some architectures, past 1 by 0.001.
+        return SimpleNamespace(pred=dit(x_t, timesteps), target=noise - latents)
+
+    trainer.call_dit = call_dit
+    settings = Anything(
+        timestep_sampling=sampling,
+        weighting_scheme=scheme,
+        discrete_flow_shift=3.0,
+        sigmoid_scale=1.0,
+        logit_mean=0.0,
+        logit_std=1.0,
+        mode_scale=1.29,
+    )
+    scheduler = SimpleNamespace(sigmas=torch.linspace(1, 0.001, 1000))
+    scheduler.timesteps = scheduler.sigmas * 1000
+    scheduler.config = SimpleNamespace(num_train_timesteps=1000)
+    loss, _ = trainer.process_batch(
+        settings,
+        SimpleNamespace(device="cpu"),
+        watched(model, seen),
+        None,
+        {"timesteps": None},
+        latents,
+        noise,
+        scheduler,
+        torch.float32,
+        torch.float32,
+        None,
+        0,
+    )
+    sigmas = seen["t"] / 1000 if sampling == "sigma" else (seen["t"] - 1) / 1000
+    seen.update(t=sigmas.clamp(0, 1), target=noise - latents)
+    return loss
+
+
+def ai_toolkit(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    masked: bool = False,
+) -> Tensor:
+    """`calculate_loss`, given a prediction and all that it was made of."""
+    namespace = {
+        "F": torch.functional,
+        "SKIP_LOSS": tau is not None and made(*AI_TOOLKIT, tau),
+        "get_torch_dtype": lambda _: torch.float32,
+        "torch": torch,
+    }
+    function = taken(source, "SDTrainer.calculate_loss", namespace)
+    latents, noise = torch.randn(2, *IMAGES).unbind(0)
+    timesteps = 1000 * torch.rand(len(latents))
+    t = (timesteps / 1000).reshape(-1, 1, 1, 1)
+    x_t = (1 - t) * latents + t * noise
+    trainer = Anything(
+        train_config=Anything(pred_scaler=1.0, target_noise_multiplier=1.0, loss_type="mse"),
+        sd=SimpleNamespace(
+            is_flow_matching=True, prediction_type="flow", scale_loss=lambda loss: loss
+        ),
+        device_torch="cpu",
+        additional_logs={},
+    )
+    batch = Anything(
+        get_is_reg_list=lambda: [False] * len(latents),
+        latents=latents,
+        loss_multiplier_list=[1.0] * len(latents),
+    )
+    mask = torch.rand(len(latents), 1, *latents.shape[2:]) if masked else torch.ones(1, 1, 1, 1)
+    loss = function(
+        trainer,
+        watched(model, seen)(x_t, timesteps),
+        noise,
+        x_t,
+        timesteps,
+        batch,
+        mask_multiplier=mask,
+    )
+    seen.update(t=timesteps / 1000, target=noise - latents, weight=mask.expand(latents.shape))
+    return loss
+
+
+def simple_tuner(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    direction: float = 1.0,
+) -> Tensor:
+    """`loss` of the foundation that all its flow models extend."""
+    namespace: dict[str, Any] = {
+        "Enum": Enum,
+        "F": F,
+        "SKIP_LOSS": tau is not None and made(*SIMPLE_TUNER, tau),
+        "random": random,
+        "torch": torch,
+    }
+    types_ = taken(source, "PredictionTypes", namespace)
+    foundation = Anything(config=Anything(loss_type="l2"), PREDICTION_TYPE=types_.FLOW_MATCHING)
+    for name in (
+        "loss",
+        "get_prediction_target",
+        "get_flow_matching_target",
+        "flow_matching_target",
+        "noiseward_flow_to_prediction",
+        "prediction_to_noiseward_flow",
+    ):
+        function = taken(source, f"ModelFoundation.{name}", namespace)
+        setattr(foundation, name, types.MethodType(function, foundation))
+    foundation.flow_matching_target_direction = lambda: direction
+    latents, noise = torch.randn(2, *IMAGES).unbind(0)
+    sigmas = torch.rand(len(latents)).reshape(-1, 1, 1, 1)
+    x_t = (1 - sigmas) * latents + sigmas * noise
+    batch = {
+        "latents": latents,
+        "noise": noise,
+        "noisy_latents": x_t,
+        "sigmas": sigmas,
+        "timesteps": 1000 * sigmas.flatten(),
+    }
+    output = watched(model, seen)(x_t, sigmas.flatten())
+    seen.update(target=noise - latents)
+    return foundation.loss(batch, {"model_prediction": output})
+
+
+def kohya(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    kind: tuple[str, str] = KOHYA_FLUX,
+    prediction: str = "raw",
+    scheme: str = "none",
+) -> Tensor:
+    """`get_noise_pred_and_target`, and the loss lines of `process_batch` for it."""
+    flux = kind == KOHYA_FLUX
+    helpers: dict[str, Any] = {"torch": torch, "math": math, "einops": einops}
+    library = {
+        name: source_of("sd-scripts", f"library/{name}.py")
+        for name in ("flux_train_utils", "flux_utils", "sd3_train_utils")
+    }
+    parts = SimpleNamespace()
+    names = {
+        "flux_utils": ("prepare_img_ids", "unpack_latents", "pack_latents"),
+        "sd3_train_utils": (
+            "compute_density_for_timestep_sampling",
+            "compute_loss_weighting_for_sd3",
+            *(() if flux else ("get_noisy_model_input_and_timesteps",)),
+        ),
+        "flux_train_utils": (
+            "get_lin_function",
+            "apply_model_prediction_type",
+            *(("get_noisy_model_input_and_timesteps",) if flux else ()),
+        ),
+    }
+    for name, wanted in names.items():
+        for each in wanted:
+            setattr(parts, each, taken(library[name], each, helpers))
+    namespace = {
+        "SKIP_LOSS": tau is not None and made(*kind, tau),
+        "flux_train_utils": parts,
+        "flux_utils": parts,
+        "sd3_train_utils": parts,
+        "strategy_base": SimpleNamespace(
+            TextEncodingStrategy=SimpleNamespace(
+                get_strategy=lambda: SimpleNamespace(concat_encodings=lambda *_: (None, None))
+            )
+        ),
+        "torch": torch,
+    }
+    owner = "FluxNetworkTrainer" if flux else "Sd3NetworkTrainer"
+    function = taken(source, f"{owner}.get_noise_pred_and_target", namespace)
+    latents = torch.randn(*IMAGES)
+    call = watched(model, seen)
+    height, width = latents.shape[2] // 2, latents.shape[3] // 2
+
+    class Unet:
+        def get_mod_vectors(self, **_: Any) -> None:
+            return None
+
+        def __call__(self, *args: Tensor, **kwargs: Any) -> Tensor:
+            if not flux:
+                return call(*args)
+            x_t = parts.unpack_latents(kwargs["img"], height, width)
+            return parts.pack_latents(call(x_t, kwargs["timesteps"]))
+
+    accelerator = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext)
+    settings = Anything(
+        timestep_sampling="shift",
+        discrete_flow_shift=3.0,
+        sigmoid_scale=1.0,
+        training_shift=3.0,
+        guidance_scale=1.0,
+        model_prediction_type=prediction,
+        weighting_scheme=scheme,
+        logit_mean=0.0,
+        logit_std=1.0,
+        mode_scale=1.29,
+    )
+    scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+    before = torch.get_rng_state()
+    output, target, timesteps, weighting = function(
+        None,
+        settings,
+        accelerator,
+        scheduler,
+        latents,
+        {},
+        (None,) * (4 if flux else 6),
+        Unet(),
+        None,
+        torch.float32,
+        True,
+    )
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    noise = torch.randn_like(latents)  # the function's first draw
+    torch.set_rng_state(after)
+    loss = F.mse_loss(output.float(), target.float(), reduction="none")
+    if weighting is not None:
+        loss = loss * weighting
+        seen.update(weight=weighting.expand(latents.shape))
+    seen.update(t=timesteps / 1000, target=noise - latents if flux else latents, output=output)
+    return loss.mean([1, 2, 3]).mean()
+
+
+def lerobot_diffusion(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    prediction_type: str = "epsilon",
+    masked: bool = False,
+) -> Tensor:
+    """`compute_loss` of the diffusion policy, on its own scheduler: T = 100, cosine."""
+    names = ("ACTION", "OBS_STATE", "OBS_IMAGES", "OBS_ENV_STATE")
+    namespace = {"F": F, "torch": torch, **dict(zip(names, names, strict=True)), "ACTION": "action"}
+    function = taken(source, "DiffusionModel.compute_loss", namespace)
+    scheduler = policy_scheduler(prediction_type)
+    config = SimpleNamespace(
+        do_mask_loss_for_padding=masked,
+        horizon=ACTIONS[1],
+        n_obs_steps=2,
+        prediction_type=prediction_type,
+    )
+    policy = SimpleNamespace(
+        _prepare_global_conditioning=lambda _: None,
+        config=config,
+        noise_scheduler=scheduler,
+        unet=lambda x_t, t, **_: watched(model, seen)(x_t, t),
+    )
+    if tau is not None:
+        names_ = {"noise_scheduler": scheduler, "config": config}
+        policy.skip_loss = made(*LEROBOT_DIFFUSION, tau, **names_)
+    actions, state = torch.randn(ACTIONS), torch.get_rng_state()
+    is_pad = torch.zeros(ACTIONS[:2], dtype=torch.bool)
+    is_pad[::2, 3:] = True
+    batch = {
+        "OBS_STATE": torch.zeros(len(actions), 2, 1),
+        "OBS_ENV_STATE": None,
+        "action": actions,
+        "action_is_pad": is_pad,
+    }
+    loss = function(policy, batch)
+    torch.set_rng_state(state)
+    noise = torch.randn(ACTIONS)
+    seen.update(target=noise if prediction_type == "epsilon" else actions)
+    if masked:
+        weight = (~is_pad).float()[..., None].expand(ACTIONS)
+        seen.update(weight=weight / weight.mean())
+    return loss
+
+
+def policy_scheduler(prediction_type: str) -> Any:
+    return make_scheduler(
+        num_train_timesteps=100,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=prediction_type,
+    )
+
+
+def vla(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    kind: tuple[str, str] = SMOLVLA,
+) -> Tensor:
+    """`forward` of π0's and SmolVLA's flow-matching model; the network is ours."""
+    namespace = {
+        "F": F,
+        "SKIP_LOSS": tau is not None and made(*kind, tau),
+        "make_att_2d_masks": lambda *_: None,
+        "prepare_attention_masks_4d": lambda _: None,
+        "torch": torch,
+    }
+    owner = "VLAFlowMatching" if kind == SMOLVLA else "PI0Pytorch"
+    function = taken(source, f"{owner}.forward", namespace)
+    actions, noise = torch.randn(2, *ACTIONS).unbind(0)
+    time = torch.rand(len(actions))
+    mask = torch.ones(len(actions), ACTIONS[1])
+    call = watched(model, seen)
+
+    def embed_suffix(*inputs: Any) -> Any:
+        x_t, t = inputs[-2:]
+        more = () if kind == SMOLVLA else (None,)
+        return (call(x_t, t), mask, mask, *more)
+
+    def forward(inputs_embeds: Any, **_: Any) -> Any:
+        return (None, inputs_embeds[1]), None
+
+    layer = SimpleNamespace(
+        self_attn=SimpleNamespace(q_proj=SimpleNamespace(weight=torch.zeros(1)))
+    )
+    language = SimpleNamespace(language_model=SimpleNamespace(layers=[layer]))
+    expert = SimpleNamespace(forward=forward, paligemma=SimpleNamespace(model=language))
+    policy = SimpleNamespace(
+        _apply_checkpoint=lambda function, *inputs: function(*inputs),
+        action_out_proj=lambda x: x,
+        config=SimpleNamespace(chunk_size=ACTIONS[1]),
+        embed_prefix=lambda *_, **__: (mask, mask, mask),
+        embed_suffix=embed_suffix,
+        paligemma_with_expert=expert,
+        vlm_with_expert=expert,
+    )
+    each = function(policy, None, None, None, None, None, actions, noise, time)
+    seen.update(target=noise - actions)
+    return each.mean()
+
+
+def diffusion_policy(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    kind: tuple[str, str] = POLICY_LOWDIM,
+    prediction_type: str = "epsilon",
+) -> Tensor:
+    """`compute_loss` of diffusion_policy, with observations inpainted: their part is masked."""
+    namespace = {"F": F, "reduce": einops.reduce, "torch": torch}
+    namespace["dict_apply"] = lambda data, function: {k: function(v) for k, v in data.items()}
+    lowdim = kind == POLICY_LOWDIM
+    owner = "DiffusionUnetLowdimPolicy" if lowdim else "DiffusionUnetImagePolicy"
+    function = taken(source, f"{owner}.compute_loss", namespace)
+    scheduler = policy_scheduler(prediction_type)
+    half = (*ACTIONS[:2], ACTIONS[2] // 2)
+    actions, observed = torch.randn(2, *half).unbind(0)
+    mask = torch.zeros(ACTIONS, dtype=torch.bool)
+    mask[:, :2, half[2] :] = True
+
+    class Normalizer:
+        normalize = staticmethod(lambda data: data)
+
+        def __getitem__(self, _: str) -> Any:
+            return self
+
+    policy = Anything(
+        mask_generator=lambda _: mask,
+        model=lambda x_t, t, **_: watched(model, seen)(x_t, t),
+        n_obs_steps=2,
+        noise_scheduler=scheduler,
+        normalizer=Normalizer(),
+        obs_encoder=lambda data: data["state"],
+    )
+    if tau is not None:
+        policy.skip_loss = made(*kind, tau, noise_scheduler=scheduler)
+    state = torch.get_rng_state()
+    batch = {"action": actions, "obs": observed if lowdim else {"state": observed}}
+    loss = function(policy, batch)
+    torch.set_rng_state(state)
+    noise, whole = torch.randn(ACTIONS), torch.cat([actions, observed], dim=-1)
+    seen.update(target=noise if prediction_type == "epsilon" else whole, weight=(~mask).float())
+    return loss
+
+
+SIT, REPA = ("SiT", "transport/transport.py"), ("REPA", "loss.py")
+
+
+def sit(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    path_type: str = "LINEAR",
+    model_type: str = "VELOCITY",
+    loss_type: str = "NONE",
+) -> Tensor:
+    """`Transport.training_losses`."""
+    root = root_of("S2DM_SIT_ROOT")
+    package = types.ModuleType("transport")
+    package.__path__ = [str(root / "transport")]
+    integrators = types.ModuleType("transport.integrators")
+    vars(integrators).update(ode=None, sde=None)
+    stubbed = {"transport": package, "transport.integrators": integrators}
+    module = types.ModuleType("transport.transport")
+    module.__package__ = "transport"
+    with checkout_on_path(root, stubbed):
+        exec(compile(source, "transport.py", "exec"), vars(module))  # noqa: S102
+    if tau is not None:
+        module.SkipStepLoss = partial(SkipStepLoss, tau=tau)
+    away = 0.0 if model_type == "VELOCITY" and path_type != "VP" else 1e-3
+    transport = module.Transport(
+        model_type=module.ModelType[model_type],
+        path_type=module.PathType[path_type],
+        loss_type=module.WeightType[loss_type],
+        train_eps=away,
+        sample_eps=away,
+    )
+    x1, before = torch.randn(IMAGES), torch.get_rng_state()
+    loss = transport.training_losses(watched(model, seen), x1)["loss"].mean()
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    x0 = torch.randn_like(x1)
+    torch.set_rng_state(after)
+    plan = transport.path_sampler
+    t, _, ut = plan.plan(seen["t"], x0, x1)
+    sigma = plan.compute_sigma_t(t.reshape(-1, 1, 1, 1))[0]
+    targets = {"VELOCITY": ut, "NOISE": x0, "SCORE": -x0 / sigma}
+    seen.update(target=targets[model_type])
+    if model_type == "SCORE":
+        seen.update(weight=(sigma**2).expand(IMAGES))
+    return loss
+
+
+def repa(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    path_type: str = "linear",
+) -> Tensor:
+    """`SILoss`: its denoising loss; the projection loss is another term."""
+    namespace: dict[str, Any] = {}
+    exec(compile(source, "loss.py", "exec"), namespace)  # noqa: S102
+    if tau is not None:
+        namespace["SkipStepLoss"] = partial(SkipStepLoss, tau=tau)
+    loss = namespace["SILoss"](path_type=path_type, encoders=[None])
+    images, before = torch.randn(IMAGES), torch.get_rng_state()
+    features = [torch.ones(len(images), 3, 5)]
+
+    def network(x_t: Tensor, t: Tensor) -> Any:
+        return watched(model, seen)(x_t, t), features
+
+    denoising, _ = loss(network, images, zs=features)
+    torch.set_rng_state(before)
+    t = torch.rand(len(images), 1, 1, 1)
+    _, _, d_alpha, d_sigma = loss.interpolant(t)
+    seen.update(target=d_alpha * images + d_sigma * torch.randn_like(images))
+    return denoising.mean()
+
+
+TORCHCFM = ("conditional-flow-matching", "torchcfm/conditional_flow_matching.py")
+FLOW_MATCHING = ("flow_matching", "flow_matching/path/scheduler/scheduler.py")
+SCHEDULERS = {
+    "CondOTScheduler": lambda t: (t, 1 - t),
+    "PolynomialConvexScheduler": lambda t: (t**2, 1 - t**2),
+    "VPScheduler": lambda t: (
+        torch.exp(-0.25 * (1 - t) ** 2 * 19.9 - 0.05 * (1 - t)),
+        (-torch.expm1(-0.5 * (1 - t) ** 2 * 19.9 - 0.1 * (1 - t))).sqrt(),
+    ),
+    "LinearVPScheduler": lambda t: (t, (1 - t**2).sqrt()),
+    "CosineScheduler": lambda t: (torch.sin(torch.pi / 2 * t), torch.cos(torch.pi / 2 * t)),
+}
+"""flow_matching's schedulers, in our words: α and σ, with data at t = 1."""
+
+
+def page_blocks(requires: str) -> dict[str, Any]:
+    """The names of docs/adapters/flow.md's blocks, those that need this package among them."""
+    namespace: dict[str, Any] = {}
+    for line, needs, code in blocks_of(PAGES / "flow.md"):
+        if needs in (None, requires):
+            exec(compile("\n" * line + code, "flow.md", "exec"), namespace)  # noqa: S102
+    return namespace
+
+
+@contextlib.contextmanager
+def torchcfm_at_hand() -> Iterator[None]:
+    package = types.ModuleType("torchcfm")
+    package.__path__ = [str(root_of("S2DM_TORCHCFM_ROOT") / "torchcfm")]
+    with checkout_on_path(root_of("S2DM_TORCHCFM_ROOT"), {"torchcfm": package, **stubs("ot")}):
+        yield
+
+
+def torchcfm(
+    source: str, model: Callable[..., Tensor], seen: dict[str, Tensor], tau: float | None = None
+) -> Tensor:
+    """The loop of the library's examples, and the page's."""
+    with torchcfm_at_hand():
+        page = page_blocks("torchcfm")
+    x0, x1 = torch.randn(2, *IMAGES).unbind(0)
+    before = torch.get_rng_state()
+    call = watched(model, seen)
+
+    def network(t: Tensor, x_t: Tensor) -> Tensor:
+        return call(x_t, t)
+
+    if tau is not None:
+        turned = SkipStepLoss(
+            page["turned"].schedule, page["turned"].skip_set, tau=tau, prediction_type="velocity"
+        )
+        return page["loss_of"](network, x0, x1, turned)
+    torch.set_rng_state(before)
+    t, xt, ut = page["matcher"].sample_location_and_conditional_flow(x0, x1)
+    seen.update(target=ut)
+    return (network(t, xt) - ut).square().mean()
+
+
+def flow_matching(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    scheduler: str = "CondOTScheduler",
+) -> Tensor:
+    """The loop of the library's image example, and the page's."""
+    with checkout_on_path(root_of("S2DM_FLOW_MATCHING_ROOT"), stubs("torchdiffeq")):
+        page = page_blocks("flow_matching")
+        schedulers = importlib.import_module("flow_matching.path.scheduler.scheduler")
+    kind = getattr(schedulers, scheduler)
+    made_ = kind(2) if scheduler == "PolynomialConvexScheduler" else kind()
+    affine = page["AffineProbPath"](made_)
+    x_0, x_1 = torch.randn(2, *IMAGES).unbind(0)
+    t = 0.001 + 0.998 * torch.rand(len(x_0))
+    call = watched(model, seen)
+    if tau is not None:
+        criterion = page["make_criterion"](made_, tau=tau)
+        return page["loss_of"](call, x_0, x_1, t, affine, criterion)
+    sample = affine.sample(t=t, x_0=x_0, x_1=x_1)
+    seen.update(target=sample.dx_t)
+    return (call(sample.x_t, t) - sample.dx_t).square().mean()
+
+
+class Case(NamedTuple):
+    """A trainer's loss with some of its options, and what our loss on it is made for."""
+
+    file: tuple[str, str]
+    loss: Callable[..., Tensor]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        label = f"{self.file[0]} {Path(self.file[1]).stem}"
+        return " ".join([label, *(f"{k}={v}" for k, v in self.options.items() if k != "kind")])
+
+
+def _cases() -> list[Case]:
+    cases = [Case(REPA, repa, {"path_type": kind}) for kind in ("linear", "cosine")]
+    for path_type in ("LINEAR", "GVP", "VP"):
+        for model_type in ("VELOCITY", "NOISE", "SCORE"):
+            cases.append(Case(SIT, sit, {"path_type": path_type, "model_type": model_type}))
+    cases += [Case(TORCHCFM, torchcfm, {})]
+    cases += [Case(FLOW_MATCHING, flow_matching, {"scheduler": kind}) for kind in SCHEDULERS]
+    cases += [Case(MUSUBI, musubi_tuner, {"sampling": s}) for s in ("shift", "uniform", "sigma")]
+    cases += [Case(AI_TOOLKIT, ai_toolkit, {"masked": on}) for on in (False, True)]
+    cases += [Case(SIMPLE_TUNER, simple_tuner, {})]
+    cases += [Case(KOHYA_FLUX, kohya, {"kind": KOHYA_FLUX})]
+    cases += [Case(KOHYA_SD3, kohya, {"kind": KOHYA_SD3, "scheme": "sigma_sqrt"})]
+    for prediction_type in ("epsilon", "sample"):
+        options = {"prediction_type": prediction_type}
+        for masked in (False, True):
+            cases.append(Case(LEROBOT_DIFFUSION, lerobot_diffusion, {**options, "masked": masked}))
+        for kind in (POLICY_LOWDIM, POLICY_IMAGE):
+            cases.append(Case(kind, diffusion_policy, {"kind": kind, **options}))
+    cases += [Case(kind, vla, {"kind": kind}) for kind in (PI0, SMOLVLA)]
+    return cases
+
+
+CASES = _cases()
