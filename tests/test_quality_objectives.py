@@ -113,7 +113,7 @@ def test_a_flow_is_trained_on_the_velocity_and_its_loss_on_the_noise_in_it(
     plain = (output - velocity).square().mean()
     assert float(error) == pytest.approx(float(plain.detach()), rel=1e-5)
     if skip is None:
-        assert float(value) == pytest.approx(float(plain.detach()), rel=1e-5)
+        assert float(value.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
         return
     (gradient,) = torch.autograd.grad(value, output)
     # c² = ᾱ(t - δ) / ᾱ(t) - 1, at most 100 (1 - t)², as an error of û counts in ε̂; no skip below δ.
