@@ -145,13 +145,19 @@ def check_per_sample(name: str, value: object, like_name: str, like: Tensor) -> 
     if value.shape != like.shape[:1]:
         raise ValueError(
             f"{name} must have shape ({like.shape[0]},), one value for each sample of {like_name} "
-            f"of shape {tuple(like.shape)}, got {describe(value)}"
+            f"of shape {tuple(like.shape)}, got {describe(value)}{_frames_hint(value, like)}"
         )
     if value.device != like.device:
         raise ValueError(
             f"{name} must be on the device of {like_name}, {like.device}, got {describe(value)}"
         )
     return value
+
+
+def _frames_hint(value: Tensor, like: Tensor) -> str:
+    if value.ndim < 2 or value.shape[:1] != like.shape[:1] or value.numel() == len(value):
+        return ""
+    return ": where each frame has its own, make frames samples, `x.flatten(0, 1)` of every tensor"
 
 
 def _channels_hint(name: str, value: Tensor, like: Tensor) -> str:

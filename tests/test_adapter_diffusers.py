@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from tests.helpers.diffusers_parts import (
     script_step,
     velocity,
 )
-from tests.helpers.docs_diff import apply_docs_diff
 from tests.helpers.released_loss import CASES, released_constant
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -721,42 +719,6 @@ def test_wrong_calls():
         SkipLoss(make_scheduler("DDPMScheduler"), 9)
     with pytest.raises(TypeError, match="schedule must be a NoiseSchedule"):
         SkipLoss(1000, 9, scheduler=make_scheduler("DDPMScheduler"))
-
-
-# The diffs of the docs page, on the real scripts.
-
-
-@pytest.mark.skipif(ROOT is None, reason="S2DM_DIFFUSERS_ROOT names no checkout of diffusers")
-@pytest.mark.parametrize(
-    "titles",
-    [
-        ["text_to_image/train_text_to_image.py"],
-        ["text_to_image/train_text_to_image.py", "--snr_gamma"],
-        ["unconditional_image_generation/train_unconditional.py"],
-        ["dreambooth/train_dreambooth.py --with_prior_preservation"],
-        ["dreambooth/train_dreambooth_sd3.py"],
-        ["dreambooth/train_dreambooth_flux.py"],
-        ["controlnet/train_controlnet_sd3.py"],
-    ],
-    ids=lambda titles: titles[-1],
-)
-def test_the_diffs_of_the_page_apply(titles):
-    script = f"examples/{titles[0]}"
-    source = (Path(ROOT) / script.split()[0]).read_text()
-    for suffix in ["", *titles[1:]]:
-        source = apply_docs_diff("diffusers.md", f"{script} {suffix}".strip(), source)
-    compile(source, script, "exec")
-    if titles[0].startswith("text_to_image") and len(titles) == 1:
-        return  # the other line is in the second diff
-    assert "F.mse_loss(" not in source  # no flag leads past the loss
-
-
-@pytest.mark.skipif(ROOT is None, reason="set S2DM_DIFFUSERS_ROOT: no package has the scripts")
-def test_the_lora_script_of_flux_has_the_same_lines():
-    folder = Path(ROOT) / "examples" / "dreambooth"
-    source = (folder / "train_dreambooth_lora_flux.py").read_text()
-    diff = "examples/dreambooth/train_dreambooth_flux.py"
-    compile(apply_docs_diff("diffusers.md", diff, source), "lora", "exec")
 
 
 # Flow matching, in the form of SD3's and Flux's scripts.

@@ -19,7 +19,6 @@ from s2dm_loss.adapters.guided_diffusion import SkipStepMixin, skip_step
 from s2dm_loss.coefficients import coefficients
 from s2dm_loss.testing import check_swap
 from tests.helpers.distributed import run_distributed
-from tests.helpers.docs_diff import apply_docs_diff
 from tests.helpers.guided_diffusion_parts import (
     TinyModel,
     ddp_gradients,
@@ -27,6 +26,7 @@ from tests.helpers.guided_diffusion_parts import (
     make_diffusion,
     stub_mpi4py,
 )
+from tests.helpers.patches import patched
 from tests.helpers.released_loss import CASES, released_constant
 
 ROOT = os.environ.get("S2DM_GUIDED_DIFFUSION_ROOT")
@@ -623,7 +623,7 @@ def test_the_pages_diff_in_the_trainers_scripts(train_util, tmp_path, monkeypatc
     monkeypatch.setattr(train_util.dist_util, "setup_dist", lambda: None)  # the fixture has done it
     monkeypatch.setattr(train_util.logger, "configure", lambda: None)
     path = f"scripts/{script}"
-    source = apply_docs_diff("guided_diffusion.md", path, (Path(ROOT) / path).read_text())
+    source = patched("guided-diffusion", path, (Path(ROOT) / path).read_text())
     exec(compile(source, path, "exec"), {"__name__": "__main__"})  # noqa: S102
     lines = (tmp_path / "log" / "progress.json").read_text().splitlines()
     assert len(lines) == 2

@@ -71,7 +71,7 @@ def test_k_diffusion_the_swap(recipe, monkeypatch, weighting, sigma_data):
     report = check_swap(
         lambda inner: denoiser(inner).loss(x0, noise, SIGMA.double()), swapped, rtol=1e-9
     )
-    assert report.ratio.max() < 1.01
+    assert report.ratio.max() < 1.02
     assert report.calls == 1
 
 

@@ -516,3 +516,27 @@ def test_a_delegating_schedule_is_one_on_every_python(schedule):
 
     assert not isinstance(schedule, Subclass)
     assert isinstance(Subclass(), Subclass)
+
+
+SIGMAS = torch.linspace(0.01, 1.0, 100, dtype=torch.float64)
+BARS = torch.linspace(0.999, 0.91, 100, dtype=torch.float64)
+
+
+def test_where_the_checks_of_a_table_begin():
+    cases = (
+        (NoiseSchedule.from_sigmas, SIGMAS, 1.001),
+        (NoiseSchedule.from_alphas_cumprod, BARS, 0.9),
+    )
+    for read, whole, end in cases:
+        with pytest.raises(ValueError, match=r"looks? like"):
+            read(whole)
+        read(whole[1:])  # 99 values may be part of a schedule
+        whole = whole.clone()
+        whole[-1] = end  # the end tells, and no other value
+        assert read(whole).num_train_timesteps == 100
+    for outside in ([1.5, 0.5], [0.5, -0.1]):
+        with pytest.raises(ValueError, match=r"alphas_cumprod must lie in \[0, 1\]"):
+            NoiseSchedule.from_alphas_cumprod(outside)
+    assert NoiseSchedule.from_betas([1.0]).alphas_cumprod.tolist() == [0.0]
+    with pytest.raises(ValueError, match=r"decrease strictly with t, got 0\.1 at index 1"):
+        NoiseSchedule.from_alphas_cumprod([0.1, 0.1, 0.2])

@@ -226,7 +226,7 @@ def commits() -> dict[str, tuple[str, str]]:
 
 def criterion_of(case: trainers_of_today.Case, tau: float) -> Any:
     """The loss that a trainer's patch makes, for what this case trains."""
-    options, made = case.options, trainers_of_today.made
+    options, made, predicts = case.options, trainers_of_today.made, "velocity"
     if "prediction_type" in options:
         scheduler = trainers_of_today.policy_scheduler(options["prediction_type"])
         names = {"noise_scheduler": scheduler, "config": SimpleNamespace(**options)}
@@ -254,11 +254,13 @@ def criterion_of(case: trainers_of_today.Case, tau: float) -> Any:
         schedule = ContinuousSchedule.from_alpha_sigma(path, data_at=1)
     elif case.file == trainers_of_today.TORCHCFM:
         schedule = ContinuousSchedule.flow(data_at=1)
+    elif "kind" in options and case.file[0] == "sd-scripts":
+        schedule = ContinuousSchedule.flow()
+        predicts = "flow" if options["kind"] == trainers_of_today.KOHYA_FLUX else "sample"
     else:
         return made(*case.file, tau)
-    return SkipStepLoss(
-        schedule, SkipSet.for_sampling_steps(20), tau=tau, prediction_type="velocity"
-    )
+    skips = SkipSet.for_sampling_steps(20)
+    return SkipStepLoss(schedule, skips, tau=tau, prediction_type=predicts)
 
 
 def ours(case: trainers_of_today.Case, tau: float) -> tuple[float, Tensor]:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss
+from s2dm_loss.adapters.sd_scripts import skip_step
 from tests.helpers.checkouts import checkout_on_path
 from tests.helpers.diffusers_parts import make_scheduler
 from tests.helpers.docs_diff import PAGES
@@ -284,7 +285,10 @@ def kohya(
     prediction: str = "raw",
     scheme: str = "none",
 ) -> Tensor:
-    """`get_noise_pred_and_target`, and the loss lines of `process_batch` for it."""
+    """`get_noise_pred_and_target`, and the loss lines of `process_batch` for it.
+
+    The patch wraps the trainer; here one with this function alone.
+    """
     flux = kind == KOHYA_FLUX
     helpers: dict[str, Any] = {"torch": torch, "math": math, "einops": einops}
     library = {
@@ -309,7 +313,6 @@ def kohya(
         for each in wanted:
             setattr(parts, each, taken(library[name], each, helpers))
     namespace = {
-        "SKIP_LOSS": tau is not None and made(*kind, tau),
         "flux_train_utils": parts,
         "flux_utils": parts,
         "sd3_train_utils": parts,
@@ -321,7 +324,14 @@ def kohya(
         "torch": torch,
     }
     owner = "FluxNetworkTrainer" if flux else "Sd3NetworkTrainer"
-    function = taken(source, f"{owner}.get_noise_pred_and_target", namespace)
+    flow = make_scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    methods = {
+        "assert_extra_args": lambda self, *_: None,
+        "call_unet": None,
+        "get_noise_pred_and_target": taken(source, f"{owner}.get_noise_pred_and_target", namespace),
+        "get_noise_scheduler": lambda self, *_: flow,
+    }
+    trainer = type(owner, (), methods)()
     latents = torch.randn(*IMAGES)
     call = watched(model, seen)
     height, width = latents.shape[2] // 2, latents.shape[3] // 2
@@ -351,8 +361,10 @@ def kohya(
     )
     scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
     before = torch.get_rng_state()
-    output, target, timesteps, weighting = function(
-        None,
+    if tau is not None:
+        trainer = skip_step(trainer, SkipSet.for_sampling_steps(20), tau=tau)
+        trainer.get_noise_scheduler(settings, "cpu")
+    output, target, timesteps, weighting = trainer.get_noise_pred_and_target(
         settings,
         accelerator,
         scheduler,
@@ -363,6 +375,7 @@ def kohya(
         None,
         torch.float32,
         True,
+        is_train=True,
     )
     after = torch.get_rng_state()
     torch.set_rng_state(before)
