@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import pickle
-from pathlib import Path
 
 import pytest
 import torch

@@ -158,7 +158,9 @@ def fact(run: str, name: str) -> str:
             if value and key in ("python", "torch", "diffusers", "torchmetrics")
         ),
         "commit": lambda: str(record["versions"]["commit"])[:10],
-        "differed": lambda: "differed" if record["versions"]["checkout_differed"] else "did not differ",
+        "differed": lambda: (
+            "differed" if record["versions"]["checkout_differed"] else "did not differ"
+        ),
         "loss share": lambda: f"{100 * _any_loss_share(found):.0f} %",
     }  # fmt: skip
     return facts[name]()
