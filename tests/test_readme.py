@@ -1,7 +1,7 @@
 """The README can be read in a minute, and its commands are those that CI runs.
 
-That its numbers are those of the committed results, `tests/test_pages.py` holds; that its code runs,
-`tests/test_docs_blocks.py`.
+`tests/test_pages.py` holds its numbers to the committed results, `tests/test_docs_blocks.py` runs
+its code.
 """
 
 from __future__ import annotations
