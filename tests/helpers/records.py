@@ -216,7 +216,10 @@ def of_today(case: trainers_of_today.Case) -> dict[str, Any]:
 def commits() -> dict[str, tuple[str, str]]:
     """Repository and commit of each trainer on record."""
     known = {name: (each.repository, each.commit) for name, each in TRAINERS.items()}
-    packages = {"denoising-diffusion-pytorch": "2.3.4 on PyPI", "k-diffusion": "0.1.1.post1 on PyPI"}
+    packages = {
+        "denoising-diffusion-pytorch": "2.3.4 on PyPI",
+        "k-diffusion": "0.1.1.post1 on PyPI",
+    }
     return known | {name: (DOUBLED[name][0], version) for name, version in packages.items()}
 
 
