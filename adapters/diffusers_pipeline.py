@@ -3,16 +3,12 @@
     with shrink_pipeline(pipe, skip_set=49):
         images = pipe(num_inference_steps=10).images
 
-A correction stands at `scheduler.step`, which every pipeline calls with the network's output, t
-and the latents: the one place that knows σ, whatever the network is called with. So one mechanism
-serves ε, v, x_0 and flow, every denoiser, compiled, offloaded or quantised, and several of them
-(Wan 2.2). The output there is the guided one. Guidance adds outputs up with weights whose sum is 1,
-and ε̂ is linear in the output, so scaling the guided ε̂ is the same as scaling each ε̂ in it.
+How it is done is in `diffusers_step`; which solver and which correction suit a pipeline,
+`search_pipeline` finds out.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -20,20 +16,28 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self, Unpack, override
 
-from s2dm_loss.adapters.diffusers_scheduler import is_flow, is_the_path_of, output_of, path_of
+from s2dm_loss.adapters.diffusers_scheduler import is_the_path_of, path_of
+from s2dm_loss.adapters.diffusers_search import PipelineRecommendation, search_pipeline
+from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.coefficients import GainOptions
 from s2dm_loss.prediction import PredictionType
-from s2dm_loss.sampling.corrections import Correction
+from s2dm_loss.sampling.corrections import Correction, StoredCorrection
 from s2dm_loss.sampling.result import Recommendation
 from s2dm_loss.sampling.scaled_model import ScaledModel
 from s2dm_loss.schedule import Schedule
 from s2dm_loss.skip_set import Skips
 
-__all__ = ["PipelineCorrection", "correct_pipeline", "shrink_pipeline"]
+__all__ = [
+    "PipelineCorrection",
+    "PipelineRecommendation",
+    "correct_pipeline",
+    "search_pipeline",
+    "shrink_pipeline",
+]
 
 
 def shrink_pipeline(
@@ -98,25 +102,25 @@ def correct_pipeline(
     if isinstance(correction, Recommendation):
         if strength is not None:
             raise TypeError(f"strength must be left out for a Recommendation, got {strength!r}")
-        correct_model, correct_noise = correction.correct_model, correction.correct_noise
-    elif isinstance(correction, Correction):
-        if strength is None:
-            raise TypeError("strength must be given with a correction, such as 49 with SkipGain")
-        check_number("strength", strength, -torch.inf, torch.inf, open_ends=True)
-        correct_model = partial(correction.correct_model, strength=strength)
-        correct_noise = partial(correction.correct_noise, strength=strength)
-    else:
+        strength, correction = correction.strength, correction.correction
+        if isinstance(correction, StoredCorrection):
+            correction = correction.on(path_of(_scheduler(pipe))[0])
+    elif not isinstance(correction, Correction):
         raise TypeError(
             "correction must be a Correction with a strength, or what a search returned, got "
             f"{describe(correction)}"
         )
+    if strength is None:
+        raise TypeError("strength must be given with a correction, such as 49 with SkipGain")
+    check_number("strength", strength, -torch.inf, torch.inf, open_ends=True)
     noise = torch.linspace(-2, 2, 4, device="cpu")
-    if not torch.equal(correct_noise(noise.clone()), noise):
+    if not torch.equal(correction.correct_noise(noise.clone(), strength), noise):
         raise ValueError(
             f"correction changes the start noise, which a pipeline draws itself, got {correction!r}"
             ": draw the latents, and pass `latents=correction.correct_noise(latents, strength)`"
         )
-    return PipelineCorrection(pipe, lambda model, *_: correct_model(model))
+    change = partial(correction.correct_model, strength=strength)
+    return PipelineCorrection(pipe, lambda model, *_: change(model))
 
 
 class PipelineCorrection:
@@ -138,38 +142,21 @@ class PipelineCorrection:
             make: Called with a model, the scheduler's schedule and its prediction type: returns a
                 `ScaledModel` of the model, or the model where nothing is to be changed.
         """
-        if not hasattr(pipe, "scheduler"):
-            raise TypeError(
-                f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
-            )
-        self._pipe, self._scheduler = pipe, pipe.scheduler
-        schedule, self._prediction_type = path_of(pipe.scheduler)
-        network = nn.Identity()  # in the place of the pipeline's own, whose output comes to `step`
-        model = make(network, schedule, self._prediction_type)
-        self._scaled: ScaledModel | None = None
+        self._pipe, self._scheduler = pipe, _scheduler(pipe)
+        path, network = path_of(self._scheduler), Output()
+        model = make(network, *path)
+        self._step: StepCorrection | None = None
+        self._says = "nothing"
         if model is not network:
-            self._scaled = _checked(model, network, schedule, self._prediction_type)
-        self._step = _CorrectedStep(pipe.scheduler, self)
-        self._before = pipe.scheduler.__dict__.get("step")
-        if self._scaled is not None and getattr(self._before, "is_active", False):
-            raise ValueError(
-                f"pipe's {type(pipe.scheduler).__name__} has a correction already, and two would "
-                "multiply: remove the first handle. Another pipeline that shares the scheduler "
-                "takes its own, `type(scheduler).from_config(scheduler.config)`"
-            )
+            self._says = _checked(model, network, *path).extra_repr()
+            self._step = StepCorrection(self._scheduler, network, model)
         self.active: bool = True
-        if self._scaled is not None:
-            pipe.scheduler.step = self._step
 
     def remove(self) -> None:
         """Take the correction off; once is enough, twice does no harm."""
         self.active = False
-        if self._scheduler.__dict__.get("step") is not self._step:
-            return  # taken off before, or wrapped by another, who will find it without effect
-        if self._before is None:
-            del self._scheduler.step
-        else:
-            self._scheduler.step = self._before
+        if self._step is not None:
+            self._step.remove()
 
     def __enter__(self) -> Self:
         if not self.active:
@@ -184,81 +171,25 @@ class PipelineCorrection:
     ) -> None:
         self.remove()
         exchanged = getattr(self._pipe, "scheduler", None) is not self._scheduler
-        if kind is None and exchanged and self._scaled is not None:
+        if kind is None and exchanged and self._step is not None:
             warnings.warn(
                 "pipe's scheduler was exchanged while the correction was on, and the new one had "
                 "none: put the correction on after the exchange",
                 stacklevel=2,
             )
 
-    def _corrected(self, scheduler: Any, output: Any, t: Any, sample: Tensor) -> Any:
-        """Return a network's output, as `step` has it, with its noise prediction scaled."""
-        assert self._scaled is not None  # noqa: S101 - for the type checker
-        if output_of(scheduler) != self._prediction_type:
-            raise ValueError(
-                f"scheduler's prediction_type was {self._prediction_type!r} and is "
-                f"{output_of(scheduler)!r}: remove the correction, and put it on anew"
-            )
-        if is_flow(scheduler):
-            if scheduler.step_index is None:
-                scheduler._init_step_index(t)
-            # The rounding of a shift can lead past 1.
-            sigma = scheduler.sigmas[scheduler.step_index].clamp(0, 1)
-            return self._scaled.rescale(output, sample, sigma)
-        if self._prediction_type != "epsilon":
-            # Euler's x_0 + σ ε, say, as the network has seen it.
-            sample = scheduler.scale_model_input(sample, t)
-        return self._scaled.rescale(output, sample, torch.as_tensor(t).round().long())
-
-    def __deepcopy__(self, memo: object) -> Self:
-        """Return the handle itself: it is for the copy of its scheduler as well."""
-        return self
-
-    @override
-    def __reduce__(self) -> tuple[Callable[[], PipelineCorrection], tuple[()]]:
-        """Keep nothing: a scheduler is pickled with its `step`, and the loaded one has its own."""
-        return _removed, ()
-
     @override
     def __repr__(self) -> str:
-        what = "nothing" if self._scaled is None else self._scaled.extra_repr()
         state = "active" if self.active else "removed"
-        return f"{type(self).__name__}({what}, {type(self._scheduler).__name__}, {state})"
+        return f"{type(self).__name__}({self._says}, {type(self._scheduler).__name__}, {state})"
 
 
-class _CorrectedStep:
-    """`scheduler.step` with a correction of the output before it."""
-
-    def __init__(self, scheduler: Any, handle: PipelineCorrection) -> None:
-        self.scheduler, self.handle, self.step = scheduler, handle, scheduler.step
-        self.__signature__ = inspect.signature(scheduler.step)  # pipelines ask whether it has eta
-
-    @property
-    def is_active(self) -> bool:
-        """Whether it corrects."""
-        return self.handle.active
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_active:
-            return self.step(*args, **kwargs)
-        call = self.__signature__.bind(*args, **kwargs)
-        given = call.arguments
-        if given.get("per_token_timesteps") is not None:
-            raise ValueError(
-                "scheduler.step must have one t for each call, got per_token_timesteps: a "
-                "correction is not offered for them"
-            )
-        given["model_output"] = self.handle._corrected(
-            self.scheduler, given["model_output"], given["timestep"], given["sample"]
+def _scheduler(pipe: Any) -> Any:
+    if not hasattr(pipe, "scheduler"):
+        raise TypeError(
+            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
         )
-        return self.step(*call.args, **call.kwargs)
-
-
-def _removed() -> PipelineCorrection:
-    handle = object.__new__(PipelineCorrection)
-    handle._scheduler = handle._scaled = None
-    handle.active = False
-    return handle
+    return pipe.scheduler
 
 
 def _checked(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from s2dm_loss import prediction
 from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.schedule import NoiseSchedule, Schedule
 
@@ -68,7 +69,7 @@ def schedule_of(scheduler: Any) -> Schedule:
     return NoiseSchedule.from_alphas_cumprod(table)
 
 
-def path_of(scheduler: Any) -> tuple[Schedule, PredictionType]:
+def path_of(scheduler: Any) -> tuple[Schedule, prediction.PredictionType]:
     """Return the path that a scheduler samples on, and what its `step` takes the output for.
 
     Besides the schedulers of `schedule_of` these are the diffusion schedulers set to flow matching,
@@ -79,11 +80,8 @@ def path_of(scheduler: Any) -> tuple[Schedule, PredictionType]:
         ValueError: if its path is none of these; the message gives the reason.
     """
     if is_flow(scheduler):
-        if scheduler.config.get("invert_sigmas"):
-            raise ValueError(
-                "scheduler must have its data at σ = 0, got invert_sigmas=True, whose σ is 1 there"
-            )
-        return ContinuousSchedule.flow(), output_of(scheduler)
+        kind = output_of(scheduler)
+        return ContinuousSchedule.flow(data_at=1 if kind == "velocity" else 0), kind
     schedule = schedule_of(scheduler)
     if scheduler.config.get("timestep_type") == "continuous":
         raise ValueError(
@@ -93,9 +91,11 @@ def path_of(scheduler: Any) -> tuple[Schedule, PredictionType]:
     return schedule, output_of(scheduler)
 
 
-def output_of(scheduler: Any) -> PredictionType:
+def output_of(scheduler: Any) -> prediction.PredictionType:
     """Return what a scheduler's `step` takes the network's output for."""
-    return "flow" if is_flow(scheduler) else prediction_type_of(scheduler)
+    if is_flow(scheduler):  # Mochi's σ is 1 at the data, and its velocity has the other sign
+        return "velocity" if scheduler.config.get("invert_sigmas") else "flow"
+    return prediction_type_of(scheduler)
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -14,17 +14,37 @@ copies, of which the head holds two at once, as `F.mse_loss` does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from s2dm_loss._torch import is_watched, needs_plain_operators, placed_like
+from s2dm_loss.checks import check_rows
 
 Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+
+class ReductionRow(NamedTuple):
+    """What a loss of data [B, ...] is of its weighted squares.
+
+    Attributes:
+        values: How many values their sum is divided by, from the shape of the data.
+        per_sample: Whether the result has shape [B].
+    """
+
+    values: Callable[[torch.Size], int]
+    per_sample: bool
+
+
+REDUCTIONS: dict[Reduction, ReductionRow] = {
+    "mean": ReductionRow(lambda shape: shape.numel(), per_sample=False),
+    "sum": ReductionRow(lambda shape: shape[1:].numel(), per_sample=False),
+    "none": ReductionRow(lambda shape: shape[1:].numel(), per_sample=True),
+}
+check_rows("REDUCTIONS", REDUCTIONS, Reduction)
 
 # Longest run of values that one float32 norm adds up. A CPU's norm adds in 8 lanes, one after the
 # other: over 2^14 equal values that is wrong by 1e-5, over 256 by less than 1e-6.

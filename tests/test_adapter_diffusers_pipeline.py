@@ -22,8 +22,9 @@ from s2dm_loss.sampling import (
     SkipGain,
     StartScaling,
 )
+from s2dm_loss.sampling.corrections import NONE
 from tests.helpers.diffusers_parts import diffusers, make_scheduler, tiny_unet
-from tests.helpers.flow_pipelines import SD3, Flux, Wan, make_pipeline
+from tests.helpers.flow_pipelines import SD3, STEPS, Flux, Wan, make_pipeline
 
 LINEAR = NoiseSchedule.linear(1000)
 BAR = LINEAR.alphas_cumprod
@@ -339,6 +340,27 @@ def test_flow_pipelines(kind, name):
             torch.testing.assert_close(pipe(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_flow_whose_data_lie_at_1():
+    """Mochi: x = σ x_0 + (1-σ) ε, and the output x_0 - ε."""
+    pipe = make_pipeline(SD3, diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    x = torch.randn(SD3.shape, generator=torch.Generator().manual_seed(0))
+    plain, call = pipe(x), iter(range(STEPS))
+
+    def by_hand(module, args, kwargs, output):
+        sigma = float(pipe.scheduler.sigmas[next(call)])
+        x, u = kwargs["hidden_states"].double(), output[0].double()
+        if sigma == 0:
+            return output
+        return (((x - flow_s_of(1 - sigma) * (x - sigma * u)) / sigma).float(),)
+
+    handle = pipe.transformer.register_forward_hook(by_hand, with_kwargs=True)
+    expected = pipe(x)
+    handle.remove()
+    with shrink_pipeline(pipe, skip_set=0.1):
+        torch.testing.assert_close(pipe(x), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - plain).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("kind", [Flux, SD3, Wan])
 @pytest.mark.parametrize("name", ["shift 3", "heun", "unipc"])
 def test_image_to_image_and_the_callback(kind, name):
@@ -533,7 +555,6 @@ def test_what_is_refused(unet, pipe):
     for name, options, said in (
         ("EDMEulerScheduler", {}, "EDM trains on σ"),
         ("EulerDiscreteScheduler", video, "timestep_type 'continuous'"),
-        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas"),
     ):
         with pytest.raises(ValueError, match=said):
             shrink_pipeline(with_scheduler(pipe, name, **options), skip_set=0.1)
@@ -547,11 +568,10 @@ def test_what_is_refused(unet, pipe):
 
 def recommending(correction=None, strength=0.0):
     """What a search returns that has found one correction to be surely better, or none."""
-    none = Candidate(None, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
-    better = (
-        [] if correction is None else [Candidate(correction, strength, 0.5, -0.5, -0.6, -0.4, 1.0)]
-    )
-    return Recommendation((none, *better), (), SearchCost(1, 1, 1, 1, 1, 1))
+    none = Candidate("sample", NONE, 0.0, 1.0)
+    better = Candidate("sample", correction, strength, 0.5, 1.0, -0.5, -0.6, -0.4, -0.4)
+    found = (none,) if correction is None else (none, better)
+    return Recommendation(found, (), SearchCost(((1, 1),), {"sample": 1}, 1, 1))
 
 
 def test_what_a_search_recommends_on_a_pipeline(pipe):

@@ -28,6 +28,7 @@ FUZZ = settings(
     max_examples=5 * settings.default.max_examples,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+pytestmark = pytest.mark.filterwarnings("ignore:prediction_type 'flow' is noise minus data")
 TYPES = ["epsilon", "v_prediction", "sample", "flow", "score"]
 ESTIMATORS = ["expected", "fresh", "shared"]
 WEIGHTINGS = [None, None, "uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]
@@ -42,6 +43,16 @@ class Case:
     t: Tensor
     pairs: list[Pair]
     earlier: list[list[Pair]]
+    rates: list[Pair] | None = None
+
+    def kinds(self) -> st.SearchStrategy[str]:
+        return st.sampled_from([*TYPES, "velocity"] if self.rates else TYPES)
+
+    def scales(self, *settings: Any) -> list[oracle.Scales]:
+        """The oracle's, with tau, max_c2, weighting and prediction type."""
+        rates = self.rates or [None] * len(self.pairs)
+        values = zip(self.pairs, self.earlier, rates, strict=True)
+        return [oracle.scales(pair, earlier, *settings, rate) for pair, earlier, rate in values]
 
 
 @st.composite
@@ -93,7 +104,7 @@ def discrete(draw: st.DrawFn, batch: int) -> Case:
 CONTINUOUS = {
     "vp": ContinuousSchedule.vp(),
     "sub_vp": ContinuousSchedule.sub_vp(),
-    "cosine": ContinuousSchedule.cosine(),
+    "cosine": ContinuousSchedule.cosine(min_time=1e-5),
     "flow": ContinuousSchedule.flow(),
     "ve": ContinuousSchedule.from_alpha_sigma(lambda t: (torch.ones_like(t), 0.002 + 80 * t)),
 }
@@ -111,7 +122,8 @@ def continuous(draw: st.DrawFn, batch: int) -> Case:
     earlier = [[oracle.continuous_pair(kind, t - k) for k in offsets if t - k >= 0] for t in exact]
     t = torch.tensor(times, dtype=torch.float64)
     pairs = [oracle.continuous_pair(kind, time) for time in exact]
-    return Case(CONTINUOUS[kind], SkipSet(offsets), t, pairs, earlier)
+    rates = [oracle.continuous_rates(kind, time) for time in exact]
+    return Case(CONTINUOUS[kind], SkipSet(offsets), t, pairs, earlier, rates)
 
 
 @st.composite
@@ -170,10 +182,7 @@ def settings_of(draw: st.DrawFn, case: Case, kind: str) -> Setting:
     options["estimator"] = draw(st.sampled_from(ESTIMATORS))
     options["reduction"] = draw(st.sampled_from(["none", "sum", "mean"]))
     options["normalize"] = draw(st.booleans())
-    at = [
-        oracle.scales(pair, earlier, tau, max_c2, weighting, kind)
-        for pair, earlier in zip(case.pairs, case.earlier, strict=True)
-    ]
+    at = case.scales(tau, max_c2, weighting, kind)
     return Setting(options, at)
 
 
@@ -247,7 +256,8 @@ def test_the_loss_of_a_noise_prediction(data: st.DataObject) -> None:
 def test_the_loss_of_any_output(data: st.DataObject) -> None:
     draw = data.draw
     batch = draw(st.integers(1, 4))
-    case, kind = draw(cases(batch)), draw(st.sampled_from(TYPES))
+    case = draw(cases(batch))
+    kind = draw(case.kinds())
     if kind == "score" and any(pair[1] == 0 for pair in case.pairs):
         return  # a score without noise is infinite
     setting = draw(settings_of(case, kind))
@@ -290,7 +300,7 @@ def test_coefficients_gain_and_the_scaled_model(data: st.DataObject) -> None:
     draw = data.draw
     case = draw(cases(3))
     tau, max_c2 = draw(st.floats(0.01, 1)), draw(st.sampled_from([100.0, 1.0, 0.0]))
-    kind = draw(st.sampled_from(TYPES))
+    kind = draw(case.kinds())
     x_t, output = normal(3, 2, seed=1), normal(3, 2, seed=2)
     found = coefficients(case.schedule, case.skip_set, t=case.t, tau=tau, max_c2=max_c2)
     s = gain(case.schedule, case.skip_set, t=case.t, tau=tau, max_c2=max_c2)
@@ -306,12 +316,12 @@ def test_coefficients_gain_and_the_scaled_model(data: st.DataObject) -> None:
     )(x_t, case.t)
     assert scaled_output.isfinite().all()
     eps_hat = epsilon_from_output(output, x_t, case.t, case.schedule, kind)
-    for i, pair in enumerate(case.pairs):
-        at = oracle.scales(pair, case.earlier[i], tau, max_c2)
+    of_noise = case.scales(tau, max_c2, None, "epsilon")
+    for i, at in enumerate(of_noise):
         assert float(found.c2[i]) == pytest.approx(at.c2, rel=1e-8, abs=1e-11)
         assert float(found.c[i]) == pytest.approx(at.c, rel=1e-8, abs=1e-6)
         assert float(s[i]) == pytest.approx(at.tau / at.big_a, rel=1e-8)
-        at = oracle.scales(pair, case.earlier[i], tau, max_c2, kind=kind)
+        at = case.scales(tau, max_c2, None, kind)[i]
         a, b, p, q, expected_gain = at.a, at.b, at.p, at.q, at.tau / at.big_a
         if a < 1e-3 or b < 1e-3:
             continue  # where the conversions themselves cancel

@@ -16,10 +16,10 @@ from benchmarks.files import load_json, load_tensors
 from benchmarks.quality.budget import Budget
 from benchmarks.quality.data import load_digits
 from benchmarks.quality.objectives import Batch, Loss, Objective, Plain, SkipStep
-from benchmarks.quality.presets import CIFAR10_AVERAGED, CIFAR10_WIDE
+from benchmarks.quality.paths import EpsilonPath, Noisy
+from benchmarks.quality.presets import CIFAR10_16, CIFAR10_WIDE
 from benchmarks.quality.streams import Purpose, Stream, generator
 from benchmarks.quality.training import averaged_as_in, averaged_at, kept_state, train
-from s2dm_loss import NoiseSchedule
 
 
 class KilledError(Exception):
@@ -29,7 +29,7 @@ class KilledError(Exception):
 def a_run(folder: Path, objective: Objective, **changes: Any) -> nn.Module:
     settings: dict[str, Any] = {
         "data": load_digits(),
-        "schedule": NoiseSchedule.linear(1000),
+        "path": EpsilonPath(),
         "network": TINY.network,
         "budget": TINY.budget,
         "folder": folder,
@@ -125,7 +125,7 @@ def test_training_learns(tmp_path: Path) -> None:
 
 
 class Broken(Plain):
-    def compare(self, predicted: Tensor, batch: Batch, loss: Loss) -> Tensor:
+    def compare(self, predicted: Tensor, noisy: Noisy, batch: Batch, loss: Loss) -> Tensor:
         return predicted.mean() * float("nan")
 
 
@@ -170,7 +170,7 @@ def test_a_branch_of_the_same_loss_ends_where_the_run_ends(tmp_path: Path) -> No
     assert any(not torch.equal(w, whole[name]) for name, w in other.state_dict().items())
 
 
-@pytest.mark.parametrize("budget", [CIFAR10_WIDE.budget, CIFAR10_AVERAGED.budget])
+@pytest.mark.parametrize("budget", [CIFAR10_WIDE.budget, CIFAR10_16.budget])
 def test_what_is_left_in_the_average_of_before_a_step(budget: Budget) -> None:
     """A weight that is 1 until a step and then 0, averaged as a training averages."""
     budget = replace(budget, steps=400)

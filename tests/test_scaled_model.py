@@ -220,6 +220,24 @@ def test_continuous_time():
     assert s[2] < s[1] < 1
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "velocity", "sample"])
+def test_data_at_1_is_the_path_turned(kind):
+    """The clock is the schedule's: t for 1 - t, and a velocity of the other sign."""
+    ahead, turned = ContinuousSchedule.flow(), ContinuousSchedule.flow(data_at=1)
+    x_t, output = normal(4, 2, seed=0), normal(4, 2, seed=1)
+    t = torch.tensor([0.05, 0.3, 0.625, 0.99], dtype=torch.float64)
+    sign = -1 if kind == "velocity" else 1
+    one, other = (
+        ScaledModel.with_gain(nn.Identity(), path, 0.1, prediction_type=kind)
+        for path in (ahead, turned)
+    )
+    expected = one.rescale(output, x_t, t)
+    found = sign * other.rescale(sign * output, x_t, 1 - t)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(expected, output)
+    assert torch.equal(expected[0], output[0])  # too near the data for a skip
+
+
 def test_computes_the_gain_once_however_many_sampling_steps(monkeypatch):
     calls = []
     monkeypatch.setattr(

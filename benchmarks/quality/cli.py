@@ -48,7 +48,7 @@ def main() -> None:
     """Group the commands."""
 
 
-class PresetName(click.ParamType):
+class PresetName(click.ParamType):  # type: ignore[type-arg]
     """A preset's name."""
 
     name = "preset"
@@ -59,7 +59,9 @@ class PresetName(click.ParamType):
             return value
         near = difflib.get_close_matches(value, CATALOGUE, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        self.fail(f"there is no preset {value!r}; {hint}The presets:\n{listed()}", param, ctx)
+        return self.fail(
+            f"there is no preset {value!r}; {hint}The presets:\n{listed()}", param, ctx
+        )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What is planned for minutes on a GPU: `python -m benchmarks.quality gpu`.
 
-Each part is a preset that stops after `LIMIT` seconds, keeps what it has, goes on when it is started
-again, and writes its record before the next begins.
+Each part is a preset that stops after `LIMIT` seconds, keeps what it has, goes on when it is
+started again, and writes its record before the next begins.
 """
 
 from __future__ import annotations

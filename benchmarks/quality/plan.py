@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.data import SHAPES
 from benchmarks.quality.checkpoint import newest_state
+from benchmarks.quality.data import SHAPES
 from benchmarks.quality.layout import Layout
 from benchmarks.quality.objectives import Objective
 from benchmarks.quality.paths import PATHS

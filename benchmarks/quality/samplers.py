@@ -2,20 +2,21 @@
 
 For networks that predict ε: the `leading` timestep spacing (the uniform steps of DDIM's own
 repository), no clipping and no thresholding of the predicted image (that repository does not clip
-either, and clipping would hide part of what a gain on ε̂ changes), and diffusers' defaults elsewhere.
-PNDM skips its Runge-Kutta warm-up, which would cost up to nine extra calls.
+either, and clipping would hide part of what a gain on ε̂ changes), and diffusers' defaults
+elsewhere.  PNDM skips its Runge-Kutta warm-up, which would cost up to nine extra calls.
 
 `ddim-quad` visits DDIM's quadratically spaced timesteps (Song et al., arXiv 2010.02502, D.2), which
 lie closer at small t; diffusers' DDIM has no such spacing, and DPM-Solver++ of first order is DDIM
 on any timesteps.
 
-For flow networks: Euler in equal steps from t = 1 to 0, as the pipelines of Flux run it; UniPC on
-the same path; each also with the times shifted by 3, as SD3's. Heun takes half as many steps, so
-that it makes as many calls of the network: diffusers' has other times than its Euler, so it is here.
+For flow networks: Euler in equal steps from t = 1 to 0, as the pipelines of Flux run it, or with
+the times shifted by 3, as SD3's; UniPC. Heun takes half as many steps, so that it makes as many
+calls of the network; diffusers' has other times than its Euler, so it is here.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -153,7 +154,7 @@ def _heun(model: Model, shift: float, calls: int, start: Tensor) -> Tensor:
     equal = _equal(max(1, calls // 2))
     times = (shift * equal / (1 + (shift - 1) * equal)).float()
     x = start
-    for t, following in zip(times[:-1], times[1:], strict=True):
+    for t, following in itertools.pairwise(times):
         step = following - t
         velocity = model(x, 1000 * t)
         ahead = x + step * velocity

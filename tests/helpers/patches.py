@@ -49,9 +49,7 @@ TRAINERS = {
         "Nerogar/OneTrainer", "23df3832e8f213d64c337e39f9365ba46e99fed0", "S2DM_ONETRAINER_ROOT"
     ),
     "SiT": Trainer("willisma/SiT", "947f95bd3a510e9af441d38c1e9f72e0eee873c5", "S2DM_SIT_ROOT"),
-    "REPA": Trainer(
-        "sihyun-yu/REPA", "67f714503e3892f993844aab088ffc5791c92613", "S2DM_REPA_ROOT"
-    ),
+    "REPA": Trainer("sihyun-yu/REPA", "67f714503e3892f993844aab088ffc5791c92613", "S2DM_REPA_ROOT"),
     "conditional-flow-matching": Trainer(
         "atong01/conditional-flow-matching",
         "cacd4dc8a5b6f50de63780e8f73754c9371f15db",

@@ -328,9 +328,7 @@ def kohya(
     methods = {
         "assert_extra_args": lambda self, *_: None,
         "call_unet": None,
-        "get_noise_pred_and_target": taken(
-            source, f"{owner}.get_noise_pred_and_target", namespace
-        ),
+        "get_noise_pred_and_target": taken(source, f"{owner}.get_noise_pred_and_target", namespace),
         "get_noise_scheduler": lambda self, *_: flow,
     }
     trainer = type(owner, (), methods)()

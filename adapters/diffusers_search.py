@@ -1,0 +1,339 @@
+"""diffusers: which solver and which correction suit a trained pipeline?"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+from s2dm_loss.adapters.diffusers_scheduler import is_flow, path_of
+from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
+from s2dm_loss.checks import check_batch, check_count, describe
+from s2dm_loss.sampling.corrections import Correction, EpsilonScaling, ScoreRescaling, SkipGain
+from s2dm_loss.sampling.progress import Progress
+from s2dm_loss.sampling.result import Recommendation
+from s2dm_loss.sampling.search import CorrectionSearch
+from s2dm_loss.sampling.trials import evaluating
+
+# Names of solvers, and what each needs besides the config of the scheduler in use.
+_DIFFUSION: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {},
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "DEISMultistepScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    "UniPCMultistepScheduler": {},
+}
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+_FLOWS: dict[str, dict[str, Any]] = {
+    "FlowMatchEulerDiscreteScheduler": {},
+    "FlowMatchHeunDiscreteScheduler": {},
+    "DPMSolverMultistepScheduler": _FLOW,
+    "UniPCMultistepScheduler": _FLOW,
+}
+
+
+def search_pipeline(
+    pipe: Any,
+    images: Tensor,
+    steps: int = 10,
+    *,
+    schedulers: Sequence[Any] | None = None,
+    corrections: Sequence[Correction] | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    num_samples: int = 512,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Progress = True,
+    **call: Any,
+) -> PipelineRecommendation:
+    """Find the solver and the correction with which a pipeline's images are nearest to yours.
+
+        found = search_pipeline(pipe, images, steps=10, prompt=prompts)
+        with found:
+            pipe(prompts[0], num_inference_steps=found.steps)
+
+    Solvers that the pipeline or its scheduler's config does not take are left out, and said. The
+    pipeline is used as it is, one scheduler after the other, so memory stays that of one.
+
+    Args:
+        pipe: A diffusers pipeline with a `scheduler`.
+        images: What its images should look like, of shape [N, C, H, W] in [0, 1], N at least 32:
+            a few hundred or more, of the size that the pipeline returns.
+        steps: Network calls of one image (twice as many where guidance calls the network twice).
+            The scheduler in use makes as many steps; Heun makes half as many.
+        schedulers: Schedulers to try besides the one in use; by default DDIM, PNDM, DEIS, DPM++ and
+            UniPC, or for flow matching Euler, Heun, DPM++ and UniPC.
+        corrections: What to try with each; by default the gain, Epsilon Scaling and Score
+            Rescaling, for the pipeline's schedule and prediction type.
+        features: Maps images [B, C, H, W] to [B, D], in which they are compared; the features of
+            your metric serve best. By default the values themselves.
+        num_samples: Images of each finalist, at least 32.
+        batch_size: Images in one call of the pipeline.
+        seed: Seed of everything that is drawn.
+        progress: As for `CorrectionSearch.recommend`. The table is printed unless it is False.
+        call: Further arguments of the pipeline's call. A list or a tensor (`prompt`,
+            `prompt_embeds`, `class_labels`, …) holds one entry a prompt, and each image draws one
+            of them, the same for every candidate.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as said, or the pipeline fails with the
+            scheduler in use; the message names it.
+    """
+    check_batch("images", images)
+    check_count("steps", steps)
+    if images.ndim != 4:
+        raise ValueError(f"images must have shape [N, C, H, W], got {describe(images)}")
+    if not hasattr(pipe, "scheduler"):
+        raise TypeError(
+            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
+        )
+    schedule, kind = path_of(pipe.scheduler)
+    if corrections is None:
+        corrections = [
+            one(schedule, prediction_type=kind)
+            for one in (SkipGain, EpsilonScaling, ScoreRescaling)
+        ]
+    for one in corrections:
+        if not torch.equal(one.correct_noise(torch.ones(1), one.strengths[0]), torch.ones(1)):
+            raise ValueError(
+                f"corrections must leave the start noise, which the pipeline draws, got {one!r}"
+            )
+    network, runner = Output().eval(), _Runner(pipe, steps, call, images.shape[1:])
+    with _quiet(pipe, progress):
+        solvers = runner.usable(network, _solvers(pipe.scheduler, schedulers), progress)
+        search = CorrectionSearch(
+            network,
+            {name: partial(runner, scheduler, network) for name, scheduler in solvers.items()},
+            images,
+            corrections,
+            features=features,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            noise_shape=(1,),  # a seed
+            seed=seed,
+        )
+        found = search.recommend(progress)
+    result = PipelineRecommendation(pipe, solvers, found, steps)
+    if progress:
+        print(result)  # noqa: T201 - the answer
+    return result
+
+
+class PipelineRecommendation:
+    """The scheduler and the correction for a pipeline: `with found:` puts both on it.
+
+    Attributes:
+        recommendation: What the search found: candidates, intervals, cost, `plot()`.
+        scheduler: The recommended scheduler.
+        steps: The `num_inference_steps` for it.
+    """
+
+    def __init__(
+        self, pipe: Any, schedulers: Mapping[str, Any], found: Recommendation, steps: int
+    ) -> None:
+        """Take the pipeline, its schedulers by name, and what was found for so many calls."""
+        self._pipe, self._schedulers, self._calls = pipe, dict(schedulers), steps
+        self.recommendation = found
+        self.scheduler: Any = self._schedulers[found.sampler]
+        self.steps: int = _steps(self.scheduler, steps)
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        if self._stack is not None:
+            raise ValueError("the recommendation is on already: leave the first `with` before")
+        network, found = Output(), self.recommendation
+        with ExitStack() as stack:
+            stack.enter_context(_with_scheduler(self._pipe, self.scheduler))
+            # Also without a correction: it drops what a pipeline hands to every scheduler.
+            handle = StepCorrection(self.scheduler, network, found.correct_model(network))
+            stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found in JSON's own types, with the schedulers' configs."""
+        schedulers = {
+            name: {"class": type(one).__name__, "config": _plain_config(one)}
+            for name, one in self._schedulers.items()
+        }
+        return {**self.recommendation.to_dict(), "schedulers": schedulers, "calls": self._calls}
+
+    @classmethod
+    def from_dict(cls, pipe: Any, values: dict[str, Any]) -> Self:
+        """Read what `to_dict` returned, for a pipeline of the same network."""
+        import diffusers
+
+        schedulers = {
+            name: getattr(diffusers, one["class"]).from_config(one["config"])
+            for name, one in values["schedulers"].items()
+        }
+        schedule, _ = path_of(next(iter(schedulers.values())))
+        found = Recommendation.from_dict(values, schedule)
+        return cls(pipe, schedulers, found, values["calls"])
+
+    @override
+    def __repr__(self) -> str:
+        return f"PipelineRecommendation({self.recommendation!r})"
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.recommendation}"
+
+
+class _Runner:
+    """Calls a pipeline with one scheduler and one model of its output."""
+
+    def __init__(self, pipe: Any, steps: int, call: dict[str, Any], shape: torch.Size) -> None:
+        self.pipe, self.steps, self.shape = pipe, steps, tuple(shape)
+        self.call = {"output_type": "pt", **call}
+        lists = (list, tuple, Tensor)
+        self.listed = {name: v for name, v in self.call.items() if isinstance(v, lists)}
+        lengths = {name: len(value) for name, value in self.listed.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"call's lists must have one entry a prompt, got {lengths}: as many in each"
+            )
+        self.prompts = next(iter(lengths.values()), 0)
+        if isinstance(self.call.get("prompt"), str) and not self.prompts:
+            self.listed, self.prompts = {"prompt": [self.call["prompt"]]}, 1
+
+    def __call__(self, scheduler: Any, network: Output, model: nn.Module, noise: Tensor) -> Tensor:
+        """Return images [B, C, H, W] for seeds that stand in `noise`, [B, 1]."""
+        seeds = (noise.flatten().float().view(torch.int32) & 0x7FFFFFFF).tolist()
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        given = dict(self.call)
+        for name, values in self.listed.items():
+            rows = [seed % self.prompts for seed in seeds]
+            given[name] = values[rows] if isinstance(values, Tensor) else [values[i] for i in rows]
+        if not self.listed and "batch_size" in inspect.signature(self.pipe.__call__).parameters:
+            given["batch_size"] = len(seeds)
+        steps = _steps(scheduler, self.steps)
+        with _with_scheduler(self.pipe, scheduler), torch.no_grad():
+            handle = StepCorrection(scheduler, network, model)
+            try:
+                output = self.pipe(
+                    generator=generators, num_inference_steps=steps, return_dict=False, **given
+                )[0]
+            finally:
+                handle.remove()
+        if not isinstance(output, Tensor):  # NumPy's, with the channels last
+            output = torch.as_tensor(output).movedim(-1, 1)
+        images: Tensor = output.detach()
+        if images.shape[1:] != self.shape:
+            raise ValueError(
+                f"images must have the size that the pipeline returns, {tuple(images.shape[1:])}, "
+                f"got {self.shape}"
+            )
+        return images
+
+    def usable(
+        self, network: Output, solvers: dict[str, Any], progress: Progress
+    ) -> dict[str, Any]:
+        """Return the solvers with which the pipeline gives an image; the first has to."""
+        usable: dict[str, Any] = {}
+        for name, scheduler in solvers.items():
+            try:
+                image = self(scheduler, network, network, torch.ones(1, 1))
+                if not bool(image.isfinite().all()):
+                    raise ValueError("its image is not finite")
+                usable[name] = scheduler
+            except Exception as error:
+                if not usable:
+                    raise
+                if progress:
+                    reason = f"{error}".strip().partition("\n")[0][:100]
+                    print(f"left out: {name} ({reason})", file=sys.stderr)  # noqa: T201
+        return usable
+
+
+def _solvers(scheduler: Any, given: Sequence[Any] | None) -> dict[str, Any]:
+    """Return copies of the scheduler in use, which comes first, and of those to try, by name."""
+    solvers = {_short(scheduler): copy.deepcopy(scheduler)}
+    if given is not None:
+        for one in given:
+            solvers.setdefault(_short(one), copy.deepcopy(one))
+        return solvers
+    import diffusers
+
+    flow, config = is_flow(scheduler), dict(scheduler.config)
+    if flow:  # its shift has two names
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        config = {**config, "shift": shift, "flow_shift": shift}
+    for name, options in (_FLOWS if flow else _DIFFUSION).items():
+        kind = getattr(diffusers, name)
+        if _short(kind) not in solvers:
+            takes = inspect.signature(kind.__init__).parameters
+            given = {n: v for n, v in {**config, **options}.items() if n in takes}
+            solvers[_short(kind)] = kind.from_config(given)
+    return solvers
+
+
+def _short(scheduler: Any) -> str:
+    """Return a scheduler's name in the table."""
+    name = (scheduler if isinstance(scheduler, type) else type(scheduler)).__name__
+    for end in ("Scheduler", "Discrete", "Multistep"):
+        name = name.removesuffix(end)
+    return name
+
+
+def _steps(scheduler: Any, calls: int) -> int:
+    """Return the number of steps that make as many network calls, or one less."""
+    return (calls + 1) // 2 if getattr(scheduler, "order", 1) == 2 else calls
+
+
+def _plain_config(scheduler: Any) -> dict[str, Any]:
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, float):
+            return math.isfinite(value)  # an infinity is the default, which it is made with again
+        return isinstance(value, (str, int, bool, list, type(None)))
+
+    return {name: value for name, value in scheduler.config.items() if is_plain(value)}
+
+
+@contextmanager
+def _with_scheduler(pipe: Any, scheduler: Any) -> Iterator[None]:
+    before = pipe.scheduler
+    pipe.scheduler = scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
+
+
+@contextmanager
+def _quiet(pipe: Any, progress: Progress) -> Iterator[None]:
+    """Put a pipeline's networks into evaluation mode, without its own progress bars, and back."""
+    config = dict(getattr(pipe, "_progress_bar_config", {}))
+    parts = {n: p for n, p in pipe.components.items() if isinstance(p, nn.Module)}
+    training = [name for name, part in parts.items() if part.training]
+    if training and progress:
+        said = f"{', '.join(training)}: put into evaluation mode, and back at the end"
+        print(said, file=sys.stderr)  # noqa: T201
+    with ExitStack() as stack:
+        for part in parts.values():
+            stack.enter_context(evaluating(part))
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            yield
+        finally:
+            pipe.set_progress_bar_config(**config)
