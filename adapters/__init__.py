@@ -60,7 +60,11 @@ def check_options(options: Mapping[str, Any], refused: Mapping[str, str]) -> dic
 
 
 def check_plain(name: str, value: Any, mixin: type) -> None:
-    """Raise ValueError if a trainer's object has the S²-DM loss already."""
+    """Raise TypeError for a class, and ValueError for an object that has the S²-DM loss already."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be an object of the trainer's, got the class {value.__name__}"
+        )
     if isinstance(value, mixin):
         raise ValueError(
             f"{name} must have its plain loss, got a {type(value).__name__}, which is what "

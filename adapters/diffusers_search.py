@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -218,7 +219,7 @@ class _Runner:
 
     def __call__(self, scheduler: Any, network: Output, model: nn.Module, noise: Tensor) -> Tensor:
         """Return images [B, C, H, W] for seeds that stand in `noise`, [B, 1]."""
-        seeds = [int(value) for value in (noise.flatten().double() * 2**40).abs().long()]
+        seeds = (noise.flatten().float().view(torch.int32) & 0x7FFFFFFF).tolist()
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         given = dict(self.call)
         for name, values in self.listed.items():
@@ -281,7 +282,9 @@ def _solvers(scheduler: Any, given: Sequence[Any] | None) -> dict[str, Any]:
     for name, options in (_FLOWS if flow else _DIFFUSION).items():
         kind = getattr(diffusers, name)
         if _short(kind) not in solvers:
-            solvers[_short(kind)] = kind.from_config({**config, **options})
+            takes = inspect.signature(kind.__init__).parameters
+            given = {n: v for n, v in {**config, **options}.items() if n in takes}
+            solvers[_short(kind)] = kind.from_config(given)
     return solvers
 
 
@@ -299,8 +302,12 @@ def _steps(scheduler: Any, calls: int) -> int:
 
 
 def _plain_config(scheduler: Any) -> dict[str, Any]:
-    plain = (str, int, float, bool, list, type(None))
-    return {name: v for name, v in scheduler.config.items() if isinstance(v, plain)}
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, float):
+            return math.isfinite(value)  # an infinity is the default, which it is made with again
+        return isinstance(value, (str, int, bool, list, type(None)))
+
+    return {name: value for name, value in scheduler.config.items() if is_plain(value)}
 
 
 @contextmanager

@@ -49,15 +49,11 @@ class SkipSet:
             TypeError: if an offset is neither int nor float, or ints and floats are mixed.
             ValueError: if there is none, or one is not positive or comes twice.
         """
-        if isinstance(offsets, Tensor):
+        if isinstance(offsets, (str, bytes, Tensor)) or not isinstance(offsets, (Real, Iterable)):
+            cure = ": a sampler's timesteps go to SkipSet.from_timesteps"
             raise TypeError(
                 "skip_set must be an int, a float, several of them or a SkipSet, got "
-                f"{describe(offsets)}: a sampler's timesteps go to SkipSet.from_timesteps"
-            )
-        if isinstance(offsets, (str, bytes)) or not isinstance(offsets, (Real, Iterable)):
-            raise TypeError(
-                f"skip_set must be an int, a float, several of them or a SkipSet, got "
-                f"{describe(offsets)}"
+                f"{describe(offsets)}{cure if isinstance(offsets, Tensor) else ''}"
             )
         given = tuple(offsets) if isinstance(offsets, Iterable) else (offsets,)
         if not given:

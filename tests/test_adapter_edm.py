@@ -155,7 +155,7 @@ def test_says_what_it_is():
 def test_refuses_what_it_cannot_serve():
     with pytest.raises(ValueError, match="must have its plain loss, got a SkipStepEDMLoss"):
         skip_step(skip_step(EDMLoss(), 1 / 17), 1 / 17)
-    for wrong in ({}, EDMLoss, lambda net, images: images):
+    for wrong in ({}, lambda net, images: images):
         with pytest.raises(TypeError, match=r"an object with a __call__, .* EDMLoss\(\), got"):
             skip_step(wrong, 1 / 17)
     with pytest.raises(ValueError, match=r"tau must be above 0 .* got 0"):

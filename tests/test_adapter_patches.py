@@ -98,29 +98,27 @@ def test_git_applies_a_patch_to_the_trainers_file(patch, tmp_path):
 
 # The loss lines of diffusers' scripts, as they are and after the patch.
 
-SD = {"snr_gamma": [None, 5.0], "prediction_type": ["epsilon", "v_prediction"]}
+SNR, TYPES, PRIOR = [None, 5.0], ["epsilon", "v_prediction"], [False, True]
+SD = {"snr_gamma": SNR, "prediction_type": TYPES}
+SD3 = {"precondition_outputs": [0, 1]}
 SCRIPTS = {
     "text_to_image/train_text_to_image": SD,
     "text_to_image/train_text_to_image_lora": SD,
     "text_to_image/train_text_to_image_lora_sdxl": SD,
-    "dreambooth/train_dreambooth": {**SD, "with_prior_preservation": [False, True]},
+    "dreambooth/train_dreambooth": {**SD, "with_prior_preservation": PRIOR},
     "dreambooth/train_dreambooth_lora": {
-        "prediction_type": SD["prediction_type"],
-        "with_prior_preservation": [False, True],
+        "prediction_type": TYPES,
+        "with_prior_preservation": PRIOR,
     },
-    "dreambooth/train_dreambooth_lora_sdxl": {**SD, "with_prior_preservation": [False, True]},
+    "dreambooth/train_dreambooth_lora_sdxl": {**SD, "with_prior_preservation": PRIOR},
     "unconditional_image_generation/train_unconditional": {
         "prediction_type": ["epsilon", "sample"]
     },
-    **dict.fromkeys(
-        ("dreambooth/train_dreambooth_sd3", "dreambooth/train_dreambooth_lora_sd3"),
-        {"precondition_outputs": [0, 1], "with_prior_preservation": [False, True]},
-    ),
-    **dict.fromkeys(
-        ("dreambooth/train_dreambooth_flux", "dreambooth/train_dreambooth_lora_flux"),
-        {"with_prior_preservation": [False, True]},
-    ),
-    "controlnet/train_controlnet_sd3": {"precondition_outputs": [0, 1]},
+    "dreambooth/train_dreambooth_sd3": {**SD3, "with_prior_preservation": PRIOR},
+    "dreambooth/train_dreambooth_lora_sd3": {**SD3, "with_prior_preservation": PRIOR},
+    "dreambooth/train_dreambooth_flux": {"with_prior_preservation": PRIOR},
+    "dreambooth/train_dreambooth_lora_flux": {"with_prior_preservation": PRIOR},
+    "controlnet/train_controlnet_sd3": SD3,
 }
 
 

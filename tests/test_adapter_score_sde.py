@@ -539,7 +539,7 @@ def test_ve_is_refused_unless_asked_for_by_name(trainer, continuous):
 
 def test_wrong_arguments_are_named(trainer):
     vp = trainer.VPSDE()
-    with pytest.raises(TypeError, match="sde must be a VPSDE, subVPSDE or VESDE, got a TinyModel"):
+    with pytest.raises(TypeError, match="sde must be a VPSDE or subVPSDE or VESDE, got a TinyM"):
         adapter.get_sde_loss_fn(TinyModel(), True)
     with pytest.raises(TypeError, match="vpsde must be a VPSDE, got a subVPSDE"):
         adapter.get_ddpm_loss_fn(trainer.subVPSDE(), True)

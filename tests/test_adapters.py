@@ -96,6 +96,8 @@ def test_skip_step_returns_a_changed_copy(name):
     assert type(skip_step(plain, skip_set)) is type(changed)  # and again, from the same object
     with pytest.raises(ValueError, match=r"plain loss, got a SkipStep.*: give it the tr"):
         skip_step(changed, skip_set)
+    with pytest.raises(TypeError, match=rf"object of the trainer's, got the class {kind.__name__}"):
+        skip_step(kind, skip_set)
 
 
 def test_a_modules_copy_shares_its_network_and_nothing_that_is_added_later():

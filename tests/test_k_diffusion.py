@@ -1,7 +1,7 @@
 """The recipes of docs/adapters/edm.md, for k-diffusion, against the trainer they are for.
 
-`S2DM_K_DIFFUSION_ROOT` names a checkout or an unpacked package (`.ci/trainers.txt`), whose `layers.py`
-is run with stubs of what its loss does not use. A double of what the page uses is run always.
+`S2DM_K_DIFFUSION_ROOT` names a checkout or an unpacked package (`.ci/trainers.txt`), whose
+`layers.py` is run with stubs of what its loss does not use. A double of it is run always.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The table "My loss has …" of docs/adapters/write_your_own.md: each line against the plain loss.
 
-At τ = 1 each is the loss that it takes the place of, in value and gradient. A time for each frame or
-position is, at any τ, what each frame or position gives on its own.
+At τ = 1 each is the loss that it takes the place of, in value and gradient. A time for each frame
+or position is, at any τ, what each frame or position gives on its own.
 """
 
 import pytest

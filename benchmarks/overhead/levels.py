@@ -91,7 +91,7 @@ class Settings:
     def in_time(
         self, cells: Sequence[T], seconds: float | None = None
     ) -> Iterator[tuple[T, float]]:
-        """Yield each cell and its seconds until the deadline; what does not fit the card is left.
+        """Yield each cell and its seconds, until the deadline.
 
         A cell gets its even share of what is left, less a part for what is not timed.
         """

@@ -1,0 +1,163 @@
+"""How far from the best pair of sampler and correction is what the search recommends?
+
+The model is exact and the data's law known, so every pair can be tried: each sampler with no
+correction and with each strength of each correction's coarse scan, judged on held-out noise against
+the law's own mean and covariance.  What a search recommends from a finite draw of data, in repeats
+with new data and new noise, is judged on the same noise.
+
+    python -m benchmarks.lab.pairs
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.lab.mixtures import ExactModel, Mixture
+from benchmarks.quality.samplers import TITLES, sample
+from s2dm_loss import CorrectionSearch, NoiseSchedule
+from s2dm_loss.sampling import Correction, Recommendation, standard_corrections
+from s2dm_loss.sampling.corrections import NONE
+
+SCHEDULE = NoiseSchedule.linear(1000)
+SAMPLERS = ("ddim", "pndm", "deis", "dpm++2m", "unipc")
+REPEATS = 20
+HELD_OUT = 16_384
+DATA = 4096
+NUM_SAMPLES = 1024
+VARIANCES = torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
+# The law, the temperature of the model (1 is exact; below 1 it takes the data for narrower).
+CASES: dict[str, tuple[Mixture, float, int]] = {
+    "Gaussian, 10 steps": (Mixture.gaussian(VARIANCES), 1.0, 10),
+    "Gaussian, model too narrow, 10 steps": (Mixture.gaussian(VARIANCES), 0.9, 10),
+    "Gaussian, 20 steps": (Mixture.gaussian(VARIANCES), 1.0, 20),
+    "ring of eight, 10 steps": (Mixture.ring(), 1.0, 10),
+    "ring of eight, model too narrow, 10 steps": (Mixture.ring(), 0.9, 10),
+}
+
+
+def run(name: str, steps: int, model: nn.Module, noise: Tensor) -> Tensor:
+    """Return a sampler's samples."""
+    return sample(model, name, SCHEDULE, steps, noise, torch.Generator()).clone()
+
+
+class Judge:
+    """The Fréchet distance of a pair's samples of held-out noise from the law itself."""
+
+    def __init__(self, law: Mixture, temperature: float, steps: int) -> None:
+        """Draw the noise."""
+        self.law, self.steps = law, steps
+        self.model = ExactModel(law, SCHEDULE, temperature)
+        draw = torch.Generator().manual_seed(99)
+        size = law.means.shape[1]
+        noise = torch.randn(HELD_OUT // 2, size, generator=draw, dtype=torch.float64)
+        self.noise = torch.cat([noise, -noise])  # whose mean is 0
+        self.root = _root(law.covariance)
+
+    def __call__(self, name: str, correction: Correction, strength: float) -> float:
+        """Return the distance."""
+        model, noise = correction(self.model, self.noise, strength)
+        x = run(name, self.steps, model, noise)
+        if not bool(x.isfinite().all()):
+            return float("inf")
+        overlap = torch.linalg.eigvalsh(self.root @ x.T.cov() @ self.root).clamp(min=0).sqrt().sum()
+        trace = x.T.cov().trace() + self.law.covariance.trace()
+        return float((x.mean(0) - self.law.mean).square().sum() + trace - 2 * overlap)
+
+    def all_pairs(self) -> dict[str, float]:
+        """Return the distance of every pair of the coarse scans."""
+        found = {}
+        for name in SAMPLERS:
+            found[f"{TITLES[name]}, none"] = self(name, NONE, 0)
+            for correction in standard_corrections(SCHEDULE):
+                for strength in correction.strengths:
+                    label = f"{TITLES[name]}, {correction.label(strength)}"
+                    found[label] = self(name, correction, strength)
+        return found
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
+
+
+def study(case: str, repeats: int = REPEATS) -> dict[str, Any]:
+    """Return what every pair does, and what the searches recommended."""
+    law, temperature, steps = CASES[case]
+    judge = Judge(law, temperature, steps)
+    pairs = judge.all_pairs()
+    use, best = pairs["DDIM, none"], min(pairs, key=pairs.__getitem__)
+    rows: dict[str, list[Any]] = {"several": [], "one": []}
+    for seed in range(repeats):
+        draw = torch.Generator().manual_seed(10_000 + seed)
+        data = law.draw(DATA, draw)
+        names = SAMPLERS
+        for kind in rows:
+            samplers = {
+                name: lambda model, noise, name=name: run(name, steps, model, noise)
+                for name in (names if kind == "several" else names[:1])
+            }
+            search = CorrectionSearch(
+                judge.model,
+                samplers,
+                data,
+                standard_corrections(SCHEDULE),
+                num_samples=NUM_SAMPLES,
+                batch_size=NUM_SAMPLES,
+                seed=seed,
+            )
+            found = search.recommend(progress=False)
+            rows[kind].append(_judged(found, judge, use, pairs[best]))
+    return {
+        "in use": use,
+        "best pair": [best, pairs[best]],
+        "best with DDIM": min((d, n) for n, d in pairs.items() if n.startswith("DDIM"))[::-1],
+        "cost": {kind: of_kind[0]["samples"] for kind, of_kind in rows.items()},
+        "searches": rows,
+    }
+
+
+def _judged(found: Recommendation, judge: Judge, use: float, best: float) -> dict[str, Any]:
+    chosen = found.recommended
+    name = chosen.sampler if len(found.cost.calls) > 1 else "ddim"
+    distance = judge(name, chosen.correction, chosen.strength)
+    truths = [
+        judge(c.sampler if len(found.cost.calls) > 1 else "ddim", c.correction, c.strength)
+        for c in found.candidates
+    ]
+    return {
+        "recommended": f"{TITLES[name]}, {chosen.label}",
+        "distance": distance,
+        # 0 is the best pair, 1 the sampler in use with no correction.
+        "left": (distance - best) / (use - best),
+        "holds": all(
+            c.low <= truth - truths[0] <= c.high
+            for c, truth in zip(found.candidates, truths, strict=True)
+        ),
+        "samples": found.cost.samples,
+    }
+
+
+def main() -> None:
+    """Print each case, and the whole as JSON in the last line."""
+    results = {}
+    for case in CASES:
+        found = results[case] = study(case)
+        print(f"{case}: DDIM {found['in use']:.4g}, best {found['best pair']}")
+        for kind, rows in found["searches"].items():
+            left = torch.tensor([row["left"] for row in rows])
+            print(
+                f"  {kind}: left of what could be won {left.mean():.1%}, median {left.median():.1%},"
+                f" most {left.max():.1%}; intervals hold in {sum(r['holds'] for r in rows)} of "
+                f"{len(rows)}; {found['cost'][kind]} samples",
+                flush=True,
+            )
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The search over solvers and corrections for a diffusers pipeline.
+
+The pipelines are tiny and their networks exact: for Gaussian data E[ε | x_t] is linear in x_t, so
+what each solver with each correction makes of the start noise is a factor that one run tells.
+"""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from s2dm_loss import NoiseSchedule
+from s2dm_loss.adapters.diffusers_pipeline import (
+    PipelineRecommendation,
+    correct_pipeline,
+    search_pipeline,
+)
+from s2dm_loss.adapters.diffusers_scheduler import path_of
+from s2dm_loss.sampling import Recommendation, SkipGain, StartScaling
+from tests.helpers.diffusers_parts import diffusers, make_scheduler, tiny_unet
+
+DEVIATION = 0.8
+SHAPE = (1, 2, 2)
+OPTIONS = {"clip_sample": False, "timestep_spacing": "trailing"}
+
+
+class Exact(nn.Module):
+    """E[output | x_t] for data N(mean, DEVIATION²) of a pipeline's prediction type."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.calls = 0
+
+    def forward(self, x, a, b, kind, mean):
+        self.calls += 1
+        variance = a**2 * DEVIATION**2 + b**2
+        x0 = mean + a * DEVIATION**2 / variance * (x - a * mean)
+        eps = b / variance * (x - a * mean)
+        return {"epsilon": eps, "v_prediction": a * eps - b * x0, "flow": eps - x0}[kind]
+
+
+class Pipeline(diffusers.DiffusionPipeline):
+    """Of ε, v or flow; the mean of the data is the prompt."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt_embeds=None,
+        batch_size=1,
+        num_inference_steps=10,
+        generator=None,
+        eta=0.0,
+        output_type="pt",
+        return_dict=True,
+    ):
+        count = batch_size if prompt_embeds is None else len(prompt_embeds)
+        mean = torch.zeros(count) if prompt_embeds is None else prompt_embeds
+        x = diffusers.utils.torch_utils.randn_tensor((count, *SHAPE), generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        schedule, kind = path_of(self.scheduler)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            if schedule.timesteps is None:
+                time = torch.tensor(float(t) / 1000, dtype=torch.float64).clamp(0, 1)
+            else:
+                time = t.long()
+            a, b = (float(value) for value in schedule.alpha_sigma(time))
+            output = self.unet(x, a, b, kind, mean.reshape(-1, 1, 1, 1))
+            # As DDIMPipeline does, whatever the scheduler.
+            given = {} if kind == "flow" else {"eta": eta, "generator": generator}
+            x = self.scheduler.step(output, t, x, return_dict=False, **given)[0]
+        images = x if output_type == "pt" else x.movedim(1, -1).numpy()
+        return (images,) if not return_dict else type("Output", (), {"images": images})()
+
+
+def pipeline_of(kind):
+    if kind == "flow":
+        return Pipeline(Exact(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    return Pipeline(Exact(), make_scheduler("DDIMScheduler", prediction_type=kind, **OPTIONS))
+
+
+def images_for(means, count=1200):
+    generator = torch.Generator().manual_seed(5)
+    chosen = torch.randint(len(means), (count,), generator=generator)
+    noise = torch.randn(count, *SHAPE, generator=generator)
+    return means[chosen].reshape(-1, 1, 1, 1) + DEVIATION * noise
+
+
+def deviation(pipe, steps):
+    """The factor on the start noise: of ones it is what is returned for a mean of 0."""
+    draw = {"generator": [torch.Generator().manual_seed(i) for i in range(64)]}
+    start = torch.cat(
+        [torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(64)]
+    )
+    images = pipe(batch_size=64, num_inference_steps=steps, return_dict=False, **draw)[0]
+    return float((images * start).sum() / start.square().sum())
+
+
+@pytest.mark.parametrize("prompted", [False, True], ids=["plain", "prompts"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_it_finds_a_good_pair(kind, prompted, capsys):
+    pipe = pipeline_of(kind)
+    pipe.set_progress_bar_config(desc="mine", disable=True)
+    scheduler, config = pipe.scheduler, pipe._progress_bar_config
+    drawn = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: drawn.append(args[4].flatten()))
+    before = abs(deviation(pipe, 5) - DEVIATION)
+    means = torch.tensor([-0.5, 0.5]) if prompted else torch.zeros(1)
+    call = {"prompt_embeds": means} if prompted else {}
+    found = search_pipeline(
+        pipe, images_for(means), steps=5, num_samples=256, batch_size=256, progress=False, **call
+    )
+    assert not capsys.readouterr().out
+    # Each prompt is drawn as often, and each candidate's first batch draws the same.
+    batches = [mean for mean in drawn if len(mean) == 256]
+    assert torch.cat(batches).mean().abs() < 0.1 * means.std(correction=0) + 1e-6
+    assert all(torch.equal(batch, batches[0]) for batch in batches)
+    # Everything is as before.
+    assert pipe.scheduler is scheduler
+    assert "step" not in scheduler.__dict__
+    assert pipe._progress_bar_config == config
+    # The scheduler in use comes first.
+    names = list(found.recommendation.cost.calls)
+    heun = ["FlowMatchEuler", "FlowMatchHeun", "DPMSolver", "UniPC"]
+    assert names == (heun if kind == "flow" else ["DDIM", "PNDM", "DEIS", "DPMSolver", "UniPC"])
+    assert set(found.recommendation.cost.calls.values()) <= {5, 6}
+    assert found.recommendation.improves
+    with found:
+        assert pipe.scheduler is found.scheduler
+        after = abs(deviation(pipe, found.steps) - DEVIATION)
+    assert pipe.scheduler is scheduler
+    assert "step" not in found.scheduler.__dict__
+    assert after < 0.35 * before
+    # It can be kept, and put on a pipeline of the same network.
+    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    again = PipelineRecommendation.from_dict(pipe, values)
+    assert str(again) == str(found)
+    assert again.to_dict() == values
+    with again:
+        assert abs(deviation(pipe, again.steps) - DEVIATION) == pytest.approx(after, abs=1e-5)
+    # Loaded without the schedulers, the correction alone takes the pipeline's schedule.
+    loaded = Recommendation.from_dict(values)
+    pipe.scheduler = again.scheduler
+    with correct_pipeline(pipe, loaded) as handle:
+        assert handle.active
+        if not loaded.recommended.is_corrected:
+            return
+        assert abs(deviation(pipe, again.steps) - DEVIATION) == pytest.approx(after, abs=1e-5)
+
+
+def test_it_says_what_it_does(capsys):
+    pipe = pipeline_of("epsilon")
+    pipe.unet.train()
+    result = search_pipeline(
+        pipe,
+        images_for(torch.zeros(1), 200),
+        steps=3,
+        schedulers=[make_scheduler("UniPCMultistepScheduler"), make_scheduler("VQDiffusion")]
+        if hasattr(diffusers, "VQDiffusion")
+        else [make_scheduler("UniPCMultistepScheduler"), make_scheduler("IPNDMScheduler")],
+        num_samples=32,
+        batch_size=32,
+    )
+    said = capsys.readouterr()
+    assert said.out.splitlines()[: len(str(result).splitlines())] == str(result).splitlines()
+    assert "unet: put into evaluation mode" in said.err
+    assert "left out: IPNDM (" in said.err
+    assert "DDIM, none: distance" in said.err
+    assert pipe.unet.training
+    assert repr(result).startswith("PipelineRecommendation(Recommendation(")
+
+
+def test_diffusers_own_pipeline_which_hands_eta_to_every_scheduler():
+    """And returns NumPy's images, with the channels last."""
+    torch.manual_seed(0)
+    pipe = diffusers.DDIMPipeline(unet=tiny_unet(), scheduler=make_scheduler("DDIMScheduler"))
+    images = torch.rand(64, 1, 8, 8)
+    settings = {"steps": 2, "num_samples": 32, "batch_size": 32, "progress": False}
+    schedule = NoiseSchedule.linear(1000)
+    corrections = [SkipGain(schedule, [-99, 99])]
+    found = search_pipeline(pipe, images, corrections=corrections, **settings)
+    assert list(found.recommendation.cost.calls) == ["DDIM", "PNDM", "DEIS", "DPMSolver", "UniPC"]
+    with found:
+        pipe(num_inference_steps=found.steps, output_type="np")
+
+
+def test_an_exception_leaves_the_pipeline_as_it_was():
+    pipe = pipeline_of("epsilon")
+    scheduler = pipe.scheduler
+
+    def broken(images):
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        search_pipeline(pipe, images_for(torch.zeros(1), 64), features=broken, progress=False)
+    assert pipe.scheduler is scheduler
+    assert "step" not in scheduler.__dict__
+    found = search_pipeline(
+        pipe, images_for(torch.zeros(1), 64), steps=2, schedulers=[], num_samples=32, progress=False
+    )
+    with pytest.raises(RuntimeError, match="boom"), found:
+        raise RuntimeError("boom")
+    assert pipe.scheduler is scheduler
+    with found, pytest.raises(ValueError, match="is on already"), found:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"images": torch.ones(40, 4)}, ValueError, r"images must have shape \[N, C, H, W\]"),
+        ({"images": torch.ones(40, 1, 3, 3)}, ValueError, r"size that the pipeline .*\(1, 2, 2\)"),
+        ({"images": 3}, TypeError, "images must be a tensor"),
+        ({"steps": 0}, ValueError, "steps must be at least 1"),
+        ({"pipe": nn.Identity()}, TypeError, "pipe must be a diffusers pipeline"),
+        ({"corrections": [StartScaling()]}, ValueError, "must leave the start noise"),
+        (
+            {"prompt_embeds": torch.ones(2), "class_labels": [1, 2, 3]},
+            ValueError,
+            "lists must have one entry a prompt",
+        ),
+        ({"prompt": "a cat"}, TypeError, "unexpected keyword argument 'prompt'"),
+    ],
+)
+def test_what_is_refused(given, error, said):
+    arguments = {"pipe": pipeline_of("epsilon"), "images": images_for(torch.zeros(1), 64)}
+    with pytest.raises(error, match=said):
+        search_pipeline(**{**arguments, "progress": False, **given})
