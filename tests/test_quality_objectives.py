@@ -180,7 +180,7 @@ def test_sampled_timesteps_are_the_samplers_and_all_of_them() -> None:
 @pytest.mark.parametrize("t", [300, 800])
 @pytest.mark.parametrize("objective", [Plain(), InputPerturbation(0.5), SequenceAware()])
 def test_the_minimisers_of_peers_are_gains(objective: Objective, t: int) -> None:
-    """On Gaussian data of variance v, as docs/alternatives.md has them."""
+    """On Gaussian data of variance v, in closed form."""
     v, size = 0.3, 100_000
     draw = torch.Generator().manual_seed(4)
     x0, noise = torch.randn(2, size, 1, 1, 1, generator=draw)
