@@ -258,9 +258,9 @@ class ContinuousSchedule:
             check_derivatives(repr(self), self._log_alpha_sigma, self.min_time, turned=self.data_at)
 
     def _times(self, t: Tensor) -> Tensor:
-        """Return times as float64 in [0, 1], NaN for one outside, cut off from their graph."""
+        """Return times as float64 in [0, 1], NaN for one outside."""
         self.check_timesteps(t)
-        wide = t.detach().to(wide_dtype(t.device))
+        wide = t.to(wide_dtype(t.device))
         return torch.where(_is_inside(t), wide.clamp(0, 1), math.nan)
 
     def draw_timesteps(
