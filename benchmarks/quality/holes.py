@@ -292,6 +292,19 @@ def claim(holds: bool) -> str:
     return ""
 
 
+def best_pair(run: str, steps: int) -> str:
+    """Return the method and sampler nearest to the data by the kernel distance, with it."""
+    found = results(run)
+    pairs = [
+        (found.mean(method, where, KERNEL), f"{found.title(method)} with {TITLES[where.sampler]}")
+        for method in found.methods
+        for where in found.cells(method)
+        if where.steps == steps
+    ]
+    value, title = min(pairs)
+    return f"{title}, at {1000 * value:.1f} thousandths"
+
+
 def archive_row(preset: str) -> list[str]:
     """Return images, seeds, plain DDIM 10 over the floor, and what gain and loss 49 do there."""
     found = results(preset)
@@ -346,6 +359,7 @@ def _any_loss_share(found: Results) -> float:
 
 HOLES: dict[str, Any] = {
     "archive_row": archive_row,
+    "best_pair": best_pair,
     "cells_table": cells_table,
     "change": change,
     "claim": claim,
