@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.files import load_json
-from benchmarks.pages.figures import new_figure, zero_line
+from benchmarks.pages.figures import COLORS, new_figure, zero_line
 from benchmarks.provenance import ROOT
 
 RESULT = ROOT / "benchmarks" / "results" / "monitor.json"
@@ -57,11 +57,17 @@ def levels() -> Figure:
     """Return the validation loss by level, with two standard errors."""
     found = Run().levels
     figure, axes = new_figure(2.9)
-    for kind, title in TITLES.items():
+    for color, (kind, title) in enumerate(TITLES.items(), 1):
         means, errors = zip(*found[kind], strict=True)
         bars = [2 * error for error in errors]
         axes[0, 0].errorbar(
-            found["log_snr"], means, yerr=bars, marker=".", linewidth=1, label=title
+            found["log_snr"],
+            means,
+            yerr=bars,
+            marker=".",
+            linewidth=1,
+            color=COLORS[color],
+            label=title,
         )
     axes[0, 0].set(xlabel="log SNR (left: noise, right: data)", ylabel="loss", yscale="log")
     axes[0, 0].legend()
@@ -69,16 +75,21 @@ def levels() -> Figure:
 
 
 def compared() -> Figure:
-    """Return the paired difference by level, with two standard errors."""
+    """Return the paired difference by level in percent, with two standard errors."""
     found = Run().levels
     figure, axes = new_figure(2.9)
     means, errors = zip(*found["difference"], strict=True)
-    bars = [2 * error for error in errors]
+    before = [after - mean for (after, _), mean in zip(found["plain"], means, strict=True)]
     zero_line(axes[0, 0])
     axes[0, 0].errorbar(
-        found["log_snr"], means, yerr=bars, marker=".", linewidth=1, color="#1e88e5"
+        found["log_snr"],
+        [100 * mean / base for mean, base in zip(means, before, strict=True)],
+        yerr=[200 * error / base for error, base in zip(errors, before, strict=True)],
+        marker=".",
+        linewidth=1,
+        color=COLORS[1],
     )
-    axes[0, 0].set(xlabel="log SNR (left: noise, right: data)", ylabel="difference of the loss")
+    axes[0, 0].set(xlabel="log SNR (left: noise, right: data)", ylabel="difference, %")
     return figure
 
 
