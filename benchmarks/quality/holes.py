@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.pages.tables import counted, listed, markdown_table
 from benchmarks.quality import evidence_figures
-from benchmarks.quality.committed import cell, measured, method_name, records, results
+from benchmarks.quality.committed import cell, measured, method_name, results
 from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.statistics import (
     FRECHET,
@@ -217,12 +217,11 @@ def cells_table(
     return markdown_table(["", *(f"{n} steps" for n in steps)], lines).rstrip()
 
 
-def mean_table(run: str, rows: Sequence[tuple[str, str]] | None = None) -> str:
+def mean_table(run: str) -> str:
     """Return the methods of a grid: mean over its cells and DDIM at 10 steps, 8-bit and raw."""
     found = results(run)
-    if rows is None:
-        names = [name for name in found.methods if set(GRID) <= set(found.cells(name))]
-        rows = [(found.title(name), name) for name in names if name != "plain"]
+    names = [name for name in found.methods if set(GRID) <= set(found.cells(name))]
+    rows = [(found.title(name), name) for name in names if name != "plain"]
     lines = [
         [
             title,
@@ -373,8 +372,6 @@ HOLES: dict[str, Any] = {
     "mean_table": mean_table,
     "measured": measured,
     "points": points,
-    "records": records,
-    "sampler_title": TITLES.__getitem__,
     "spread": spread,
     "table": table,
     "times_floor": times_floor,

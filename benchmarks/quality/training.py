@@ -112,7 +112,7 @@ def averaged_at(folder: Path, percent: int, model: nn.Module) -> nn.Module:
 
 
 def averaged_as_in(budget: Budget, parameters: Iterable[nn.Parameter]) -> EMAModel:
-    """Return the average of weights that a budget asks for; its decay is `Budget.decay`."""
+    """Return the average of weights that a budget asks for."""
     return EMAModel(
         parameters,
         decay=budget.ema_decay,
