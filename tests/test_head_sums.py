@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from s2dm_loss._head import completed_square, mean_square
 
 from benchmarks.overhead.measure import OperatorCount, peak_memory
-from s2dm_loss._head import completed_square, mean_square
 from tests.strategies import normal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

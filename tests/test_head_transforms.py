@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 import torch._dynamo.compiled_autograd
+from s2dm_loss._head import completed_square, mean_square, placed_like, whole
 from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import checkpoint as checkpoints
 
 import s2dm_loss
 from s2dm_loss import NoiseSchedule, SkipStepLoss, _head
-from s2dm_loss._head import completed_square, mean_square, placed_like, whole
 from tests.strategies import normal
 
 LINEAR = NoiseSchedule.linear(1000)
