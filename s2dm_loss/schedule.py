@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
+from s2dm_loss._torch import real_tensors
 from s2dm_loss.checks import as_float64, check_all, check_count, check_number, describe
 from s2dm_loss.noise_tables import read_alphas_cumprod, read_betas, read_log_snr, read_sigmas
 from s2dm_loss.tables import read_table
@@ -93,6 +94,7 @@ class NoiseSchedule:
     4.0358...e-05
     """
 
+    @real_tensors()
     def __init__(
         self, log_alphas_cumprod: Any, *, unit_alpha: bool = False, name: str | None = None
     ) -> None:
@@ -120,6 +122,7 @@ class NoiseSchedule:
         self._name = name or f"NoiseSchedule([{table.numel()} values])"
 
     @classmethod
+    @real_tensors()
     def linear(
         cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> Self:
@@ -137,6 +140,7 @@ class NoiseSchedule:
         return cls(_log_alphas_cumprod(betas), name=name)
 
     @classmethod
+    @real_tensors()
     def scaled_linear(
         cls, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> Self:
@@ -149,6 +153,7 @@ class NoiseSchedule:
         return cls(_log_alphas_cumprod(betas), name=name)
 
     @classmethod
+    @real_tensors()
     def cosine(cls, num_train_timesteps: int = 1000, *, max_beta: float = 0.999) -> Self:
         """The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672, Eq. 17).
 
@@ -163,6 +168,7 @@ class NoiseSchedule:
         return cls(_log_alphas_cumprod(betas), name=name)
 
     @classmethod
+    @real_tensors()
     def from_betas(cls, betas: Any) -> Self:
         """Build from β_t, a sequence of shape [T] with every value in (0, 1).
 
@@ -172,6 +178,7 @@ class NoiseSchedule:
         return cls(_log_alphas_cumprod(table), name=f"NoiseSchedule.from_betas([{len(table)}])")
 
     @classmethod
+    @real_tensors()
     def from_alphas_cumprod(cls, alphas_cumprod: Any) -> Self:
         """Build from ᾱ_t, a strictly decreasing sequence of shape [T] with values in [0, 1].
 
@@ -182,12 +189,14 @@ class NoiseSchedule:
         return cls(table.log(), name=f"NoiseSchedule.from_alphas_cumprod([{len(table)}])")
 
     @classmethod
+    @real_tensors()
     def from_log_snr(cls, log_snr: Any) -> Self:
         """Build from log(ᾱ_t / (1 - ᾱ_t)), a strictly decreasing sequence of shape [T]."""
         table = read_log_snr(log_snr)
         return cls(F.logsigmoid(table), name=f"NoiseSchedule.from_log_snr([{len(table)}])")
 
     @classmethod
+    @real_tensors()
     def from_sigmas(cls, sigmas: Any) -> Self:
         """Build from the σ_t of x_t = x_0 + σ_t ε, a strictly increasing sequence of shape [T].
 
@@ -202,6 +211,7 @@ class NoiseSchedule:
             name=f"NoiseSchedule.from_sigmas([{len(table)}])",
         )
 
+    @real_tensors()
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Return the schedule shifted and scaled in √ᾱ so that ᾱ is 0 at its end.
 
