@@ -214,7 +214,8 @@ class ContinuousSchedule:
             raise TypeError(f"t must hold floating-point times in [0, 1], got {describe(t)}")
         if _reading_is_free(t) and not bool(_is_inside(t).all()):
             raise ValueError(
-                f"t must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}"
+                f"t must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}: "
+                "a trainer's timesteps are divided by their number first"
             )
 
     def log_alphas_cumprod_at(self, t: Tensor) -> Tensor:
