@@ -47,6 +47,24 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session
+def trainers(session: nox.Session) -> None:
+    """Trainers on PyPI: their own code in place of the doubles."""
+    session.install(*PINNED, "-e", ".[test]")
+    folder = Path(session.create_tmp()) / "trainers"
+    shutil.rmtree(folder, ignore_errors=True)
+    session.install("--no-deps", "--target", str(folder), "-r", ".ci/trainers.txt")
+    names = ("S2DM_K_DIFFUSION_ROOT", "S2DM_DENOISING_DIFFUSION_PYTORCH_ROOT")
+    files = ("k_diffusion", "records", "weighting_trainers", "adapter_denoising_diffusion_pytorch")
+    session.run(
+        "pytest",
+        *("-n", "auto"),
+        *(f"tests/test_{name}.py" for name in files),
+        *session.posargs,
+        env=dict.fromkeys(names, str(folder)),
+    )
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Lint and format."""
     session.install(*PINNED, "ruff")

@@ -20,7 +20,7 @@ from torch import nn
 
 from s2dm_loss.loss import SkipStepLoss
 
-__all__ = ["SETTLED", "changed_copy", "check_options", "check_plain", "reduce_changed"]
+__all__ = ["SETTLED", "changed_copy", "check_options", "check_plain", "owner_of", "reduce_changed"]
 
 _OPTIONS = [
     name
@@ -60,12 +60,21 @@ def check_options(options: Mapping[str, Any], refused: Mapping[str, str]) -> dic
 
 
 def check_plain(name: str, value: Any, mixin: type) -> None:
-    """Raise ValueError if a trainer's object has the S²-DM loss already."""
+    """Raise TypeError for a class, and ValueError for an object that has the S²-DM loss already."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be an object of the trainer's, got the class {value.__name__}"
+        )
     if isinstance(value, mixin):
         raise ValueError(
             f"{name} must have its plain loss, got a {type(value).__name__}, which is what "
             "skip_step has returned: give it the trainer's own object"
         )
+
+
+def owner_of(value: Any, method: str) -> str:
+    """Return the name of the class that a method is of; "" for one of a wrapped object."""
+    return next((kind.__name__ for kind in type(value).__mro__ if method in vars(kind)), "")
 
 
 def changed_copy(plain: Any, mixin: Any, **attributes: Any) -> Any:

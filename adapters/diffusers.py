@@ -26,7 +26,7 @@ from s2dm_loss.adapters.diffusers_pipeline import (
     shrink_pipeline,
 )
 from s2dm_loss.adapters.diffusers_scheduler import CONFIGURED, prediction_type_of, schedule_of
-from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
+from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample, describe
 from s2dm_loss.loss import LossOptions, RegressionTarget, SkipStepLoss
 from s2dm_loss.prediction import PredictionType
 from s2dm_loss.schedule import Schedule, check_schedule
@@ -117,11 +117,12 @@ class SkipLoss(nn.Module):
         if schedule.timesteps is not None:
             if prediction_type is None:
                 _check_named(prediction_type_of(scheduler))
-            elif prediction_type not in CONFIGURED:
+            elif prediction_type == "flow":
                 raise ValueError(
-                    f"prediction_type must be one of {', '.join(map(repr, CONFIGURED))} for a "
-                    f"{name}, got {prediction_type!r}: 'flow' belongs to a FlowMatch scheduler"
+                    f"prediction_type 'flow' belongs to a FlowMatch scheduler, got it with a {name}"
                 )
+            else:
+                check_choice("prediction_type", prediction_type, CONFIGURED)
         return cls(schedule, skip_set, scheduler=scheduler, **options)
 
     @override

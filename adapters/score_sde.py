@@ -87,9 +87,8 @@ def get_sde_loss_fn(
         weights = None
         if likelihood_weighting:
             weights = sde.sde(torch.zeros_like(batch), t)[1] ** 2 / std**2
-        return _reduce(
-            criterion.from_output(eps_hat, noise, t, weights=weights), batch, reduce_mean
-        )
+        losses = criterion.from_output(eps_hat, noise, t, weights=weights)
+        return _reduce(losses, batch, reduce_mean)
 
     return loss_fn
 
@@ -104,15 +103,7 @@ def get_ddpm_loss_fn(
 ) -> LossFn:
     """Return a loss of `(model, batch)` on the discrete timesteps of a `VPSDE`.
 
-    Args:
-        vpsde: A `VPSDE` of the trainer.
-        train: Put the model in training mode, else in evaluation mode.
-        reduce_mean: Average over the data axes; else half their sum.
-        skip_set: Skips in timesteps.
-        options: Those of `SkipStepLoss`, without what the trainer settles itself.
-
-    Raises:
-        TypeError, ValueError: if an argument is not as said.
+    The skips are in timesteps; the arguments are otherwise those of `get_sde_loss_fn`.
     """
     _check_kind("vpsde", vpsde, "VPSDE")
     # From β and in float64: the SDE's own ᾱ is float32, too coarse for its small differences.
@@ -141,18 +132,9 @@ def get_smld_loss_fn(
 ) -> LossFn:
     """Return a loss of `(model, batch)` on the discrete noise levels of a `VESDE`.
 
-    Its labels count σ from the largest down, so a skip of k pairs a label with label + k. For c
-    see `allow_ve` of `get_sde_loss_fn`, which calling this function implies.
-
-    Args:
-        vesde: A `VESDE` of the trainer.
-        train: Put the model in training mode, else in evaluation mode.
-        reduce_mean: Average over the data axes; else half their sum.
-        skip_set: Skips in noise levels.
-        options: Those of `SkipStepLoss`, without what the trainer settles itself.
-
-    Raises:
-        TypeError, ValueError: if an argument is not as said.
+    Its labels count σ from the largest down, so a skip of k noise levels pairs a label with label
+    + k. The arguments are otherwise those of `get_sde_loss_fn`, whose `allow_ve` calling this
+    function implies.
     """
     _check_kind("vesde", vesde, "VESDE")
     ascending = vesde.discrete_sigmas
@@ -186,13 +168,13 @@ def get_step_fn(
     """Return one step of training, or of evaluation, with the S²-DM loss.
 
     Args:
-        sde: The SDE; see `get_sde_loss_fn`.
+        sde: The SDE, as for `get_sde_loss_fn`.
         train: Train; else evaluate with the averaged weights.
         optimize_fn: What the trainer's `optimization_manager` returns; needed for training.
         reduce_mean: Average over the data axes; else half their sum.
         continuous: Train in continuous time, else on the DDPM loss (or, with `allow_ve`, SMLD's).
-        likelihood_weighting: See `get_sde_loss_fn`; in continuous time only.
-        skip_set: The skips; see the loss functions.
+        likelihood_weighting: Weigh each sample by g²/σ²; in continuous time only.
+        skip_set: The skips, as the loss takes them.
         allow_ve: Accept a `VESDE`.
         options: Those of `SkipStepLoss`, without what the trainer settles itself.
 
@@ -215,10 +197,11 @@ def get_step_fn(
             allow_ve=allow_ve,
             **options,
         )
+    elif likelihood_weighting:
+        raise ValueError("likelihood_weighting must be False with continuous=False, got True")
     else:
-        loss_fn = _discrete_loss_fn(
-            sde, train, reduce_mean, likelihood_weighting, skip_set, allow_ve, options
-        )
+        make = _discrete_loss(_kind_of(sde, allow_ve))
+        loss_fn = make(sde, train, reduce_mean, skip_set=skip_set, **options)
 
     def step_fn(state: dict[str, Any], batch: Tensor) -> Tensor:
         model, ema = state["model"], state["ema"]
@@ -240,23 +223,10 @@ def get_step_fn(
     return step_fn
 
 
-def _discrete_loss_fn(
-    sde: Any,
-    train: bool,
-    reduce_mean: bool,
-    likelihood_weighting: bool,
-    skip_set: Skips,
-    allow_ve: bool,
-    options: LossOptions,
-) -> LossFn:
-    kind = _kind_of(sde, allow_ve)
-    if likelihood_weighting:
-        raise ValueError("likelihood_weighting must be False with continuous=False, got True")
+def _discrete_loss(kind: str) -> Callable[..., LossFn]:
     if kind == "subVPSDE":
         raise ValueError("continuous must be True for a subVPSDE, which has no discrete form")
-    if kind == "VPSDE":
-        return get_ddpm_loss_fn(sde, train, reduce_mean, skip_set=skip_set, **options)
-    return get_smld_loss_fn(sde, train, reduce_mean, skip_set=skip_set, **options)
+    return get_ddpm_loss_fn if kind == "VPSDE" else get_smld_loss_fn
 
 
 def _predict(
@@ -339,11 +309,7 @@ class _VePath:
 
 
 def _kind_of(sde: Any, allow_ve: bool) -> str:
-    for kind in ("VPSDE", "subVPSDE", "VESDE"):
-        if _is_a(sde, kind):
-            break
-    else:
-        raise TypeError(f"sde must be a VPSDE, subVPSDE or VESDE, got a {type(sde).__name__}")
+    kind = _check_kind("sde", sde, "VPSDE", "subVPSDE", "VESDE")
     if kind == "VESDE" and not allow_ve:
         raise ValueError(
             "sde must be a VPSDE or subVPSDE, got a VESDE: S²-DM is defined on processes that "
@@ -353,10 +319,9 @@ def _kind_of(sde: Any, allow_ve: bool) -> str:
     return kind
 
 
-def _check_kind(name: str, sde: Any, kind: str) -> None:
-    if not _is_a(sde, kind):
-        raise TypeError(f"{name} must be a {kind}, got a {type(sde).__name__}")
-
-
-def _is_a(sde: Any, kind: str) -> bool:
-    return any(cls.__name__ == kind for cls in type(sde).__mro__)
+def _check_kind(name: str, sde: Any, *kinds: str) -> str:
+    """Return which of the trainer's SDEs it is, known by the name of its class or of a base."""
+    for base in type(sde).__mro__:
+        if base.__name__ in kinds:
+            return base.__name__
+    raise TypeError(f"{name} must be a {' or '.join(kinds)}, got a {type(sde).__name__}")

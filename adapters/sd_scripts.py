@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from s2dm_loss.adapters import SETTLED, changed_copy, check_options, check_plain
+from s2dm_loss.adapters import SETTLED, changed_copy, check_options, check_plain, owner_of
 from s2dm_loss.adapters.diffusers_scheduler import schedule_of
 from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.head import along
@@ -66,16 +66,17 @@ def loss_of(
     """
     _check_loss_type(args)
     schedule = schedule_of(noise_scheduler)
-    prediction_type: Any = "v_prediction" if args.v_parameterization else "epsilon"
-    if schedule.timesteps is None:
-        prediction_type = options.pop("prediction_type", None)
-        if prediction_type not in ("flow", "sample"):
-            raise ValueError(
-                f"prediction_type must be given for a {type(noise_scheduler).__name__}: 'flow' "
-                "where the script's target is noise - latents (Flux), 'sample' where it is latents "
-                f"(SD3), got {prediction_type!r}"
-            )
-    return _loss(schedule, skip_set, options, prediction_type)
+    if schedule.timesteps is not None:
+        predicts: PredictionType = "v_prediction" if args.v_parameterization else "epsilon"
+        return _loss(schedule, skip_set, options, predicts)
+    target_is = options.pop("prediction_type", None)
+    if target_is != "flow" and target_is != "sample":
+        raise ValueError(
+            f"prediction_type must be given for a {type(noise_scheduler).__name__}: 'flow' where "
+            "the script's target is noise - latents (Flux), 'sample' where it is latents (SD3), "
+            f"got {target_is!r}"
+        )
+    return _loss(schedule, skip_set, options, target_is)
 
 
 def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions]) -> Trainer:
@@ -86,7 +87,8 @@ def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions])
     Args:
         trainer: A `NetworkTrainer`, `SdxlNetworkTrainer`, `FluxNetworkTrainer` or
             `Sd3NetworkTrainer`, before its `train` is called.
-        skip_set: The skips, in timesteps; for Flux and SD3 floats in units of σ.
+        skip_set: The skips, in timesteps; for Flux and SD3 floats in units of σ, which is read from
+            the timesteps that the trainer has rounded to its weights' dtype.
         options: Those of `SkipStepLoss`, without `weighting` and what the trainer settles itself. τ
             = 1 is the trainer's own loss, bit for bit.
 
@@ -103,19 +105,16 @@ def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions])
             f"{kind.__name__} without {', '.join(missing)}: a script that makes its loss in a loop "
             "takes `loss_of` in that loop"
         )
-    owners = {
-        next(base.__name__ for base in kind.__mro__ if name in vars(base)) for name in _METHODS[:2]
-    }
-    owner = owners.pop()
-    if owners or owner not in _PREDICTS:
+    owner, other = (owner_of(trainer, name) for name in _METHODS[:2])
+    if owner != other or owner not in _PREDICTS:
         raise ValueError(
             f"trainer must train Stable Diffusion, SDXL, Flux or SD3, got a {kind.__name__} with a "
-            f"{_METHODS[1]} of its own: there, change target and weighting by "
-            "`SkipStepLoss(ContinuousSchedule.flow(), ..., prediction_type='flow')"
-            ".regression_target(target, sigmas.flatten(), noisy_model_input)`"
+            f"{_METHODS[1]} of its own: behind the line that makes its target, take "
+            "SkipStepLoss(ContinuousSchedule.flow(), SkipSet.for_sampling_steps(20), "
+            "prediction_type='flow').regression_target(target, sigmas.flatten(), noisy_model_input)"
         )
     predicts = _PREDICTS[owner]
-    given: dict[str, Any] = {**options, "skip_set": SkipSet.wrap(skip_set)}
+    given: dict[str, Any] = {"skip_set": SkipSet.wrap(skip_set), **options}
     # A wrong option is found now, on the trainer's T, and not after its models are loaded.
     if predicts is None:
         _loss(NoiseSchedule.scaled_linear(1000), given["skip_set"], options, "epsilon")

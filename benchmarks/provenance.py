@@ -15,15 +15,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("s2dm-loss", "torch", "diffusers", "accelerate", "torchmetrics", "scikit-learn")
 
 
-def versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | bool | None]:
     """Return what a result depends on besides its settings."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | bool | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
     found["commit"] = git("rev-parse", "HEAD") or None
+    # Files that git does not know are left out: a run's own folder may be among them.
+    found["checkout_differed"] = bool(git("status", "--porcelain", "--untracked-files=no"))
     return found
 
 

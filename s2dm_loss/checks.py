@@ -122,11 +122,12 @@ def check_batch(name: str, value: object) -> Tensor:
 
 def check_like(name: str, value: object, like_name: str, like: Tensor) -> Tensor:
     """Return a floating-point tensor of the shape and on the device of `like`."""
-    value = check_batch(name, value)
+    if not (isinstance(value, Tensor) and value.is_floating_point() and value.ndim):
+        value = check_batch(name, value)  # which says what is wrong
     if value.shape != like.shape:
         raise ValueError(
             f"{name} must have the shape of {like_name}, {tuple(like.shape)}, got {describe(value)}"
-            + _learned_variance_hint(value, like)
+            + _channels_hint(name, value, like)
         )
     if value.device != like.device:
         raise ValueError(
@@ -145,7 +146,7 @@ def check_per_sample(name: str, value: object, like_name: str, like: Tensor) -> 
     if value.shape != like.shape[:1]:
         raise ValueError(
             f"{name} must have shape ({like.shape[0]},), one value for each sample of {like_name} "
-            f"of shape {tuple(like.shape)}, got {describe(value)}"
+            f"of shape {tuple(like.shape)}, got {describe(value)}{_frames_hint(value, like)}"
         )
     if value.device != like.device:
         raise ValueError(
@@ -154,18 +155,28 @@ def check_per_sample(name: str, value: object, like_name: str, like: Tensor) -> 
     return value
 
 
-def _learned_variance_hint(value: Tensor, like: Tensor) -> str:
-    doubled = (
-        value.ndim == like.ndim >= 2
-        and value.shape[1] == 2 * like.shape[1]
-        and value.shape[2:] == like.shape[2:]
-    )
-    if not doubled:
+def _frames_hint(value: Tensor, like: Tensor) -> str:
+    if value.ndim < 2 or value.shape[:1] != like.shape[:1] or value.numel() == len(value):
         return ""
-    return (
-        ": twice the channels look like a learned variance beside the noise. Pass the first half, "
-        "`value.chunk(2, dim=1)[0]`, and train the variance with its own term"
-    )
+    return ": where each frame has its own, make frames samples, `x.flatten(0, 1)` of every tensor"
+
+
+def _channels_hint(name: str, value: Tensor, like: Tensor) -> str:
+    """Say what more channels than those of `like` are, or ""."""
+    if not value.ndim == like.ndim >= 2 or value.shape[2:] != like.shape[2:]:
+        return ""
+    channels, expected = value.shape[1], like.shape[1]
+    if name == "x_t" and channels > expected:
+        return (
+            ": more channels look like a condition beside the noisy data. Pass the noisy channels "
+            f"alone, such as `x_t[:, :{expected}]`"
+        )
+    if channels == 2 * expected:
+        return (
+            ": twice the channels look like a learned variance beside the noise. Pass the first "
+            "half, `value.chunk(2, dim=1)[0]`, and train the variance with its own term"
+        )
+    return ""
 
 
 def as_float64(name: str, values: Any, *, empty: bool = False) -> Tensor:

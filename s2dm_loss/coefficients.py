@@ -133,7 +133,7 @@ class Coefficients:
     @property
     def gain(self) -> Tensor:
         """s, what the regression target multiplies ε by: the trained ε̂ is s(t) E[ε | x_t]."""
-        return self._over_weight(self.tau + self._skip_share(self.c * self.zeta.on_noise), 0.0)
+        return self._over_weight(self.tau + self._skip_share(self.c * self.zeta.on_noise), 0.0, 1.0)
 
     @property
     def gain_excess(self) -> Tensor:
@@ -149,12 +149,13 @@ class Coefficients:
         """Return (1-τ) times a factor, which without a bound on c² can be infinite where τ is 1."""
         return torch.where(self.tau < 1, (1 - self.tau) * factor, 0.0)
 
-    def _over_weight(self, numerator: Tensor, limit: float) -> Tensor:
-        """Return a value over A, and its limit where A is infinite."""
+    def _over_weight(self, numerator: Tensor, limit: float, default: float = 0.0) -> Tensor:
+        """Return a value over A, its limit where A is infinite, and `default` where A is 0."""
         weight = self.weight
-        # A is near 0 only if τ = 0 and ᾱ is nearly constant; s is then arbitrary.
-        safe = torch.where(weight > _SMALLEST_WEIGHT, weight, 1.0)
-        return torch.where(weight.isinf(), limit, numerator / safe)
+        # A is near 0 only if τ = 0 and ᾱ is nearly constant; s is then arbitrary: that of no skip.
+        some = weight > _SMALLEST_WEIGHT
+        quotient = torch.where(some, numerator / torch.where(some, weight, 1.0), default)
+        return torch.where(weight.isinf(), limit, quotient)
 
 
 _SMALLEST_WEIGHT = 1e-30

@@ -217,7 +217,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
         check_per_sample("t", t, "x0", x0)
         self.schedule.check_timesteps(t)
         noise = draw_like(x0, generator) if noise is None else check_like("noise", noise, "x0", x0)
-        rows = self._table.rows(t, _loss_dtype(x0, noise), self._mean_of(x0))
+        values = REDUCTIONS[self.reduction].values(x0.shape)
+        rows = self._table.rows(t, _loss_dtype(x0, noise), values)
         alpha, sigma = (self._table.row(rows, name) for name in ("alpha", "sigma"))
         a, b = placed_like(x0, alpha, sigma)
         x_t = (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
@@ -274,7 +275,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
         if weights is not None:
             check_per_sample("weights", weights, "target", target)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        rows = self._table.rows(t, _loss_dtype(output, target, x_t), self._mean_of(output))
+        values = REDUCTIONS[self.reduction].values(output.shape)
+        rows = self._table.rows(t, _loss_dtype(output, target, x_t), values)
         regressed = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
         return self._loss(output, rows, regressed, weights)
 
@@ -351,10 +353,6 @@ class SkipStepLoss(FixedSettings, TabledModule):
         self.schedule.check_timesteps(t)
         return self._table.coefficients_at(t)
 
-    def _mean_of(self, data: Tensor) -> int:
-        """Return how many values of `data` the loss is a mean of."""
-        return data.numel() if self.reduction == "mean" else data.shape[1:].numel()
-
     def _loss(
         self, output: Tensor, rows: Sequence[Tensor], target: list[Tensor], weights: Tensor | None
     ) -> Tensor:
@@ -362,7 +360,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         if weights is not None:
             weights = whole(weights).to(share.dtype)
             share, slope = share * weights, slope * weights
-        per_sample = self.reduction == "none"
+        per_sample = REDUCTIONS[self.reduction].per_sample
         return weighted_square(output, share, slope, *target, per_sample=per_sample)
 
     @override

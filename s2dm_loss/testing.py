@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss._target import check_target
+from s2dm_loss._target import TargetReport, check_target
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.coefficients import DEFAULT_TAU
 
-__all__ = ["SwapReport", "check_swap", "check_target"]
+__all__ = ["SwapReport", "TargetReport", "check_swap", "check_target"]
 
 # A τ at which even a small skip moves the target by much more than float32 rounding.
 _STRONG_TAU = 0.5

@@ -93,11 +93,13 @@ def validation_loss(
             means += x0.double().flatten(1).mean(1).tolist()
     index_of, mean_x0, found = _joined(indices, means, torch.cat(losses))
     middle = (torch.arange(levels, dtype=torch.float64, device="cpu") + 0.5) / levels
+    # From noise to data, whichever way the schedule's time runs.
+    log_snr, order = log_snr_at(schedule, times_at(schedule, middle)).sort()
     return ValidationLoss(
         index=index_of,
         mean_x0=mean_x0,
-        losses=dict(zip(criteria, found.unbind(1), strict=True)),
-        log_snr=log_snr_at(schedule, times_at(schedule, middle)).tolist(),
+        losses=dict(zip(criteria, found[..., order].unbind(1), strict=True)),
+        log_snr=log_snr.tolist(),
         settings={
             "schedule": repr(schedule),
             "levels": levels,

@@ -1,7 +1,6 @@
 """The adapter for NVlabs/edm and edm2, on losses of their form and on the trainers' own.
 
-`S2DM_EDM_ROOT` and `S2DM_EDM2_ROOT` name checkouts. A double here is the loss itself: the trainers'
-are that short.
+`S2DM_EDM_ROOT` and `S2DM_EDM2_ROOT` name checkouts.
 """
 
 import copy
@@ -14,34 +13,9 @@ from torch import nn
 
 from s2dm_loss.adapters.edm import skip_step
 from s2dm_loss.testing import check_swap
+from tests.doubles.edm_double import EDM2Loss, EDMLoss
 from tests.helpers.checkouts import checkout_on_path
 from tests.helpers.upstream import root_of, stubs
-
-
-class EDMLoss:
-    """Karras et al., arXiv 2206.00364, Table 1: lognormal σ, and λ(σ) ‖D - x_0‖²."""
-
-    def __init__(self, mean=-1.2, std=1.2, sigma_data=0.5):
-        self.mean, self.std, self.sigma_data = mean, std, sigma_data
-
-    def __call__(self, net, images, labels=None, augment_pipe=None):
-        sigma = (torch.randn(len(images), 1, 1, 1) * self.std + self.mean).exp()
-        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        y, augmented = (images, None) if augment_pipe is None else augment_pipe(images)
-        noise = torch.randn_like(y) * sigma
-        return weight * (net(y + noise, sigma, labels, augment_labels=augmented) - y) ** 2
-
-
-class EDM2Loss(EDMLoss):
-    """Karras et al., arXiv 2312.02696, Eq. 21: the same over u(σ), and + log u(σ)."""
-
-    def __call__(self, net, images, labels=None):
-        sigma = (torch.randn(len(images), 1, 1, 1) * self.std + self.mean).exp()
-        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        noise = torch.randn_like(images) * sigma
-        denoised, log_u = net(images + noise, sigma, labels, return_logvar=True)
-        return (weight / log_u.exp()) * (denoised - images) ** 2 + log_u
-
 
 DOUBLES = {"double EDMLoss": EDMLoss, "double EDM2Loss": EDM2Loss}
 REAL = {
@@ -181,10 +155,8 @@ def test_says_what_it_is():
 def test_refuses_what_it_cannot_serve():
     with pytest.raises(ValueError, match="must have its plain loss, got a SkipStepEDMLoss"):
         skip_step(skip_step(EDMLoss(), 1 / 17), 1 / 17)
-    for wrong in ({}, EDMLoss, lambda net, images: images):
-        with pytest.raises(
-            TypeError, match=r"an object with a __call__, .* such as EDMLoss\(\), got"
-        ):
+    for wrong in ({}, lambda net, images: images):
+        with pytest.raises(TypeError, match=r"an object with a __call__, .* EDMLoss\(\), got"):
             skip_step(wrong, 1 / 17)
     with pytest.raises(ValueError, match=r"tau must be above 0 .* got 0"):
         skip_step(EDMLoss(), 1 / 17, tau=0.0)

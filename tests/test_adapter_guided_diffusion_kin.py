@@ -83,7 +83,7 @@ def test_every_term_is_the_trainers_at_tau_one_and_vb_below_it(trainer):
 
 
 def test_refuses_variational_bounds(trainer):
+    options = {"mean": "EPSILON", "variance": "LEARNED", "loss": "RESCALED_KL"}
+    diffusion = make_diffusion(trainer, **options)
     with pytest.raises(ValueError, match="got loss_type RESCALED_KL"):
-        skip_step(
-            make_diffusion(trainer, mean="EPSILON", variance="LEARNED", loss="RESCALED_KL"), 9
-        )
+        skip_step(diffusion, 9)

@@ -92,7 +92,7 @@ def latent_diffusion():
 def test_compvis(latent_diffusion, parameterization, options):
     plain, ours, make = latent_diffusion
     options = {"parameterization": parameterization, **options}
-    x, t = torch.randn(6, 3, 8, 8), torch.tensor([0, 8, 9, 300, 700, 999])
+    x, t = torch.randn(6, 3, 8, 8), torch.tensor([0, 48, 49, 300, 700, 999])
 
     def loss(model, tau=None):
         Unet.inner = model
@@ -115,7 +115,7 @@ def test_compvis(latent_diffusion, parameterization, options):
     ((x_t, output),) = seen
     criterion = SkipStepLoss(
         NoiseSchedule.scaled_linear(1000),
-        9,
+        49,
         prediction_type="epsilon" if parameterization == "eps" else "sample",
         reduction="none",
     )
@@ -252,13 +252,58 @@ def test_onetrainer(onetrainer, prediction_type, masked, strength, weight):
     assert report.calls == 1
 
 
+@pytest.mark.parametrize("weight", ["CONSTANT", "SIGMA"])
+@pytest.mark.parametrize("strength", ["mse_strength", "huber_strength"])
+def test_onetrainers_flow(onetrainer, weight, strength):
+    """The page's call in `BaseFluxSetup`, and the trainer's own flow-matching losses."""
+    latents, t = torch.randn(6, 4, 8, 8), torch.tensor([0, 20, 200, 500, 900, 999])
+    given, sigma = torch.rand(6) + 0.5, ((t + 1) / 1000).reshape(-1, 1, 1, 1)
+    strengths = ("mse_strength", "mae_strength", "log_cosh_strength", "huber_strength")
+    config = SimpleNamespace(
+        **{**dict.fromkeys(strengths, 0.0), strength: 1.0},
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        huber_delta=1.0,
+        loss_scaler=SimpleNamespace(get_scale=lambda *_, **__: 1.0),
+        loss_weight_fn=onetrainer.LossWeight[weight],
+        masked_training=False,
+        vb_loss_strength=0.0,
+    )
+
+    def loss(model, tau=None):
+        noise = torch.randn_like(latents)
+        noisy = (1 - sigma) * latents + sigma * noise
+        data = {
+            "loss_type": "target",
+            "timestep": t,
+            "predicted": model(noisy, t),
+            "target": noise - latents,
+        }
+        batch = {"loss_weight": given.clone()}
+        if tau is not None:
+            page = snippet("diffusers")
+            page["FLOW_LOSS"] = SkipStepLoss(
+                page["FLOW_LOSS"].schedule,
+                page["FLOW_LOSS"].skip_set,
+                tau=tau,
+                prediction_type="flow",
+            )
+            page["skip_step_of_flow"](data, batch, noisy, sigma)
+        mixin = onetrainer.ModelSetupDiffusionLossMixin()
+        return mixin._flow_matching_losses(
+            batch, data, config, torch.device("cpu"), sigmas=torch.arange(1000.0)
+        )
+
+    assert check_swap(loss, loss, rtol=0.0).calls == 1
+
+
 def test_onetrainers_recipe_knows_its_scheduler_and_weighs_a_batch_once():
     """A prior prediction comes twice with one batch; a process may train on two schedules."""
     skip_step = snippet("diffusers")["skip_step"]
     x_t, target, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([900, 980])
     for rescaled in (False, True):
         scheduler = make_scheduler(prediction_type="v_prediction", rescale_betas_zero_snr=rescaled)
-        criterion = SkipStepLoss(schedule_of(scheduler), 9, prediction_type="v_prediction")
+        criterion = SkipStepLoss(schedule_of(scheduler), 49, prediction_type="v_prediction")
         wanted = criterion.regression_target(target, t, x_t)
         batch = {"loss_weight": torch.tensor([0.5, 2.0])}
         for _ in range(2):
@@ -266,6 +311,15 @@ def test_onetrainers_recipe_knows_its_scheduler_and_weighs_a_batch_once():
             skip_step(data, batch, x_t, scheduler)
             assert torch.equal(data["target"], wanted.target)
             torch.testing.assert_close(batch["loss_weight"] / wanted.weight, torch.tensor([0.5, 2]))
+
+
+def test_denoising_diffusion_pytorch(monkeypatch):
+    from tests.doubles import denoising_diffusion_pytorch_double as double
+
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", double)
+    diffusion = snippet("denoising_diffusion_pytorch")["diffusion"]
+    assert diffusion.skip_step_loss.skip_set.offsets == (49,)
+    assert all(p.grad is not None for p in diffusion.model.parameters())
 
 
 def test_lightning(monkeypatch):
@@ -293,7 +347,7 @@ def test_lightning(monkeypatch):
     torch.manual_seed(0)
     loss = module.training_step(x0, 0)
     torch.manual_seed(0)
-    assert torch.equal(loss, SkipStepLoss(NoiseSchedule.linear(1000), 9)(module.model, x0))
+    assert torch.equal(loss, SkipStepLoss(NoiseSchedule.linear(1000), 49)(module.model, x0))
     torch.manual_seed(0)
     module.validation_step(x0, 0)
     torch.manual_seed(0)

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from s2dm_loss import NoiseSchedule, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.sd_scripts import loss_of, skip_step
 from s2dm_loss.testing import check_swap
 from tests.doubles import sd_scripts_double as double
-from tests.helpers.docs_diff import apply_docs_diff
+from tests.helpers.patches import patched
 from tests.helpers.sd_scripts_checkout import load_sd_scripts
 
 PLAIN = {
@@ -292,7 +292,7 @@ def test_the_pages_diff_in_the_scripts_with_a_loop(script, name):
         pytest.skip("the script has no masks")
     args = SimpleNamespace(**{**PLAIN, **OPTIONS[name]})
     plain = Path(module.__file__).read_text()
-    swapped = apply_docs_diff("sd_scripts.md", f"{script}.py", plain)
+    swapped = patched("sd-scripts", f"{script}.py", plain)
 
     def loss(model, tau=None):
         batch = make_batch(double.NetworkTrainer, masked=args.masked_loss)
@@ -361,19 +361,70 @@ def test_refuses_what_it_cannot_serve(kind):
         skip_step(Network(), 9)
 
 
-FLOW = {
+FLOW = {"flow": double.FluxNetworkTrainer, "sample": double.Sd3NetworkTrainer}
+
+
+@pytest.mark.parametrize("tau", [None, 1.0, 0.9])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("prediction_type", FLOW)
+def test_flux_and_sd3(prediction_type, weighted, tau):
+    """At τ = 1 nothing changes; below it is the core's loss of what the model was given."""
+    args = SimpleNamespace(weighting_scheme=weighted)
+    trainer = FLOW[prediction_type]()
+    if tau is not None:
+        trainer = skip_step(trainer, 0.05, tau=tau)
+    scheduler = trainer.get_noise_scheduler(args, torch.device("cpu"))
+    latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    preserved = [{"diff_output_preservation": True}, *({} for _ in range(7))]
+
+    def unet(x=None, t=None, img=None, timesteps=None):
+        return torch.sin(3 * (x if img is None else img))
+
+    def step(batch, **options):
+        torch.manual_seed(1)
+        given = args, None, scheduler, latents, batch, None, unet, None, torch.float32, True
+        return trainer.get_noise_pred_and_target(*given, **options)
+
+    prediction, target, _timesteps, weighting = step({})
+    torch.manual_seed(1)
+    noise, sigma = torch.randn_like(latents), torch.rand(8, 1, 1, 1)
+    x_t = (1 - sigma) * latents + sigma * noise
+    plain = noise - latents if prediction_type == "flow" else latents
+    weight = 1 / (sigma + 1) if weighted else torch.ones_like(sigma)
+    if tau in (None, 1.0):
+        assert torch.equal(target, plain)
+        assert torch.equal(torch.ones_like(weight) if weighting is None else weighting, weight)
+        return
+    criterion = SkipStepLoss(
+        ContinuousSchedule.flow(), 0.05, tau=tau, prediction_type=prediction_type, reduction="none"
+    )
+    expected = criterion.from_output(
+        prediction, plain, sigma.flatten(), x_t, weights=weight.flatten()
+    )
+    found = (weighting * (prediction - target).square()).mean((1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+    _, kept, _, kept_weighting = step({"custom_attributes": preserved})
+    torch.testing.assert_close(kept[0], prediction[0])  # the double's network has no adapter
+    torch.testing.assert_close(kept_weighting[0], weight[0])
+    torch.testing.assert_close(kept[1:], target[1:])
+    _, untouched, _, _ = step({}, is_train=False)
+    assert torch.equal(untouched, plain)
+
+
+OTHERS = {
     "lumina_train_network": "LuminaNetworkTrainer",
     "hunyuan_image_train_network": "HunyuanImageNetworkTrainer",
     "anima_train_network": "AnimaNetworkTrainer",
 }
 
 
-@pytest.mark.parametrize("script", FLOW)
+@pytest.mark.parametrize("script", OTHERS)
 def test_refuses_other_networks_by_name_and_says_what_to_do(script):
     (module,) = load_sd_scripts(script)
-    trainer = getattr(module, FLOW[script])()
-    with pytest.raises(ValueError, match=rf"got a {FLOW[script]} .*regression_target\(target, si"):
-        skip_step(trainer, 9)
+    trainer = getattr(module, OTHERS[script])()
+    with pytest.raises(ValueError, match=rf"got a {OTHERS[script]} .*regression_target\(target, s"):
+        skip_step(trainer, 0.05)
 
 
 def test_a_flow_matching_scheduler_needs_what_the_target_is():

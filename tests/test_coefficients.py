@@ -9,7 +9,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from s2dm_loss import Coefficients, ContinuousSchedule, NoiseSchedule, SkipSet, coefficients
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
+from s2dm_loss.coefficients import Coefficients, coefficients
 from tests.strategies import betas, schedules, schedules_with_skip, seeds, taus, timesteps
 
 
@@ -28,19 +29,17 @@ def test_the_one_quadratic_is_the_two_terms(estimator):
     """At numbers ε̂, ε and ζ, of which a mean over one element is the number itself."""
     tau, c, c2 = 0.7, 0.5, 0.3  # c² is a mean of its own where there are several skips
     at_t = Coefficients(*(torch.tensor(x, dtype=torch.float64) for x in (tau, c, c2)), estimator)
-    weight, gain, *constants = at_t.complete_square()
-    added, of_noise, skip_gain, of_skip, of_both = (0 if x is None else x for x in constants)
-    for eps_hat, eps, zeta in ((0.0, 0.0, 0.0), (2.0, -0.5, 0.25), (-1.0, 3.0, -2.0)):
-        # What stands for ζ and for ζ².
-        z, zz = {"fresh": (zeta, zeta**2), "expected": (0, 1), "shared": (eps, eps**2)}[estimator]
-        simple, skip = (eps_hat - eps) ** 2, c2 * eps_hat**2 - 2 * c * eps_hat * z + zz
-        found = weight * (eps_hat - gain * eps - skip_gain * zeta) ** 2 + added
-        found = found + of_noise * eps**2 + of_skip * zeta**2 + of_both * eps * zeta
-        assert float(found) == pytest.approx(tau * simple + (1 - tau) * skip, rel=1e-14, abs=1e-15)
-    assert float(at_t.gain_excess) == pytest.approx(float(at_t.gain) - 1, rel=1e-13)
-    normalized = at_t.complete_square(normalize=True)
-    assert (normalized.weight, normalized.gain, normalized.skip_gain) == (1, gain, constants[2])
-    assert all(normalized[i] is None for i in (2, 3, 5, 6))
+    weight, s, g = (float(x) for x in (at_t.weight, at_t.gain, at_t.skip_gain))
+    for eps, zeta in ((0.0, 0.0), (-0.5, 0.25), (3.0, -2.0)):
+        z = {"fresh": zeta, "expected": 0.0, "shared": eps}[estimator]
+        # What ε̂ does not touch, left out: a parabola is known by its values at three places.
+        values = [
+            tau * (x - eps) ** 2 + (1 - tau) * (c2 * x**2 - 2 * c * x * z) for x in (-1, 0, 1)
+        ]
+        a, b = (values[0] + values[2]) / 2 - values[1], (values[2] - values[0]) / 2
+        assert weight == pytest.approx(a, rel=1e-14)
+        assert s * eps + g * zeta == pytest.approx(-b / (2 * a), rel=1e-14, abs=1e-15)
+    assert float(at_t.gain_excess) == pytest.approx(s - 1, rel=1e-13)
 
 
 @given(betas(min_size=2, max_size=60), st.data())
@@ -201,11 +200,11 @@ def test_skip_sets_of_a_sampler():
 
 
 def test_tau_zero_and_a_flat_schedule_are_finite():
-    flat = NoiseSchedule([-1.0, -1.0, -2.0])
-    table = coefficients(flat, 1, tau=0.0)
-    square = table.complete_square()
-    assert all(field is None or field.isfinite().all() for field in square)
+    table = coefficients(NoiseSchedule([-1.0, -1.0, -2.0]), 1, tau=0.0)
     assert table.weight.tolist() == [1.0, 0.0, pytest.approx(math.e - 1)]
+    # Where nothing weighs, any s will do; it is that of no skip, in every form.
+    assert (table.gain[1], table.gain_excess[1], table.skip_gain[1]) == (1, 0, 0)
+    assert table.gain[2] == 0
 
 
 def test_a_path_that_rises_by_its_rounding_skips_nothing():
@@ -230,8 +229,13 @@ def test_the_limit_without_a_bound_where_there_is_no_signal(estimator):
     schedule = NoiseSchedule.linear(1000).rescale_zero_terminal_snr()
     at_t = coefficients(schedule, 9, estimator=estimator, max_c2=math.inf)
     assert at_t.c2[-1] == math.inf
-    assert at_t.gain[-1] == 0
-    assert at_t.gain_excess[-1] == -1
-    square = at_t.complete_square(normalize=True)
-    assert square.gain[-1] == 0
-    assert square.skip_gain is None or square.skip_gain[-1] == 0
+    assert (at_t.gain[-1], at_t.gain_excess[-1], at_t.skip_gain[-1]) == (0, -1, 0)
+
+
+@pytest.mark.parametrize(("weight", "bound"), [(0.25, 3.0), (1.5, 2.0), (6.0, 0.5)])
+def test_the_bound_of_a_weighting(weight, bound):
+    """Neither c² nor c² w is above max_c2 = 3."""
+    schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.1])
+    found = coefficients(schedule, 1, max_c2=3.0, weighting=lambda log_snr: log_snr * 0 + weight)
+    assert found.c2[1].item() == pytest.approx(bound, rel=1e-15)
+    assert found.c[1].item() == pytest.approx(math.sqrt(bound), rel=1e-15)

@@ -68,11 +68,17 @@ MAKERS = {
 
 @pytest.mark.parametrize("data_at", [0, 1])
 @pytest.mark.parametrize("name", MAKERS)
-def test_derivatives_are_the_closed_forms(name, data_at):
+def test_a_path_and_its_derivatives_are_the_closed_forms(name, data_at):
     schedule = MAKERS[name](data_at)
     schedule.check_derivatives()
-    *_, alpha_slope, sigma_slope = closed_forms(name, INNER.numpy())
-    t, sign = (1 - INNER, -1) if data_at else (INNER, 1)
+    times = torch.cat([INNER, torch.tensor([0.001, 0.999], dtype=torch.float64)])
+    alpha, sigma, alpha_slope, sigma_slope = closed_forms(name, times.numpy())
+    t, sign = (1 - times, -1) if data_at else (times, 1)
+    path = schedule.alpha_sigma(t)
+    np.testing.assert_allclose(path[0], alpha, rtol=1e-11)
+    np.testing.assert_allclose(path[1], sigma, rtol=1e-11)
+    log_bar = np.log(alpha**2 / (alpha**2 + sigma**2))
+    np.testing.assert_allclose(schedule.log_alphas_cumprod_at(t), log_bar, rtol=1e-9, atol=1e-12)
     found = schedule.derivatives(t)
     np.testing.assert_allclose(sign * found[0].numpy(), alpha_slope, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(sign * found[1].numpy(), sigma_slope, rtol=1e-12, atol=1e-12)

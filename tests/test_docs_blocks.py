@@ -7,6 +7,7 @@ imported. The comment `<!-- test: statement -->` is run as a block is, and makes
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import unicodedata
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks.pages.example import PAGE, RUN, digest, ran
+from benchmarks.pages.tutorial import NOTEBOOK, PAGE, RUN, digest, notebook, ran
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(
@@ -92,13 +93,13 @@ def columns_of(line: str) -> int:
 
 
 def test_no_block_is_wider_than_its_column():
-    """But diffs, which have the lines of a trainer's file to the letter."""
+    """But diffs, which have a trainer's lines to the letter, and what a block has printed."""
     wide, seen = [], 0
     for page in ALL_PAGES:
         text = page.read_text(encoding="utf-8")
         for match in FENCE.finditer(text):
             seen += 1
-            if match["info"].strip().startswith("diff"):
+            if match["info"].strip().startswith(("diff", "text")):
                 continue
             first = text[: match.start("code")].count("\n") + 1
             for number, line in enumerate(match["code"].splitlines(), first):
@@ -109,10 +110,22 @@ def test_no_block_is_wider_than_its_column():
     assert not wide, "\n".join(wide)
 
 
-def test_the_numbers_of_the_worked_example_are_those_of_its_code():
-    """Whoever changes the code has to run it: `python -m benchmarks.pages.example`."""
+def test_the_numbers_of_the_tutorial_are_those_of_its_code():
+    """Whoever changes the code has to run it: `python -m benchmarks.pages.tutorial`."""
     text = PAGE.read_text(encoding="utf-8")
     assert f"`{digest(text)}`" in RUN.search(text)[0]
+
+
+def test_the_notebook_is_the_page():
+    """Its code, whose every block runs above, and its outputs."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert NOTEBOOK.read_text(encoding="utf-8") == notebook(text)
+    cells = json.loads(notebook(text))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert [block.code.strip() for block in blocks_of(PAGE) if "\n" in block.code] == code
+    printed = [cell["outputs"][0]["text"] for cell in cells if cell.get("outputs")]
+    assert printed
+    assert all("".join(lines) in text for lines in printed)
 
 
 def test_what_a_block_prints_stands_below_it_and_nothing_else_does():

@@ -34,6 +34,7 @@ SCHEDULES = {
     ),
 }
 KINDS = pytest.mark.parametrize("kind", TYPES)
+pytestmark = pytest.mark.filterwarnings("ignore:prediction_type 'flow' is noise minus data")
 EACH_ESTIMATOR = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 

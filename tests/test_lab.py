@@ -2,20 +2,13 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from benchmarks.lab import coverage, report, studies
-from benchmarks.lab.criteria import (
-    NormRecorder,
-    accumulated_norm_line,
-    energy_distance,
-    norm_mismatch,
-    norm_ratio_line,
-    training_norms,
-)
+from benchmarks.lab import coverage, flow, holes, studies
 from benchmarks.lab.linear import Imperfection, frechet, output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.samplers import sample
@@ -170,52 +163,51 @@ def test_what_the_page_says_of_the_exact_model():
     assert best["pndm", 20] == 0
 
 
-def test_energy_distance_of_known_sets():
-    at = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
-    # Between: |0-1|, |0-3|, |2-1|, |2-3| have the mean 1.5; within, both have a gap of 2.
-    assert energy_distance(at, at + 1) == pytest.approx(2 * 1.5 - 2 - 2)
-    far = energy_distance(at, at + 100)
-    assert far == pytest.approx(2 * 100 - 4)
+def euler_by_hand(variance, steps, skip, shift):
+    """Euler's recursion on the deviation, the gain written out on ε̂ = x + (1-t) u; τ = 0.99."""
+    times = [shift * (i / steps) / (1 + (shift - 1) * (i / steps)) for i in range(steps, -1, -1)]
+
+    def bar(t):
+        return (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
+
+    x = 1.0
+    for t, after in pairwise(times):
+        epsilon = t * x / ((1 - t) ** 2 * variance + t**2)
+        data = (1 - t) * variance * x / ((1 - t) ** 2 * variance + t**2)
+        velocity = epsilon - data
+        if skip and skip <= t < 1:
+            # The bound, 100 by default, is on what a network's own output is asked to change.
+            c2 = min(bar(t - skip) / bar(t) - 1, 100 * (1 - t) ** 2)
+            velocity = (0.99 / (0.99 + 0.01 * c2) * epsilon - x) / (1 - t)
+        x += (after - t) * velocity
+    return x / math.sqrt(variance)
 
 
-def test_norms_of_training_and_of_sampling():
-    class Model(torch.nn.Module):
-        def forward(self, x, t):
-            return x * (1 + int(t))
-
-    recorder = NormRecorder(Model())
-    x = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
-    recorder(x, torch.tensor(0))
-    recorder(x, torch.tensor(1))
-    recorder(2 * x, torch.tensor(1))
-    assert recorder.reset() == {0: 5.0, 1: 15.0}
-    assert recorder.reset() == {}
-    data = torch.zeros(20_000, 4)
-    norms = training_norms(Model(), LINEAR, data, [0, 999], draw())
-    b = LINEAR.alpha_sigma(torch.tensor([0, 999]))[1]
-    # The mean length of a normal vector in four dimensions is √2 Γ(5/2) / Γ(2).
-    length = math.sqrt(2) * math.gamma(2.5) / math.gamma(2)
-    assert norms[0] == pytest.approx(length * float(b[0]), rel=0.02)
-    assert norms[999] == pytest.approx(1000 * length * float(b[1]), rel=0.02)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("variance", [1.0, 0.25])
+@pytest.mark.parametrize("skip", [0.0, 0.05, 0.3])
+def test_euler_on_the_straight_path_is_its_recursion(shift, variance, skip):
+    found = flow.spread(variance, 10, skip=skip, shift=shift)
+    assert found == pytest.approx(euler_by_hand(variance, 10, skip, shift), rel=1e-6)
 
 
-def test_norm_criteria():
-    training = {0: 1.0, 500: 2.0, 999: 4.0}
-    assert norm_mismatch(training, training) == 0
-    assert norm_mismatch({0: 1.1, 500: 2.0}, training) == pytest.approx(0.1 / math.sqrt(2))
-    line = norm_ratio_line({t: n * (1 + 1e-4 * t) for t, n in training.items()}, training, 1000)
-    torch.testing.assert_close(line, 1 + 1e-4 * torch.arange(1000).double())
+def test_more_steps_are_nearer_and_heun_is_nearer_still():
+    euler = [1 - flow.spread(1.0, steps) for steps in (50, 100)]
+    assert euler[0] / euler[1] == pytest.approx(2, rel=0.05)  # first order
+    assert abs(1 - flow.spread(1.0, 50, method="heun")) < 0.01 * euler[0]
 
 
-def test_the_line_of_an_accumulated_error_is_found():
-    times = [0, 100, 400, 700, 900]
-    slope, offset = 2e-5, 1.003
-    # Sampling starts at 900 with no error, and each step adds λ(u) - 1.
-    gathered = {t: sum(slope * u + offset - 1 for u in times if u > t) for t in times}
-    line = accumulated_norm_line(
-        {t: 5 * (1 + error) for t, error in gathered.items()}, dict.fromkeys(times, 5.0), 1000
-    )
-    torch.testing.assert_close(line, offset + slope * torch.arange(1000).double())
+def test_what_the_page_says_of_euler():
+    rows = holes.study("flow")["rows"]
+    plain = {(row["shift"], row["variance"], row["steps"]): row["plain"] for row in rows}
+    for (shift, variance, steps), spread in plain.items():
+        assert spread < 1
+        assert shift == 1 or spread < plain[1.0, variance, steps]
+        assert spread == pytest.approx(euler_by_hand(variance, steps, 0, shift), abs=1e-6)
+    for row in rows:
+        gained = list(row["gain"].values())
+        assert row["plain"] < gained[0] < gained[-1]
+    assert max(row["gain"]["0.3"] for row in rows if row["steps"] == 50) > 1.03
 
 
 @pytest.mark.parametrize("law", ["gaussian", "mixture"])
@@ -277,15 +269,46 @@ def test_gains_hold_the_librarys_gain():
     assert torch.equal(table[1], gain(LINEAR, 99))
 
 
-def test_the_committed_results_are_complete_and_make_the_page(tmp_path):
-    results = report.RESULTS
+def test_the_committed_results_are_complete():
     for name in studies.STUDIES:
-        document = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        document = json.loads((holes.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         assert document["study"] == name
         assert document["command"].endswith(name)
         assert len(document["versions"]["commit"]) == 40
-    report.write_report(results, tmp_path / "figures", tmp_path)
-    # The page that stands in the repository is the one that the results make.
-    written = (tmp_path / "lab.md").read_text(encoding="utf-8")
-    assert written == (results / "lab.md").read_text(encoding="utf-8")
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == set(report.FIGURES)
+
+
+def test_a_best_gain_that_changes_too_little_is_none():
+    assert holes.best(49, -0.02) == "49: -2 %"
+    assert holes.best(49, -0.02, least=0.05) == "none"
+    assert holes.best(0, 0.0) == "none"
+
+
+def test_rows_of_the_tables_by_sampler():
+    rows = list(holes.by_sampler("mixtures", "law", 0.05))
+    assert len(rows) == 3 * 3  # laws and temperatures, samplers
+    (warm,) = (cells for law, sampler, cells in rows if (law[-4:], sampler) == ("rior", "DDIM"))
+    found = [r for r in holes.study("mixtures")["rows"] if r["temperature"] == 2]
+    ddim = [r for r in found if r["sampler"] == "ddim" and r["steps"] == 10]
+    change = 100 * ddim[0]["relative"][str(ddim[0]["best_skip"])]
+    assert warm[1] == f"{ddim[0]['best_skip']}: {change:.0f} %"
+    assert len(list(holes.by_sampler("imperfect", "model"))) == len(studies.IMPERFECTIONS) * 3
+
+
+def test_coverage_is_pooled_over_cells():
+    rows = [{"joint": 90, "repeats": 100}, {"joint": 300, "repeats": 300}]
+    assert holes.pooled(rows, "joint") == "97.5%"
+    assert holes.shares(rows, "joint") == [0.9, 1.0]
+    assert holes.pooled([], "joint") == ""
+    law = holes.Law("x", [{"steps": 10, "boundary": {"joint": 1}, "joint": 2}, {"steps": 20}])
+    assert law.boundary == [{"steps": 10, "boundary": {"joint": 1}, "joint": 1}]
+    assert law.of(steps=20) == [{"steps": 20}]
+
+
+def test_what_a_search_changed_is_over_the_plain_model():
+    name, cells = next(iter(holes.searched()))
+    row = holes.study("digits")["rows"][0]
+    assert name == "DDIM, 10 steps"
+    judged = row["searches"]["raw values"]["judged"]["raw"]
+    assert cells[1] == f"{100 * (judged / row['plain']['raw'] - 1):+.0f} %"
+    least = min(strength["images"] for strength in row["grid"].values())
+    assert cells[5] == f"{100 * (least / row['plain']['images'] - 1):+.0f} %"

@@ -21,8 +21,10 @@ from tests.test_tracing import needs_compiler
 LINEAR, FLOW = NoiseSchedule.linear(1000), ContinuousSchedule.flow()
 ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 EDM = NoiseSchedule.from_sigmas(np.geomspace(0.002, 80, 40))
+TURNED = ContinuousSchedule.flow(data_at=1)
 SCHEDULES = pytest.mark.parametrize(
-    "schedule", [LINEAR, NoiseSchedule.cosine(100), ZERO_SNR, EDM, FLOW, ContinuousSchedule.vp()]
+    "schedule",
+    [TURNED, LINEAR, NoiseSchedule.cosine(100), ZERO_SNR, EDM, FLOW, ContinuousSchedule.vp()],
 )
 
 
@@ -95,6 +97,14 @@ def test_times_without_noise_or_signal_are_in_the_outer_bins():
     by_noise = LossByNoise(ZERO_SNR, bins=4)
     by_noise.update(torch.tensor([999]), torch.tensor([2.0]))
     assert by_noise.compute()["loss/0_log_snr_below_" + f"{by_noise.edges[1]:.1f}"] == 2.0
+
+
+def test_a_level_is_the_same_noise_in_either_direction_of_time():
+    t, losses = random_times(FLOW, 100), torch.rand(100)
+    forward, backward = LossByNoise(FLOW), LossByNoise(TURNED)
+    forward.update(t.double(), losses)
+    backward.update(1 - t.double(), losses)
+    assert forward.compute() == backward.compute()
 
 
 def test_names_sort_by_noise_and_serve_every_logger():

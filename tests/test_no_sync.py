@@ -44,15 +44,15 @@ def calls_of(losses, x, t, leaf):
     weights = torch.ones(4, device=x.device)
     yield criterion(lambda x_t, t: leaf, x, weights=weights)
     if criterion.prediction_type == "epsilon":
-        yield criterion.from_prediction(leaf, x, t)
+        yield criterion.from_output(leaf, x, t)
         zeta = {"skip_noise": x} if criterion.estimator == "fresh" else {}
         terms = criterion.terms(leaf, x, t, **zeta)
         yield (terms.simple + terms.skip).mean()
-    yield criterion.from_output(leaf, x, x, t, weights=weights)
-    changed = criterion.regression_target(x, x, t)
+    yield criterion.from_output(leaf, x, t, x, weights=weights)
+    changed = criterion.regression_target(x, t, x)
     yield (changed.weight * (leaf - changed.target).square().mean((1, 2, 3))).mean()
     if skip_loss is not None:
-        yield skip_loss(leaf, x, x, t)
+        yield skip_loss(leaf, x, t, x)
 
 
 CASES = pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss.coefficients import coefficients
 from tests.strategies import normal
 
 DISCRETE = [
@@ -27,7 +28,7 @@ SHAPE = (2, 2)
 def check(criterion, t, outputs, noise):
     for eps_hat in outputs:
         eps_hat.grad = None
-        loss = criterion.from_prediction(eps_hat, noise, t)
+        loss = criterion.from_output(eps_hat, noise, t)
         loss.sum().backward()
         assert loss.isfinite().all(), (criterion, loss.isfinite().logical_not().nonzero()[0])
         assert eps_hat.grad.isfinite().all(), criterion
@@ -44,7 +45,12 @@ def test_every_timestep_and_every_skip(schedule):
     t, noise = schedule.timesteps, normal(1000, *SHAPE, seed=1).float()
     outputs = outputs_for(1000)
     for k in range(1, 1000):
-        check(SkipStepLoss(schedule, k, reduction="none"), t, outputs, noise)
+        at_t = coefficients(schedule, k)
+        for values, low, high in ((at_t.weight, 0.99, 1.99), (at_t.gain, 0.99 / 1.99, 1.0)):
+            assert values.min() > low - 1e-12, k
+            assert values.max() < high + 1e-12, k
+        if k % 50 in (1, 49):
+            check(SkipStepLoss(schedule, k, reduction="none"), t, outputs, noise)
 
 
 @pytest.mark.parametrize("estimator", ["fresh", "shared"])
@@ -75,17 +81,17 @@ def test_without_the_bound_the_last_timestep_is_infinite():
     schedule = NoiseSchedule.linear(1000).rescale_zero_terminal_snr()
     criterion = SkipStepLoss(schedule, 9, max_c2=float("inf"), reduction="none")
     eps_hat, noise = normal(1000, 3, seed=0), normal(1000, 3, seed=1)
-    loss = criterion.from_prediction(eps_hat, noise, schedule.timesteps)
+    loss = criterion.from_output(eps_hat, noise, schedule.timesteps)
     assert loss[:-1].isfinite().all()
-    assert not loss[-1].isfinite()
+    assert loss[-1] == float("inf")
 
 
 def test_float64_tables_matter_at_small_skips():
     """A float32 ᾱ gives c a relative error of 1.7e-4 at k = 1; ours is at float32 rounding."""
     schedule = NoiseSchedule.linear(1000)
     t = schedule.timesteps[1:]
-    # With ε̂ = 1 and ε = 0 the loss is A + (1-τ): at τ = 0 it is c² + 1.
+    # With ε̂ = 1 and ε = 0 the loss is A: at τ = 0 it is c².
     ones, zeros = torch.ones(999, 1), torch.zeros(999, 1)
-    loss = SkipStepLoss(schedule, 1, tau=0.0, reduction="none").from_prediction(ones, zeros, t)
+    loss = SkipStepLoss(schedule, 1, tau=0.0, reduction="none").from_output(ones, zeros, t)
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)[1:]
-    torch.testing.assert_close(loss.double(), 1 + beta / (1 - beta), rtol=1.2e-7, atol=0)
+    torch.testing.assert_close(loss.double(), beta / (1 - beta), rtol=1.2e-7, atol=0)

@@ -1,8 +1,12 @@
-"""The overhead bench: its page is that of its figures, and a run touches nothing committed."""
+"""The overhead bench: what it measures is right, and it keeps to its time."""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,146 +15,55 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.overhead import __main__ as command
-from benchmarks.overhead.contenders import contenders
+from benchmarks.overhead import against, holes, plan
+from benchmarks.overhead.contenders import contenders, released_loss
+from benchmarks.overhead.levels import KNOWN, Settings
 from benchmarks.overhead.measure import gradient_error
-from benchmarks.overhead.page import write_page
+from benchmarks.overhead.plan import Part
+from s2dm_loss import NoiseSchedule
 
 CPU = torch.device("cpu")
+GOLDEN = Path(__file__).parent / "data" / "released_loss.json"
 
 
-@pytest.fixture(scope="module")
-def committed() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((command.COMMITTED / "cpu.json").read_text(encoding="utf-8"))
-    return found
+def device(tmp_path: Path, name: str = "cuda", **changed: Any) -> holes.Device:
+    """Return a device of the committed results, some levels replaced."""
+    levels = json.loads((holes.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps({**levels, **changed}), encoding="utf-8")
+    return holes.Device(path)
 
 
-def page_of(folder: Path, **devices: dict[str, Any]) -> str:
-    for name, figures in devices.items():
-        (folder / f"{name}.json").write_text(json.dumps(figures))
-    write_page(folder, folder / "docs/overhead.md")
-    return (folder / "docs/overhead.md").read_text(encoding="utf-8")
+# What is compared has to be what it says.
 
 
-def test_the_committed_page_is_that_of_the_committed_figures(tmp_path: Path) -> None:
-    write_page(command.COMMITTED, tmp_path / "overhead.md")
-    written = (tmp_path / "overhead.md").read_text(encoding="utf-8")
-    assert written == command.PAGE.read_text(encoding="utf-8"), "python -m benchmarks.overhead page"
-    assert (tmp_path / "assets/overhead/cpu.svg").stat().st_size > 2000
+def test_the_released_contender_gives_the_released_values() -> None:
+    cases = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]
+    assert len(cases) > 1
+    for case in cases:
+        shape = case["shape"]
+        eps_hat, noise, zeta = (
+            torch.tensor(case[name], dtype=torch.float64).view(shape)
+            for name in ("model_output", "noise", "skip_noise")
+        )
+        eps_hat.requires_grad_()
+        t = torch.tensor(case["timesteps"])
+        loss = released_loss(CPU, case["skip"], case["tau"])(eps_hat, noise, t, zeta)
+        loss.backward()
+        assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
+        gradient = torch.tensor(case["grad_model_output"], dtype=torch.float64).view(shape)
+        torch.testing.assert_close(eps_hat.grad, gradient, rtol=1e-6, atol=1e-9)
 
 
-def test_the_page_opens_with_the_answer_and_one_table(
-    tmp_path: Path, committed: dict[str, Any]
-) -> None:
-    text = page_of(tmp_path, cpu=committed)
-    step = committed["step"]["figures"]
-    head = step["head"]["microseconds"]
-    share = (head["expected"][1] - head["mse"][1]) / step["microseconds"]["mse"][1]
-    answer = text.split("\n\n")[2]
-    said = f"**Does the loss slow a training down? No: it adds {share:.2%} to a step"
-    assert answer.startswith(said)
-    table = text.split("\n\n")[3].splitlines()
-    assert [row.split(" | ")[0] for row in table[2:]] == [
-        "| CIFAR10", "| SD latents", "| CelebA", "| ADM-256", "| video latents",
-    ]  # fmt: skip
-    cell = next(c for c in committed["head"]["figures"] if c["name"] == "CIFAR10")
-    seconds = cell["microseconds"]["expected"][1] / 1e6
-    rate = 3 * 4 * 128 * 3 * 32 * 32 / seconds
-    copy = committed["bandwidth"]["figures"]["copy_bytes_per_second"][1]
-    assert f" | {rate / 1e9:.1f} | {rate / copy:.0%} | 1.00 | 0 |" in table[2]
-
-
-def test_what_was_not_measured_has_no_column_and_one_sentence(
-    tmp_path: Path, committed: dict[str, Any]
-) -> None:
-    text = page_of(tmp_path, cpu=committed)
-    assert "not measured yet" not in text
-    assert "| gradient error |" not in text
-    said = [line for line in text.splitlines() if line.startswith("Not measured, and left out: ")]
-    assert len(said) == 1
-    for absent in ("on a GPU", "memory and syncs of CelebA, ADM-256 and video", "the gradient on"):
-        assert absent in said[0]
-    # As soon as it is measured, there is a column for it.
-    figures = json.loads(json.dumps(committed))
-    for row in figures["counts"]["figures"]:
-        row["gradient_error"] = 2.5e-7
-    text = page_of(tmp_path, cpu=figures)
-    assert "| gradient error |" in text
-    assert "| 2e-07 |" in text
-    assert "the error of the gradient" not in text
-
-
-def test_a_loss_that_costs_is_said_to_cost(tmp_path: Path, committed: dict[str, Any]) -> None:
-    figures = json.loads(json.dumps(committed))
-    figures["step"]["figures"]["head"]["microseconds"]["expected"] = [9e4, 1e5, 2e5]
-    assert "slow a training down? Yes: it adds 9.8" in page_of(tmp_path, cpu=figures)
-
-
-def test_without_figures_there_is_no_page(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no figures in"):
-        write_page(tmp_path, tmp_path / "overhead.md")
-
-
-def test_a_run_writes_to_runs_and_prints_tables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = {path: path.read_bytes() for path in command.COMMITTED.iterdir()}
-    call = ["run", "--device", "cpu", "--seconds", "0.1", "--smallest", "8", "--largest", "10"]
-    monkeypatch.setattr("benchmarks.overhead.levels.REAL_SHAPES", {"CIFAR10": (2, 3, 4, 4)})
-    said = CliRunner().invoke(command.main, [*call, "--level", "head", "--level", "bandwidth"])
-    assert said.exit_code == 0, said.output
-    assert "{" not in said.output
-    assert "| 2^8 | 64×4×1×1 | " in said.output
-    assert "A copy moves " in said.output
-    assert "Wrote runs/overhead/cpu.json." in said.output
-    figures = json.loads((tmp_path / "runs/overhead/cpu.json").read_text())
-    assert set(figures) == {"head", "bandwidth"}
-    assert {path: path.read_bytes() for path in command.COMMITTED.iterdir()} == before
-
-
-def test_keep_copies_figures_to_where_they_are_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "COMMITTED", tmp_path / "committed")
-    said = CliRunner().invoke(command.main, ["keep"])
-    assert said.exit_code == 1
-    assert "Error: out: no figures in runs/overhead; measure them with" in said.output
-    (tmp_path / "runs/overhead").mkdir(parents=True)
-    (tmp_path / "runs/overhead/cpu.json").write_text("{}")
-    assert CliRunner().invoke(command.main, ["keep"]).exit_code == 0
-    assert (tmp_path / "committed/cpu.json").read_text() == "{}"
-
-
-def test_a_size_in_full_that_is_not_measured() -> None:
-    call = ["run", "--device", "cpu", "--smallest", "14", "--largest", "18", "--in-full", "20"]
-    said = CliRunner().invoke(command.main, call)
-    assert said.exit_code == 1
-    assert said.output == "Error: in-full: expected sizes that are measured, 14, 16, 18, got 20\n"
-
-
-def test_a_recorded_command_names_no_folder_of_one_machine() -> None:
-    words = ["run", "--out", "here", "--level", "step", "--out=there"]
-    assert command._without_out(words) == ["run", "--level", "step"]
-    for path in command.COMMITTED.glob("*.json"):
-        assert "--out" not in path.read_text(encoding="utf-8")
-
-
-def test_both_measurements_of_the_head_are_in_the_answer() -> None:
-    """On the GPU the head was timed at the step's shape twice, and each alone would settle it."""
-    figures = json.loads((command.COMMITTED / "cuda.json").read_text(encoding="utf-8"))
-    step = figures["step"]["figures"]
-    heads = [step["head"]] + [c for c in figures["head"]["figures"] if c["name"] == "CIFAR10"]
-    times = [head["microseconds"] for head in heads]
-    added = sorted(time["expected"][1] - time["mse"][1] for time in times)
-    shares = [f"{each / step['microseconds']['mse'][1]:.2%}" for each in added]
-    assert f"Hardly: it adds {shares[0]} to {shares[1]} to a step" in command.PAGE.read_text()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there() -> None:
-    said = CliRunner().invoke(command.main, ["run", "--device", "cuda"])
-    assert (said.exit_code, said.output) == (1, "Error: device: torch sees no GPU here\n")
+def test_the_min_snr_contender_weighs_by_min_snr() -> None:
+    bar = NoiseSchedule.linear().alphas_cumprod
+    t = torch.tensor([10, 500, 900])
+    eps_hat, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    snr = bar[t] / (1 - bar[t])
+    errors = (eps_hat.double() - noise).square().mean(1)
+    expected = (snr.clamp(max=5) / snr * errors).mean()
+    loss = contenders(CPU)["min_snr"](eps_hat, noise, t)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_the_gradients_error_is_that_of_the_type() -> None:
@@ -167,3 +80,228 @@ def test_the_gradients_error_is_that_of_the_type() -> None:
         (eps_hat, noise, t),
     )
     assert wrong == pytest.approx(0.01, rel=1e-3)
+
+
+def test_another_version_is_loaded_beside_this_one(tmp_path: Path) -> None:
+    package = tmp_path / "s2dm_loss"
+    package.mkdir()
+    (package / "__init__.py").write_text("from s2dm_loss.loss import *\n__version__ = '0'\n")
+    (package / "loss.py").write_text(
+        "class NoiseSchedule:\n linear = classmethod(lambda cls: None)\n"
+        "class SkipStepLoss:\n"
+        " def __init__(self, schedule, skip): pass\n"
+        " def from_prediction(self, eps_hat, noise, t): return (eps_hat - noise).square().mean()\n"
+    )
+    before = {name: module for name, module in sys.modules.items() if name.startswith("s2dm_loss")}
+    version, loss = against.other_loss(tmp_path)
+    after = {name: module for name, module in sys.modules.items() if name.startswith("s2dm_loss")}
+    assert (version, after) == ("0", before)
+    settings = Settings(CPU, 0.01, 12, 12, 0, 0.0, cache_bytes=1)
+    single, half = against.against(settings, loss)
+    assert single["shape"] == (1, 4, 32, 32)
+    assert half["dtype"] == "bfloat16"
+    assert single["operators"]["old"] > single["operators"]["mse"]
+    assert set(single["ratios"]) == {"old/mse", "new/mse"}
+    with pytest.raises(ValueError, match="against: expected a checkout with a folder s2dm_loss"):
+        against.other_loss(tmp_path / "nowhere")
+
+
+# Time.
+
+
+def test_cells_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    settings = Settings(CPU, 2.0, 14, 14, 1, 9.0, 1, deadline=110.0)
+    shares = []
+    for cell, seconds in settings.in_time("abcd"):
+        shares.append((cell, seconds))
+        now += 4  # three of them are over before the deadline
+    assert shares == [("a", 1.5), ("b", pytest.approx(1.2)), ("c", pytest.approx(0.6))]
+    assert [seconds for _, seconds in settings.in_time("a")] == []
+
+
+@pytest.mark.parametrize("budget", [None, 1e6])
+def test_what_people_train_on_comes_first(budget: float | None) -> None:
+    deadline = float("inf") if budget is None else time.monotonic() + budget
+    settings = Settings(CPU, 2.0, 14, 28, 128, 60.0, 1, deadline=deadline)
+    names = [name for (name, _), _ in settings.in_time(list(settings.shapes.items()))]
+    assert [name.split(", ")[-1] for name in names[:5]] == list(KNOWN)
+    assert names[5:] == ["2^28", "2^26", "2^24", "2^22", "2^18", "2^16", "2^14"]
+    for log2 in (14, 28):
+        assert torch.Size(settings.shapes[f"2^{log2}"]).numel() == 2**log2
+
+
+def test_the_plan_takes_eight_minutes_at_most() -> None:
+    assert 450 < plan.SECONDS <= 8 * 60 - 5
+    planned = [level for part in plan.PARTS for level in part.levels]
+    assert sorted(planned) == sorted(command.LEVELS)
+
+
+def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path: Path) -> None:
+    """The child of a part is ended as well, and what is spared goes on to the next."""
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
+    scripts = {
+        "quick": "pass",
+        "hangs": f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])",
+        "fails": "raise SystemExit(3)",
+        "last": "pass",
+    }
+    parts = [Part((name,), 1.0) for name in scripts]
+    said: list[str] = []
+    asked = []
+
+    def script(part: Part, seconds: float) -> list[str]:
+        asked.append(seconds)
+        return [sys.executable, "-c", scripts[part.levels[0]]]
+
+    began = time.monotonic()
+    plan.follow(script, 4.0, said.append, parts)
+    took = time.monotonic() - began
+    assert took < 4.5
+    assert asked[1] > asked[0]  # what "quick" left
+    assert any(line.startswith("hangs: ended after") for line in said)
+    assert "fails: failed with exit status 3; what it had written is kept" in said
+    assert said[-1].startswith("last: done")
+    time.sleep(max(0.0, 4.0 - took))
+    assert not (tmp_path / "alive").exists()
+
+
+def test_a_part_is_measured_by_the_command_itself(tmp_path: Path) -> None:
+    options = ["--out", str(tmp_path), "--seconds", "0.1", "--small", "--device", "cpu"]
+    said: list[str] = []
+    part = Part(("bandwidth",), 60)
+    plan.follow(plan.run_command(options), 60, said.append, [part])
+    assert said[-1].startswith("bandwidth: done"), said
+    (found,) = json.loads((tmp_path / "cpu.json").read_text())["bandwidth"]["figures"]
+    low, middle, high = found["copy_bytes_per_second"]
+    assert 1e8 < low <= middle <= high
+
+
+def test_what_was_measured_before_a_failure_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def level(settings: Settings) -> Iterator[dict[str, Any]]:
+        yield {"name": "first"}
+        raise RuntimeError("the card fell out")
+
+    monkeypatch.setitem(command.LEVELS, "counts", level)
+    path = tmp_path / "cpu.json"
+    path.write_text('{"step": {"figures": []}}')
+    call = ["run", "--device", "cpu", "--level", "counts", "--out", str(tmp_path)]
+    said = CliRunner().invoke(command.main, call)
+    assert isinstance(said.exception, RuntimeError)
+    results = json.loads(path.read_text())
+    assert results["counts"]["figures"] == [{"name": "first"}]
+    assert results["step"] == {"figures": []}
+
+
+def test_a_rehearsal_measures_what_a_gpu_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every level at small sizes; nothing is compiled, which takes a CPU minutes."""
+    tiny = {name: (4, *[2] * (len(shape) - 1)) for name, shape in KNOWN.items()}
+    monkeypatch.setattr("benchmarks.overhead.levels.KNOWN", tiny)
+    monkeypatch.setattr(torch, "compile", lambda given, **_options: given)
+    explained = types.SimpleNamespace(graph_break_count=0)
+    monkeypatch.setattr(torch._dynamo, "explain", lambda loss: lambda *arguments: explained)
+    monkeypatch.setattr("benchmarks.overhead.levels.inductor_bytes", lambda loss, arguments: 1)
+    call = ["run", "--device", "cpu", "--small", "--seconds", "0.01", "--step-seconds", "0.01"]
+    call += ["--smallest", "8", "--largest", "8", "--step-batch", "1", "--out", str(tmp_path)]
+    said = CliRunner().invoke(command.main, call)
+    assert said.exit_code == 0, said.output
+    results = json.loads((tmp_path / "cpu.json").read_text())
+    assert set(results) == {*command.LEVELS} - {"step-graph"}  # which needs a GPU
+    cells = results["float32"]["figures"] + results["bfloat16"]["figures"]
+    assert len(cells) == 2 * (len(KNOWN) + 1)
+    assert {(c["dtype"], c["mode"]) for c in results["compiled"]["figures"]} == {
+        ("float32", "compiled"),
+        ("bfloat16", "compiled"),
+    }
+    (step,) = results["step"]["figures"]
+    assert set(step["head"]["microseconds"]) | {"sa_dpm"} == set(step["microseconds"])
+    assert results["step-compiled"]["figures"][0]["dtype"] == "bfloat16"
+    syncs = {row["contender"]: row["sync_operators"] for row in results["counts"]["figures"]}
+    assert syncs.pop("released") > 0
+    assert not any(syncs.values())
+    assert holes.Device(tmp_path / "cpu.json").unmeasured == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (["run", "--device", "cuda"], "device: torch sees no GPU here"),
+        (["gpu"], "gpu: torch sees no GPU here; --rehearse needs none"),
+    ],
+)
+def test_a_gpu_that_is_not_there(call: list[str], said: str) -> None:
+    answer = CliRunner().invoke(command.main, call)
+    assert (answer.exit_code, answer.output) == (1, f"Error: {said}\n")
+
+
+def test_a_recorded_command_names_no_folder_of_one_machine() -> None:
+    words = ["run", "--out", "here", "--level", "step", "--out=there", "--against", "x"]
+    assert command._own_words(words) == ["run", "--level", "step"]
+    for path in holes.RESULTS.glob("*.json"):
+        assert "--out" not in path.read_text(encoding="utf-8")
+
+
+# The page's numbers.
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_a_rate_is_of_the_bytes_that_any_loss_moves(tmp_path: Path, name: str) -> None:
+    found = device(tmp_path, name)
+    ((_, cell),) = (known for known in found.known() if known[0] == "CIFAR10")
+    seconds = cell["microseconds"]["expected"][1] / 1e6
+    rate = holes.useful_rate(cell, "expected")
+    assert rate == pytest.approx(3 * 4 * 128 * 3 * 32 * 32 / seconds)
+    copy = found.levels["bandwidth"]["figures"][0]["copy_bytes_per_second"][1]
+    moved, least = found.moved(cell)
+    assert least == pytest.approx(rate / copy)
+    row = found.counted("float32")["expected"]
+    assert moved / least == pytest.approx(row["bytes"] / row["data_bytes"] / 3)
+    assert found.old == (row["bytes"] / row["data_bytes"] > 6.5)
+
+
+def test_what_a_step_gains_is_over_the_fastest_plain_one(tmp_path: Path) -> None:
+    """On the GPU the head was timed at the step's shape twice, and each counts."""
+    found = device(tmp_path)
+    (step,) = found.levels["step"]["figures"]
+    heads = [c for c in found.levels["float32"]["figures"] if c["name"] == "CIFAR10"]
+    times = [head["microseconds"] for head in [step["head"], *heads]]
+    plain = step["microseconds"]["mse"][1]
+    shares = sorted((t["expected"][1] - t["mse"][1]) / plain for t in times)
+    assert found.added == pytest.approx(tuple(shares))
+
+    half = {
+        **step,
+        "mode": "compiled",
+        "dtype": "bfloat16",
+        "microseconds": {"mse": [1, 20000.0, 1], "expected": [1, 20100.0, 1]},
+        "head": {"microseconds": {"mse": [1, 300.0, 1], "expected": [1, 400.0, 1]}},
+    }
+    faster = device(tmp_path, **{"step-compiled": {"figures": [half]}})
+    assert faster.fastest_step["mode"] == "compiled"
+    assert faster.added == (0.005, 0.005)
+
+
+def test_what_was_not_measured_is_named(tmp_path: Path) -> None:
+    found = device(tmp_path, bfloat16={"figures": []})
+    assert found.unmeasured == [
+        "bfloat16 at any size",
+        "compiled float32 at any size but 2^24",
+        "compiled bfloat16 at any size but 2^24",
+        "the step, compiled",
+        "the step, graph",
+        "the step, compiled graph",
+    ]
+
+
+def test_a_wait_or_a_broken_graph_is_seen(tmp_path: Path) -> None:
+    found = device(tmp_path)
+    assert found.waits == 0
+    ours = next(r for r in found.levels["counts"]["figures"] if r["contender"] == "expected")
+    ours |= {"graph_breaks": 1, "sync": "called a synchronizing CUDA operation"}
+    assert found.waits == 2

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import time
 import types
 import warnings
@@ -16,10 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from benchmarks.overhead import __main__ as command
-from benchmarks.overhead import contenders, goals, levels, measure, step
-from benchmarks.overhead.page import write_page
-from benchmarks.overhead.settings import Settings
-from s2dm_loss import NoiseSchedule, SkipStepLoss
+from benchmarks.overhead import contenders, holes, levels, measure, step
+from benchmarks.overhead.levels import Settings
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 
@@ -97,7 +94,7 @@ def gpu(monkeypatch):
 
 
 def test_times_are_those_between_two_events_from_an_idle_gpu(gpu):
-    seconds = measure._time(gpu.work, CUDA, lambda: pytest.fail("the host's clock"))
+    seconds = measure._time(gpu.work, CUDA)
     assert seconds == pytest.approx(1e-3)
     assert gpu.diary == ["synchronize", "record", "work", "record", "wait"]
 
@@ -130,27 +127,19 @@ def test_inputs_lie_on_the_gpu():
     assert len(inputs.sets) == 3
 
 
-def test_a_captured_step_trains(gpu, monkeypatch):
-    """With the optimizer as a graph has to have it; captured here, it only runs once more."""
-    made = {}
+def test_what_is_captured_runs_before_and_is_replayed(gpu):
+    """Three times to warm up on a stream of its own, once into the graph."""
+    value = torch.zeros(())
 
-    def adamw(parameters, lr, capturable):
-        made["capturable"] = capturable
-        return torch.optim.SGD(parameters, lr=lr)
+    def work():
+        gpu.work()
+        return value.add_(1)
 
-    monkeypatch.setattr(torch.optim, "AdamW", adamw)
-    model, x0 = nn.Conv2d(3, 3, 1), torch.randn(4, 3, 2, 2)
-    criterion = SkipStepLoss(NoiseSchedule.linear(1000), 9)
-
-    def objective(noise, t):
-        return criterion(lambda x_t, t: model(x_t), x0, t, noise=noise)
-
-    before = model.weight.detach().clone()
-    captured = step._capture(model, objective, x0)
-    assert made == {"capturable": True}
-    assert captured["captured"]
-    assert gpu.diary.count("replay") == 10
-    assert not torch.equal(model.weight, before)
+    replay, result = step.capture(work)
+    assert gpu.diary == ["work"] * 4
+    assert result is value
+    replay()
+    assert gpu.diary[-1] == "replay"
 
 
 class OnTheCpu(TorchFunctionMode):
@@ -189,17 +178,13 @@ def small(monkeypatch):
     """The smallest model and sizes, nothing compiled: that is the same on every device."""
     monkeypatch.setattr(step, "cifar10_unet", SmallNet)
     monkeypatch.setattr(levels, "LATENTS", (4, 4, 2, 2))
-    monkeypatch.setattr(levels, "REAL_SHAPES", {"CIFAR10": (4, 3, 2, 2)})
-    monkeypatch.setattr(levels, "flat_shape", lambda log2: (4, 4, 2, 2))
+    known = {"CIFAR10": (4, 3, 2, 2), "SD latents": (4, 4, 2, 2)}
+    monkeypatch.setattr(levels, "KNOWN", known)
+    monkeypatch.setattr(levels, "flat_shape", lambda log2: (8, 4, 2, 2))
     monkeypatch.setattr(levels, "inductor_bytes", lambda loss, arguments: 0)
-    monkeypatch.setattr(goals, "LARGE", 1)
     explained = types.SimpleNamespace(graph_break_count=0)
     monkeypatch.setattr(torch._dynamo, "explain", lambda loss: lambda *arguments: explained)
-
-    def uncompiled(function=None, *, dynamic, fullgraph=False):
-        return function or (lambda given: given)
-
-    monkeypatch.setattr(torch, "compile", uncompiled)
+    monkeypatch.setattr(torch, "compile", lambda given, **options: given)
 
 
 @pytest.fixture
@@ -209,17 +194,24 @@ def gpu_there(gpu, small, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU's name")
     monkeypatch.setattr(measure, "profile", lambda activities: contextlib.nullcontext(PROFILER))
-    adamw = torch.optim.AdamW
+    adamw, autocast = torch.optim.AdamW, torch.autocast
 
-    def any_adamw(parameters, lr, capturable=False):
-        return adamw(parameters, lr)
+    def any_adamw(parameters, fused, capturable, **options):
+        gpu.diary.append(("adamw", fused, capturable))
+        return adamw(parameters, **options)
+
+    def any_autocast(kind, dtype, *, cache_enabled):
+        assert kind == "cuda"
+        gpu.diary.append(("autocast", cache_enabled))
+        return autocast("cpu", dtype, cache_enabled=cache_enabled)
 
     monkeypatch.setattr(torch.optim, "AdamW", any_adamw)
+    monkeypatch.setattr(torch, "autocast", any_autocast)
     copy_bandwidth = levels.copy_bandwidth
 
-    def small_copies(device, mebibytes, *rest):
+    def small_copies(device, mebibytes, seconds):
         assert mebibytes == 1024
-        return copy_bandwidth(device, 1, *rest)
+        return copy_bandwidth(device, 1, seconds)
 
     monkeypatch.setattr(levels, "copy_bandwidth", small_copies)
     with OnTheCpu(gpu):
@@ -231,14 +223,12 @@ PROFILER = types.SimpleNamespace(
 )
 
 
-def test_a_whole_run_and_its_page(gpu_there, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    call = ["run", "--seconds", "0.01", "--smallest", "22", "--largest", "22"]
-    said = CliRunner().invoke(command.main, [*call, "--step-batch", "4", "--step-seconds", "0.01"])
+def test_a_whole_run_on_a_gpu(gpu_there, tmp_path):
+    call = ["run", "--seconds", "0.01", "--smallest", "22", "--largest", "22", "--step-batch", "4"]
+    said = CliRunner().invoke(command.main, [*call, "--step-seconds", "0.01", "--out", tmp_path])
     assert said.exit_code == 0, said.output
-    assert "Wrote runs/overhead/cuda.json." in said.output
-    results = json.loads((tmp_path / "runs/overhead/cuda.json").read_text())
-    assert list(results) == list(levels.LEVELS)
+    results = json.loads((tmp_path / "cuda.json").read_text())
+    assert list(results) == list(command.LEVELS)
     for level in results.values():
         assert level["machine"]["gpu"] == "a GPU's name"
         assert level["clock"] == "CUDA events"
@@ -247,22 +237,44 @@ def test_a_whole_run_and_its_page(gpu_there, tmp_path, monkeypatch):
         assert row["kernels"] == 1
         waits = "called a synchronizing operation" if row["contender"] == "released" else None
         assert row["sync"] == waits
-    kinds = {(cell["dtype"], cell["mode"]) for cell in results["head"]["figures"]}
-    assert len(kinds) == 4
-    graphs = results["step"]["figures"]["cuda_graph"]
-    assert list(graphs) == ["mse", "expected", "fresh", "shared"]
-    assert all(graph["captured"] for graph in graphs.values())
+    heads = [results[level]["figures"] for level in ("float32", "bfloat16", "compiled")]
+    assert [len(cells) for cells in heads] == [3, 3, 6]  # shapes, and two types compiled
+    modes = [
+        (cell["dtype"], cell["mode"])
+        for level in ("step", "step-compiled", "step-graph")
+        for cell in results[level]["figures"]
+    ]
+    assert modes == [
+        ("float32", "eager"), ("bfloat16", "compiled"),
+        ("bfloat16", "graph"), ("bfloat16", "compiled graph"),
+    ]  # fmt: skip
+    for cell in results["step-graph"]["figures"]:
+        assert "released" not in cell["microseconds"]  # a graph cannot hold its masks
+        assert set(cell["loss_falls"]) == set(cell["microseconds"])
+    # What a graph holds needs an optimizer that keeps its count on the GPU, and no cache.
+    options = [entry for entry in gpu_there.diary if isinstance(entry, tuple)]
+    plain, fast, cacheless = ("adamw", False, False), ("adamw", True, True), ("autocast", False)
+    assert [entry for entry in options if entry != cacheless] == [plain, fast, fast, fast]
+    assert cacheless in options
+    assert holes.Device(tmp_path / "cuda.json").unmeasured == []
 
-    write_page(tmp_path / "runs/overhead", tmp_path / "docs/overhead.md")
-    page = (tmp_path / "docs/overhead.md").read_text()
-    lines = [line.strip() for line in page.splitlines()]  # what is folded is indented
-    for shape, compiled in ("4×4×2×2", " | graph breaks | passes, compiled"), ("4×3×2×2", ""):
-        header = next(line for line in lines if line.startswith(f"| float32, {shape}"))
-        assert header.endswith(f" | sync operators{compiled} | kernels | sync under debug mode |")
-    assert re.search("released formula .* called a synchronizing operation", page)
-    assert "a GPU's name, driver " in page
-    assert "captured in a CUDA graph" in page
-    assert "--device cuda" not in page.partition("Not measured")[2].partition("\n")[0]
+
+def test_a_card_that_is_too_small_leaves_one_cell_out(gpu_there, tmp_path, monkeypatch):
+    whole = Settings.interleave_heads
+
+    def too_large(self, losses, shape, *rest):
+        if shape == (8, 4, 2, 2):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return whole(self, losses, shape, *rest)
+
+    monkeypatch.setattr(Settings, "interleave_heads", too_large)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gpu_there.diary.append("emptied"))
+    call = ["run", "--seconds", "0.01", "--smallest", "22", "--largest", "22", "--out", tmp_path]
+    said = CliRunner().invoke(command.main, [*call, "--level", "float32"])
+    assert said.exit_code == 0, said.output
+    cells = json.loads((tmp_path / "cuda.json").read_text())["float32"]["figures"]
+    assert [cell["name"] for cell in cells] == ["CIFAR10", "2^20, SD latents"]
+    assert "emptied" in gpu_there.diary
 
 
 def test_a_gpu_has_sizes_of_its_own(gpu_there, tmp_path, monkeypatch):
@@ -270,27 +282,20 @@ def test_a_gpu_has_sizes_of_its_own(gpu_there, tmp_path, monkeypatch):
 
     def level(settings):
         found.append(settings)
-        raise ValueError("enough")
+        yield {}
 
     monkeypatch.setitem(command.LEVELS, "counts", level)
-    call = ["run", "--level", "counts", "--out", str(tmp_path)]
+    call = ["run", "--level", "counts", "--out", tmp_path]
     for device in ([], ["--device", "cuda"], ["--device", "cpu"]):
-        said = CliRunner().invoke(command.main, [*call, *device])
-        assert said.output.endswith("Error: enough\n")
+        CliRunner().invoke(command.main, [*call, *device])
     sizes = [(s.device.type, s.largest, s.step_batch) for s in found]
     assert sizes == [("cuda", 28, 128), ("cuda", 28, 128), ("cpu", 26, 4)]
 
 
-def losses_on(device):
-    yield from contenders.contenders(device, torch.bfloat16).items()
-    yield from contenders.attempts(device).items()
-    yield "gradient_first", contenders.gradient_first_loss(device)
-
-
 def test_losses_compute_where_they_are_told_to(small):
     """On meta tensors: beside one on the CPU an operator fails, as beside one on a GPU it would."""
-    for name, loss in losses_on(META):
-        arguments = levels._arguments((4, 3, 2, 2), torch.float32, META)
+    for name, loss in contenders.contenders(META, torch.bfloat16).items():
+        arguments = levels.some_arguments((4, 3, 2, 2), torch.float32, META)
         if name == "released":  # the host needs values to know the shape
             with pytest.raises(NotImplementedError, match="nonzero"):
                 loss(*arguments)
@@ -306,6 +311,5 @@ def test_a_step_computes_where_it_is_told_to(small, monkeypatch):
         return losses
 
     monkeypatch.setattr(step, "contenders", without_masks)
-    found = step.step(Settings(META, 0.01, 8, 8, (8,), 4, 0.01, 1, time.perf_counter))
+    (found,) = step.step(Settings(META, 0.01, 8, 8, 4, 0.01, 1))
     assert set(found["peak_bytes"]) == {*without_masks(META), "sa_dpm"}
-    assert "cuda_graph" not in found

@@ -4,13 +4,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 
-from s2dm_loss import (
-    ContinuousSchedule,
-    NoiseSchedule,
-    epsilon_from_output,
-    output_from_epsilon,
-)
-from s2dm_loss.prediction import read_output
+from s2dm_loss import ContinuousSchedule, NoiseSchedule
+from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon, read_output
 from tests.strategies import normal, schedules, seeds, shapes, targets_of, timesteps
 
 TYPES = ["epsilon", "v_prediction", "sample", "flow", "score"]

@@ -20,8 +20,11 @@ from quality_tools import ONE_ARM, TINY
 from benchmarks.lab.__main__ import main as lab
 from benchmarks.lab.studies import STUDIES
 from benchmarks.quality import cli, report, runner
+from benchmarks.quality.catalogue import CATALOGUE
+from benchmarks.quality.networks import UNetSpec
 from benchmarks.quality.presets import PRESETS
 
+ROOT = Path(__file__).parents[1]
 Call = Callable[..., Result]
 
 
@@ -41,20 +44,51 @@ def is_one_line(said: Result, line: str) -> None:
     assert line in errors[0]
 
 
-@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-@pytest.mark.parametrize("preset", ["cifar10", "cifar10-wide-10k"])
-def test_a_data_set_that_needs_a_folder_says_so_and_leaves_none(
-    call: Call, tmp_path: Path, preset: str, dry: list[str]
+@pytest.mark.parametrize("preset", ["cifar10", "cifar10-wide-10k", "cifar10-16-flow", "celeba"])
+def test_a_data_set_that_needs_a_folder_says_which_and_leaves_none(
+    call: Call, tmp_path: Path, preset: str
 ) -> None:
-    is_one_line(call("run", preset, *dry), "cifar10 is read from a local folder; name it with -")
-    is_one_line(call("run", preset, "--data", "nowhere", *dry), "there is no folder nowhere")
+    said = call("run", preset)
+    is_one_line(said, "needs files; name their folder with --data: the folder")
+    assert "https://" in said.output
+    assert "Preparing" not in said.output
+    is_one_line(call("run", preset, "--data", "nowhere"), "there is no folder nowhere")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_would_cost_is_said_without_its_data(call: Call, tmp_path: Path) -> None:
+    small = replace(ONE_ARM, data="cifar10-16", network=UNetSpec(8, (1,), blocks=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "cifar10-16", small)
+        said = call("run", "cifar10-16", "--dry-run")
+    assert said.exit_code == 0, said.output
+    assert "networks to train    1, 12 network steps of 8 images" in said.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preset_that_is_misspelt(call: Call) -> None:
+    said = call("run", "digit")
+    assert said.exit_code == 2
+    assert "there is no preset 'digit'; did you mean digits? The presets:" in said.output
+    for name, entry in CATALOGUE.items():
+        assert said.output.count(f"  {name} ") == 1
+        assert entry.cost in said.output
+    assert list(CATALOGUE) == list(PRESETS)
+
+
+def test_help_is_there_at_once() -> None:
+    """Without torch, which takes seconds to import."""
+    code = "import sys, benchmarks.quality.cli as c\nprint('torch' in sys.modules, c.main.help)"
+    done = subprocess.run(  # noqa: S603 - this very interpreter
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.startswith("False ")
 
 
 def test_a_run_that_failed_keeps_what_was_there(call: Call, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
-    is_one_line(call("run", "cifar10", "--out", "mine"), "name it with --data")
+    is_one_line(call("run", "cifar10", "--out", "mine"), "name their folder with --data")
     assert (tmp_path / "mine/notes.txt").read_text() == "keep"
     # Failed after something was made: that stays.
     assert call("run", "digits").exit_code == 0
@@ -209,5 +243,4 @@ def test_a_seed_is_given_once(call: Call, tmp_path: Path) -> None:
 def test_how_to_go_on_can_be_pasted(call: Call, tmp_path: Path) -> None:
     found = call("keep", "digits", "--out", str(tmp_path / "a folder"))
     assert found.exit_code == 1
-    kept = "--folder benchmarks/results/quality"
-    assert f"keep digits --out '{tmp_path}/a folder' {kept}` goes on" in found.output
+    assert "no results in" in found.output

@@ -1,4 +1,4 @@
-"""Corrections: their factors by formula, and the fitted ones where the answer is known."""
+"""Corrections and what a sampler leaves of Gaussian data, by formula."""
 
 from __future__ import annotations
 
@@ -9,24 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality.corrections import (
-    AxisGains,
-    BandGains,
-    Correction,
-    EpsilonScaling,
-    Frequencies,
-    Gain,
-    PrincipalAxes,
-    ScoreRescaling,
-    Setting,
-    StartScaling,
-    StepGains,
-    best_gains,
-    gaussian_gains,
-    gaussian_variances,
-)
+from benchmarks.quality.corrections import Correction, EpsilonScaling, Gain, ScoreRescaling
 from benchmarks.quality.data import ImageSet, to_model_range
+from benchmarks.quality.paths import EpsilonPath, FlowPath
 from benchmarks.quality.samplers import sample
+from benchmarks.quality.spectra import Frequencies, PrincipalAxes, gaussian_variances
 from s2dm_loss import NoiseSchedule, gain
 
 SCHEDULE = NoiseSchedule.linear(1000)
@@ -44,35 +31,13 @@ def an_image_set(count: int = 3000) -> ImageSet:
 DATA = an_image_set()
 
 
-def a_setting(sampler: str = "ddim", steps: int = 10) -> Setting:
-    return Setting(SCHEDULE, DATA, sampler, steps, seed=0)
-
-
-class Exact(nn.Module):
-    """E[ε | x_t] for Gaussian data with the mean and covariance of `DATA`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        values = to_model_range(DATA.images).flatten(1).double()
-        self.mean = values.mean(0)
-        self.variances, self.axes = torch.linalg.eigh(values.T.cov())
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        level = LEVELS[t]
-        centred = (x.flatten(1).double() - level.sqrt() * self.mean) @ self.axes
-        noise = (1 - level).sqrt() * centred / (level * self.variances + 1 - level)
-        return (noise @ self.axes.T).view_as(x).float()
-
-
 class Ones(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return torch.ones_like(x)
 
 
 def factor(correction: Correction, t: int) -> float:
-    model, start, fitted = correction.apply(Ones(), a_setting())
-    assert start == 1
-    assert fitted is None
+    model = correction.apply(Ones(), EpsilonPath())
     scaled: Tensor = model(torch.zeros(3, 1, 4, 4), torch.tensor(t))
     assert scaled.shape == (3, 1, 4, 4)
     assert bool((scaled == scaled[0, 0, 0, 0]).all())
@@ -85,20 +50,8 @@ def test_corrections_scale_the_networks_answer(t: int) -> None:
     assert factor(Gain(49), t) == pytest.approx(wanted)
     assert factor(Gain(-49), t) == pytest.approx(1 / wanted)
     assert factor(EpsilonScaling(1.017), t) == pytest.approx(1 / 1.017)
-    assert factor(EpsilonScaling(1.01, -0.02), t) == pytest.approx(1 / (1.01 - 0.02 * t / 1000))
     noise = float((1 - LEVELS[t]) / LEVELS[t])
     assert factor(ScoreRescaling(2), t) == pytest.approx((1 + noise) / (1 / 2 + noise))
-
-
-def test_a_line_has_a_name_of_its_own() -> None:
-    assert EpsilonScaling(1.0).name == "scaling1"
-    assert EpsilonScaling(1.0, 0.02).name == "scaling1-slope0.02"
-    assert EpsilonScaling(1.0, -0.02).title == "Epsilon Scaling λ = 1, slope = -0.02"
-
-
-def test_the_start_noise_is_scaled_and_the_network_left_alone() -> None:
-    model = Ones()
-    assert StartScaling(1.2).apply(model, a_setting()) == (model, 1.2, None)
 
 
 def test_frequencies_are_an_orthonormal_basis_of_cosines() -> None:
@@ -126,40 +79,6 @@ def test_principal_axes_of_the_data() -> None:
     assert float(spread[-3]) < 0.05 * float(spread[-2])  # two strong directions
 
 
-def test_the_gaussian_gains_of_ddim_are_their_formula() -> None:
-    variances = torch.tensor([1e-4, 0.01, 0.25, 1.0, 4.0], dtype=torch.float64)
-    times, gains = gaussian_gains("ddim", SCHEDULE, 10, variances)
-    assert times.tolist() == list(range(900, -1, -100))
-    sigmas = torch.cat([((1 - LEVELS) / LEVELS).sqrt()[times], torch.zeros(1)]).double()
-    for row in range(10):
-        here, there = sigmas[row], sigmas[row + 1]
-        both = ((variances + here**2) * (variances + there**2)).sqrt()
-        wanted = (variances + here**2 - both) / (here * (here - there))
-        # diffusers' 1 - ᾱ is float32, and at t = 0 it is 1e-4.
-        torch.testing.assert_close(gains[row], wanted, rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "deis", "dpm++2m"])
-def test_axis_gains_make_a_sampler_exact_for_gaussian_data(sampler: str) -> None:
-    exact = Exact()
-    start = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(3))
-    noise = start.flatten(1).double() @ exact.axes
-    times, _ = gaussian_gains(sampler, SCHEDULE, 5, exact.variances)
-    first = LEVELS[times[0]]
-    # The exact path from noise of variance 1 at the first timestep.
-    wanted = (exact.variances / (first * exact.variances + 1 - first)).sqrt()
-
-    def error(model: nn.Module) -> float:
-        x = sample(model, sampler, SCHEDULE, 5, start, torch.Generator())
-        found = (x.flatten(1).double() - exact.mean) @ exact.axes
-        factors = (found * noise).sum(0) / noise.square().sum(0)
-        return float((factors / wanted).log().abs().max())
-
-    corrected = AxisGains().apply(exact, a_setting(sampler, 5)).model
-    assert error(corrected) < 0.01
-    assert error(exact) > 0.05
-
-
 @pytest.mark.parametrize("steps", [10, 50])
 def test_the_spread_that_ddim_leaves_of_gaussian_data_is_the_product_of_its_steps(
     steps: int,
@@ -173,62 +92,71 @@ def test_the_spread_that_ddim_leaves_of_gaussian_data_is_the_product_of_its_step
         factor *= there**0.5 * x0 + (1 - there) ** 0.5 * noise
     # DDIM's own loss, with nothing wrong in the network.
     assert float((factor.square().sum() / variances.sum()).sqrt()) < 0.97
-    found = gaussian_variances("ddim", SCHEDULE, steps, variances)
+    found = gaussian_variances("ddim", EpsilonPath(), steps, variances)
     torch.testing.assert_close(found, factor.square(), rtol=2e-3, atol=0)
 
 
 def test_many_steps_and_better_solvers_keep_the_spread_of_gaussian_data() -> None:
     variances = torch.tensor([0.25, 4.0, 100.0], dtype=torch.float64)
     for sampler, steps in (("ddim", 1000), ("unipc", 50)):
-        found = gaussian_variances(sampler, SCHEDULE, steps, variances)
+        found = gaussian_variances(sampler, EpsilonPath(), steps, variances)
         assert float((found.sum() / variances.sum()).sqrt()) == pytest.approx(1, abs=0.01)
 
 
-def test_a_sampler_that_visits_a_time_twice_has_no_gaussian_gains() -> None:
-    with pytest.raises(ValueError, match="sampler: expected one that visits each timestep once"):
-        gaussian_gains("pndm", SCHEDULE, 10, torch.ones(2, dtype=torch.float64))
+# Of Gaussian data of variance 1, dx/dt = (2 t - 1) / ((1-t)² + t²) x; to three digits.
+LEFT_BY_EULER = {
+    ("euler", None): (0.879, 0.938, 0.955, 0.975),
+    ("euler", 0.05): (0.897, 0.955, 0.973, 0.993),
+    ("euler", 0.1): (0.906, 0.968, 0.985, 1.004),
+    ("euler-shift3", None): (0.833, 0.913, 0.937, 0.964),
+    ("euler-shift3", 0.05): (0.851, 0.931, 0.955, 0.983),
+}
 
 
-class Wrong(Exact):
-    """The exact model with the mean of every channel too weak by a tenth at late times."""
+class Velocity(nn.Module):
+    """E[ε - x_0 | x_t] of Gaussian data of variance 1, called with 1000 t."""
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        noise = super().forward(x, t)
-        return noise - 0.1 * noise.mean((2, 3), keepdim=True) if t > 500 else noise
-
-
-def test_band_gains_find_and_mend_what_a_network_has_wrong() -> None:
-    times, gains = best_gains(Wrong(), a_setting(), Frequencies(4))
-    assert gains.shape == (21, 3)
-    # The images' own mean is small, so a best gain is known to a few parts in a thousand.
-    late = times > 500
-    torch.testing.assert_close(
-        gains[late, 0], torch.full((10,), 1 / 0.9).double(), rtol=0.02, atol=0
-    )
-    torch.testing.assert_close(gains[late, 1:], torch.ones(10, 2).double(), rtol=0.02, atol=0)
-    model, start, fitted = BandGains().apply(Wrong(), a_setting())
-    x = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(3))
-    t = torch.tensor(750)
-    wrong = (Wrong()(x, t) - Exact()(x, t)).square().mean()
-    mended = (model(x, t) - Exact()(x, t)).square().mean()
-    assert start == 1
-    assert fitted == dict(zip(times.tolist(), gains.tolist(), strict=True))
-    assert float(mended) < 0.05 * float(wrong)
+    def forward(self, x: Tensor, called: Tensor) -> Tensor:
+        t = called.double() / 1000
+        return (2 * t - 1) / ((1 - t) ** 2 + t**2) * x
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
-def test_step_gains_end_where_a_long_run_ends(sampler: str) -> None:
-    setting = a_setting(sampler, 4)
-    model, start, fitted = StepGains().apply(Exact(), setting)
-    noise = torch.randn(256, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+@pytest.mark.parametrize(("sampler", "delta"), LEFT_BY_EULER)
+def test_what_euler_leaves_of_a_flow_with_a_gain_and_without(
+    sampler: str, delta: float | None
+) -> None:
+    """Against Euler's steps written out, and against the figures of another program."""
+    path = FlowPath()
+    model = Velocity() if delta is None else Gain(delta).apply(Velocity(), path)
+    found = []
+    for steps in (10, 20, 28, 50):
+        start = torch.ones(1, 1, dtype=torch.float64)
+        found.append(float(sample(model, sampler, path.schedule, steps, start, torch.Generator())))
+        shift = 3.0 if sampler.endswith("3") else 1.0
+        x = 1.0
+        for here, there in pairwise([1 - i / steps for i in range(steps)] + [0.0]):
+            t, following = (shift * e / (1 + (shift - 1) * e) for e in (here, there))
+            noise = t * x / ((1 - t) ** 2 + t**2)
+            if delta is not None and delta <= t < 1:
+                early = t - delta
+                levels = [(1 - x_) ** 2 / ((1 - x_) ** 2 + x_**2) for x_ in (early, t)]
+                c2 = min(levels[0] / levels[1] - 1, 100 * (1 - t) ** 2)
+                noise *= 0.99 / (0.99 + 0.01 * c2)
+            velocity = x if t == 1 else (noise - x) / (1 - t)
+            x += (following - t) * velocity
+        assert found[-1] == pytest.approx(x, rel=1e-4)
+    assert found == pytest.approx(LEFT_BY_EULER[sampler, delta], abs=6e-4)
 
-    def error(network: nn.Module) -> float:
-        wanted = sample(Exact(), sampler, SCHEDULE, 40, noise, torch.Generator())
-        reached = sample(network, sampler, SCHEDULE, 4, noise, torch.Generator())
-        return float((reached - wanted).square().mean())
 
-    assert start == 1
+def test_heun_calls_a_flow_network_no_more_often_than_euler() -> None:
+    calls = []
 
-    assert fitted is not None
-    assert len(fitted) == 4
-    assert error(model) < 0.7 * error(Exact())
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(float(t))
+        return Velocity()(x, t)
+
+    start = torch.ones(1, 1, dtype=torch.float64)
+    found = sample(model, "heun", FlowPath().schedule, 10, start, torch.Generator())
+    assert len(calls) == 9
+    assert (calls[0], min(calls)) == (1000, pytest.approx(200))
+    assert abs(float(found) - 1) < 0.1

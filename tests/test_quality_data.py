@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,17 +175,21 @@ def test_celeba_checks_sizes(tmp_path: Path) -> None:
 
 
 def test_celeba_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no \.jpg in .*; expected CelebA's folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no \.jpg in .*; expected the folder img_align_celeba"
+    ):
         load("celeba", tmp_path)
 
 
 def test_local_data_needs_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cifar10 is read from a local folder; name it with --da"):
+    with pytest.raises(
+        ValueError, match="cifar10 needs files; name their folder with --data: the folder"
+    ):
         load("cifar10")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         load("celeba", tmp_path / "nowhere")
     with pytest.raises(
-        ValueError, match="expected one of digits, textures, patches, cifar10, celeba, got"
+        ValueError, match="expected one of digits, textures, cifar10, cifar10-16, celeba, got"
     ):
         load("mnist")
 
@@ -201,31 +203,6 @@ def test_textures_have_hardly_a_pixel_to_clamp() -> None:
     assert float(at_an_end.float().mean()) < 0.001
     digits = load("digits").images
     assert float(((digits == 0) | (digits == 255)).float().mean()) > 0.5
-
-
-def test_patches_are_crops_at_half_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = np.random.default_rng(0)
-    shipped = {
-        name: draw.integers(256, size=(81, 90, 3), dtype=np.uint8) for name in data.PHOTOGRAPHS
-    }
-    module = SimpleNamespace(**{name: lambda p=p: p for name, p in shipped.items()})
-    monkeypatch.setitem(sys.modules, "skimage", SimpleNamespace(data=module))
-    patches = data.load_patches(size=32, per_photograph=3)
-    assert patches.labels is not None
-    assert patches.images.shape == (3 * (len(data.PHOTOGRAPHS) + 2), 3, 32, 32)
-    # Every crop is found in its photograph, averaged over 2 x 2 pixels.
-    for crop, label in zip(patches.images[:18], patches.labels[:18].tolist(), strict=True):
-        photograph = torch.from_numpy(shipped[data.PHOTOGRAPHS[label]]).permute(2, 0, 1)
-        half = torch.nn.functional.avg_pool2d(photograph.float(), 2).round()
-        windows = half.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
-        distance = (windows - crop.float()).abs().amax((2, 3, 4)).min()
-        assert float(distance) <= 1  # a half rounds either way
-
-
-def test_patches_need_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install scikit-image"):
-        load("patches")
 
 
 def test_cifar10_runs_no_code_of_numpys_either(tmp_path: Path) -> None:

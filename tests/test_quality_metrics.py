@@ -48,7 +48,21 @@ def test_the_frechet_distance_is_its_formula() -> None:
     wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
     found = FeatureDistances(Pixels(6), theirs, batch_size=128).compare(ours)
     assert found.frechet == pytest.approx(float(wanted), rel=1e-4)
-    assert found.kernel > 0
+    # The unbiased squared MMD as a sum over pairs, with the cubic kernel.
+    kernels = [(x @ y.T / 6 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b))]
+    within = [(k.sum() - np.trace(k)) / (700 * 699) for k in kernels[:2]]
+    assert found.kernel == pytest.approx(sum(within) - 2 * kernels[2].mean(), rel=1e-4)
+
+
+def test_the_kernel_distance_is_unbiased() -> None:
+    """Real against real it is 0 in the mean, of either sign, where the Fréchet distance is not."""
+    found = [
+        FeatureDistances(Pixels(6), images(2 * n)).compare(images(2 * n + 1)) for n in range(8)
+    ]
+    kernels = [one.kernel for one in found]
+    assert min(kernels) < 0 < max(kernels)
+    assert abs(np.mean(kernels)) < 2 * np.std(kernels) / 8**0.5
+    assert min(one.frechet for one in found) > 0
 
 
 def test_a_set_is_at_distance_zero_from_itself_and_comparisons_do_not_mix() -> None:

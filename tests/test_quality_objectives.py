@@ -21,14 +21,16 @@ from benchmarks.quality.objectives import (
     SampledTimesteps,
     SequenceAware,
     SkipStep,
-    Summed,
 )
+from benchmarks.quality.paths import EpsilonPath, FlowPath
+from benchmarks.quality.paths import Path as NoisePath
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.streams import Stream
 from benchmarks.quality.training import train
 from s2dm_loss import NoiseSchedule, ScoreRescaling
 
 SCHEDULE = NoiseSchedule.linear(1000)
+PATH = EpsilonPath()
 ALL = (
     Plain(),
     SkipStep(9),
@@ -38,7 +40,6 @@ ALL = (
     InputPerturbation(),
     SequenceAware(),
     SampledTimesteps(10),
-    Summed(),
 )
 
 
@@ -75,23 +76,61 @@ def per_sample(error: Tensor) -> Tensor:
 @pytest.mark.parametrize("skip", [1, 9, 99])
 def test_skip_step_is_the_two_term_formula(estimator: str, skip: int) -> None:
     batch = a_batch()
-    predicted = model(noisy(batch.x0, batch.noise, batch.t), batch.t)
+    predicted = model(noisy(batch.x0, batch.noise, batch.t), batch.t).requires_grad_()
     zeta = more_noise(batch.x0)[0] if estimator == "fresh" else batch.noise
     alphas_cumprod = SCHEDULE.alphas_cumprod
     earlier = alphas_cumprod[(batch.t - skip).clamp(min=0)]
     c = (earlier / alphas_cumprod[batch.t] - 1).sqrt()[:, None, None, None]
     plain, skipped = per_sample(batch.noise - predicted), per_sample(zeta - c * predicted)
-    wanted = torch.where(batch.t < skip, plain, 0.99 * plain + 0.01 * skipped).mean()
-    loss, epsilon_mse = SkipStep(skip, estimator).build(SCHEDULE)(model, batch)  # type: ignore[arg-type]
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
-    assert float(epsilon_mse) == pytest.approx(float(plain.mean()), rel=1e-5)
+    terms = torch.where(batch.t < skip, plain, 0.99 * plain + 0.01 * skipped).mean()
+    built = SkipStep(skip, estimator).build(PATH)  # type: ignore[arg-type]
+    loss, errors, t = built(lambda *_: predicted, batch)
+    # Up to what the network cannot change.
+    wanted, found = (torch.autograd.grad(value, predicted)[0] for value in (terms, loss))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(errors, plain.detach())
+    assert torch.equal(t, batch.t)
 
 
-def test_summed_is_the_squared_norm_of_an_image() -> None:
+@pytest.mark.parametrize("skip", [None, 0.05, 0.2])
+def test_a_flow_is_trained_on_the_velocity_and_its_loss_on_the_noise_in_it(
+    skip: float | None,
+) -> None:
+    """The two-term formula on ε̂ = x_t + (1 - t) û: its minimiser, û with s ε̂ in place of ε̂."""
     batch = a_batch()
-    error = batch.noise - model(noisy(batch.x0, batch.noise, batch.t), batch.t)
-    wanted = error.square().flatten(1).sum(1).mean()
-    assert float(Summed().build(SCHEDULE)(model, batch)[0]) == pytest.approx(float(wanted))
+    t = ((batch.t + 0.5) / 1000).double()[:, None, None, None]
+    x_t = (1 - t) * batch.x0 + t * batch.noise
+    velocity = (batch.noise - batch.x0).double()
+    output = model(x_t.float(), 1000 * t.flatten().float()).double().requires_grad_()
+    loss = (Plain() if skip is None else SkipStep(skip)).build(FlowPath())
+    seen: list[Tensor] = []
+
+    def called(x: Tensor, time: Tensor) -> Tensor:
+        seen.extend((x, time))
+        return output.float()
+
+    value, errors, _ = loss(called, batch)
+    torch.testing.assert_close(seen[0].double(), x_t, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen[1].double(), 1000 * t.flatten())
+    plain = (output - velocity).square().mean()
+    assert float(errors.mean()) == pytest.approx(float(plain.detach()), rel=1e-5)
+    if skip is None:
+        assert float(value.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
+        return
+    (gradient,) = torch.autograd.grad(value, output)
+    # c² = ᾱ(t - δ) / ᾱ(t) - 1, at most 100 (1 - t)², as an error of û counts in ε̂; no skip below δ.
+    early = (t - skip).clamp(min=0)
+    levels = [(1 - x) ** 2 / ((1 - x) ** 2 + x**2) for x in (early, t)]
+    c2 = (levels[0] / levels[1] - 1).minimum(100 * (1 - t) ** 2)
+    s = torch.where(t < skip, 1.0, 0.99 / (0.99 + 0.01 * c2))
+    wanted = output - (s * velocity - (1 - s) * x_t / (1 - t))
+    cosine = torch.cosine_similarity(gradient.flatten(1), wanted.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-5)
+
+
+def test_an_objective_of_noise_alone_is_refused_on_a_flow() -> None:
+    with pytest.raises(ValueError, match=r"objective: min-snr-5 is one of networks that predict ε"):
+        MinSNR().build(FlowPath())
 
 
 def test_min_snr_weighs_by_the_clipped_snr() -> None:
@@ -100,14 +139,14 @@ def test_min_snr_weighs_by_the_clipped_snr() -> None:
     snr = alphas_cumprod / (1 - alphas_cumprod)
     error = per_sample(batch.noise - model(noisy(batch.x0, batch.noise, batch.t), batch.t))
     wanted = (torch.minimum(snr, torch.tensor(5.0)) / snr * error).mean()
-    assert float(MinSNR(5.0).build(SCHEDULE)(model, batch)[0]) == pytest.approx(float(wanted))
+    assert float(MinSNR(5.0).build(PATH)(model, batch)[0]) == pytest.approx(float(wanted))
 
 
 def test_input_perturbation_moves_the_input_and_not_the_target() -> None:
     batch = a_batch()
     perturbed = batch.noise + 0.1 * more_noise(batch.x0)[0]
     wanted = F.mse_loss(model(noisy(batch.x0, perturbed, batch.t), batch.t), batch.noise)
-    loss = InputPerturbation(0.1).build(SCHEDULE)(model, batch)[0]
+    loss = InputPerturbation(0.1).build(PATH)(model, batch)[0]
     assert float(loss) == pytest.approx(float(wanted))
 
 
@@ -123,7 +162,7 @@ def test_sequence_aware_sums_the_residuals_of_consecutive_timesteps(window: int)
             total[row] += noise[j][row] - model(x, s)[0]
     first = per_sample(batch.noise - model(noisy(batch.x0, batch.noise, batch.t), batch.t))
     wanted = first.mean() + per_sample(total).mean() / window**2
-    loss = SequenceAware(window).build(SCHEDULE)(model, batch)[0]
+    loss = SequenceAware(window).build(PATH)(model, batch)[0]
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
 
 
@@ -136,14 +175,14 @@ def test_sampled_timesteps_are_the_samplers_and_all_of_them() -> None:
 
     every = torch.arange(1000)
     batch = Batch(torch.zeros(1000, 1, 2, 2), every, torch.zeros(1000, 1, 2, 2), a_batch().extra)
-    SampledTimesteps(20).build(SCHEDULE)(spy, batch)
+    SampledTimesteps(20).build(PATH)(spy, batch)
     assert seen == set(range(0, 1000, 50))
 
 
 @pytest.mark.parametrize("t", [300, 800])
 @pytest.mark.parametrize("objective", [Plain(), InputPerturbation(0.5), SequenceAware()])
 def test_the_minimisers_of_peers_are_gains(objective: Objective, t: int) -> None:
-    """On Gaussian data of variance v, as docs/alternatives.md has them."""
+    """On Gaussian data of variance v, in closed form."""
     v, size = 0.3, 100_000
     draw = torch.Generator().manual_seed(4)
     x0, noise = torch.randn(2, size, 1, 1, 1, generator=draw)
@@ -153,7 +192,7 @@ def test_the_minimisers_of_peers_are_gains(objective: Objective, t: int) -> None
     for slope in (0.0, 0.5, 1.0):  # a linear model's loss is a parabola in its slope
         extra.source.manual_seed(5)
         batch = Batch(v**0.5 * x0, times, noise, extra)
-        loss = objective.build(SCHEDULE)
+        loss = objective.build(PATH)
         losses.append(float(loss(lambda x, _, slope=slope: slope * x, batch)[0]))
     low, middle, high = losses
     best = 0.5 - 0.25 * (high - low) / (high - 2 * middle + low)
@@ -177,9 +216,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.loss, self.kept = loss, kept
 
-    def forward(self, model: objectives.Model, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, model: objectives.Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         self.kept.append(batch)
-        result: tuple[Tensor, Tensor] = self.loss(model, batch)
+        result: tuple[Tensor, Tensor, Tensor] = self.loss(model, batch)
         return result
 
 
@@ -192,8 +231,8 @@ def test_random_numbers_are_common_to_all_objectives(
         build = type(one).build
         kept[one.name] = []
 
-        def recorded(self: Objective, schedule: NoiseSchedule, build=build) -> nn.Module:  # type: ignore[no-untyped-def]
-            return Recorder(build(self, schedule), kept[self.name])
+        def recorded(self: Objective, path: NoisePath, build=build) -> nn.Module:  # type: ignore[no-untyped-def]
+            return Recorder(build(self, path), kept[self.name])
 
         monkeypatch.setattr(type(one), "build", recorded)
         a_run(one, tmp_path)
@@ -211,7 +250,7 @@ def a_run(objective: Objective, folder: Path, seed: int = 0) -> dict[str, Tensor
         objective,
         seed,
         data=load_digits(),
-        schedule=SCHEDULE,
+        path=EpsilonPath(),
         network=TINY.network,
         budget=TINY.budget,
         folder=folder / objective.name / str(seed),

@@ -19,7 +19,8 @@ from benchmarks.quality.samplers import sample
 from benchmarks.quality.search import search
 from benchmarks.quality.statistics import Cell
 from benchmarks.quality.streams import Purpose, generator
-from s2dm_loss import Correction, CorrectionSearch
+from s2dm_loss import CorrectionSearch
+from s2dm_loss.sampling import Correction
 
 
 class Louder(Correction):
@@ -43,18 +44,18 @@ def test_a_search_is_kept_and_judged_on_noise_of_its_own(
         return CorrectionSearch(model, *args, **{**settings, "num_samples": 64})  # type: ignore[arg-type]
 
     monkeypatch.setattr(searching, "CorrectionSearch", small)
-    monkeypatch.setattr(searching, "standard_corrections", lambda _: (Louder(),))
+    monkeypatch.setattr(searching, "standard_corrections", lambda *_, **__: (Louder(),))
     cell = Cell("ddim", 2)
     found = search(preset, tmp_path, 0, cell)
     assert asked[0]["num_samples"] == searching.SAMPLES
-    assert "4 x 32 to choose" in found["cost"] or "5 x 32 to choose" in found["cost"]
+    assert "5 x 32 samples to choose" in found["cost"]
 
     bench = Bench(preset, tmp_path)
     start = torch.randn(48, *bench.data.shape, generator=generator(0, Purpose.START, 1_000))
     model = bench.model(ONE_ARM.arms[0].method.objective, 0, lambda _: None)
 
     def distance(noise: Tensor) -> float:
-        images = sample(model, "ddim", bench.schedule, 2, noise, torch.Generator())
+        images = sample(model, "ddim", bench.path.schedule, 2, noise, torch.Generator())
         return bench.distances.compare(datasets.to_uint8(images)).frechet
 
     assert found["plain"] == pytest.approx(distance(start), rel=1e-3)

@@ -7,10 +7,11 @@ import pytest
 from scipy import stats
 
 from benchmarks.quality.statistics import (
+    RAW_FRECHET,
     Cell,
     Results,
+    change,
     holm,
-    improvement_of_ratios,
     interval,
     p_value,
 )
@@ -19,7 +20,8 @@ COLUMNS = ["method", "seed", "sampler", "steps", "raw_frechet", "images_frechet"
 
 
 def results(rows: list[list[Any]]) -> Results:
-    return Results({"columns": COLUMNS, "rows": rows, "titles": {"plain": "Plain"}})
+    record = {"columns": COLUMNS, "rows": rows, "titles": {"plain": "Plain"}, "preset": "made"}
+    return Results(record)
 
 
 def test_the_t_interval_is_scipys() -> None:
@@ -28,8 +30,7 @@ def test_the_t_interval_is_scipys() -> None:
     wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
     assert found.mean == pytest.approx(5.5)
-    assert found.count == 5
-    assert min(values) <= found.boot_low < found.mean < found.boot_high <= max(values)
+    assert found.seeds == 5
     assert interval(values) == found
 
 
@@ -47,20 +48,19 @@ def test_no_values() -> None:
 
 def test_ratios_are_averaged_in_logarithms() -> None:
     """Half and double cancel; the interval is the t interval of the logarithms, mapped."""
-    cancelled = improvement_of_ratios({0: 1.0, 1: 8.0}, {0: 2.0, 1: 4.0})
+    cancelled = change({0: 1.0, 1: 8.0}, {0: 2.0, 1: 4.0})
     assert cancelled is not None
     assert cancelled.mean == pytest.approx(0, abs=1e-12)
     ours, theirs = {0: 9.0, 1: 7.0, 2: 4.0, 5: 1.0}, {0: 10.0, 1: 10.0, 2: 5.0, 7: 1.0}
-    found = improvement_of_ratios(ours, theirs)
+    found = change(ours, theirs)
     assert found is not None
     assert found.mean == pytest.approx(100 * (1 - (0.9 * 0.7 * 0.8) ** (1 / 3)))
     logs = [math.log(0.9), math.log(0.7), math.log(0.8)]
     wanted = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
     ends = [100 * (1 - math.exp(end)) for end in (wanted.high, wanted.low)]
     assert [found.low, found.high] == pytest.approx(ends)
-    assert found.low < found.boot_low < found.mean < found.boot_high < found.high
-    assert found.count == 3
-    assert improvement_of_ratios({0: 1.0}, {1: 1.0}) is None
+    assert found.seeds == 3
+    assert change({0: 1.0}, {1: 1.0}) is None
 
 
 def test_p_values_are_scipys() -> None:
@@ -78,42 +78,86 @@ def test_holms_p_values_are_those_of_his_example() -> None:
     assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
 
 
-def test_improvements_are_paired_by_seed() -> None:
+def test_kernel_distances_at_the_floor_have_no_ratio() -> None:
+    with pytest.raises(ValueError, match="distances: expected positive ones"):
+        change({0: -0.001}, {0: 0.002})
+
+
+def test_changes_are_paired_by_seed() -> None:
     cell = Cell("ddim", 10)
     found = results(
         [
             ["plain", 0, "ddim", 10, 2.0, 8.0, 1.0],
             ["plain", 1, "ddim", 10, 4.0, 8.0, 1.0],
             ["plain", 2, "ddim", 10, 9.0, 8.0, 1.0],
+            ["plain", 0, "unipc", 10, 9.0, 4.0, 1.0],
             ["skip", 0, "ddim", 10, 1.0, 10.0, 1.0],
             ["skip", 1, "ddim", 10, 3.0, None, 1.0],
         ]
     )
-    assert found.improvements("skip", cell) == {0: 50.0, 1: 25.0}
-    assert found.improvements("skip", cell, "images_frechet") == {0: -25.0}
-    assert found.improvements("plain", cell, baseline="skip") == pytest.approx(
-        {0: -100.0, 1: -100 / 3}
-    )
+    paired = found.change("skip", cell, RAW_FRECHET)
+    assert paired is not None
+    assert paired.mean == pytest.approx(100 * (1 - (0.5 * 0.75) ** 0.5))
+    eight_bit = found.change("skip", cell)
+    assert eight_bit is not None
+    assert (eight_bit.mean, eight_bit.seeds) == (pytest.approx(-25.0), 1)
+    solver = found.change("plain", Cell("unipc", 10), over=("plain", cell))
+    assert solver is not None
+    assert solver.mean == pytest.approx(50.0)
+    each = found.change({0: "skip", 1: "plain"}, cell, RAW_FRECHET)
+    assert each is not None
+    assert each.mean == pytest.approx(100 * (1 - 0.5**0.5))
+    assert found.change("unknown", cell) is None
     assert found.methods == ["plain", "skip"]
-    assert found.cells("plain") == [cell]
+    assert found.cells("plain") == [cell, Cell("unipc", 10)]
+    assert found.base == "ddim"
     assert found.title("plain") == "Plain"
+    with pytest.raises(LookupError, match="has no images_frechet of skip"):
+        found.mean("skip", Cell("ddim", 20))
 
 
 def test_a_mean_over_cells_uses_seeds_that_have_them_all() -> None:
     cells = [Cell("ddim", 10), Cell("ddim", 20)]
     rows = [["plain", s, "ddim", n, 10.0, 10.0, 1.0] for s in range(3) for n in (10, 20)]
-    rows += [["skip", 0, "ddim", 10, 9.0, 0, 1.0], ["skip", 0, "ddim", 20, 7.0, 0, 1.0]]
-    rows += [["skip", 1, "ddim", 10, 8.0, 0, 1.0], ["skip", 1, "ddim", 20, 8.0, 0, 1.0]]
-    rows += [["skip", 2, "ddim", 10, 1.0, 0, 1.0]]
-    found = results(rows).improvement("skip", cells)
+    rows += [["skip", 0, "ddim", 10, 9, 9.0, 1.0], ["skip", 0, "ddim", 20, 9, 7.0, 1.0]]
+    rows += [["skip", 1, "ddim", 10, 9, 8.0, 1.0], ["skip", 1, "ddim", 20, 9, 8.0, 1.0]]
+    rows += [["skip", 2, "ddim", 10, 9, 1.0, 1.0]]
+    found = results(rows).mean_change("skip", cells)
     assert found is not None
-    assert found.count == 2
-    assert found.mean == pytest.approx(20.0)
-    assert results(rows).improvement("unknown", cells) is None
-    assert results(rows).improvement("skip", []) is None
+    assert found.seeds == 2
+    assert found.mean == pytest.approx(100 * (1 - (0.9 * 0.7 * 0.8 * 0.8) ** 0.25))
+    assert results(rows).mean_change("unknown", cells) is None
+    assert results(rows).mean_change("skip", []) is None
 
 
-def test_a_feature_network_without_raw_samples() -> None:
-    found = results([["plain", 0, "ddim", 10, None, 3.0, 1.0]])
-    assert found.primary == "images_frechet"
-    assert found.values("plain", Cell("ddim", 10)) == {0: 3.0}
+def test_a_choice_is_made_on_the_other_seeds() -> None:
+    cell = Cell("ddim", 10)
+    distances = {"a": (1.0, 9.0, 3.0), "b": (6.0, 1.0, 2.0), "c": (0.1, 0.1)}
+    rows = [[name, s, *cell, 0.0, d, 1.0] for name, all_of in distances.items()
+            for s, d in enumerate(all_of)]  # fmt: skip
+    # Without seed 0: a 6, b 1.5; without 1: a 2, b 4; without 2: a 5, b 3.5. c lacks a seed.
+    assert results(rows).chosen_elsewhere(["a", "b", "c"], cell) == {0: "b", 1: "a", 2: "b"}
+    assert results(rows[:1]).chosen_elsewhere(["a"], cell) == {}
+
+
+def test_the_dose_is_the_share_of_the_way_to_the_gain() -> None:
+    cell = Cell("ddim", 10)
+    spreads = {"plain": (0.8, 0.9), "gain": (0.9, 0.95), "loss": (0.87, 0.91)}
+    rows = [[name, s, *cell, 0.0, 1.0, x] for name, both in spreads.items()
+            for s, x in enumerate(both)]  # fmt: skip
+    found = results(rows).dose("loss", "gain", cell)
+    assert found is not None
+    assert found.mean == pytest.approx((0.7 + 0.2) / 2)
+    assert results(rows).dose("loss", "none", cell) is None
+
+
+def test_the_floor_is_of_as_many_images_as_there_are_samples() -> None:
+    """Two sets of 898 are 0.5 apart, so 4,096 and 1,796 are 0.5 (1/4096 + 1/1796) / (2/898)."""
+    record = {
+        "columns": COLUMNS, "rows": [["plain", 0, "ddim", 10, 0.0, 0.2, 1.0]], "titles": {},
+        "settings": {"samples": 4096}, "floor": {"frechet": 0.5, "images_each": 898},
+    }  # fmt: skip
+    floor = 0.5 * (1 / 4096 + 1 / 1796) / (2 / 898)
+    assert Results(record).floor == pytest.approx(floor)
+    assert Results(record).at_floor("plain", Cell("ddim", 10)) == (1.25 * floor > 0.2)
+    assert not Results(record).at_floor("plain", Cell("ddim", 10), "spread")

@@ -14,7 +14,10 @@ from tests.helpers.trainers_of_today import CASES
 RECORDS = read()
 ROW = re.compile(r"^\| ([\w-]+) \| (\w{7}) \| (\d+) \| ([\d.]+) to ([\d.]+) \|$", re.M)
 TABLES = {
-    "flow.md": ["SiT", "REPA", "musubi-tuner", "ai-toolkit", "SimpleTuner", "sd-scripts"],
+    "flow.md": [
+        *("SiT", "REPA", "conditional-flow-matching", "flow_matching", "musubi-tuner"),
+        *("ai-toolkit", "SimpleTuner", "sd-scripts"),
+    ],
     "robotics.md": ["lerobot", "diffusion_policy"],
 }
 STEPS = [(trainer, name) for trainer in DOUBLED for name in RECORDS[trainer]["steps"]]

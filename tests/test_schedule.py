@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import coefficients
@@ -108,12 +109,16 @@ def test_constructors_agree(values):
         )
 
 
-def test_the_defaults_are_the_published_schedules():
+def test_what_a_repr_says():
     assert repr(NoiseSchedule.linear()) == "NoiseSchedule.linear(1000)"
     assert repr(NoiseSchedule.scaled_linear()) == "NoiseSchedule.scaled_linear(1000)"
     assert repr(NoiseSchedule.cosine()) == "NoiseSchedule.cosine(1000)"
-    table = NoiseSchedule([-0.5, -1.0])
-    assert repr(table) == "NoiseSchedule([2 values])"
+    assert repr(NoiseSchedule([-0.5, -1.0])) == "NoiseSchedule([2 values])"
+    fewer = NoiseSchedule.linear(500, beta_end=0.01)
+    assert repr(fewer) == "NoiseSchedule.linear(500, beta_end=0.01)"
+    assert repr(NoiseSchedule.cosine(10).rescale_zero_terminal_snr()) == (
+        "NoiseSchedule.cosine(10).rescale_zero_terminal_snr()"
+    )
 
 
 def test_what_a_table_may_hold():
@@ -158,32 +163,6 @@ def test_alpha_sigma_of_a_discrete_schedule():
     np.testing.assert_allclose(b.numpy(), np.sqrt(1 - expected), rtol=1e-11)
 
 
-@pytest.mark.parametrize("t", [0.001, 0.1, 0.37, 0.9, 0.999])
-def test_continuous_paths_are_the_published_ones(t):
-    integral = 0.1 * t + 0.5 * t**2 * 19.9
-    f = [math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t, 0.0)]
-    expected = {
-        "vp": (math.exp(-0.5 * integral), math.sqrt(1 - math.exp(-integral))),
-        "sub_vp": (math.exp(-0.5 * integral), 1 - math.exp(-integral)),
-        "flow": (1 - t, t),
-        "cosine": (math.sqrt(f[0] / f[1]), math.sqrt(1 - f[0] / f[1])),
-    }
-    for name, (a, b) in expected.items():
-        values = PATHS[name].alpha_sigma(torch.tensor(t, dtype=torch.float64))
-        assert float(values[0]) == pytest.approx(a, rel=1e-11)
-        assert float(values[1]) == pytest.approx(b, rel=1e-11)
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_alphas_cumprod_of_a_path_is_its_normalised_alpha(name):
-    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
-    a, b = PATHS[name].alpha_sigma(t)
-    expected = a**2 / (a**2 + b**2)
-    torch.testing.assert_close(
-        PATHS[name].log_alphas_cumprod_at(t).exp(), expected, rtol=1e-12, atol=0
-    )
-
-
 @pytest.mark.parametrize("name", PATHS)
 def test_paths_run_from_data_to_noise(name):
     ends = PATHS[name].log_alphas_cumprod_at(torch.tensor([0.0, 1.0]))
@@ -215,24 +194,6 @@ def test_protocol_draws_and_pickles(schedule):
     assert torch.equal(again.log_alphas_cumprod_at(t), schedule.log_alphas_cumprod_at(t))
 
 
-def test_a_path_of_ones_own():
-    own = ContinuousSchedule(lambda t: (torch.log1p(-t), t.log()), name="mine")
-    t = torch.rand(9)
-    assert torch.equal(
-        own.log_alphas_cumprod_at(t), ContinuousSchedule.flow().log_alphas_cumprod_at(t)
-    )
-    assert repr(own) == "mine"
-
-
-def test_reprs_name_what_differs_from_the_default():
-    assert repr(NoiseSchedule.linear(500, beta_end=0.01)) == (
-        "NoiseSchedule.linear(500, beta_end=0.01)"
-    )
-    assert repr(NoiseSchedule.cosine(10).rescale_zero_terminal_snr()) == (
-        "NoiseSchedule.cosine(10).rescale_zero_terminal_snr()"
-    )
-
-
 def test_from_sigmas_is_the_path_of_edm():
     sigmas = torch.tensor([0.002, 0.1, 1.0, 80.0], dtype=torch.float64)
     schedule = NoiseSchedule.from_sigmas(sigmas)
@@ -247,14 +208,18 @@ def test_from_sigmas_is_the_path_of_edm():
     torch.testing.assert_close(c2[1:], expected, rtol=1e-12, atol=0)
 
 
-def test_from_alpha_sigma_is_the_path_of_its_logarithms():
-    own = ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t))
-    t = torch.linspace(0, 1, 9, dtype=torch.float64)
-    for method in ("log_alphas_cumprod_at", "alpha_sigma"):
-        torch.testing.assert_close(
-            getattr(own, method)(t), getattr(ContinuousSchedule.flow(), method)(t)
-        )
-    assert repr(own) == "ContinuousSchedule.from_alpha_sigma(...)"
+def test_a_path_of_ones_own():
+    flow, t = ContinuousSchedule.flow(), torch.linspace(0, 1, 9, dtype=torch.float64)
+    for own, said in (
+        (ContinuousSchedule(lambda t: (torch.log1p(-t), t.log()), name="mine"), "mine"),
+        (
+            ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t)),
+            "ContinuousSchedule.from_alpha_sigma(...)",
+        ),
+    ):
+        for method in ("log_alphas_cumprod_at", "alpha_sigma"):
+            torch.testing.assert_close(getattr(own, method)(t), getattr(flow, method)(t))
+        assert repr(own) == said
 
 
 @pytest.mark.parametrize(
@@ -271,14 +236,14 @@ def test_a_schedule_owns_its_table(make):
     assert torch.equal(schedule.alphas_cumprod, before)
 
 
-def test_reversed_and_read_only_arrays():
-    betas = np.linspace(0.02, 1e-4, 50)
-    backwards = NoiseSchedule.from_betas(betas[::-1])
-    locked = betas[::-1].copy()
+def test_numpy_arrays_of_any_kind():
+    betas = np.linspace(1e-4, 0.02, 50)
+    locked = betas.copy()
     locked.flags.writeable = False
-    expected = NoiseSchedule.from_betas(locked.tolist())
-    for schedule in (backwards, NoiseSchedule.from_betas(locked)):
-        assert torch.equal(schedule.alphas_cumprod, expected.alphas_cumprod)
+    other_order = betas.astype(betas.dtype.newbyteorder())
+    expected = NoiseSchedule.from_betas(betas.tolist()).alphas_cumprod
+    for array in (betas, betas[::-1].copy()[::-1], locked, other_order):
+        assert torch.equal(NoiseSchedule.from_betas(array).alphas_cumprod, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
@@ -337,14 +302,6 @@ def test_paths_that_are_none(case):
     path, error, message = PATHS_THAT_ARE_NONE[case]
     with pytest.raises(error, match=message):
         ContinuousSchedule(path)
-
-
-def test_an_array_in_the_other_byte_order():
-    betas = np.linspace(1e-4, 0.02, 1000)
-    other = betas.astype(betas.dtype.newbyteorder())
-    found = NoiseSchedule.from_betas(other).alphas_cumprod
-    assert torch.equal(found, NoiseSchedule.from_betas(betas).alphas_cumprod)
-    assert torch.equal(NoiseSchedule.from_betas(betas[::-1][::-1]).alphas_cumprod, found)
 
 
 COEFFICIENTS_THAT_ARE_NONE = {
@@ -458,12 +415,6 @@ def test_logarithms_that_are_never_below_zero_can_be_a_path():
     assert float(path.alpha_sigma(torch.tensor(1.0))[1]) == pytest.approx(math.exp(4))
 
 
-def test_a_last_beta_of_1_is_zero_terminal_snr():
-    schedule = NoiseSchedule.from_betas([0.1, 0.5, 1.0])
-    assert schedule.alphas_cumprod.tolist() == pytest.approx([0.9, 0.45, 0.0], abs=1e-16)
-    assert schedule.alphas_cumprod[-1] == 0
-
-
 @pytest.mark.parametrize("make", [NoiseSchedule.from_betas, NoiseSchedule.from_alphas_cumprod])
 @pytest.mark.parametrize("count", [[1000], 1000, torch.tensor([1000])])
 def test_a_number_of_timesteps_is_sent_to_its_constructor(make, count):
@@ -472,6 +423,9 @@ def test_a_number_of_timesteps_is_sent_to_its_constructor(make, count):
 
 
 def test_only_the_last_beta_may_be_1():
+    last = NoiseSchedule.from_betas([0.1, 0.5, 1.0]).alphas_cumprod
+    assert last.tolist() == pytest.approx([0.9, 0.45, 0.0], abs=1e-16)
+    assert last[-1] == NoiseSchedule.from_betas([1.0]).alphas_cumprod == 0
     with pytest.raises(ValueError, match=r"betas must lie in \(0, 1\).*got 1.0 at index 1"):
         NoiseSchedule.from_betas([0.5, 1.0, 1.0])
     with pytest.raises(ValueError, match=r"got 1.0 at index 0"):
@@ -516,3 +470,48 @@ def test_a_delegating_schedule_is_one_on_every_python(schedule):
 
     assert not isinstance(schedule, Subclass)
     assert isinstance(Subclass(), Subclass)
+
+
+SIGMAS = torch.linspace(0.01, 1.0, 100, dtype=torch.float64)
+BARS = torch.linspace(0.999, 0.91, 100, dtype=torch.float64)
+
+
+def test_where_the_checks_of_a_table_begin():
+    cases = (
+        (NoiseSchedule.from_sigmas, SIGMAS, 1.001),
+        (NoiseSchedule.from_alphas_cumprod, BARS, 0.9),
+    )
+    for read, whole, end in cases:
+        with pytest.raises(ValueError, match=r"looks? like"):
+            read(whole)
+        read(whole[1:])  # 99 values may be part of a schedule
+        whole = whole.clone()
+        whole[-1] = end  # the end tells, and no other value
+        assert read(whole).num_train_timesteps == 100
+    for outside in ([1.5, 0.5], [0.5, -0.1]):
+        with pytest.raises(ValueError, match=r"alphas_cumprod must lie in \[0, 1\]"):
+            NoiseSchedule.from_alphas_cumprod(outside)
+    with pytest.raises(ValueError, match=r"decrease strictly with t, got 0\.1 at index 1"):
+        NoiseSchedule.from_alphas_cumprod([0.1, 0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (NoiseSchedule.cosine(10).rescale_zero_terminal_snr(), SkipSet([1, 2])),
+        lambda: (NoiseSchedule.from_betas([0.1, 0.2, 0.3]), SkipSet.from_timesteps([0, 2])),
+        lambda: (NoiseSchedule.from_sigmas([0.1, 2.0]), SkipSet.from_skipped([1], 2)),
+        lambda: (ContinuousSchedule.vp(data_at=1), SkipSet.from_timesteps([0.0, 0.5])),
+        lambda: (ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t)), SkipSet(0.5)),
+    ],
+)
+def test_schedules_are_made_in_any_mode(make):
+    """Fake tensors have no values, and another default device may have none either."""
+    expected = SkipStepLoss(*make())
+    t = expected.schedule.timesteps
+    t = torch.tensor([0.3, 0.9]) if t is None else t
+    for mode in (FakeTensorMode(), torch.device("meta"), torch.inference_mode()):
+        with mode:
+            criterion = SkipStepLoss(*make())
+        found, gain = (each.coefficients_at(t).gain for each in (criterion, expected))
+        assert torch.equal(found, gain)

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2dm_loss import NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
-from s2dm_loss._tables import TimeTable
+from s2dm_loss.tables import TimeTable
 from tests.strategies import normal
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -29,7 +29,7 @@ class Loss:
     def check(self, module, dtype=torch.float64):
         eps_hat, noise = normal(4, 3, seed=0), normal(4, 3, seed=1)
         expected = (eps_hat - S[:, None] * noise).square().mean(1)
-        found = module.from_prediction(eps_hat.to(dtype), noise.to(dtype), T)
+        found = module.from_output(eps_hat.to(dtype), noise.to(dtype), T)
         assert type(found) is torch.Tensor
         torch.testing.assert_close(found, expected.to(dtype))
         if dtype == torch.float64:
@@ -47,7 +47,7 @@ class Output(Loss):
         weight = torch.where(T >= 9, 0.99 + 0.01 * c2, 1.0)
         s = torch.where(T >= 9, 0.99 / weight, 1.0)[:, None]
         expected = weight * (output - s * target - (s - 1) * b / a * x_t).square().mean(1)
-        found = module.from_output(output.to(dtype), target.to(dtype), x_t.to(dtype), T)
+        found = module.from_output(output.to(dtype), target.to(dtype), T, x_t.to(dtype))
         torch.testing.assert_close(found, expected.to(dtype))
         if dtype == torch.float64:
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
@@ -106,7 +106,7 @@ def test_export_leaves_nothing_behind():
             self.criterion = SkipStepLoss(LINEAR, 9, normalize=True, reduction="none")
 
         def forward(self, eps_hat, noise, t):
-            return self.criterion.from_prediction(eps_hat, noise, t)
+            return self.criterion.from_output(eps_hat, noise, t)
 
     step = Step()
     arguments = normal(4, 3, seed=0), normal(4, 3, seed=1), T
@@ -125,8 +125,8 @@ def test_function_transforms_leave_nothing_behind(kind):
         if isinstance(kind, Gain):
             return module(x, T).sum()
         if isinstance(kind, Output):
-            return module.from_output(x, x, x, T).sum()
-        return module.from_prediction(x, noise, T).sum()
+            return module.from_output(x, x, T, x).sum()
+        return module.from_output(x, noise, T).sum()
 
     if isinstance(kind, Gain):
         module.model = Ones()
@@ -143,7 +143,7 @@ def test_made_and_first_called_in_inference_mode(kind):
         kind.check(module)
     leaf = normal(4, 3, seed=0).requires_grad_()
     if isinstance(kind, Loss) and type(kind) is Loss:
-        module.from_prediction(leaf, normal(4, 3, seed=1), T).sum().backward()
+        module.from_output(leaf, normal(4, 3, seed=1), T).sum().backward()
         assert leaf.grad is not None
 
 
@@ -253,21 +253,21 @@ def test_compiled_times_outside_the_table_are_no_other_times():
     torch.compiler.reset()
     criterion = SkipStepLoss(LINEAR, 9, reduction="none")
     eps_hat, noise = normal(4, 3, seed=0), normal(4, 3, seed=1)
-    compiled = torch.compile(criterion.from_prediction, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(criterion.from_output, backend="aot_eager", fullgraph=True)
     loss = compiled(eps_hat, noise, torch.tensor([-1, 0, 999, 1000]))
     assert loss.isnan().tolist() == [True, False, False, True]
 
 
 def test_a_loss_that_is_moved_has_its_tables_ready_there(monkeypatch):
     """As a compiled call cannot keep a copy."""
-    criterion, asked = SkipStepLoss(LINEAR, 9), []
-    monkeypatch.setattr(TimeTable, "copy_to", lambda table, device: asked.append((table, device)))
-    criterion.to("cpu")
-    tables = [table for table in vars(criterion._tables).values() if isinstance(table, TimeTable)]
-    assert len(tables) == 5
-    assert asked == [(table, torch.device("cpu")) for table in tables]
+    skips, asked = SkipSet.from_timesteps(torch.arange(0, 1000, 100)), set()
+    criterion = SkipStepLoss(LINEAR, skips)
+    monkeypatch.setattr(TimeTable, "copy_to", lambda table, device: asked.add(device))
+    monkeypatch.setattr(skips, "copy_to", asked.add)
     criterion.to("meta")  # which holds no values
-    assert len(asked) == 5
+    assert asked == set()
+    criterion.to("cpu")
+    assert asked == {torch.device("cpu")}
 
 
 def test_a_gain_that_is_moved_has_its_tables_ready_there(monkeypatch):

@@ -9,7 +9,8 @@ from s2dm_loss import ContinuousSchedule, NoiseSchedule
 from s2dm_loss.timesteps import draw, read_timesteps, times_at
 
 LINEAR, FLOW, VP = NoiseSchedule.linear(1000), ContinuousSchedule.flow(), ContinuousSchedule.vp()
-SCHEDULES = pytest.mark.parametrize("schedule", [LINEAR, FLOW, VP], ids=repr)
+TURNED = ContinuousSchedule.flow(data_at=1, min_time=0.25)
+SCHEDULES = pytest.mark.parametrize("schedule", [LINEAR, FLOW, VP, TURNED], ids=repr)
 
 
 def source(seed=0):
@@ -35,8 +36,9 @@ def test_stratified_puts_one_time_in_each_part(schedule, batch_size):
         uniform = schedule.draw_timesteps(1, device=torch.device("cpu"))
         assert t.dtype == uniform.dtype
         length = 1000 if schedule is LINEAR else 1
-        first = 1e-5 if schedule is VP else 0
-        u = (t.double().sort().values / length - first) / (1 - first)
+        first = {VP: 1e-5, TURNED: 0.25}.get(schedule, 0)
+        since_data = 1 - t if schedule is TURNED else t
+        u = (since_data.double().sort().values / length - first) / (1 - first)
         # A timestep stands for the part [t, t + 1) of the table that was rounded down to it.
         slack = 1e-3 if schedule is LINEAR else 1e-6
         edges = torch.arange(batch_size + 1) / batch_size
@@ -80,6 +82,7 @@ def test_times_never_reach_the_end():
     assert times_at(LINEAR, u).tolist() == [0, 500, 999]
     assert times_at(FLOW, u)[-1] < 1
     assert times_at(VP, u)[0].item() == pytest.approx(1e-5)
+    assert times_at(TURNED, u)[:2].tolist() == [0.75, 0.375]
 
 
 def logit_normal_mixture(batch_size, *, device, generator):

@@ -36,7 +36,7 @@ def test_gradcheck_to_second_order(estimator, reduction):
     zeta = skip_noise_for(estimator, noise)
 
     def loss(eps_hat, noise):
-        return criterion.from_prediction(eps_hat, noise, T, skip_noise=zeta, weights=weights)
+        return criterion.from_output(eps_hat, noise, T, skip_noise=zeta, weights=weights)
 
     assert torch.autograd.gradcheck(loss, (eps_hat, noise))
     assert torch.autograd.gradgradcheck(loss, (eps_hat, noise))
@@ -44,7 +44,7 @@ def test_gradcheck_to_second_order(estimator, reduction):
 
 def test_a_retained_graph_gives_the_same_gradient_twice():
     eps_hat, noise = normal(4, 5, seed=0).requires_grad_(), normal(4, 5, seed=1)
-    loss = SkipStepLoss(LINEAR, 99).from_prediction(eps_hat, noise, T)
+    loss = SkipStepLoss(LINEAR, 99).from_output(eps_hat, noise, T)
     first, second = (
         torch.autograd.grad(loss, eps_hat, retain_graph=retain)[0] for retain in (True, False)
     )
@@ -60,12 +60,12 @@ def test_torch_func(estimator):
 
     def one(eps_hat, noise, t, zeta):
         zeta = None if estimator != "fresh" else zeta[None]
-        return criterion.from_prediction(eps_hat[None], noise[None], t[None], skip_noise=zeta)
+        return criterion.from_output(eps_hat[None], noise[None], t[None], skip_noise=zeta)
 
     zetas = noise if zeta is None else zeta
     per_sample = torch.func.vmap(torch.func.grad(one))(eps_hat, noise, T, zetas)
     leaf = eps_hat.clone().requires_grad_()
-    criterion.from_prediction(leaf, noise, T, skip_noise=zeta).backward()
+    criterion.from_output(leaf, noise, T, skip_noise=zeta).backward()
     torch.testing.assert_close(per_sample, leaf.grad, rtol=1e-12, atol=1e-14)
     hessian = torch.func.hessian(lambda x: one(x, noise[3], T[3], zetas[3]))(eps_hat[3])
     bar = LINEAR.alphas_cumprod
@@ -80,7 +80,7 @@ def test_compiles_without_a_graph_break(estimator):
     criterion = SkipStepLoss(LINEAR, 99, estimator=estimator)
 
     def run(eps_hat, noise, t, zeta):
-        return criterion.from_prediction(eps_hat, noise, t, skip_noise=zeta)
+        return criterion.from_output(eps_hat, noise, t, skip_noise=zeta)
 
     compiled = torch.compile(run, fullgraph=True)
     for shape in ((4, 3, 8, 8), (4, 4, 5)):
@@ -115,7 +115,7 @@ def test_forward_compiles_with_its_model(schedule):
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow", "velocity"])
 @pytest.mark.parametrize(
     "skip_set",
     [SkipSet(0.1), SkipSet.from_timesteps([0.0, 0.25, 0.75]), SkipSet.for_sampling_steps(20)],
@@ -123,11 +123,11 @@ def test_forward_compiles_with_its_model(schedule):
 )
 def test_continuous_time_compiles_with_every_skip_set(skip_set, kind):
     torch.compiler.reset()
-    criterion = SkipStepLoss(ContinuousSchedule.vp(), skip_set, prediction_type=kind)
+    schedule = ContinuousSchedule.flow() if kind == "flow" else ContinuousSchedule.vp()
+    criterion = SkipStepLoss(schedule, skip_set, prediction_type=kind)
     output, target, x_t = (normal(4, 5, seed=seed).float() for seed in range(3))
-    t = torch.tensor([0.01, 0.3, 0.5, 0.9])
     compiled = torch.compile(criterion.from_output, fullgraph=True, backend="aot_eager")
-    arguments = output, target, x_t, t
+    arguments = output, target, torch.tensor([0.01, 0.3, 0.5, 0.9]), x_t
     torch.testing.assert_close(
         compiled(*arguments), criterion.from_output(*arguments), rtol=1e-5, atol=0
     )
@@ -153,7 +153,7 @@ def test_compiled_with_something_around_it(around):
     criterion = SkipStepLoss(LINEAR, 99)
     eps_hat, noise = (normal(4, 5, seed=seed, dtype=torch.float32) for seed in (0, 1))
     eps_hat.requires_grad_()
-    run = AROUND_THE_LOSS[around](lambda x: criterion.from_prediction(x, noise, T))
+    run = AROUND_THE_LOSS[around](lambda x: criterion.from_output(x, noise, T))
     compiled = torch.compile(run, backend="aot_eager")
     values = compiled(eps_hat), run(eps_hat)
     torch.testing.assert_close(*values)
@@ -164,7 +164,7 @@ def test_compiled_with_something_around_it(around):
 def test_exports():
     class Loss(SkipStepLoss):
         def forward(self, eps_hat, noise, t):
-            return self.from_prediction(eps_hat, noise, t)
+            return self.from_output(eps_hat, noise, t)
 
     criterion = Loss(LINEAR, 99)
     arguments = normal(4, 5, seed=0).float(), normal(4, 5, seed=1).float(), T
@@ -215,9 +215,9 @@ x = torch.zeros(2, 3)
 for call in (
     lambda: SkipStepLoss(NoiseSchedule.linear(10), 10),
     lambda: SkipStepLoss(NoiseSchedule.linear(10), 2, tau=2.0),
-    lambda: criterion.from_prediction(x, x, torch.tensor([0, 10])),
-    lambda: criterion.from_prediction(x, x, torch.tensor([0.0, 1.0])),
-    lambda: criterion.from_prediction(x[:, :2], x, torch.tensor([0, 1])),
+    lambda: criterion.from_output(x, x, torch.tensor([0, 10])),
+    lambda: criterion.from_output(x, x, torch.tensor([0.0, 1.0])),
+    lambda: criterion.from_output(x[:, :2], x, torch.tensor([0, 1])),
     lambda: NoiseSchedule.from_betas([0.5, 1.5]),
 ):
     try:
@@ -258,7 +258,7 @@ def test_a_compiled_step_that_draws_takes_a_shorter_last_batch(schedule, skip, e
 def test_a_fresh_loss_draws_under_a_dynamic_batch():
     torch.compiler.reset()
     criterion = SkipStepLoss(LINEAR, 9, estimator="fresh").to("cpu")
-    call = torch.compile(criterion.from_prediction, backend="eager", dynamic=True)
+    call = torch.compile(criterion.from_output, backend="eager", dynamic=True)
     for count in (4, 7):
         t = torch.randint(1000, (count,))
         assert bool(call(torch.randn(count, 3), torch.randn(count, 3), t).isfinite())

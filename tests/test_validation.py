@@ -33,6 +33,11 @@ class Recorder:
         return self.scale * x_t
 
 
+def by_level(model, schedule):
+    """The calls of a model from noise to data, as levels are counted."""
+    return sorted(model.calls, key=lambda call: schedule.log_alphas_cumprod_at(call[1])[0])
+
+
 class Network(nn.Module):
     """With dropout, a part that is frozen, and random numbers of its own."""
 
@@ -80,7 +85,7 @@ def test_the_values_are_those_of_the_criterion():
     """From x_t and t that the model was given, with ε solved for."""
     model = Recorder()
     result = validation_loss(model, [X0], LINEAR, levels=4, skip_set=49, tau=0.9)
-    for level, (x_t, t, _) in enumerate(model.calls):
+    for level, (x_t, t, _) in enumerate(by_level(model, LINEAR)):
         alpha, sigma = (c.reshape(-1, 1, 1, 1) for c in LINEAR.alpha_sigma(t))
         noise = (x_t - alpha * X0) / sigma
         plain = (0.5 * x_t - noise).square().flatten(1).mean(1)
@@ -169,18 +174,25 @@ def test_arguments_of_the_model_go_with_their_batch():
 
 
 def test_other_outputs_and_weightings():
-    for kind, schedule in (("v_prediction", LINEAR), ("sample", LINEAR), ("flow", FLOW)):
+    turned = ContinuousSchedule.flow(data_at=1)
+    for kind, schedule in (
+        ("v_prediction", LINEAR),
+        ("sample", LINEAR),
+        ("flow", FLOW),
+        ("velocity", turned),
+    ):
         model = Recorder()
         found = validation_loss(
             model, [X0], schedule, levels=4, prediction_type=kind, skip_set=None
         ).losses["plain"]
-        for level, (x_t, t, _) in enumerate(model.calls):
+        for level, (x_t, t, _) in enumerate(by_level(model, schedule)):
             a, b = (c.reshape(-1, 1, 1, 1) for c in schedule.alpha_sigma(t))
             noise = (x_t - a * X0) / b
             target = {
                 "v_prediction": a * noise - b * X0,
                 "sample": X0.double(),
                 "flow": noise - X0,
+                "velocity": X0 - noise,
             }[kind]
             expected = (0.5 * x_t - target).square().flatten(1).mean(1)
             torch.testing.assert_close(found[:, level], expected, rtol=1e-3, atol=1e-4)
@@ -196,7 +208,7 @@ def test_means_and_errors():
     assert [e.mean for e in levels] == pytest.approx(losses.mean(0), rel=1e-12)
     assert [e.error for e in levels] == pytest.approx(stats.sem(losses, axis=0), rel=1e-12)
     assert result.overall() == pytest.approx((losses.mean(), stats.sem(losses.mean(1))), rel=1e-12)
-    log_snr = LINEAR.log_snr[[125, 375, 625, 875]]
+    log_snr = LINEAR.log_snr[[875, 625, 375, 125]]
     assert result.log_snr == pytest.approx(log_snr.tolist())
     one = validation_loss(small_model, [X0[:1]], LINEAR, levels=4)
     assert math.isnan(one.overall().error)
@@ -216,7 +228,8 @@ def test_a_comparison_is_paired():
         assert compared.interval(kind) == pytest.approx((expected.low, expected.high), rel=1e-3)
     half = (compared.interval()[1] - compared.interval()[0]) / 2
     assert half < 0.1 * 2 * first.overall().error  # what two separate means would have
-    assert "plain loss higher" in str(second.compare(first)) or compared.overall().mean > 0
+    percent = 100 * (first.overall().mean / second.overall().mean - 1)
+    assert f"({percent:+.2f} %)" in str(compared)
     assert "not told apart" in str(first.compare(first))
     wide, narrow = first.compare(second, confidence=0.99), first.compare(second, confidence=0.5)
     assert wide.interval()[0] < compared.interval()[0] < narrow.interval()[0]
@@ -286,10 +299,11 @@ def test_figures(tmp_path):
     assert np.allclose(drawn, np.c_[result.log_snr, means])
     assert axes.get_yscale() == "log"
     figure.savefig(tmp_path / "loss.png")
-    compared = result.compare(validation_loss(Recorder(), [X0], LINEAR, levels=3, skip_set=9))
-    figure = compared.plot()
-    differences = [estimate.mean for estimate in compared.by_level()]
-    assert np.allclose(figure.axes[0].containers[0].lines[0].get_ydata(), differences)
+    other = validation_loss(Recorder(), [X0], LINEAR, levels=3, skip_set=9)
+    figure = result.compare(other).plot()
+    first, second = (found.losses["plain"].mean(0).numpy() for found in (result, other))
+    drawn = figure.axes[0].containers[0].lines[0].get_ydata()
+    assert np.allclose(drawn, 100 * (first / second - 1))
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
@@ -355,7 +369,7 @@ def test_the_interval_of_a_comparison_covers():
     generator, held = torch.Generator().manual_seed(0), 0
     for _ in range(400):
         difference = torch.randn(12, 3, generator=generator, dtype=torch.float64)
-        compared = Comparison({"plain": difference}, {"plain": 1.0}, [0.0] * 3, 0.95)
+        compared = Comparison({"plain": difference}, {"plain": [1.0] * 3}, [0.0] * 3, 0.95)
         low, high = compared.interval()
         held += low <= 0 <= high
     assert 0.92 <= held / 400 <= 0.98

@@ -2,11 +2,13 @@
 
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, gain
+from s2dm_loss.prediction import PathPoint
 from s2dm_loss.weighting import (
     WEIGHTINGS,
     check_weights,
@@ -15,11 +17,12 @@ from s2dm_loss.weighting import (
     sigmoid,
     soft_min_snr,
     weights_at,
-    within_the_ends,
 )
-from tests.strategies import normal, targets_of
-from tests.test_from_output import TYPES, batch, loss_and_gradient
+from tests.strategies import drawn, loss_and_gradient, normal, targets_of
+from tests.test_from_output import TYPES, batch
 
+LEFT_OUT = "weighting .* is below 1e-06 at the last timestep"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{LEFT_OUT}")
 LINEAR = NoiseSchedule.linear(1000)
 ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 
@@ -53,9 +56,9 @@ def test_formula_on_every_output(name, kind):
     t = torch.tensor([0, 5, 100, 300, 500, 700])
     output, target, x_t, *_ = batch(LINEAR, t, kind)
     criterion = SkipStepLoss(
-        LINEAR, tau=1.0, prediction_type=kind, weighting=name, reduction="none"
+        LINEAR, 9, tau=1.0, prediction_type=kind, weighting=name, reduction="none"
     )
-    found = criterion.from_output(output, target, x_t, t)
+    found = criterion.from_output(output, target, t, x_t)
     for i, bar in enumerate(LINEAR.alphas_cumprod[t].tolist()):
         a, b = math.sqrt(bar), math.sqrt(1 - bar)
         weight = ON_NOISE[name](bar / (1 - bar)) / OUTPUT_OVER_NOISE[kind](a, b) ** 2
@@ -78,7 +81,7 @@ def test_the_same_name_is_the_same_loss_of_the_noise(name):
 
         def loss(e, kind=kind, criterion=criterion, target=target):
             output = targets_of((x_t - b * e) / a, e, a, b)[kind]
-            return criterion.from_output(output, target, x_t, t)
+            return criterion.from_output(output, target, t, x_t)
 
         gradients.append(loss_and_gradient(loss, eps_hat)[1])
     for gradient in gradients[1:]:
@@ -107,7 +110,7 @@ def test_the_gradient_of_an_output_stays_near_the_plain_one(schedule):
         criterion = SkipStepLoss(schedule, 9, **options)
 
         def loss(leaf, criterion=criterion):
-            return criterion.from_output(leaf, target, x_t, t)
+            return criterion.from_output(leaf, target, t, x_t)
 
         norms.append(loss_and_gradient(loss, output)[1].flatten(1).norm(dim=1))
     ratio = (norms[1] / norms[0])[norms[0] > 0]
@@ -116,39 +119,35 @@ def test_the_gradient_of_an_output_stays_near_the_plain_one(schedule):
     assert ratio.max() < 2.5
 
 
-def test_it_multiplies_the_papers_loss_constant_and_all():
+@pytest.mark.parametrize("estimator", ["expected", "fresh", "shared"])
+def test_it_multiplies_the_loss_and_the_papers_terms(estimator):
     t = torch.tensor([0, 9, 500, 999])
-    eps_hat, noise = normal(4, 3, seed=0), normal(4, 3, seed=1)
+    eps_hat, noise, xi = (normal(4, 3, seed=i) for i in range(3))
     bar = LINEAR.alphas_cumprod[t]
-    snr = bar / (1 - bar)
-    weights = snr.clamp(max=3) / snr
-    for estimator in ("expected", "fresh", "shared"):
-        options = {"estimator": estimator, "reduction": "none"}
-        given = {"skip_noise": normal(4, 3, seed=2)} if estimator == "fresh" else {}
-        plain = SkipStepLoss(LINEAR, 9, **options)
-        weighted = SkipStepLoss(LINEAR, 9, weighting=min_snr(3), **options)
-        torch.testing.assert_close(
-            weighted.from_prediction(eps_hat, noise, t, **given),
-            weights * plain.from_prediction(eps_hat, noise, t, **given),
-            rtol=1e-12,
-            atol=0,
-        )
-        terms = weighted.terms(eps_hat, noise, t, **given)
-        torch.testing.assert_close(
-            terms.tau * terms.simple + (1 - terms.tau) * terms.skip,
-            weighted.from_prediction(eps_hat, noise, t, **given),
-        )
+    weights = (bar / (1 - bar)).clamp(max=3) / (bar / (1 - bar))
+    plain, weighted = (
+        SkipStepLoss(LINEAR, 9, weighting=weighting, estimator=estimator, reduction="none")
+        for weighting in (None, min_snr(3))
+    )
+    given = drawn(estimator, xi)
+    losses = (of.from_output(eps_hat, noise, t, **given) for of in (weighted, plain))
+    torch.testing.assert_close(next(losses), weights * next(losses), rtol=1e-12, atol=0)
+    found, terms = (of.terms(eps_hat, noise, t, **given) for of in (weighted, plain))
+    for name in ("simple", "skip", "total"):
+        value, expected = getattr(found, name), weights * getattr(terms, name)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    assert torch.equal(found.tau, terms.tau)
 
 
 def test_a_function_of_ones_own_and_weights_beside_it():
     t = torch.tensor([3, 500, 999])
     eps_hat, noise = normal(3, 2, seed=0), normal(3, 2, seed=1)
-    by_function = SkipStepLoss(LINEAR, weighting=lambda log_snr: 5 / (5 + log_snr.exp()))
-    by_name = SkipStepLoss(LINEAR, weighting=soft_min_snr(5))
+    by_function = SkipStepLoss(LINEAR, 9, weighting=lambda log_snr: 5 / (5 + log_snr.exp()))
+    by_name = SkipStepLoss(LINEAR, 9, weighting=soft_min_snr(5))
     weights = torch.tensor([1.0, 0.0, 2.0])
     torch.testing.assert_close(
-        by_function.from_prediction(eps_hat, noise, t, weights=weights),
-        by_name.from_prediction(eps_hat, noise, t, weights=weights),
+        by_function.from_output(eps_hat, noise, t, weights=weights),
+        by_name.from_output(eps_hat, noise, t, weights=weights),
         rtol=1e-12,
         atol=0,
     )
@@ -174,7 +173,7 @@ def test_a_weight_without_bound_where_no_time_is_drawn():
         ContinuousSchedule.vp(), 0.01, prediction_type="sample", weighting="debiased", tau=1.0
     )
     output, target, x_t = normal(3, 1, 5, seed=0).unbind(0)
-    found = criterion.from_output(output, target, x_t, torch.tensor([1e-5], dtype=torch.float64))
+    found = criterion.from_output(output, target, torch.tensor([1e-5], dtype=torch.float64), x_t)
     integral = 0.1 * 1e-5 + 0.5 * (20 - 0.1) * 1e-10
     snr = math.exp(-integral) / -math.expm1(-integral)
     expected = math.sqrt(snr) * (output - target).square().mean()
@@ -194,7 +193,7 @@ def test_finite_at_both_ends(schedule, kind, name):
     criterion = SkipStepLoss(
         schedule, 9 if discrete else 0.01, prediction_type=kind, weighting=name, reduction="none"
     )
-    loss, gradient = loss_and_gradient(lambda o: criterion.from_output(o, target, x_t, t), output)
+    loss, gradient = loss_and_gradient(lambda o: criterion.from_output(o, target, t, x_t), output)
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
 
@@ -203,13 +202,45 @@ def test_min_snr_of_v_at_zero_terminal_snr():
     """min(snr, γ) / (snr + 1) is 0 at snr = 0, where 1 / snr is infinite."""
     t = torch.tensor([999])
     output, target, x_t, *_ = batch(ZERO_SNR, t, "v_prediction")
-    criterion = SkipStepLoss(ZERO_SNR, prediction_type="v_prediction", weighting="min_snr")
-    assert criterion.from_output(output, target, x_t, t).item() == pytest.approx(0, abs=1e-20)
+    criterion = SkipStepLoss(ZERO_SNR, 9, prediction_type="v_prediction", weighting="min_snr")
+    assert criterion.from_output(output, target, t, x_t).item() == pytest.approx(0, abs=1e-20)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind", "weighting", "warns"),
+    [
+        (ZERO_SNR, "v_prediction", "min_snr", True),
+        (ZERO_SNR, "flow", "uniform", True),
+        (ZERO_SNR, "sample", min_snr(3), True),
+        (ZERO_SNR, "v_prediction", lambda log_snr: torch.ones_like(log_snr), True),
+        (ZERO_SNR, "v_prediction", "truncated_snr", False),
+        (ZERO_SNR, "v_prediction", None, False),
+        (ZERO_SNR, "epsilon", "min_snr", False),
+        (LINEAR, "v_prediction", "min_snr", False),
+        (NoiseSchedule.cosine(1000), "v_prediction", "min_snr", False),
+        (ContinuousSchedule.flow(), "flow", "min_snr", False),  # its end is drawn by nobody
+    ],
+)
+def test_a_last_timestep_that_is_never_trained_is_said_once(schedule, kind, weighting, warns):
+    skip = 0.01 if schedule.timesteps is None else 9
+    options = {"prediction_type": kind, "weighting": weighting}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        criterion = SkipStepLoss(schedule, skip, **options)
+        criterion(lambda x_t, t: x_t, torch.ones(2, 3))
+        pickle.loads(pickle.dumps(SkipStepLoss(LINEAR, 9)))  # noqa: S301 - our own bytes
+    assert len(caught) == warns
+    for warning in caught:
+        assert "samplers start there" in str(warning.message)
+        assert warning.filename == __file__  # the line that made the loss
 
 
 def test_log_snr_stays_within_60():
-    a, b = (torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0.0, 0.6], [0.0, 1.0, 0.8]))
-    log_snr = weights_at(lambda log_snr: log_snr, *within_the_ends(a, b))
+    path = PathPoint(
+        *(torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0.0, 0.6], [0.0, 1.0, 0.8])),
+        rates=lambda: pytest.fail("asked for"),
+    ).within_the_ends()
+    log_snr = weights_at(lambda log_snr: log_snr, path.a, path.b)
     assert log_snr.tolist() == pytest.approx([60, -60, 2 * math.log(0.6 / 0.8)], rel=1e-14)
 
 
@@ -229,10 +260,10 @@ def test_numbers_at_the_edge_of_what_is_allowed():
 
 
 def test_reprs_and_pickles():
-    criterion = SkipStepLoss(LINEAR, weighting=min_snr(3))
+    criterion = SkipStepLoss(LINEAR, 9, weighting=min_snr(3))
     assert "weighting=min_snr(3)" in repr(criterion)
     assert repr(pickle.loads(pickle.dumps(criterion))) == repr(criterion)  # noqa: S301 - our own
-    assert SkipStepLoss(LINEAR, weighting="p2").weighting == p2(1, 1)
+    assert SkipStepLoss(LINEAR, 9, weighting="p2").weighting == p2(1, 1)
     assert sigmoid() != sigmoid(1.0)
 
 
@@ -246,15 +277,19 @@ def test_a_weighting_is_a_value():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: SkipStepLoss(LINEAR, weighting="minsnr"), ValueError, "weighting must be.*'min_s"),
-        (lambda: SkipStepLoss(LINEAR, weighting=5.0), TypeError, "weighting must be .* got 5.0"),
+        (
+            lambda: SkipStepLoss(LINEAR, 9, weighting="minsnr"),
+            ValueError,
+            "weighting must be.*'min_s",
+        ),
+        (lambda: SkipStepLoss(LINEAR, 9, weighting=5.0), TypeError, "weighting must be .* got 5.0"),
         (lambda: min_snr(0.0), ValueError, r"gamma must lie in \(0.0, inf\)"),
         (lambda: soft_min_snr(0.0), ValueError, r"gamma must lie in \(0.0, inf\)"),
         (lambda: p2(0.0), ValueError, r"k must lie in \(0.0, inf\)"),
         (lambda: p2(1, -1), ValueError, r"gamma must lie in \[0.0, inf\]"),
         (lambda: sigmoid(math.inf), ValueError, r"bias must lie in \(-inf, inf\)"),
         (
-            lambda: SkipStepLoss(ZERO_SNR, weighting="debiased"),
+            lambda: SkipStepLoss(ZERO_SNR, 9, weighting="debiased"),
             ValueError,
             r"weighting must lie in \[0, 1e\+06\].*index 999 of 1000.*no bound",
         ),
@@ -271,22 +306,22 @@ def test_a_weighting_is_a_value():
             r"weighting must lie in \[0, 1e\+06\].*index 16 of 17.* no signal, 1 / snr has no b",
         ),
         (
-            lambda: SkipStepLoss(LINEAR, weighting=Learned()),
+            lambda: SkipStepLoss(LINEAR, 9, weighting=Learned()),
             ValueError,
             r"weighting must be fixed, got Learned\(\) with parameters to train",
         ),
         (
-            lambda: SkipStepLoss(LINEAR, weighting=lambda log_snr: -log_snr),
+            lambda: SkipStepLoss(LINEAR, 9, weighting=lambda log_snr: -log_snr),
             ValueError,
             "weighting must lie in",
         ),
         (
-            lambda: SkipStepLoss(LINEAR, weighting=lambda log_snr: 1.0),
+            lambda: SkipStepLoss(LINEAR, 9, weighting=lambda log_snr: 1.0),
             TypeError,
             "weighting must return a tensor, got 1.0",
         ),
         (
-            lambda: SkipStepLoss(LINEAR, weighting=lambda log_snr: log_snr.mean()),
+            lambda: SkipStepLoss(LINEAR, 9, weighting=lambda log_snr: log_snr.mean()),
             ValueError,
             "of the shape of log SNR",
         ),

@@ -6,6 +6,8 @@ code where a checkout (or the package) is at hand. Where a trainer's weight for 
 than its weight for ε, the test says which.
 """
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +15,11 @@ import torch
 from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
-from s2dm_loss.weighting import min_snr, p2, soft_min_snr
+from s2dm_loss.weighting import WEIGHTINGS, min_snr, p2, soft_min_snr
 from tests.helpers.diffusers_parts import compute_snr, make_scheduler, min_snr_weights
+from tests.helpers.packages import k_diffusion_layers
 from tests.helpers.sd_scripts_checkout import load_sd_scripts
-from tests.helpers.upstream import load, load_below, root_of, stubs
-from tests.test_k_diffusion import STUBS as K_DIFFUSION_STUBS
+from tests.helpers.upstream import load, root_of, stubs
 
 SCHEDULE = NoiseSchedule.scaled_linear(1000)  # Stable Diffusion's
 SNR = SCHEDULE.log_snr.exp()
@@ -36,7 +38,7 @@ def weights_of(weighting, prediction_type, schedule=SCHEDULE, t=T):
     )
     # Errors of 1 in float64, around a target and an x_t that say nothing.
     zeros = torch.zeros(len(t), 3, dtype=torch.float64)
-    return criterion.from_output(torch.ones_like(zeros), zeros, zeros, t)
+    return criterion.from_output(torch.ones_like(zeros), zeros, t, zeros)
 
 
 def close(found, expected, rtol=1e-6):
@@ -195,9 +197,7 @@ def k_diffusion(name, sigma, sigma_data):
 
 def k_diffusions_own(name, sigma, sigma_data):
     """The same by its code."""
-    root = root_of("S2DM_K_DIFFUSION_ROOT")
-    (layers,) = load_below(root, "k_diffusion", "layers", stubbed=stubs(*K_DIFFUSION_STUBS))
-    return layers.Denoiser(nn.Identity(), sigma_data, weighting=name).weighting(sigma)
+    return k_diffusion_layers().Denoiser(nn.Identity(), sigma_data, weighting=name).weighting(sigma)
 
 
 @pytest.mark.parametrize("code", [k_diffusion, k_diffusions_own], ids=["formula", "code"])
@@ -239,3 +239,120 @@ def test_min_snr_of_denoising_diffusion_pytorch():
         )
         schedule = NoiseSchedule.from_betas(diffusion.betas)
         close(weights_of("min_snr", name, schedule), diffusion.loss_weight[T], rtol=1e-4)
+
+
+# The table of docs/schedules.md.
+
+PAGE = Path(__file__).parents[1] / "docs" / "schedules.md"
+GAMMA, SIGMA_DATA = 5.0, 0.5
+# The page's formulas, as functions of r.
+FORMULAS = {
+    "min(r, γ) / r": lambda r: r.clamp(max=GAMMA) / r,
+    "min(r, γ) / (1 + r)": lambda r: r.clamp(max=GAMMA) / (1 + r),
+    "min(r, γ) / r + 1": lambda r: r.clamp(max=GAMMA) / r + 1,
+    "min(r, γ)": lambda r: r.clamp(max=GAMMA),
+    "(min(r, γ) / r + 1) (1 + r) / r": lambda r: (r.clamp(max=GAMMA) / r + 1) * (1 + r) / r,
+    "r": lambda r: r,
+    "1 / r": lambda r: 1 / r,
+    "1 / √r": lambda r: r.rsqrt(),
+    "1 / (1 + r)": lambda r: 1 / (1 + r),
+    "1 / √(1 + r)": lambda r: (1 + r).rsqrt(),
+    "√(1 + r) / r": lambda r: (1 + r).sqrt() / r,
+    "r / (1 + r)": lambda r: r / (1 + r),
+    "(1 + r)^-γ": lambda r: (1 + r) ** -GAMMA,
+    "(2 + r)^-γ": lambda r: (2 + r) ** -GAMMA,
+    "(2 + r)^-γ (1 + r) / r": lambda r: (2 + r) ** -GAMMA * (1 + r) / r,
+    # The straight path: r = (1 - σ)² / σ².
+    "σ": lambda r: 1 / (1 + r.sqrt()),
+    "(1 + √r) / r": lambda r: (1 + r.sqrt()) / r,
+    "r / (1 + r σ_data²)": lambda r: r / (1 + r * SIGMA_DATA**2),
+    "r + 1 / σ_data²": lambda r: r + 1 / SIGMA_DATA**2,
+    "1 + 1 / (r σ_data²)": lambda r: 1 + 1 / (r * SIGMA_DATA**2),
+}
+NAMED = {
+    "`min_snr(γ)`": min_snr(GAMMA),
+    '`"uniform"`': "uniform",
+    '`"debiased"`': "debiased",
+    "`p2(1, γ)`": p2(1, GAMMA),
+    "`soft_min_snr(1 / σ_data²)`": soft_min_snr(1 / SIGMA_DATA**2),
+}
+# Which of ours has the name of a trainer's option.
+SAME_NAME = {
+    "snr_gamma": min_snr(GAMMA),
+    "min_snr": min_snr(GAMMA),
+    "MIN_SNR": min_snr(GAMMA),
+    "debiased": "debiased",
+    "DEBIASED": "debiased",
+    "`P2`": p2(1, GAMMA),
+    "soft-min-snr": soft_min_snr(1 / SIGMA_DATA**2),
+    "scale_v_pred": "uniform",
+    "train_unconditional": "uniform",
+}
+OUTPUTS = {"ε": "epsilon", "v": "v_prediction", "x_0": "sample", "flow": "flow"}
+ROWS = re.findall(
+    r"^\| ([^|]+) \| (ε|v|x_0|flow) \| ([^|]+) \| (equal|different|no name) \| ([^|]+) \|$",
+    PAGE.read_text(encoding="utf-8"),
+    re.M,
+)
+
+
+def factor(weighting, output):
+    """Ours, on the schedule of the output, and r there."""
+    if output == "flow":
+        schedule, t = ContinuousSchedule.flow(), torch.linspace(0.05, 0.95, 19).double()
+        alpha, sigma = schedule.alpha_sigma(t)
+        return weights_of(weighting, "flow", schedule, t), (alpha / sigma) ** 2
+    t = T[SNR[T] <= 1000]
+    return weights_of(weighting, OUTPUTS[output], t=t), SNR[t]
+
+
+@pytest.mark.parametrize(("option", "output", "theirs", "verdict", "ours"), ROWS)
+def test_a_row_of_the_page(option, output, theirs, verdict, ours):
+    if "`weights=`" in ours:
+        with pytest.raises(ValueError, match="weighting must lie in"):
+            factor(lambda log_snr: (1 + (0.5 * log_snr).exp()) ** 4 * (-log_snr).exp(), output)
+        return
+    weighting = NAMED.get(ours) or (lambda log_snr: FORMULAS[ours](log_snr.exp()))
+    found, r = factor(weighting, output)
+    expected = FORMULAS[theirs](r)
+    close(found, expected, rtol=1e-5)  # the same factor here
+    named = [w for word, w in SAME_NAME.items() if word in option]
+    if verdict == "no name":
+        assert not named
+        return
+    ratio = factor(named[0], output)[0] / expected
+    equal = bool(((ratio - 1).abs() < 1e-5).all())
+    assert equal == (verdict == "equal")
+
+
+def test_every_row_of_the_page_is_tested():
+    text = PAGE.read_text(encoding="utf-8")
+    table = text[text.index("| trainer, option |") :].split("\n\n")[0]
+    assert len(ROWS) == len(table.splitlines()) - 2 > 20
+
+
+def test_the_numbers_of_the_page():
+    t = torch.tensor([999])
+    ours = weights_of("debiased", "v_prediction", t=t)
+    assert f"{ours.item():.3f}" == "0.068"
+    assert f"{onetrainer('DEBIASED_ESTIMATION', True, SNR[t], 1.0).item():.3f}" == "0.998"
+
+
+ZERO = SCHEDULE.rescale_zero_terminal_snr()
+
+
+@pytest.mark.filterwarnings("ignore")  # what the loss says of the zeros
+@pytest.mark.parametrize("weighting", [None, *WEIGHTINGS])
+def test_the_last_timestep_of_v_at_zero_terminal_snr(weighting):
+    found = weights_of(weighting, "v_prediction", ZERO, torch.tensor([999]))
+    text = PAGE.read_text(encoding="utf-8")
+    name = f'`"{weighting}"`' if weighting else "`None`"
+    (row,) = re.findall(rf"^\| [^|\n]*{name}[^|\n]* \| ([01]) \|$", text, re.M)
+    assert found.item() == pytest.approx(float(row), abs=1e-12)
+
+
+def test_min_snr_of_the_trainers_is_nan_at_zero_terminal_snr():
+    r = torch.zeros(1)
+    assert FORMULAS["min(r, γ) / r"](r).isnan().all()
+    assert FORMULAS["min(r, γ) / r + 1"](r).isnan().all()
+    close(weights_of(min_snr(GAMMA), "epsilon", ZERO, torch.tensor([998])), torch.ones(1))

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.lab``."""
+"""`python -m benchmarks.lab`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.files import save_json
-from benchmarks.lab.report import RESULTS, write_report
+from benchmarks.lab.holes import RESULTS
 from benchmarks.lab.studies import STUDIES
 from benchmarks.provenance import versions
 
@@ -23,7 +23,7 @@ def about(study: object) -> str:
 HELP = "\n".join(f"  {name:17} {about(study)}" for name, study in STUDIES.items())
 
 
-@click.group(help="Run the exact lab's studies, then write its page.\n\n\b\nStudies:\n" + HELP)
+@click.group(help="Run the exact lab's studies.\n\n\b\nStudies:\n" + HELP)
 def main() -> None:
     """Group the commands."""
 
@@ -34,7 +34,7 @@ def main() -> None:
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of torch."
 )
 def run_command(names: tuple[str, ...], threads: int) -> None:
-    """Run studies and write one JSON each."""
+    """Run studies and write one JSON each; `python -m benchmarks.pages` makes the page of them."""
     torch.set_num_threads(threads)
     for name in names:
         began = time.perf_counter()
@@ -47,12 +47,6 @@ def run_command(names: tuple[str, ...], threads: int) -> None:
             **result,
         }
         save_json(RESULTS / f"{name}.json", document)
-
-
-@main.command("report")
-def report_command() -> None:
-    """Write the figures and the page fragment from the JSON."""
-    write_report()
 
 
 if __name__ == "__main__":

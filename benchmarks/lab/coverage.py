@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from benchmarks.lab.linear import output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.samplers import sample
-from s2dm_loss import (
+from s2dm_loss import CorrectionSearch, NoiseSchedule, SkipGain
+from s2dm_loss.sampling import (
     Correction,
-    CorrectionSearch,
-    NoiseSchedule,
     PredictionScaling,
-    SkipGain,
     StartScaling,
     standard_corrections,
 )

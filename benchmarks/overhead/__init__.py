@@ -1,16 +1,14 @@
-"""What the loss costs, on a CPU or a GPU: `python -m benchmarks.overhead run`.
+"""What the loss costs, on a CPU or a GPU: `python -m benchmarks.overhead --help`.
 
 Losses on identical tensors, in one process, in turn.
 
 ==============  ===========================================================
 `contenders`    what is compared
 `measure`       times, memory, operators, bytes, syncs, the gradient's error
-`settings`      how large and how long
-`levels`        the levels of the benchmark
-`step`          the level of a whole training step
-`figures`       the measured figures, read and put into words
-`goals`         the goals, and what was measured against them
-`details`       tables and text of the levels
-`page`          `docs/overhead.md`, from the committed figures
+`levels`        the loss alone: times at every size, counts, a copy
+`step`          a whole training step: eager, compiled, in a CUDA graph
+`plan`          all of it on a GPU within minutes, the most useful first
+`against`       the loss of another version beside this one
+`holes`         the numbers, tables and figures of `docs/overhead.md`
 ==============  ===========================================================
 """

@@ -2,170 +2,227 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
-from benchmarks.files import load_json, write_whole
-from benchmarks.overhead.details import SUMMARIES
-from benchmarks.overhead.levels import LEVELS
-from benchmarks.overhead.page import write_page
-from benchmarks.overhead.settings import Settings
-from benchmarks.provenance import ROOT, git, machine
+from benchmarks.files import load_json, save_json
+from benchmarks.overhead import against as other_version
+from benchmarks.overhead import levels, plan, step
+from benchmarks.overhead.levels import Cell, Settings
+from benchmarks.pages.tables import markdown_table
+from benchmarks.provenance import git, machine
+from s2dm_loss import __version__
 
-COMMITTED = ROOT / "benchmarks" / "results" / "overhead"
-PAGE = ROOT / "docs" / "overhead.md"
 SOURCES = ("s2dm_loss/*.py", "benchmarks/overhead")
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-LEVEL_HELP = "\n".join(
-    f"  {name:10} {(level.__doc__ or '').partition(chr(10))[0]}" for name, level in LEVELS.items()
-)
+LEVELS: dict[str, Callable[[Settings], Iterator[Cell]]] = {
+    "bandwidth": levels.bandwidth,
+    "float32": partial(levels.eager, dtype=torch.float32),
+    "bfloat16": partial(levels.eager, dtype=torch.bfloat16),
+    "compiled": levels.compiled_heads,
+    "step": step.step,
+    "step-compiled": step.step_compiled,
+    "step-graph": step.step_graph,
+    "counts": levels.counts,
+}
+# What a head may take of `F.mse_loss`'s time on two threads, by log2 of its size; 0.8 beyond.
+GOALS = {"2^14": 1.65, "2^16": 1.35, "2^18": 0.95, "2^20": 0.85}
+
 OUT = click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("runs/overhead"),
     show_default=True,
-    help="Folder of the figures, DEVICE.json.",
+    help="Folder of the figures, DEVICE.json; benchmarks/results/overhead is the page's.",
 )
+THREADS = click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads of torch [its own choice]."
+)
+STEP_BATCH = click.option("--step-batch", type=int, help="Batch of the step [4; 128 on a GPU].")
 
 
-@click.group(help="What the loss costs, on a CPU or a GPU.\n\n\b\nLevels:\n" + LEVEL_HELP)
+@click.group()
 def main() -> None:
-    """Group the commands."""
+    """What the loss costs, on a CPU or a GPU."""
 
 
 @main.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[cuda where there is one]")
-@click.option("--level", "levels", type=click.Choice(list(LEVELS)), multiple=True, help="[all]")
+@click.option("--level", "names", type=click.Choice(list(LEVELS)), multiple=True, help="[all]")
 @click.option("--seconds", default=2.0, show_default=True, help="Time for each cell of a table.")
 @click.option("--smallest", default=14, show_default=True, help="log2 of the smallest size; even.")
 @click.option("--largest", type=int, help="log2 of the largest size [26; 28 on a GPU].")
-@click.option(
-    "--in-full",
-    type=int,
-    multiple=True,
-    help="log2 of a size to be compiled and taken in bfloat16 too [20 and 22].",
-)
-@click.option("--step-batch", type=int, help="Batch of the training step [4; 128 on a GPU].")
-@click.option("--step-seconds", default=60.0, show_default=True, help="Time for that step.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of torch [its own choice].")
-@click.option(
-    "--clock",
-    type=click.Choice(list(CLOCKS)),
-    default="wall",
-    show_default=True,
-    help="What times a CPU. CPU time, with one thread, is for a machine that does other work.",
-)
+@STEP_BATCH
+@click.option("--step-seconds", default=60.0, show_default=True, help="Time for each step.")
+@THREADS
+@click.option("--budget", type=float, help="Seconds after which nothing new is begun.")
+@click.option("--small", is_flag=True, help="For a rehearsal: one sample, a small network.")
 @OUT
 def run(
     device: str | None,
-    levels: tuple[str, ...],
+    names: tuple[str, ...],
     seconds: float,
     smallest: int,
     largest: int | None,
-    in_full: tuple[int, ...],
     step_batch: int | None,
     step_seconds: float,
     threads: int | None,
-    clock: str,
+    budget: float | None,
+    small: bool,
     out: Path,
 ) -> None:
-    """Measure, and write the figures; a level measured before is replaced."""
+    """Measure, and write after each result; a level measured before is replaced."""
+    began = time.monotonic()
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("device: torch sees no GPU here")
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device == "cuda"
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    on_gpu = name == "cuda"
-    largest = largest or (28 if on_gpu else 26)
-    sizes = range(smallest, largest + 1, 2)
-    if not set(in_full) <= set(sizes):
-        raise click.ClickException(
-            f"in-full: expected sizes that are measured, {', '.join(map(str, sizes))}, got "
-            f"{', '.join(map(str, in_full))}"
-        )
     settings = Settings(
-        device=torch.device(name),
+        device=torch.device(device),
         seconds=seconds,
         smallest=smallest,
-        largest=largest,
-        in_full=in_full or (20, 22),
+        largest=largest or (28 if on_gpu else 26),
         step_batch=step_batch or (128 if on_gpu else 4),
         step_seconds=step_seconds,
-        # Several times the last cache of either: 32 MiB here, 50 MiB on an H100.
-        cache_bytes=256 * 2**20,
-        clock=CLOCKS[clock],
+        # Several times the last cache of either: 50 MiB on an H100.
+        cache_bytes=(1 if small else 256) * 2**20,
+        deadline=began + (budget or float("inf")),
+        small=small,
     )
-    path = out / f"{name}.json"
-    command = shlex.join(["python", "-m", "benchmarks.overhead", *_without_out(sys.argv[1:])])
+    for name in names or tuple(LEVELS):
+        click.echo(f"Measuring {name} on {device}:", err=True)
+        _measure(name, LEVELS[name](settings), settings, out / f"{device}.json")
+    click.echo(f"Wrote {out / device}.json.")
+
+
+def _measure(name: str, cells: Iterator[Cell], settings: Settings, path: Path) -> list[Cell]:
+    """Write a level's results to `path`, where other levels' stay, one after the other."""
+    began, figures = time.monotonic(), []
+    shown = {
+        "machine": machine(settings.device),
+        "version": __version__,
+        "command": shlex.join(["python", "-m", "benchmarks.overhead", *_own_words(sys.argv[1:])]),
+        "commit": git("rev-parse", "HEAD"),
+        "local_changes": bool(git("status", "--porcelain", "--", *SOURCES)),
+        "clock": "CUDA events" if settings.device.type == "cuda" else "wall",
+        # Above 0: something else was running.
+        "load_average_before": round(os.getloadavg()[0], 2),
+    }
     try:
-        results = load_json(path) if path.exists() else {}
-        for level in levels or tuple(LEVELS):
-            click.echo(f"Measuring {level} on {name}, into {path}:", err=True)
-            load_before, began = os.getloadavg(), time.time()
-            figures = LEVELS[level](settings)
-            results[level] = {
-                "machine": machine(settings.device),
-                "command": command,
-                "commit": git("rev-parse", "HEAD"),
-                "local_changes": bool(git("status", "--porcelain", "--", *SOURCES)),
-                "clock": "CUDA events" if on_gpu else clock,
-                "seconds": round(time.time() - began, 1),
-                # Above 0 before: something else was running.
-                "load_average_before": round(load_before[0], 2),
-                "load_average_after": round(os.getloadavg()[0], 2),
-                # As they will be read again: lists for tuples.
-                "figures": json.loads(json.dumps(figures)),
-            }
-            text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-            write_whole(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-            click.echo(f"\n{SUMMARIES[level](results)}")
+        for cell in cells:
+            figures.append(cell)
+            click.echo(f"  {summary(cell)}", err=True)
+            results = load_json(path) if path.exists() else {}
+            took = round(time.monotonic() - began, 1)
+            results[name] = {**shown, "seconds": took, "figures": figures}
+            save_json(path, results)
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        click.echo(f"  {name}: the rest is left out: {str(error).splitlines()[0]}", err=True)
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        click.echo(
-            "\nStopped. The levels measured before are kept; --level runs the rest.", err=True
-        )
-        raise SystemExit(130) from None
-    click.echo(f"Wrote {path}.")
+    return figures
 
 
-def _without_out(arguments: list[str]) -> list[str]:
-    """Return a command line less the folder that it wrote into, which is one machine's own."""
+def summary(cell: Cell) -> str:
+    """Return a result in a line."""
+    words = [str(cell[key]) for key in ("name", "contender", "dtype", "mode") if key in cell]
+    for pair, (_, median, _) in cell.get("ratios", {}).items():
+        words.append(f"{pair} {median:.2f}")
+    if "data_bytes" in cell:
+        words.append(f"{cell['peak_bytes'] / cell['data_bytes']:.2f} tensors held at once")
+    if "copy_bytes_per_second" in cell:
+        words.append(f"{cell['copy_bytes_per_second'][1] / 1e9:.1f} GB/s")
+    return "  ".join(words)
+
+
+def _own_words(arguments: list[str]) -> list[str]:
+    """Return a command line less the folders in it, which are one machine's own."""
     kept, words = [], iter(arguments)
     for word in words:
-        if word == "--out":
+        if word in ("--out", "--against"):
             next(words, None)
-        elif not word.startswith("--out="):
+        elif not word.startswith(("--out=", "--against=")):
             kept.append(word)
     return kept
 
 
 @main.command()
+@click.option("--minutes", default=8.0, show_default=True, help="Time for all of it.")
+@click.option("--rehearse", is_flag=True, help="On the CPU, at small sizes.")
+@STEP_BATCH
 @OUT
-def keep(out: Path) -> None:
-    """Copy the figures to where they are committed."""
-    paths = sorted(out.glob("*.json"))
-    if not paths:
-        raise click.ClickException(f"out: no figures in {out}; measure them with `run` first")
-    for path in paths:
-        write_whole(COMMITTED / path.name, lambda file, path=path: shutil.copyfile(path, file))  # type: ignore[misc]
-        click.echo(f"Wrote {COMMITTED / path.name}.")
+def gpu(minutes: float, rehearse: bool, step_batch: int | None, out: Path) -> None:
+    """Measure all that is worth it on a GPU in minutes, the most useful first."""
+    if not rehearse and not torch.cuda.is_available():
+        raise click.ClickException("gpu: torch sees no GPU here; --rehearse needs none")
+    options = ["--out", str(out), "--seconds", "1", "--step-seconds", "25"]
+    options += ["--device", "cpu" if rehearse else "cuda"]
+    if rehearse:
+        options += ["--small", "--largest", "14", "--step-batch", str(step_batch or 1)]
+    elif step_batch is not None:
+        options += ["--step-batch", str(step_batch)]
+    plan.follow(plan.run_command(options), 60 * minutes - 5, click.echo)
 
 
 @main.command()
-def page() -> None:
-    """Write docs/overhead.md and its plots from the committed figures."""
-    write_page(COMMITTED, PAGE)
-    click.echo(f"Wrote {PAGE}.")
+@click.option(
+    "--against",
+    "folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    required=True,
+    help="Checkout of the other version.",
+)
+@click.option("--seconds", default=10.0, show_default=True, help="Time for each size.")
+@click.option("--smallest", default=14, show_default=True, help="log2 of the smallest size; even.")
+@click.option("--largest", default=24, show_default=True, help="log2 of the largest size.")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@OUT
+def head(
+    folder: Path, seconds: float, smallest: int, largest: int, threads: int, out: Path
+) -> None:
+    """Compare the loss with that of another version, forward and backward, in one run."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    try:
+        version, other = other_version.other_loss(folder)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    settings = Settings(
+        torch.device("cpu"), seconds, smallest, largest, 0, 0.0, cache_bytes=256 * 2**20
+    )
+    cells = other_version.against(settings, other)
+    found = _measure("head", cells, settings, out / "head.json")
+    results = load_json(out / "head.json")
+    results["head"]["against"] = version
+    save_json(out / "head.json", results)
+    click.echo(f"Old: {version}. New: {__version__}. Times over those of F.mse_loss.\n")
+    click.echo(against_table(found))
+
+
+def against_table(cells: list[Cell]) -> str:
+    """Return the ratios of both versions by size, with the goals."""
+    rows = []
+    for cell in cells:
+        goal = GOALS.get(cell["name"], 0.8) if cell["dtype"] == "float32" else 1.0
+        old, new = (cell["ratios"][f"{name}/mse"][1] for name in ("old", "new"))
+        numbers: list[Any] = [f"{old:.2f}", f"{new:.2f}", f"≤ {goal}"]
+        numbers.append("met" if new <= goal else "missed")
+        numbers += [f"{cell['operators'][name]}" for name in ("old", "new")]
+        rows.append([f"{cell['dtype']}, {cell['name']}", *numbers])
+    header = ["", "old", "new", "goal", "", "operators, old", "operators, new"]
+    return markdown_table(header, rows)
 
 
 if __name__ == "__main__":

@@ -1,190 +1,226 @@
-"""The levels of the benchmark; each returns what goes into the JSON under its name."""
+"""The loss alone. Each level yields its results one by one, the most useful first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import click
 import torch
 from torch import Tensor
 
-from benchmarks.overhead.contenders import Loss, attempts, contenders, gradient_first_loss
+from benchmarks.overhead.contenders import Loss, compiled, contenders
 from benchmarks.overhead.measure import (
+    Inputs,
     OperatorCount,
+    Prepare,
     copy_bandwidth,
+    forward_backward,
     gradient_error,
     inductor_bytes,
+    interleave,
     kernels,
     peak_memory,
     summarise,
     syncs_forbidden,
 )
-from benchmarks.overhead.settings import ALLOCATIONS, PAIRS, Settings, say
-from benchmarks.overhead.step import step
 
-REAL_SHAPES = {
+T = TypeVar("T")
+Cell = dict[str, Any]
+Shape = tuple[int, ...]
+
+LATENTS = (64, 4, 64, 64)
+KNOWN = {
     "CIFAR10": (128, 3, 32, 32),
+    "SD latents": LATENTS,
     "CelebA": (128, 3, 64, 64),
     "ADM-256": (16, 3, 256, 256),
     "video latents": (4, 16, 13, 60, 90),
 }
-# Stable Diffusion's latents; measured as the size that they are.
-LATENTS = (64, 4, 64, 64)
+"""What people train on, by the end of a cell's name."""
 # The losses that compute in the type they are given and draw nothing.
 SAME_IN_FLOAT64 = ("mse", "expected", "shared")
+ALLOCATIONS = 5
 
 
-def flat_shape(log2: int) -> tuple[int, ...]:
+def flat_shape(log2: int) -> Shape:
     """Return 64 samples of 4 channels, square, of 2^log2 elements in all; log2 is even."""
     side = 2 ** ((log2 - 8) // 2)
     return (64, 4, side, side)
 
 
-def head(settings: Settings) -> list[dict[str, Any]]:
-    """Forward and backward of the loss alone, over sizes and real shapes."""
-    sizes = {
-        f"2^{log2}": flat_shape(log2) for log2 in range(settings.smallest, settings.largest + 1, 2)
-    }
-    in_full_shapes = [flat_shape(log2) for log2 in settings.in_full]
-    cells = []
-    for name, shape in (sizes | REAL_SHAPES).items():
-        in_full = shape in in_full_shapes
-        for dtype in (torch.float32, torch.bfloat16)[: 1 + in_full]:
-            eager = contenders(settings.device, dtype)
-            for mode in ("eager", "compiled")[: 1 + in_full]:
-                losses = eager if mode == "eager" else compiled(eager)
-                # Compiled, the drawing of noise is slow on a CPU and takes most of the time.
-                slow = mode == "compiled" and settings.device.type == "cpu"
-                seconds = (4 if slow else 1) * settings.seconds
-                times = settings.interleave_heads(losses, shape, dtype, seconds)
-                cell = {
-                    "name": f"{name}, SD latents" if shape == LATENTS else name,
-                    "shape": shape,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "mode": mode,
-                    "allocations": ALLOCATIONS,
-                    "rounds": len(times["mse"]),
-                    **summarise(times, PAIRS),
-                }
-                cells.append(cell)
-                say(cell)
-            torch.compiler.reset()
-    return cells
+@dataclass(frozen=True)
+class Settings:
+    """How large and how long.
 
-
-def attempted(settings: Settings) -> list[dict[str, Any]]:
-    """The steps that the head of `expected` went through."""
-    cells = []
-    for log2 in (20, 24):
-        shape = flat_shape(log2)
-        eager = attempts(settings.device)
-        expected, mse = eager["shipped"], eager["mse"]
-        pairs = [(name, "mse") for name in eager]
-        fused: dict[str, Loss] = {
-            "mse": torch.compile(mse, dynamic=False),
-            "shipped": torch.compile(expected, dynamic=False, fullgraph=True),
-            "gradient_first": gradient_first_loss(settings.device),
-        }
-        for mode, losses in (("eager", eager), ("compiled", fused)):
-            times = settings.interleave_heads(losses, shape, torch.float32, settings.seconds)
-            memory = {
-                key: _head_memory(loss, shape, torch.float32, settings.device)
-                for key, loss in losses.items()
-            }
-            cell = {
-                "name": f"2^{log2}",
-                "shape": shape,
-                "mode": mode,
-                "rounds": len(times["mse"]),
-                "peak_bytes": memory,
-                **summarise(times, [*pairs, ("gradient_first", "mse")]),
-            }
-            cells.append(cell)
-            say(cell)
-        torch.compiler.reset()
-    return cells
-
-
-def counts(settings: Settings) -> list[dict[str, Any]]:
-    """Peak memory, operators, bytes, kernels, syncs, graph breaks, gradients: exact, no clock."""
-    rows = []
-    for shape in (LATENTS, *REAL_SHAPES.values()):
-        for dtype in (torch.float32, torch.bfloat16):
-            for name, loss in contenders(settings.device, dtype).items():
-                row = {
-                    "contender": name,
-                    "shape": shape,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "data_bytes": torch.Size(shape).numel() * dtype.itemsize,
-                    **_count(loss, shape, dtype, settings.device, compile_too=shape == LATENTS),
-                }
-                if name in SAME_IN_FLOAT64:
-                    arguments = _arguments(shape, dtype, settings.device)
-                    row["gradient_error"] = gradient_error(loss, arguments)
-                rows.append(row)
-                say(row)
-    return rows
-
-
-def bandwidth(settings: Settings) -> dict[str, Any]:
-    """What a copy reaches on this machine."""
-    mebibytes = 1024 if settings.device.type == "cuda" else 128
-    rates = copy_bandwidth(settings.device, mebibytes, max(settings.seconds, 1.0), settings.clock)
-    return {"mebibytes": mebibytes, "copy_bytes_per_second": [round(rate) for rate in rates]}
-
-
-LEVELS: dict[str, Callable[[Settings], Any]] = {
-    "counts": counts,
-    "bandwidth": bandwidth,
-    "head": head,
-    "attempts": attempted,
-    "step": step,
-}
-
-
-def compiled(losses: dict[str, Loss]) -> dict[str, Loss]:
-    """Compile each loss for one shape; only the released formula is let break the graph.
-
-    And only it is compiled for all sizes: its masks have another one in each batch.
+    Attributes:
+        device: Where.
+        seconds: Time for each cell of a table, compilation not counted.
+        smallest: log2 of the smallest size.
+        largest: log2 of the largest size.
+        step_batch: Batch of the training step.
+        step_seconds: Time for each training step.
+        cache_bytes: What the input sets have to fill before they take turns again.
+        deadline: When to stop, by `time.monotonic`; what comes later is left out.
+        small: For a rehearsal: one sample of each known shape, and a small network.
     """
-    return {
-        name: torch.compile(loss, dynamic=name == "released", fullgraph=name != "released")
-        for name, loss in losses.items()
+
+    device: torch.device
+    seconds: float
+    smallest: int
+    largest: int
+    step_batch: int
+    step_seconds: float
+    cache_bytes: int
+    deadline: float = float("inf")
+    small: bool = False
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes people train on, then the sizes from the largest on, by name."""
+        known = {
+            f"2^20, {name}" if shape == LATENTS else name: (1, *shape[1:]) if self.small else shape
+            for name, shape in KNOWN.items()
+        }
+        sizes = range(self.largest, self.smallest - 1, -2)
+        flat = {f"2^{log2}": flat_shape(log2) for log2 in sizes}
+        return known | {name: shape for name, shape in flat.items() if shape != LATENTS}
+
+    def in_time(
+        self, cells: Sequence[T], seconds: float | None = None
+    ) -> Iterator[tuple[T, float]]:
+        """Yield each cell and its seconds, until the deadline.
+
+        A cell gets its even share of what is left, less a part for what is not timed.
+        """
+        for done, cell in enumerate(cells):
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                click.echo(f"  out of time: {len(cells) - done} of {len(cells)} left out", err=True)
+                return
+            share = min(seconds or self.seconds, 0.6 * left / (len(cells) - done))
+            yield cell, share
+
+    def interleave(
+        self, prepare: Mapping[str, Prepare], seconds: float, least_rounds: int = 20
+    ) -> dict[str, list[float]]:
+        """Time contenders in turn, as `measure.interleave` does."""
+        return interleave(prepare, self.device, seconds, least_rounds)
+
+    def interleave_heads(
+        self, losses: Mapping[str, Loss], shape: Shape, dtype: torch.dtype, seconds: float
+    ) -> dict[str, list[float]]:
+        """Time losses, forward and backward, on inputs that are allocated anew now and then.
+
+        Where the inputs happen to lie in memory moves a ratio by 5 % and more.
+        """
+        times: dict[str, list[float]] = {name: [] for name in losses}
+        for _ in range(ALLOCATIONS):
+            inputs = Inputs(shape, dtype, self.device, self.cache_bytes)
+            calls = {name: forward_backward(loss, inputs) for name, loss in losses.items()}
+            part = self.interleave(calls, seconds / ALLOCATIONS, 20 // ALLOCATIONS)
+            for name, values in part.items():
+                times[name] += values
+        return times
+
+
+def bandwidth(settings: Settings) -> Iterator[Cell]:
+    """Speed of a copy between tensors that exist already."""
+    mebibytes = 16 if settings.small else 1024 if settings.device.type == "cuda" else 128
+    rates = copy_bandwidth(settings.device, mebibytes, settings.seconds)
+    yield {"mebibytes": mebibytes, "copy_bytes_per_second": [round(rate) for rate in rates]}
+
+
+def eager(settings: Settings, dtype: torch.dtype) -> Iterator[Cell]:
+    """Forward and backward of the loss alone, eager, at every shape and size."""
+    losses = contenders(settings.device, dtype)
+    for (name, shape), seconds in settings.in_time(list(settings.shapes.items())):
+        yield from _timed(settings, losses, name, shape, dtype, "eager", seconds)
+
+
+def compiled_heads(settings: Settings) -> Iterator[Cell]:
+    """The same compiled, in float32 and in bfloat16."""
+    # Of each kind the shapes that people train on come before the sizes.
+    shapes = list(settings.shapes.items())
+    cells = [
+        (*cell, dtype)
+        for part in (shapes[: len(KNOWN)], shapes[len(KNOWN) :])
+        for dtype in (torch.float32, torch.bfloat16)
+        for cell in part
+    ]
+    for (name, shape, dtype), seconds in settings.in_time(cells):
+        torch.compiler.reset()
+        losses = compiled(contenders(settings.device, dtype))
+        yield from _timed(settings, losses, name, shape, dtype, "compiled", seconds)
+
+
+def _timed(
+    settings: Settings,
+    losses: Mapping[str, Loss],
+    name: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    mode: str,
+    seconds: float,
+) -> Iterator[Cell]:
+    try:
+        times = settings.interleave_heads(losses, shape, dtype, seconds)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        click.echo(f"  {name}: more than the device's memory, left out", err=True)
+        return
+    yield {
+        "name": name,
+        "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "mode": mode,
+        "allocations": ALLOCATIONS,
+        "rounds": len(times["mse"]),
+        **summarise(times),
     }
 
 
-def _arguments(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+def counts(settings: Settings) -> Iterator[Cell]:
+    """Peak memory, operators, bytes, kernels, syncs, graph breaks, gradients: exact, no clock."""
+    shapes = dict(list(settings.shapes.items())[: len(KNOWN)])
+    latents = next(shape for name, shape in shapes.items() if "SD latents" in name)
+    order = sorted(shapes.values(), key=lambda shape: shape != latents)
+    cells = [
+        (shape, dtype, name, loss)
+        for shape in order
+        for dtype in (torch.float32, torch.bfloat16)
+        for name, loss in contenders(settings.device, dtype).items()
+    ]
+    for (shape, dtype, name, loss), _ in settings.in_time(cells):
+        row = {
+            "contender": name,
+            "shape": shape,
+            "dtype": str(dtype).removeprefix("torch."),
+            "data_bytes": dtype.itemsize * torch.Size(shape).numel(),
+            **_count(loss, shape, dtype, settings.device, compile_too=shape == latents),
+        }
+        if name in SAME_IN_FLOAT64:
+            arguments = some_arguments(shape, dtype, settings.device)
+            row["gradient_error"] = gradient_error(loss, arguments)
+        yield row
+
+
+def some_arguments(
+    shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ε̂, ε and t, with timesteps on either side of the skip: both branches of Eq. 13."""
     eps_hat = torch.randn(shape, device=device).to(dtype).requires_grad_()
     noise = torch.randn(shape, device=device).to(dtype)
-    # Some timesteps on either side of the skip, so that the released formula takes both branches.
     t = torch.arange(shape[0], device=device) * 7 % 1000
     return eps_hat, noise, t
 
 
-def _head_memory(
-    loss: Loss, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> int:
-    arguments = _arguments(shape, dtype, device)
-
-    def work() -> None:
-        loss(*arguments).backward()
-
-    work()
-    arguments[0].grad = None
-    return peak_memory(work, device)
-
-
 def _count(
-    loss: Loss,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    compile_too: bool,
-) -> dict[str, Any]:
-    arguments = _arguments(shape, dtype, device)
+    loss: Loss, shape: Shape, dtype: torch.dtype, device: torch.device, *, compile_too: bool
+) -> Cell:
+    arguments = some_arguments(shape, dtype, device)
     eps_hat, noise, _ = arguments
 
     def work() -> None:
@@ -192,7 +228,8 @@ def _count(
         loss(*arguments).backward()
 
     work()  # what happens once only, such as the first read of a table
-    result: dict[str, Any] = {"peak_bytes": _head_memory(loss, shape, dtype, device)}
+    eps_hat.grad = None
+    result: Cell = {"peak_bytes": peak_memory(lambda: loss(*arguments).backward(), device)}
     with OperatorCount(large=min(eps_hat.nbytes, noise.nbytes)) as count:
         work()
     result |= {

@@ -2,94 +2,211 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.overhead.contenders import Loss, contenders
-from benchmarks.overhead.measure import peak_memory, summarise
-from benchmarks.overhead.settings import PAIRS, Settings, say
+from benchmarks.overhead.contenders import Loss, compiled, contenders
+from benchmarks.overhead.levels import Cell, Settings, some_arguments
+from benchmarks.overhead.measure import Prepare, peak_memory, summarise
 from s2dm_loss import NoiseSchedule
 
+Objective = Callable[[Tensor, Tensor], Tensor]
+LEAST_ROUNDS = 5  # a step of a slow card is long
 
-def step(settings: Settings) -> dict[str, Any]:
-    """A whole training step of the CIFAR10 U-Net: forward, loss, backward, optimizer."""
-    device = settings.device
-    model = cifar10_unet().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    schedule = NoiseSchedule.linear()
-    alpha, sigma = (scale.float().to(device) for scale in schedule.alpha_sigma(schedule.timesteps))
-    shape = (settings.step_batch, 3, 32, 32)
-    x0 = torch.randn(shape, device=device)
 
-    def predict(noise: Tensor, t: Tensor) -> Tensor:
-        x_t = alpha[t].view(-1, 1, 1, 1) * x0 + sigma[t].view(-1, 1, 1, 1) * noise
-        return model(x_t, t).sample
+class Training:
+    """A model, an optimizer and a batch of images.
 
-    def one_call(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda noise, t: loss(predict(noise, t), noise, t)
+    Args:
+        settings: Device and sizes.
+        half: Compute in bfloat16 under autocast.
+    """
 
-    def sa_dpm(noise: Tensor, t: Tensor) -> Tensor:
-        # arXiv 2312.12431 with K = 2 and λ = 1: the residual at t, and its sum with that at t - 1.
-        residual = noise - predict(noise, t)
+    def __init__(self, settings: Settings, *, half: bool) -> None:
+        """Build the model with random weights."""
+        self.device, self.half = settings.device, half
+        self.model = (small_unet() if settings.small else cifar10_unet()).to(self.device)
+        self.network: nn.Module = self.model
+        schedule = NoiseSchedule.linear()
+        alpha, sigma = schedule.alpha_sigma(schedule.timesteps)
+        self.alpha, self.sigma = alpha.float().to(self.device), sigma.float().to(self.device)
+        side = 8 if settings.small else 32
+        self.x0 = torch.randn(settings.step_batch, 3, side, side, device=self.device)
+        fast = half and self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, fused=fast, capturable=fast
+        )
+
+    def predict(self, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the model's answer to x_t."""
+        wide = (-1, 1, 1, 1)
+        x_t = self.alpha[t].view(wide) * self.x0 + self.sigma[t].view(wide) * noise
+        answer: Tensor = self.network(x_t, t).sample
+        return answer
+
+    def objective(self, loss: Loss) -> Objective:
+        """Return a loss of (noise, t) that calls the model once."""
+        return lambda noise, t: loss(self.predict(noise, t), noise, t)
+
+    def sa_dpm(self, noise: Tensor, t: Tensor) -> Tensor:
+        """SA-DPM (arXiv 2312.12431), K = 2, λ = 1: the residual at t, and its sum with t - 1's."""
+        residual = noise - self.predict(noise, t)
         earlier_noise = torch.randn_like(noise)
-        earlier = earlier_noise - predict(earlier_noise, (t - 1).clamp(min=0))
+        earlier = earlier_noise - self.predict(earlier_noise, (t - 1).clamp(min=0))
         both = residual + (t >= 1).view(-1, 1, 1, 1) * earlier
         return residual.square().mean() + both.square().mean() / 4
 
-    objectives = {name: one_call(loss) for name, loss in contenders(device).items()}
-    objectives["sa_dpm"] = sa_dpm
+    def work(self, objective: Objective) -> Callable[[], Tensor]:
+        """Draw a batch, and return the training step on it."""
+        noise = torch.randn_like(self.x0)
+        t = torch.randint(1000, self.x0.shape[:1], device=self.device)
+        mixed: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.half:
+            # A CUDA graph cannot hold what autocast keeps between calls.
+            mixed = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
-    def training_step(objective: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
-        def prepare() -> Callable[[], None]:
-            noise = torch.randn_like(x0)
-            t = torch.randint(1000, shape[:1], device=device)
+        def step() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            with mixed:
+                loss = objective(noise, t)
+            loss.backward()
+            self.optimizer.step()
+            return loss
 
-            def work() -> None:
-                optimizer.zero_grad(set_to_none=True)
-                objective(noise, t).backward()
-                optimizer.step()
+        return step
 
-            return work
-
-        return prepare()
-
-    steps = {
-        name: (lambda objective=objective: training_step(objective))
-        for name, objective in objectives.items()
-    }
-    times = settings.interleave(steps, settings.step_seconds)
-    result: dict[str, Any] = {
-        "model": "UNet2DModel of google/ddpm-cifar10-32, random weights, float32, AdamW",
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "shape": shape,
-        "rounds": len(times["mse"]),
-        **summarise(times, PAIRS),
-    }
-    result["peak_bytes"] = {}
-    for name, call in steps.items():
-        work = call()
-        optimizer.zero_grad(set_to_none=True)  # each begins with no gradients held
-        result["peak_bytes"][name] = peak_memory(work, device)
-    say(result)
-    # The head alone at this shape: what the whole step can gain or lose, without the step's noise.
-    heads = settings.interleave_heads(contenders(device), shape, torch.float32, settings.seconds)
-    result["head"] = summarise(heads, PAIRS)
-    if device.type == "cuda":
-        result["cuda_graph"] = {
-            name: _capture(model, objectives[name], x0)
-            for name in ("mse", "expected", "fresh", "shared")
+    def cell(self, mode: str, shown: Mapping[str, Any]) -> Cell:
+        """Return what a result begins with."""
+        return {
+            "mode": mode,
+            "dtype": "bfloat16" if self.half else "float32",
+            "model": "UNet2DModel of google/ddpm-cifar10-32, random weights, AdamW",
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "shape": tuple(self.x0.shape),
+            **shown,
         }
-    return result
+
+
+def step(settings: Settings) -> Iterator[Cell]:
+    """A training step of the CIFAR10 U-Net, eager, float32: every loss."""
+    training = Training(settings, half=False)
+    losses = contenders(settings.device)
+    objectives = {name: training.objective(loss) for name, loss in losses.items()}
+    objectives["sa_dpm"] = training.sa_dpm
+    yield from _measured(settings, training, "eager", objectives, losses)
+
+
+def step_compiled(settings: Settings) -> Iterator[Cell]:
+    """The same in bfloat16, the model and the losses compiled."""
+    training = Training(settings, half=True)
+    training.network = torch.compile(training.model)  # type: ignore[assignment]
+    losses = compiled(contenders(settings.device))
+    objectives = {name: training.objective(loss) for name, loss in losses.items()}
+    yield from _measured(settings, training, "compiled", objectives, losses)
+
+
+def _measured(
+    settings: Settings,
+    training: Training,
+    mode: str,
+    objectives: Mapping[str, Objective],
+    losses: Mapping[str, Loss],
+) -> Iterator[Cell]:
+    def prepared(objective: Objective) -> Prepare:
+        return lambda: training.work(objective)
+
+    steps = {name: prepared(objective) for name, objective in objectives.items()}
+    for _, seconds in settings.in_time([mode], settings.step_seconds):
+        times = settings.interleave(steps, seconds, LEAST_ROUNDS)
+        memory = {}
+        for name, prepare in steps.items():
+            work = prepare()
+            training.optimizer.zero_grad(set_to_none=True)  # each begins with no gradients held
+            memory[name] = peak_memory(work, settings.device)
+        training.optimizer.zero_grad(set_to_none=True)
+        # The head alone at this shape: what a step can gain or lose, without the step's noise.
+        dtype = torch.bfloat16 if training.half else torch.float32
+        shape = tuple(training.x0.shape)
+        heads = settings.interleave_heads(losses, shape, dtype, min(seconds / 5, settings.seconds))
+        shown = {"rounds": len(times["mse"]), **summarise(times), "peak_bytes": memory}
+        yield training.cell(mode, {**shown, "head": summarise(heads)})
+
+
+def step_graph(settings: Settings) -> Iterator[Cell]:
+    """The same in bfloat16, captured in a CUDA graph: eager, then compiled."""
+    if settings.device.type != "cuda":
+        return
+    for mode, seconds in settings.in_time(["graph", "compiled graph"], settings.step_seconds):
+        losses = contenders(settings.device)
+        training = Training(settings, half=True)
+        if mode == "compiled graph":
+            training.network = torch.compile(training.model)  # type: ignore[assignment]
+            losses = compiled(losses)
+        losses.pop("released", None)  # its masks make the host wait, which a graph cannot hold
+        captured, heads, falls = {}, {}, {}
+        for name, loss in losses.items():
+            replay, value = capture(training.work(training.objective(loss)))
+            captured[name] = partial(_same, replay)
+            values = [(replay(), value.item())[1] for _ in range(10)]
+            falls[name] = math.isfinite(values[-1]) and values[-1] < values[0]
+            heads[name] = partial(_same, _captured_head(loss, training))
+        times = settings.interleave(captured, seconds, LEAST_ROUNDS)
+        alone = settings.interleave(heads, min(seconds / 5, settings.seconds))
+        shown = {"rounds": len(times["mse"]), **summarise(times), "loss_falls": falls}
+        yield training.cell(mode, {**shown, "head": summarise(alone)})
+
+
+def _same(work: Callable[[], None]) -> Callable[[], None]:
+    return work
+
+
+def _captured_head(loss: Loss, training: Training) -> Callable[[], None]:
+    arguments = some_arguments(tuple(training.x0.shape), torch.bfloat16, training.device)
+
+    def work() -> Tensor:
+        arguments[0].grad = None
+        value = loss(*arguments)
+        value.backward()
+        return value
+
+    return capture(work)[0]
+
+
+def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Capture work in a CUDA graph, and return its replay and what it writes its result into."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph.replay, result
 
 
 def cifar10_unet() -> nn.Module:
     """The ε-model of google/ddpm-cifar10-32: DDPM's for CIFAR10, 35.7 M parameters."""
+    return _unet((128, 256, 256, 256), layers=2)
+
+
+def small_unet() -> nn.Module:
+    """One that a rehearsal can afford."""
+    return _unet((32, 32), layers=1)
+
+
+def _unet(channels: tuple[int, ...], layers: int) -> nn.Module:
     from diffusers import UNet2DModel
 
+    # Attention at the second of the resolutions, as in DDPM's.
+    down = ["AttnDownBlock2D" if level == 1 else "DownBlock2D" for level in range(len(channels))]
     return UNet2DModel(
         sample_size=32,
         in_channels=3,
@@ -98,10 +215,10 @@ def cifar10_unet() -> nn.Module:
         time_embedding_type="positional",
         freq_shift=1,
         flip_sin_to_cos=False,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
+        down_block_types=tuple(down),
+        up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
+        block_out_channels=channels,
+        layers_per_block=layers,
         mid_block_scale_factor=1,
         downsample_padding=0,
         act_fn="silu",
@@ -109,40 +226,3 @@ def cifar10_unet() -> nn.Module:
         norm_num_groups=32,
         norm_eps=1e-6,
     )
-
-
-def _capture(
-    model: nn.Module, objective: Callable[[Tensor, Tensor], Tensor], x0: Tensor
-) -> dict[str, Any]:
-    """Capture one training step in a CUDA graph, replay it, and say whether it trains."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=True)
-    noise = torch.randn_like(x0)
-    t = torch.arange(x0.shape[0], device=x0.device) * 7 % 1000
-
-    def work() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = objective(noise, t)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.cuda.graph(graph):
-        loss = work()
-    losses = []
-    for _ in range(10):
-        graph.replay()
-        losses.append(loss.item())
-    return {
-        "captured": True,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "falls": math.isfinite(losses[-1]) and losses[-1] < losses[0],
-    }

@@ -5,7 +5,7 @@
 `render`     a source becomes a page: Jinja2, where a hole that does not resolve is an error
 `tables`     Markdown tables, and numbers as text
 `figures`    colours, the style, files of figures
-`example`    the run of the worked example
+`tutorial`   the run of the tutorial, and its notebook
 ===========  =============================================================================
 
 What a hole can say is in the module `holes` of each benchmark: `HOLES`, names to functions and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 import time
@@ -9,18 +10,58 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from typing_extensions import override
 
-from benchmarks.quality.presets import PRESETS, Preset
-from benchmarks.quality.samplers import TITLES
+from benchmarks.quality.catalogue import CATALOGUE, listed
 
-HELP = "\n".join(f"  {name:13} {preset.about}" for name, preset in PRESETS.items())
+if TYPE_CHECKING:  # torch and its friends take seconds to import, and help should be there at once
+    from benchmarks.quality.presets import Preset
+
+FOR_THE_REPOSITORY = ("keep",)
 
 
-@click.group(help="What the loss does to samples.\n\n\b\nPresets:\n" + HELP)
+class Commands(click.Group):
+    """What a user runs first, then what the repository's own results need."""
+
+    @override
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, ours in (("Commands", False), ("For this repository's results", True)):
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (name, command.get_short_help_str(80))
+                        for name, command in self.commands.items()
+                        if (name in FOR_THE_REPOSITORY) == ours
+                    ]
+                )
+
+
+@click.group(
+    cls=Commands,
+    help="What the loss does to samples: `run digits` is the README's run.\n\n\b\nPresets:\n"
+    + listed(),
+)
 def main() -> None:
     """Group the commands."""
+
+
+class PresetName(click.ParamType):  # type: ignore[type-arg]
+    """A preset's name."""
+
+    name = "preset"
+
+    @override
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in CATALOGUE:
+            return value
+        near = difflib.get_close_matches(value, CATALOGUE, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return self.fail(
+            f"there is no preset {value!r}; {hint}The presets:\n{listed()}", param, ctx
+        )
 
 
 @contextmanager
@@ -35,6 +76,8 @@ def _in_one_line(again: str) -> Iterator[None]:
             "a worker process died, perhaps for want of memory; what is done is kept, and "
             f"`{again} --workers 1` goes on from there"
         ) from error
+    except FileNotFoundError as error:
+        raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error}\n`{again}` goes on where it was.") from error
     except (ValueError, ModuleNotFoundError, FloatingPointError, InUseError) as error:
@@ -45,6 +88,8 @@ def _in_one_line(again: str) -> Iterator[None]:
 
 
 def _preset(name: str, seeds: str | None) -> Preset:
+    from benchmarks.quality.presets import PRESETS
+
     preset = PRESETS[name]
     if seeds is None:
         return preset
@@ -57,13 +102,13 @@ def _preset(name: str, seeds: str | None) -> Preset:
     return preset.seeded(chosen)
 
 
-def _describe(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
+def _describe(preset: Preset, root: Path, workers: int) -> None:
     from benchmarks.quality.layout import check_settings
     from benchmarks.quality.plan import estimate, plan
 
     check_settings(preset, root)
     todo = plan(preset, root)
-    seconds = estimate(preset, todo, data) / workers
+    seconds = estimate(preset, todo) / workers
     click.echo(
         f"{preset.name}, into {root}:\n"
         f"  networks to train    {todo.trainings}, {todo.network_steps:,} network steps of "
@@ -77,6 +122,9 @@ def _describe(preset: Preset, root: Path, workers: int, data: Path | None) -> No
 
 
 def _run(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
+    from benchmarks.quality.data import check_folder
+
+    check_folder(preset.data, data)
     first = int(os.environ.get("RANK", "0")) == 0
     began = time.perf_counter()
     if first:
@@ -110,12 +158,17 @@ def _again(command: str, preset: str, options: Mapping[str, object]) -> str:
     return f"python -m benchmarks.quality {shlex.join(words)}"
 
 
+OUT = click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
+SEEDS = click.option("--seeds", help="Seeds, such as 0,1,2 [the preset's].")
+DATA = click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10 or CelebA.")
+
+
 @main.command("run")
-@click.argument("preset", type=click.Choice(list(PRESETS)))
-@click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
+@click.argument("preset", type=PresetName())
+@OUT
 @click.option("--workers", type=click.IntRange(1), help="Processes, of one thread each if several.")
-@click.option("--seeds", help="Seeds, such as 0,1,2 [the preset's].")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10 or CelebA.")
+@SEEDS
+@DATA
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
 def run_command(
     preset: str,
@@ -130,16 +183,19 @@ def run_command(
     root = out or Path("runs") / preset
     processes = workers or min(chosen.workers, os.cpu_count() or 1)
     with _in_one_line(_again("run", preset, {"--out": out, "--seeds": seeds, "--data": data})):
-        (_describe if dry_run else _run)(chosen, root, processes, data)
+        if dry_run:
+            _describe(chosen, root, processes)
+        else:
+            _run(chosen, root, processes, data)
 
 
 @main.command("search")
-@click.argument("preset", type=click.Choice(list(PRESETS)))
-@click.option("--sampler", type=click.Choice(list(TITLES)), default="ddim", show_default=True)
+@click.argument("preset", type=PresetName())
+@click.option("--sampler", default="ddim", show_default=True)
 @click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
-@click.option("--seeds", help="Seeds, such as 0,1,2 [the preset's].")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10 or CelebA.")
+@OUT
+@SEEDS
+@DATA
 def search_command(
     preset: str, sampler: str, steps: int, out: Path | None, seeds: str | None, data: Path | None
 ) -> None:
@@ -147,9 +203,12 @@ def search_command(
     chosen = _preset(preset, seeds)
     options = {"--sampler": sampler, "--steps": steps, "--out": out, "--seeds": seeds}
     with _in_one_line(_again("search", preset, {**options, "--data": data})):
+        from benchmarks.quality.samplers import TITLES
         from benchmarks.quality.search import search
         from benchmarks.quality.statistics import Cell
 
+        if sampler not in TITLES:
+            raise ValueError(f"sampler: expected one of {', '.join(TITLES)}, got {sampler!r}")
         for seed in chosen.seeds:
             found = search(chosen, out or Path("runs") / preset, seed, Cell(sampler, steps), data)
             click.echo(
@@ -158,10 +217,29 @@ def search_command(
             )
 
 
+@main.command("gpu")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/gpu"), show_default=True)
+@DATA
+@click.option("--parts", help="Numbers of parts, such as 1,3 [all].")
+@click.option("--dry-run", is_flag=True, help="List the parts, and stop.")
+def gpu_command(out: Path, data: Path | None, parts: str | None, dry_run: bool) -> None:
+    """Do what is planned for minutes on a GPU, one part after the other."""
+    from benchmarks.quality import gpu
+
+    chosen = gpu.PARTS if parts is None else [gpu.PARTS[int(n) - 1] for n in parts.split(",")]
+    for part in chosen:
+        click.echo(f"{part.name}: {part.about}")
+    if dry_run:
+        return
+    with _in_one_line("python -m benchmarks.quality gpu"):
+        for part in chosen:
+            click.echo(gpu.do(part, out, data))
+
+
 @main.command("keep")
-@click.argument("preset", type=click.Choice(list(PRESETS)))
-@click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
-@click.option("--seeds", help="Seeds of the run, such as 0,1,2 [the preset's].")
+@click.argument("preset", type=PresetName())
+@OUT
+@SEEDS
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
@@ -177,19 +255,3 @@ def keep_command(preset: str, out: Path | None, seeds: str | None, folder: Path)
     with _in_one_line(_again("keep", preset, options)):
         for path in keep(_preset(preset, seeds), out or Path("runs") / preset, folder):
             click.echo(f"Wrote {path}.")
-
-
-@main.command("page")
-@click.option(
-    "--docs",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("docs"),
-    show_default=True,
-    help="Folder of the pages; their figures go to assets/evidence in it.",
-)
-def page_command(docs: Path) -> None:
-    """Write the evidence pages from the committed results."""
-    from benchmarks.quality.evidence import write_pages
-
-    for path in write_pages(docs):
-        click.echo(f"Wrote {path}.")

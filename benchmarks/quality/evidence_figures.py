@@ -23,8 +23,13 @@ ROWS = (
     ("PNDM", "plain", "pndm"),
 )
 LINES = {
+    "unet": (("plain", "plain"), ("loss 49", "loss, k = 49")),
     "eps16": (("plain", "plain"), ("gain 49", "gain, k = 49"), ("loss 49", "loss, k = 49")),
-    "flow16": (("plain", "plain"), ("gain 0.05", "gain, δ = 0.05"), ("loss 0.05", "loss, δ = 0.05")),
+    "flow16": (
+        ("plain", "plain"),
+        ("gain 0.05", "gain, δ = 0.05"),
+        ("loss 0.05", "loss, δ = 0.05"),
+    ),
 }
 
 
@@ -97,6 +102,7 @@ def skips() -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "readme": lambda: by_steps("unet"),
     "seeds": seeds,
     "skips": skips,
     "steps_eps16": lambda: by_steps("eps16"),

@@ -1,10 +1,10 @@
 """What pages can say of the quality results: `HOLES` and `FIGURES` of `benchmarks.pages`.
 
-A run is named as in `committed.NAMES`, a method in words such as "gain 49" (put on the plain
-network), "loss 49" (trained), "rescaling" (its strength chosen on the other seeds) or "search" (what
-the library's search recommended); another name is one of the records. Without a sampler a hole is
-about the run's base sampler, DDIM or Euler, and every change is over the plain network's samples by
-that sampler in as many steps, unless `over` names another.
+A run is named as in `committed.NAMES`, a method in words: "gain 49" (put on the plain network),
+"loss 49" (trained), "rescaling" (its strength chosen on the other seeds) or "search" (what the
+library's search recommended); another name is one of the records. Without a sampler a hole is about
+the run's base sampler, DDIM or Euler, and every change is over the plain network's samples by that
+sampler in as many steps, unless `over` names another.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks.pages.tables import counted, listed, markdown_table
 from benchmarks.quality import evidence_figures
-from benchmarks.quality.committed import cell, measured, method_name, records, results
+from benchmarks.quality.committed import cell, measured, method_name, results
 from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.statistics import (
     FRECHET,
@@ -33,6 +34,8 @@ from benchmarks.quality.statistics import (
     p_value,
 )
 from benchmarks.quality.statistics import change as ratio_change
+from benchmarks.quality.tables import percent
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, gain
 
 ALPHA = 0.05
 MEASURES = {
@@ -44,16 +47,6 @@ MEASURES = {
 }
 GRID = [Cell(sampler, n) for sampler in ("ddim", "pndm", "deis") for n in (10, 20, 50, 100)]
 """The cells of the digits' means."""
-
-
-def percent(found: Interval | None, digits: int = 1) -> str | None:
-    """Return a change as text, with its interval where there is one, bold where it excludes 0."""
-    if found is None:
-        return None
-    if found.count == 1:
-        return f"{found.mean:+.{digits}f} %"
-    text = f"{found.mean:+.{digits}f} % [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return f"**{text}**" if found.sign else text
 
 
 def find_change(
@@ -98,7 +91,9 @@ def mean_change(run: str, method: str, measure: str = "frechet", over: str = "pl
 def verdict(run: str, method: str, *where: Any, **more: Any) -> str | None:
     """Return "better", "worse" or "no difference shown", by the interval over the seeds."""
     found = find_change(run, method, *where, **more)
-    return None if found is None else {1: "better", -1: "worse", 0: "no difference shown"}[found.sign]
+    return (
+        None if found is None else {1: "better", -1: "worse", 0: "no difference shown"}[found.sign]
+    )
 
 
 def distance(
@@ -138,15 +133,12 @@ def times_floor(run: str, *where: Any, **more: Any) -> str:
 
 
 def fact(run: str, name: str) -> str:
-    """Return something about a run: seeds, samples, images, parameters, hours, floor, features,
-    versions, commit, device or loss share."""
+    """Return something about a run: one of the names in `facts` below."""
     found = results(run)
     record = found.record
     budget, trainings = record["settings"]["budget"], record["trainings"]
     plain = next(iter(trainings["plain"].values()))
-    number = {
-        word: float(value) for word, value in re.findall(r"(steps|batch_size)=(\d+)", budget)
-    }
+    number = {word: float(value) for word, value in re.findall(r"(steps|batch_size)=(\d+)", budget)}
     seconds = sum(
         run["seconds"] * (run.get("loss_share") or 1) for each in trainings.values()
         for run in each.values()
@@ -166,6 +158,9 @@ def fact(run: str, name: str) -> str:
             if value and key in ("python", "torch", "diffusers", "torchmetrics")
         ),
         "commit": lambda: str(record["versions"]["commit"])[:10],
+        "differed": lambda: (
+            "differed" if record["versions"]["checkout_differed"] else "did not differ"
+        ),
         "loss share": lambda: f"{100 * _any_loss_share(found):.0f} %",
     }  # fmt: skip
     return facts[name]()
@@ -222,12 +217,11 @@ def cells_table(
     return markdown_table(["", *(f"{n} steps" for n in steps)], lines).rstrip()
 
 
-def mean_table(run: str, rows: Sequence[tuple[str, str]] | None = None) -> str:
+def mean_table(run: str) -> str:
     """Return the methods of a grid: mean over its cells and DDIM at 10 steps, 8-bit and raw."""
     found = results(run)
-    if rows is None:
-        names = [name for name in found.methods if set(GRID) <= set(found.cells(name))]
-        rows = [(found.title(name), name) for name in names if name != "plain"]
+    names = [name for name in found.methods if set(GRID) <= set(found.cells(name))]
+    rows = [(found.title(name), name) for name in names if name != "plain"]
     lines = [
         [
             title,
@@ -247,12 +241,14 @@ def mean_table(run: str, rows: Sequence[tuple[str, str]] | None = None) -> str:
 
 
 class Together(NamedTuple):
-    """What holds of several comparisons by Holm's correction."""
+    """What holds of several comparisons by Holm's correction, with adjusted p-values."""
 
-    count: int
+    compared: int
     held: str
     missed: str
     p_of_missed: str
+    weakest: str
+    weakest_p: str
 
 
 def together(run: str, rows: Sequence[tuple[str, str, str | None]], steps: int = 10) -> Together:
@@ -263,19 +259,58 @@ def together(run: str, rows: Sequence[tuple[str, str, str | None]], steps: int =
         if len(logs) > 1:
             p_values[title] = p_value(logs)
     adjusted = holm(p_values)
+    order = sorted(adjusted, key=lambda title: adjusted[title])
     held = [title for title in p_values if adjusted[title] < ALPHA]
-    missed = sorted((p, title) for title, p in adjusted.items() if p >= ALPHA)
-    nearest = missed[0] if missed else (1.0, "none")
+    missed = next((title for title in order if adjusted[title] >= ALPHA), "none")
     return Together(
-        len(p_values), listed(held) if held else "none", nearest[1], f"{nearest[0]:.3f}"
+        len(p_values),
+        listed(held) if held else "none",
+        missed,
+        f"{adjusted.get(missed, 1.0):.3f}",
+        order[-1],
+        f"{adjusted[order[-1]]:.3f}",
     )
+
+
+def continuous_gap(skip: int) -> str:
+    """Return by how much the gains of the VP-SDE and of the linear schedule differ at most."""
+    n = torch.arange(skip + 1, 1000)  # just above k the two differ in whether the skip still fits
+    discrete = gain(NoiseSchedule.linear(1000), skip)[n].double()
+    continuous = gain(ContinuousSchedule.vp(), skip / 1000, t=(n.double() + 1) / 1000)
+    return f"{100 * float((continuous / discrete - 1).abs().max()):.3f} %"
+
+
+def claim(holds: bool) -> str:
+    """Return nothing; for a sentence whose words hang on results.
+
+    Raises:
+        ValueError: If it does not hold.
+    """
+    if not holds:
+        raise ValueError("the results no longer say what this sentence says")
+    return ""
+
+
+def best_pair(run: str, steps: int) -> str:
+    """Return the method and sampler nearest to the data by the kernel distance, with it."""
+    found = results(run)
+    pairs = [
+        (found.mean(method, where, KERNEL), f"{found.title(method)} with {TITLES[where.sampler]}")
+        for method in found.methods
+        for where in found.cells(method)
+        if where.steps == steps
+    ]
+    value, title = min(pairs)
+    return f"{title}, at {1000 * value:.1f} thousandths"
 
 
 def archive_row(preset: str) -> list[str]:
     """Return images, seeds, plain DDIM 10 over the floor, and what gain and loss 49 do there."""
     found = results(preset)
     where = Cell("ddim", 10)
-    gains = [percent(found.change(method_name(f"{kind} 49"), where)) or "" for kind in ("gain", "loss")]
+    gains = [
+        percent(found.change(method_name(f"{kind} 49"), where)) or "" for kind in ("gain", "loss")
+    ]
     return [fact(preset, "images"), fact(preset, "seeds").split()[0], times_floor(preset), *gains]
 
 
@@ -299,7 +334,9 @@ def _rescaling(found: Results, where: Cell) -> dict[int, str]:
     names = [name for name in found.methods if name.startswith("plain+rescaling")]
     names = [name for name in names if found.values(name, where)]
     seeds = found.values("plain", where)
-    return dict.fromkeys(seeds, names[0]) if len(names) == 1 else found.chosen_elsewhere(names, where)
+    return (
+        dict.fromkeys(seeds, names[0]) if len(names) == 1 else found.chosen_elsewhere(names, where)
+    )
 
 
 def _searches(found: Results, where: Cell) -> tuple[dict[int, float], dict[int, float]]:
@@ -321,8 +358,11 @@ def _any_loss_share(found: Results) -> float:
 
 HOLES: dict[str, Any] = {
     "archive_row": archive_row,
+    "best_pair": best_pair,
     "cells_table": cells_table,
     "change": change,
+    "claim": claim,
+    "continuous_gap": continuous_gap,
     "distance": distance,
     "dose": dose,
     "fact": fact,
@@ -332,8 +372,6 @@ HOLES: dict[str, Any] = {
     "mean_table": mean_table,
     "measured": measured,
     "points": points,
-    "records": records,
-    "sampler_title": TITLES.__getitem__,
     "spread": spread,
     "table": table,
     "times_floor": times_floor,

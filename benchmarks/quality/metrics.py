@@ -1,12 +1,11 @@
-"""Distances between samples and data in a feature space, computed by torchmetrics.
+"""Distances between samples and data in a feature space: Fréchet's and the kernel's.
 
-The features are computed once and handed to both metrics, whose feature network is therefore the
-identity.
+The Fréchet distance is torchmetrics', whose feature network is the identity, since features are
+computed once. The kernel distance is unbiased and over all samples: one matrix product.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from benchmarks.files import load_tensors, save_tensors
 from benchmarks.quality.features import FeatureNetwork
 
-KERNEL_SUBSETS = 10
-KERNEL_SUBSET_SIZE = 500
+ROWS = 2048
+"""Rows of a kernel matrix at once."""
 
 
 class _Identity(nn.Identity):
@@ -36,13 +35,25 @@ class Distances:
 
     Attributes:
         frechet: Fréchet distance of the two sets' features.
-        kernel: Kernel distance (squared MMD, cubic kernel), mean over subsets.
-        kernel_std: Its standard deviation over subsets.
+        kernel: Kernel distance: the unbiased squared MMD with the cubic kernel (x·y / d + 1)³
+            (Bińkowski et al., arXiv 1801.01401).
     """
 
     frechet: float
     kernel: float
-    kernel_std: float
+
+
+def kernel_mean(x: Tensor, y: Tensor | None = None) -> float:
+    """Return the mean of (x·y / d + 1)³ over pairs of rows; without y over pairs of different x."""
+    other = x if y is None else y
+    total = 0.0
+    for rows in x.split(ROWS):
+        kernel = (rows @ other.T / x.shape[1] + 1) ** 3
+        total += float(kernel.sum(dtype=torch.float64))
+    if y is not None:
+        return total / (len(x) * len(y))
+    own = (x.square().sum(1).double() / x.shape[1] + 1) ** 3
+    return (total - float(own.sum())) / (len(x) * (len(x) - 1))
 
 
 class FeatureDistances:
@@ -75,16 +86,7 @@ class FeatureDistances:
             reset_real_features=False,
             sync_on_compute=gather,
         ).to(self.device)
-        with warnings.catch_warnings():
-            # It warns that it keeps all features, which is what is wanted here.
-            warnings.simplefilter("ignore", UserWarning)
-            self.kernel = KernelInceptionDistance(
-                feature=_Identity(network.num_features),
-                subsets=KERNEL_SUBSETS,
-                reset_real_features=False,
-                sync_on_compute=gather,
-            ).to(self.device)
-        self.size = len(reference)
+        self.gather = gather
         if cache is not None and cache.exists():
             features = load_tensors(cache)["features"]
         else:
@@ -92,6 +94,8 @@ class FeatureDistances:
             if cache is not None:
                 save_tensors(cache, {"features": features})
         self._update(features.split(batch_size), real=True)
+        self.reference = self._all(features.to(self.device))
+        self.within_reference = kernel_mean(self.reference)
 
     @torch.inference_mode()
     def _features(self, images: Tensor) -> Iterator[Tensor]:
@@ -101,20 +105,22 @@ class FeatureDistances:
     def _update(self, features: Iterable[Tensor], *, real: bool) -> None:
         for part in features:
             self.frechet.update(part.to(self.device), real=real)
-            self.kernel.update(part.to(self.device), real=real)
+
+    def _all(self, features: Tensor) -> Tensor:
+        """Return the features of all processes."""
+        if self.gather and torch.distributed.is_initialized():
+            return torch.cat(gather_all_tensors(features))
+        return features
 
     def compare(self, images: Tensor) -> Distances:
         """Return the distances of images `[N, C, H, W]` from the reference."""
-        self._update(self._features(images), real=False)
-        self.kernel.subset_size = min(KERNEL_SUBSET_SIZE, self.size, len(images))
-        with torch.random.fork_rng(devices=[]):
-            # The kernel distance draws its subsets from the global generator.
-            torch.manual_seed(0)
-            kernel, kernel_std = self.kernel.compute()
-        result = Distances(float(self.frechet.compute()), float(kernel), float(kernel_std))
+        features = torch.cat(list(self._features(images)))
+        self._update([features], real=False)
+        frechet = float(self.frechet.compute())
         self.frechet.reset()
-        self.kernel.reset()
-        return result
+        mine = self._all(features)
+        between = kernel_mean(mine, self.reference)
+        return Distances(frechet, kernel_mean(mine) + self.within_reference - 2 * between)
 
 
 def noise_floor(

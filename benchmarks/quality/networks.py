@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from benchmarks.quality.corrections import Frequencies
+from benchmarks.quality.spectra import Frequencies
 from s2dm_loss import NoiseSchedule
 
 if TYPE_CHECKING:  # the pages are written without diffusers, which takes seconds to import
@@ -225,61 +225,8 @@ class PixelUNetSpec(NetworkSpec):
         return PixelUNet(self.unet.diffusers_unet(image_shape), patch=1, fast=self.fast)
 
 
-class PreconditionedUNet(BlockUNet):
-    """An ε-model around a U-Net on blocks of pixels.
-
-    The U-Net F is preconditioned as in Karras et al. (arXiv 2206.00364, Table 1), written for ε:
-    with d² = 1 − ᾱ + ᾱ σ² for data of standard deviation σ,
-
-        ε̂ = √(1−ᾱ)/d² · x_t − σ √ᾱ/d · F(x_t / d, t),
-
-    so that ε̂ is right for white data before any training, and an error of F counts for at most σ
-    in x_0 at every t.  A plain U-Net has to learn that ε̂ is x_t to within a percent at late t, and
-    after some hundred thousand images it has not: its samples' colours are too strong.
-
-    Args:
-        unet: diffusers' U-Net on `patch² C` channels.
-        alphas_cumprod: ᾱ of the schedule, `[T]`.
-        patch: Side of the blocks of pixels that become channels.
-        data_std: σ.
-        fast: `torch.compile` and, where the processor has it, bfloat16 autocast for the U-Net; all
-            else stays in float32.
-    """
-
-    def __init__(
-        self,
-        unet: UNet2DModel,
-        alphas_cumprod: Tensor,
-        *,
-        patch: int,
-        data_std: float,
-        fast: bool,
-    ) -> None:
-        """Wrap a U-Net."""
-        super().__init__(unet, patch=patch, fast=fast)
-        alphas_cumprod = alphas_cumprod.double()
-        variance = 1 - alphas_cumprod + alphas_cumprod * data_std**2
-        tables = {
-            "scale_in": variance.rsqrt(),
-            "scale_skip": (1 - alphas_cumprod).sqrt() / variance,
-            "scale_out": -data_std * (alphas_cumprod / variance).sqrt(),
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table.float(), persistent=False)
-
-    @override
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        t = t.expand(len(x))
-        scales = [
-            self.get_buffer(name)[t, None, None, None]
-            for name in ("scale_in", "scale_skip", "scale_out")
-        ]
-        noise: Tensor = scales[1] * x + scales[2] * self.on_blocks(scales[0] * x, t)
-        return noise
-
-
 class SpectralUNet(BlockUNet):
-    """`PreconditionedUNet` for data whose spectrum is known, of which images are far from white.
+    """An ε-model around a U-Net, right from the start for Gaussian data of the images' spectrum.
 
     With y and F' the coordinates of x_t and of the U-Net's output in an orthonormal basis (colours
     x cosines), m and λ the data's mean and variance along each axis, and v = 1 − ᾱ + ᾱ λ,
@@ -372,34 +319,5 @@ class SpectralUNetSpec(NetworkSpec):
             image_shape,
             NoiseSchedule.linear(1000).alphas_cumprod,
             patch=self.patch,
-            fast=self.fast,
-        )
-
-
-@dataclass(frozen=True)
-class PreconditionedUNetSpec(NetworkSpec):
-    """Hyperparameters of `PreconditionedUNet` on the linear schedule of the presets.
-
-    Attributes:
-        unet: The U-Net inside, on the unshuffled image.
-        patch: Side of the blocks of pixels that become channels.
-        data_std: Standard deviation of the data in [-1, 1].
-        fast: `torch.compile` and, where the processor has it, bfloat16 autocast.
-    """
-
-    unet: UNetSpec
-    patch: int = 2
-    data_std: float = 0.5
-    fast: bool = True
-
-    @override
-    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
-        channels, height, width = image_shape
-        inner = (channels * self.patch**2, height // self.patch, width // self.patch)
-        return PreconditionedUNet(
-            self.unet.diffusers_unet(inner),
-            NoiseSchedule.linear(1000).alphas_cumprod,
-            patch=self.patch,
-            data_std=self.data_std,
             fast=self.fast,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from typing_extensions import override
 
 from benchmarks.quality.corrections import Correction
 from benchmarks.quality.named import Named
+from benchmarks.quality.paths import STEPS, Noisy, Path
 from benchmarks.quality.samplers import TITLES, visited
 from benchmarks.quality.streams import Stream
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss import SkipStepLoss
+from s2dm_loss.coefficients import Estimator
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,34 +51,45 @@ class Batch:
 
 
 class Loss(nn.Module):
-    """An objective on a schedule: `loss(model, batch)` is a scalar.
+    """An objective on a path: `loss(model, batch)` is a scalar.
 
     Attributes:
         objective: Whose mathematics it is.
-        parts: What the objective makes once of the schedule.
+        path: What x_t and the target are.
+        parts: What the objective makes once of the path.
     """
 
-    def __init__(self, objective: Objective, schedule: NoiseSchedule) -> None:
-        """Make the tables of a schedule."""
-        super().__init__()
-        self.objective = objective
-        self.parts = objective.parts(schedule)
-        alphas_cumprod = schedule.alphas_cumprod.double()
-        self.register_buffer("signal", alphas_cumprod.sqrt().float()[:, None, None, None])
-        self.register_buffer("spread", (1 - alphas_cumprod).sqrt().float()[:, None, None, None])
-        self.register_buffer("snr", alphas_cumprod / (1 - alphas_cumprod))
+    def __init__(self, objective: Objective, path: Path) -> None:
+        """Make the tables of a path.
 
-    def path(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, from float32 tables."""
-        return self.get_buffer("signal")[t] * x0 + self.get_buffer("spread")[t] * noise
+        Raises:
+            ValueError: If the objective is one of ε alone and the path is not.
+        """
+        super().__init__()
+        if not (objective.any_path or path.prediction_type == "epsilon"):
+            raise ValueError(
+                f"objective: {objective.name} is one of networks that predict ε, and these predict "
+                f"{path.prediction_type}"
+            )
+        self.objective = objective
+        self.path = path
+        self.parts = objective.parts(path)
 
     @override
-    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss, and mse(ε, ε̂) for the loss curves, where all are comparable."""
-        t = self.objective.times(batch, self)
-        predicted = model(self.path(batch.x0, self.objective.input_noise(batch), t), t)
-        loss = self.objective.compare(predicted, batch, self)
-        return loss, F.mse_loss(predicted.detach(), batch.noise)
+    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, and for the curves each sample's squared error and time.
+
+        By the errors all objectives are comparable.
+        """
+        n = self.objective.times(batch, self)
+        noisy = self.path.noisy(batch.x0, self.objective.input_noise(batch), n)
+        # The target is of the batch's noise, also where an objective perturbs the input.
+        target = self.path.noisy(batch.x0, batch.noise, n).target
+        noisy = noisy._replace(target=target)
+        predicted = model(noisy.x_t, noisy.called)
+        loss = self.objective.compare(predicted, noisy, batch, self)
+        errors = F.mse_loss(predicted.detach(), target, reduction="none").flatten(1).mean(1)
+        return loss, errors, noisy.t
 
 
 class Objective(Named, ABC):
@@ -84,15 +97,17 @@ class Objective(Named, ABC):
 
     Attributes:
         model_calls: Network evaluations per training step.
+        any_path: Whether it means something for other networks than those that predict ε.
         branches: Whether it may start from the plain run's state, where a budget says when; a
             weighting, which works from the first step on, may not.
     """
 
     model_calls: ClassVar[int] = 1
+    any_path: ClassVar[bool] = False
     branches: ClassVar[bool] = True
 
-    def parts(self, _schedule: NoiseSchedule) -> nn.Module:
-        """Return what is made once of a schedule."""
+    def parts(self, _path: Path) -> nn.Module:
+        """Return what is made once of a path."""
         return nn.Module()
 
     def times(self, batch: Batch, _loss: Loss) -> Tensor:
@@ -103,60 +118,54 @@ class Objective(Named, ABC):
         """Return the noise that x_t is made with."""
         return batch.noise
 
-    def compare(self, predicted: Tensor, batch: Batch, _loss: Loss) -> Tensor:
+    def compare(self, predicted: Tensor, noisy: Noisy, _batch: Batch, _loss: Loss) -> Tensor:
         """Return the loss of a prediction."""
-        return F.mse_loss(predicted, batch.noise)
+        return F.mse_loss(predicted, noisy.target)
 
-    def build(self, schedule: NoiseSchedule) -> Loss:
-        """Return the loss on a schedule."""
-        return Loss(self, schedule)
+    def build(self, path: Path) -> Loss:
+        """Return the loss on a path."""
+        return Loss(self, path)
 
 
 @dataclass(frozen=True)
 class Plain(Objective):
-    """L_simple of Ho et al. (2020): mse(ε, ε̂)."""
+    """L_simple of Ho et al. (2020), mse(ε, ε̂), or flow matching: mse(ε − x_0, û)."""
 
     label = "plain"
     heading = "plain L_simple"
+    any_path = True
     branches = False
-
-
-@dataclass(frozen=True)
-class Summed(Objective):
-    """The same summed over an image's values, as the code of Ho et al. and of DDIM has it.
-
-    For Adam the factor is nothing; where the gradient's norm is clipped at 1 it is a lot.
-    """
-
-    label = "plain-sum"
-    heading = "plain, summed over pixels"
-
-    @override
-    def compare(self, predicted: Tensor, batch: Batch, _loss: Loss) -> Tensor:
-        return F.mse_loss(predicted, batch.noise) * batch.noise[0].numel()
 
 
 @dataclass(frozen=True)
 class SkipStep(Objective):
     """This library's loss."""
 
-    label = "skip{skip}-{estimator}"
-    heading = "S²-DM k = {skip}, {estimator}"
+    label = "skip{skip:g}-{estimator}"
+    heading = "S²-DM k = {skip:g}, {estimator}"
     ours = True
+    any_path = True
 
-    skip: int
-    estimator: Literal["expected", "fresh", "shared"] = "expected"
+    skip: float
+    estimator: Estimator = "expected"
     tau: float = 0.99
 
     @override
-    def parts(self, schedule: NoiseSchedule) -> SkipStepLoss:
-        return SkipStepLoss(schedule, self.skip, tau=self.tau, estimator=self.estimator)
+    def parts(self, path: Path) -> SkipStepLoss:
+        return SkipStepLoss(
+            path.schedule,
+            self.skip,
+            tau=self.tau,
+            estimator=self.estimator,
+            prediction_type=path.prediction_type,
+        )
 
     @override
-    def compare(self, predicted: Tensor, batch: Batch, loss: Loss) -> Tensor:
+    def compare(self, predicted: Tensor, noisy: Noisy, batch: Batch, loss: Loss) -> Tensor:
         zeta = batch.more_noise() if self.estimator == "fresh" else None
         criterion: SkipStepLoss = loss.parts  # type: ignore[assignment]
-        return criterion.from_prediction(predicted, batch.noise, batch.t, skip_noise=zeta)
+        x_t = None if loss.path.prediction_type == "epsilon" else noisy.x_t
+        return criterion.from_output(predicted, noisy.target, noisy.t, x_t, skip_noise=zeta)
 
 
 @dataclass(frozen=True)
@@ -170,78 +179,17 @@ class MinSNR(Objective):
     gamma: float = 5.0
 
     @override
-    def compare(self, predicted: Tensor, batch: Batch, loss: Loss) -> Tensor:
-        snr = loss.get_buffer("snr")[batch.t]
+    def parts(self, path: Path) -> nn.Module:
+        signal, spread = path.schedule.alpha_sigma(torch.arange(STEPS))
+        tables = nn.Module()
+        tables.register_buffer("snr", (signal / spread).square())
+        return tables
+
+    @override
+    def compare(self, predicted: Tensor, noisy: Noisy, batch: Batch, loss: Loss) -> Tensor:
+        snr = loss.parts.get_buffer("snr")[noisy.t]
         per_sample = (predicted - batch.noise).square().flatten(1).mean(1)
         return ((snr.clamp(max=self.gamma) / snr).float() * per_sample).mean()
-
-
-@dataclass(frozen=True)
-class Flow(Objective):
-    """Flow matching: x_t = (1-t) x_0 + t ε, target ε - x_0, t uniform (arXiv 2210.02747).
-
-    Trained with this library's loss where a skip is given. The common draw of a timestep n of T
-    stands for the time t = (n + 1/2) / T, and the network is called with T t.
-    """
-
-    label = "flow{suffix}"
-    heading = "flow{words}"
-    branches = False
-
-    skip: float | None = None
-    tau: float = 0.99
-
-    @property
-    def suffix(self) -> str:
-        """What a skip adds to the name."""
-        return "" if self.skip is None else f"-skip{self.skip:g}"
-
-    @property
-    def words(self) -> str:
-        """What a skip adds to the title."""
-        return "" if self.skip is None else f", S²-DM δ = {self.skip:g}"
-
-    @property
-    @override
-    def name(self) -> str:
-        return f"flow{self.suffix}"
-
-    @property
-    @override
-    def title(self) -> str:
-        return f"flow{self.words}"
-
-    @override
-    def build(self, schedule: NoiseSchedule) -> Loss:
-        return FlowLoss(self, schedule)
-
-
-class FlowLoss(Loss):
-    """`Flow`, on the straight path."""
-
-    objective: Flow
-
-    def __init__(self, objective: Flow, schedule: NoiseSchedule) -> None:
-        """Make the loss, if there is a skip."""
-        super().__init__(objective, schedule)
-        self.criterion = None
-        if objective.skip is not None:
-            self.criterion = SkipStepLoss(
-                ContinuousSchedule.flow(), objective.skip, tau=objective.tau, prediction_type="flow"
-            )
-
-    @override
-    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-        count = len(self.get_buffer("snr"))
-        t = (batch.t.float() + 0.5) / count
-        along = t[:, None, None, None]
-        x_t = (1 - along) * batch.x0 + along * batch.noise
-        target = batch.noise - batch.x0
-        predicted = model(x_t, t * count)
-        plain = F.mse_loss(predicted, target)
-        if self.criterion is None:
-            return plain, plain.detach()
-        return self.criterion.from_output(predicted, target, x_t, t), plain.detach()
 
 
 @dataclass(frozen=True)
@@ -278,8 +226,8 @@ class SequenceAware(Objective):
         return self.window
 
     @override
-    def build(self, schedule: NoiseSchedule) -> Loss:
-        return ResidualSum(self, schedule)
+    def build(self, path: Path) -> Loss:
+        return ResidualSum(self, path)
 
 
 class ResidualSum(Loss):
@@ -288,18 +236,18 @@ class ResidualSum(Loss):
     objective: SequenceAware
 
     @override
-    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         # One call on the stacked timesteps, so that a distributed model is called once per step.
         window, strength = self.objective.window, self.objective.strength
         noise = [batch.noise] + [batch.more_noise() for _ in range(1, window)]
         times = [(batch.t - j).clamp(min=0) for j in range(window)]
-        inputs = [self.path(batch.x0, e, s) for e, s in zip(noise, times, strict=True)]
+        inputs = [self.path.noisy(batch.x0, e, s).x_t for e, s in zip(noise, times, strict=True)]
         residuals = torch.cat(noise) - model(torch.cat(inputs), torch.cat(times))
         parts = residuals.unflatten(0, (window, len(batch.t)))
         valid = torch.stack([batch.t >= j for j in range(window)])[..., None, None, None]
         total = torch.where(valid, parts, 0.0).sum(0)
         loss = parts[0].square().mean() + strength / window**2 * total.square().mean()
-        return loss, parts[0].detach().square().mean()
+        return loss, parts[0].detach().square().flatten(1).mean(1), batch.t
 
 
 @dataclass(frozen=True)
@@ -318,16 +266,16 @@ class SampledTimesteps(Objective):
         return f"only {TITLES[self.sampler]}'s {self.steps} timesteps"
 
     @override
-    def parts(self, schedule: NoiseSchedule) -> nn.Module:
+    def parts(self, path: Path) -> nn.Module:
         tables = nn.Module()
-        tables.register_buffer("times", visited(self.sampler, schedule, self.steps))
+        tables.register_buffer("times", visited(self.sampler, path.schedule, self.steps))
         return tables
 
     @override
     def times(self, batch: Batch, loss: Loss) -> Tensor:
         # The common draw of t chooses among the visited ones: the stream stays in step.
         times = loss.parts.get_buffer("times")
-        return times[batch.t * len(times) // len(loss.get_buffer("snr"))]
+        return times[batch.t * len(times) // STEPS]
 
 
 @dataclass(frozen=True)

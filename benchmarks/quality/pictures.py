@@ -19,7 +19,8 @@ from benchmarks.quality.layout import Layout
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.statistics import Cell, Results
-from s2dm_loss import NoiseSchedule, coefficients
+from s2dm_loss import NoiseSchedule
+from s2dm_loss.coefficients import coefficients
 
 TILE_COLUMNS, TILE_ROWS = 8, 2
 GAP_SHADE = 96
@@ -94,7 +95,7 @@ def loss_figure(record: dict[str, Any], methods: Sequence[str]) -> Figure:
     return figure
 
 
-def coefficients_figure(skips: Sequence[int]) -> Figure:
+def coefficients_figure(skips: Sequence[float]) -> Figure:
     """Return c(t), A(t) and s(t) of the linear schedule for some skips."""
     schedule = NoiseSchedule.linear(1000)
     with mpl.rc_context(STYLE):
@@ -102,7 +103,7 @@ def coefficients_figure(skips: Sequence[int]) -> Figure:
         for position, skip in enumerate(skips, start=1):
             tables = coefficients(schedule, skip)
             for axes, table in zip(panels, (tables.c, tables.weight, tables.gain), strict=True):
-                axes.plot(table.numpy(), label=f"k = {skip}", color=COLORS[position])
+                axes.plot(table.numpy(), label=f"k = {skip:g}", color=COLORS[position])
         titles = ("c(t)", "A(t), the loss's weight", "s(t), the target's gain")
         for axes, title in zip(panels, titles, strict=True):
             axes.set(xlabel="t", title=title)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import data as datasets
 from benchmarks.quality.checkpoint import newest_state
+from benchmarks.quality.data import SHAPES
 from benchmarks.quality.layout import Layout
 from benchmarks.quality.objectives import Objective
+from benchmarks.quality.paths import PATHS
 from benchmarks.quality.presets import Arm, Preset
 from benchmarks.quality.samplers import sample
-from s2dm_loss import NoiseSchedule
 
 BACKWARD_COST = 2
 """A backward pass costs about two forward passes; progress is counted in forward passes."""
@@ -107,12 +107,12 @@ def plan(preset: Preset, root: Path) -> Plan:
     return Plan(trainings, network_steps, cells, sampling_calls, cost, done)
 
 
-def estimate(preset: Preset, todo: Plan, data_folder: Path | None = None) -> float:
+def estimate(preset: Preset, todo: Plan) -> float:
     """Return the seconds that one process would need for a plan, from a few steps and calls."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = datasets.load(preset.data, data_folder).shape
+    shape = SHAPES[preset.data]
     model = preset.network.build(shape).to(device)
-    schedule = NoiseSchedule.linear(1000)
+    path = PATHS[preset.path]()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     images = torch.randn(preset.budget.batch_size, *shape, device=device)
     times = torch.zeros(len(images), dtype=torch.long, device=device)
@@ -124,7 +124,7 @@ def estimate(preset: Preset, todo: Plan, data_folder: Path | None = None) -> flo
         optimizer.zero_grad()
 
     def one_call() -> None:
-        sample(model, "ddim", schedule, 1, start, torch.Generator())
+        sample(model, path.base, path.schedule, 1, start, torch.Generator())
 
     threads = torch.get_num_threads()
     if preset.workers > 1:

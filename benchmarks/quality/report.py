@@ -15,7 +15,7 @@ from benchmarks.quality import data as datasets
 from benchmarks.quality.layout import check_settings
 from benchmarks.quality.objectives import SkipStep
 from benchmarks.quality.pictures import coefficients_figure, loss_figure, samples_figure
-from benchmarks.quality.presets import Preset
+from benchmarks.quality.presets import CORE, Preset
 from benchmarks.quality.record import collect
 from benchmarks.quality.statistics import Cell, Results
 from benchmarks.quality.tables import distance_table
@@ -59,14 +59,14 @@ def write_report(preset: Preset, root: Path, data_folder: Path | None = None) ->
     record = collect(preset, root)
     results = Results(record)
     present = [m for m in (preset.columns or results.methods) if m in results.methods]
-    cells = [c for c in results.cells(present[0]) if c.sampler in ("ddim", "pndm", "deis")]
+    cells = [c for c in results.cells(present[0]) if c.sampler in (*CORE, "euler", "heun")]
     text = (
         f"Fréchet distance to the data, lower is better; {preset.samples:,} samples, "
         f"{counted(len(preset.seeds), 'seed')}, {record['floor']['features']}.\n\n"
         "8-bit images, as files hold them:\n\n"
         + distance_table(results, present, cells, "images_frechet")
     )
-    if results.primary == "raw_frechet":
+    if any(results.values(present[0], cell, "raw_frechet") for cell in cells):
         text += "\nRaw, as the sampler returns them:\n\n"
         text += distance_table(results, present, cells, "raw_frechet")
     text += (
@@ -82,7 +82,9 @@ def write_report(preset: Preset, root: Path, data_folder: Path | None = None) ->
         {
             arm.method.objective.skip
             for arm in preset.arms
-            if arm.method.name in present and isinstance(arm.method.objective, SkipStep)
+            if arm.method.name in present
+            and isinstance(arm.method.objective, SkipStep)
+            and preset.path == "epsilon"
         }
     )
     if skips:
@@ -91,7 +93,7 @@ def write_report(preset: Preset, root: Path, data_folder: Path | None = None) ->
         save_figure(loss_figure(record, present), root / "loss.png")
     if common := [c for c in cells if all(results.values(name, c) for name in present)]:
         fewest, most = min(c.steps for c in common), max(c.steps for c in common)
-        shown = [c for c in common if c.steps == fewest or c == Cell("ddim", most)]
+        shown = [c for c in common if c.steps == fewest or c == Cell(results.base, most)]
         real = datasets.load(preset.data, data_folder).reference
         chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
         figure = samples_figure(preset, root, shown, present, real[chosen[:128]])

@@ -31,22 +31,16 @@ from benchmarks.files import (
 )
 from benchmarks.provenance import versions
 from benchmarks.quality import data as datasets
-from benchmarks.quality.corrections import (
-    Corrected,
-    Frequencies,
-    PrincipalAxes,
-    Setting,
-    gaussian_variances,
-)
 from benchmarks.quality.layout import Layout, claimed
 from benchmarks.quality.metrics import FeatureDistances, noise_floor
 from benchmarks.quality.objectives import Method, Objective, Plain
+from benchmarks.quality.paths import PATHS
 from benchmarks.quality.plan import Job, branching, jobs, plan, training_cost, training_steps
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.samplers import sample
+from benchmarks.quality.spectra import Frequencies, PrincipalAxes, gaussian_variances
 from benchmarks.quality.streams import Purpose, generator
 from benchmarks.quality.training import averaged_at, kept_state, train
-from s2dm_loss import NoiseSchedule
 
 KEPT_SAMPLES = 32
 
@@ -65,7 +59,7 @@ class Bench:
         self.preset = preset
         self.layout = Layout.of(preset, root)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.schedule = NoiseSchedule.linear(1000)
+        self.path = PATHS[preset.path]().to(self.accelerator.device)
         self.data = datasets.load(preset.data, data_folder)
         with self.accelerator.main_process_first():
             network = preset.features.build(self.data, root, self.accelerator.device)
@@ -125,7 +119,7 @@ class Bench:
                 objective,
                 seed,
                 data=self.data,
-                schedule=self.schedule,
+                path=self.path,
                 network=self.preset.network,
                 budget=self.preset.budget,
                 folder=folder,
@@ -140,7 +134,7 @@ class Bench:
         paths = {cell: self.layout.cell(method, seed, *cell) for cell in job.cells()}
         missing = [cell for cell, path in paths.items() if not path.exists()]
         for cell in paths.keys() - set(missing):
-            _remove_batches(paths[cell])
+            shutil.rmtree(paths[cell].with_suffix(""), ignore_errors=True)
         if not missing:
             return
         trained = self.model(method.objective, seed, advance)
@@ -152,22 +146,15 @@ class Bench:
             self._measure(model, method, seed, sampler, steps)
             advance(self.preset.samples * steps)
 
-    def _corrected(
-        self, model: nn.Module, method: Method, seed: int, sampler: str, steps: int
-    ) -> Corrected:
-        if method.correction is None:
-            return Corrected(model)
-        setting = Setting(self.schedule, self.data, sampler, steps, seed)
-        corrected = method.correction.apply(model, setting)
-        return corrected._replace(model=corrected.model.to(self.accelerator.device))
-
     def _measure(
         self, model: nn.Module, method: Method, seed: int, sampler: str, steps: int
     ) -> None:
         path = self.layout.cell(method, seed, sampler, steps)
         began = time.perf_counter()
-        corrected = self._corrected(model, method, seed, sampler, steps)
-        samples, moments = self._samples(corrected, seed, sampler, steps, path.with_suffix(""))
+        if method.correction is not None:
+            corrected = method.correction.apply(model, self.path)
+            model = corrected.to(self.accelerator.device)
+        samples, moments = self._samples(model, seed, sampler, steps, path.with_suffix(""))
         sampled = time.perf_counter()
         saved = samples if samples.dtype == torch.uint8 else datasets.to_uint8(samples)
         result: dict[str, Any] = {
@@ -184,8 +171,6 @@ class Bench:
         else:
             result["raw_spread"] = self._spread(moments) / self.data_spread
             moments = _moments(datasets.to_model_range(samples))
-        if corrected.fitted is not None:
-            result["fitted"] = corrected.fitted
         result |= {
             "spread": self._spread(moments) / self.data_spread,
             "band_spreads": (self._band_spreads(samples) / self.data_band_spreads).tolist(),
@@ -198,11 +183,11 @@ class Bench:
         if self.accelerator.is_main_process:
             save_tensors(path.with_suffix(".pt"), {"samples": saved[:KEPT_SAMPLES].clone()})
             save_json(path, result)
-            _remove_batches(path)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its batches
         self.accelerator.wait_for_everyone()
 
     def _samples(
-        self, corrected: Corrected, seed: int, sampler: str, steps: int, partial: Path
+        self, model: nn.Module, seed: int, sampler: str, steps: int, partial: Path
     ) -> tuple[Tensor, Tensor]:
         """Return this process's share of the samples, and their moments before any rounding.
 
@@ -228,8 +213,8 @@ class Bench:
                 counts[part], *self.data.shape, generator=generator(seed, Purpose.START, part)
             )
             noise = generator(seed, Purpose.SAMPLER, part)
-            start = corrected.start * start.to(accelerator.device)
-            x = sample(corrected.model, sampler, self.schedule, steps, start, noise).cpu()
+            start = start.to(accelerator.device)
+            x = sample(model, sampler, self.path.schedule, steps, start, noise).cpu()
             kept = x if self.features.takes_floats else datasets.to_uint8(x)
             batches.append({"samples": kept, "moments": _moments(x)})
             if len(counts) > 1:
@@ -255,7 +240,7 @@ class Bench:
         if method.name != "plain" or sampler == "ddpm":
             return {}
         variances, bands = self._axes
-        left = gaussian_variances(sampler, self.schedule, steps, variances)
+        left = gaussian_variances(sampler, self.path, steps, variances)
         return {
             "gaussian_spread": float((left.sum() / variances.sum()).sqrt()),
             "gaussian_band_spreads": ((left @ bands) / (variances @ bands)).sqrt().tolist(),
@@ -283,11 +268,6 @@ def _moments(samples: Tensor) -> Tensor:
     values = samples.double()
     count = torch.full_like(values[0], len(values))
     return torch.stack([count, values.sum(0), values.square().sum(0)])
-
-
-def _remove_batches(path: Path) -> None:
-    """Remove the batches that a cell was made of."""
-    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
 
 
 def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | None = None) -> None:

@@ -1,17 +1,22 @@
 """diffusers' samplers, all set up alike.
 
-One choice for all of them but `ddim-quad`: the `leading` timestep spacing (the uniform steps of
-DDIM's own repository), no clipping and no thresholding of the predicted image (that repository does
-not clip either, and clipping would hide part of what a gain on ε̂ changes), and diffusers' defaults
+For networks that predict ε: the `leading` timestep spacing (the uniform steps of DDIM's own
+repository), no clipping and no thresholding of the predicted image (that repository does not clip
+either, and clipping would hide part of what a gain on ε̂ changes), and diffusers' defaults
 elsewhere.  PNDM skips its Runge-Kutta warm-up, which would cost up to nine extra calls.
 
 `ddim-quad` visits DDIM's quadratically spaced timesteps (Song et al., arXiv 2010.02502, D.2), which
 lie closer at small t; diffusers' DDIM has no such spacing, and DPM-Solver++ of first order is DDIM
 on any timesteps.
+
+For flow networks: Euler in equal steps from t = 1 to 0, as the pipelines of Flux run it, or with
+the times shifted by 3, as SD3's; UniPC. Heun takes half as many steps, so that it makes as many
+calls of the network; diffusers' has other times than its Euler, so it is here.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor
 
 from s2dm_loss import NoiseSchedule
+from s2dm_loss.schedule import Schedule
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,6 +39,13 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "ddim-quad": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
 }
+FLOW: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}),
+    "euler-shift3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "unipc-flow": ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 1.0}),
+}
+HEUN = {"heun": 1.0, "heun-shift3": 3.0}
+"""Shifts."""
 TITLES = {
     "ddim": "DDIM",
     "pndm": "PNDM",
@@ -41,19 +54,30 @@ TITLES = {
     "dpm++2m": "DPM++ 2M",
     "unipc": "UniPC",
     "ddim-quad": "DDIM, quadratic spacing",
+    "euler": "Euler",
+    "euler-shift3": "Euler, shift 3",
+    "heun": "Heun",
+    "heun-shift3": "Heun, shift 3",
+    "unipc-flow": "UniPC",
 }
 
 
-def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
+def make_scheduler(name: str, schedule: Schedule) -> Any:
     """Return diffusers' scheduler of that name for a noise schedule.
 
     Raises:
         ValueError: If there is no sampler of that name.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {name!r}")
+    known = SAMPLERS if isinstance(schedule, NoiseSchedule) else FLOW
+    if name not in known:
+        raise ValueError(f"sampler: expected one of {', '.join(known)}, got {name!r}")
     import diffusers
 
+    if not isinstance(schedule, NoiseSchedule):
+        kind, settings = FLOW[name]
+        if name.startswith("unipc"):
+            settings = {**settings, "prediction_type": "flow_prediction"}
+        return getattr(diffusers, kind)(num_train_timesteps=1000, **settings)
     kind, settings = SAMPLERS[name]
     alphas_cumprod = schedule.alphas_cumprod.double()
     before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
@@ -68,6 +92,9 @@ def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
 
 def set_steps(scheduler: Any, name: str, steps: int, device: torch.device | None = None) -> None:
     """Have a scheduler of `make_scheduler` take so many steps."""
+    if name.startswith("euler"):
+        scheduler.set_timesteps(sigmas=_equal(steps).tolist()[:-1], device=device)
+        return
     if name != "ddim-quad":
         scheduler.set_timesteps(steps, device=device)
         return
@@ -76,7 +103,12 @@ def set_steps(scheduler: Any, name: str, steps: int, device: torch.device | None
     scheduler.set_timesteps(timesteps=times.flip(0).tolist(), device=device)
 
 
-def visited(name: str, schedule: NoiseSchedule, steps: int) -> Tensor:
+def _equal(steps: int) -> Tensor:
+    """Return the ends of equal steps from 1 to 0."""
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+def visited(name: str, schedule: Schedule, steps: int) -> Tensor:
     """Return the timesteps a sampler visits, ascending and each once, int64 `[<= steps]`."""
     scheduler = make_scheduler(name, schedule)
     set_steps(scheduler, name, steps)
@@ -88,7 +120,7 @@ def visited(name: str, schedule: NoiseSchedule, steps: int) -> Tensor:
 def sample(
     model: Model,
     sampler: str,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     steps: int,
     start: Tensor,
     generator: torch.Generator,
@@ -96,8 +128,8 @@ def sample(
     """Turn noise into samples.
 
     Args:
-        model: Called `(x, t)` with `t` of shape `[]`; returns ε̂.
-        sampler: A key of `SAMPLERS`.
+        model: Called `(x, t)` with `t` of shape `[]`; returns ε̂ or, on a flow, the velocity.
+        sampler: A key of `SAMPLERS`, or of `FLOW` or `HEUN` on a continuous schedule.
         schedule: The schedule the model was trained on.
         steps: Sampling steps.
         start: Standard normal noise `[B, C, H, W]`.
@@ -106,22 +138,27 @@ def sample(
     Returns:
         Samples `[B, C, H, W]`, not clamped.
     """
-    return trajectory(model, sampler, schedule, steps, start, generator)
-
-
-def trajectory(
-    model: Model,
-    sampler: str,
-    schedule: NoiseSchedule,
-    steps: int,
-    start: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """Return what `sample` does, with gradients where the model asks for them."""
+    if sampler in HEUN:
+        return _heun(model, HEUN[sampler], steps, start)
     scheduler = make_scheduler(sampler, schedule)
     set_steps(scheduler, sampler, steps, start.device)
     extra = {"generator": generator} if sampler == "ddpm" else {}
-    x: Tensor = start * scheduler.init_noise_sigma
+    x: Tensor = start * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t), t, x, return_dict=False, **extra)[0]
+    return x
+
+
+def _heun(model: Model, shift: float, calls: int, start: Tensor) -> Tensor:
+    """Return samples of dx/dt = û by Heun's method, whose last step is Euler's."""
+    equal = _equal(max(1, calls // 2))
+    times = (shift * equal / (1 + (shift - 1) * equal)).float()
+    x = start
+    for t, following in itertools.pairwise(times):
+        step = following - t
+        velocity = model(x, 1000 * t)
+        ahead = x + step * velocity
+        if following > 0:
+            velocity = (velocity + model(ahead, 1000 * following)) / 2
+        x = x + step * velocity
     return x

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.files import load_json, save_json
@@ -18,7 +18,8 @@ from benchmarks.quality.runner import Bench
 from benchmarks.quality.samplers import sample
 from benchmarks.quality.statistics import Cell
 from benchmarks.quality.streams import Purpose, generator
-from s2dm_loss import CorrectionSearch, standard_corrections
+from s2dm_loss import CorrectionSearch
+from s2dm_loss.sampling import standard_corrections
 
 SAMPLES = 512
 DATA_ROWS = 12_000
@@ -58,18 +59,21 @@ def _searched(
     model.load_state_dict(bench.model(Plain(), seed, lambda _: None).state_dict())
     noise = generator(seed, Purpose.SAMPLER)
 
-    def run(network: Any, start: Tensor) -> Tensor:
-        return sample(network, cell.sampler, bench.schedule, cell.steps, start, noise).clone()
+    def run(network: nn.Module, start: Tensor) -> Tensor:
+        network = bench.path.on_sampler(network)
+        return sample(network, cell.sampler, bench.path.schedule, cell.steps, start, noise).clone()
 
     def features(samples: Tensor) -> Tensor:
         found: Tensor = bench.features(datasets.to_uint8(samples).to(bench.features.device))
         return found
 
+    kind = bench.path.prediction_type
+    model = bench.path.on_schedule(model)
     question = CorrectionSearch(
         model,
         run,
         datasets.to_model_range(bench.data.images[:DATA_ROWS]),
-        standard_corrections(bench.schedule),
+        standard_corrections(bench.path.schedule, prediction_type=kind),
         features=features,
         num_samples=SAMPLES,
         batch_size=256,

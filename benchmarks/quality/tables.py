@@ -1,4 +1,4 @@
-"""Results as tables."""
+"""Results as text."""
 
 from __future__ import annotations
 
@@ -13,41 +13,27 @@ from benchmarks.quality.statistics import Cell, Interval, Results
 AT_FLOOR = "at the floor"
 
 
-def cell_title(cell: Cell) -> str:
-    """Return a cell's name in tables."""
-    return f"{TITLES[cell.sampler]}, {cell.steps} steps"
-
-
-def percent(found: Interval | None) -> str:
-    """Return an improvement as text, bold where its interval excludes 0."""
+def percent(found: Interval | None, digits: int = 1) -> str | None:
+    """Return a change as text, with its interval where there is one, bold where it excludes 0."""
     if found is None:
-        return MISSING
-    if found.count == 1:
-        return f"{found.mean:+.1f} %"
-    text = f"{found.mean:+.1f} % [{found.low:+.1f}, {found.high:+.1f}]"
+        return None
+    if found.seeds == 1:
+        return f"{found.mean:+.{digits}f} %"
+    text = f"{found.mean:+.{digits}f} % [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
     return f"**{text}**" if found.sign else text
 
 
-def improvement(
-    results: Results, method: str, cell: Cell, measure: str | None = None, baseline: str = "plain"
-) -> str:
-    """Return the improvement in one cell as text; where it says nothing, that it does not."""
-    if results.at_floor(method, cell, measure) and results.at_floor(baseline, cell, measure):
-        return AT_FLOOR
-    return percent(results.improvement(method, [cell], measure, baseline))
-
-
 def distance_table(
-    results: Results, methods: Sequence[str], cells: Sequence[Cell], measure: str | None = None
+    results: Results, methods: Sequence[str], cells: Sequence[Cell], measure: str
 ) -> str:
     """Return a table of distances, sampler and steps down, methods across.
 
-    With one seed the improvement over the first method stands beside each distance; with several,
-    the standard deviation over them.
+    With one seed the change over the first method stands beside each distance, unless both are at
+    the floor; with several, the standard deviation over them.
     """
     rows = []
     for cell in cells:
-        row = [cell_title(cell)]
+        row = [f"{TITLES[cell.sampler]}, {cell.steps} steps"]
         for method in methods:
             values = list(results.values(method, cell, measure).values())
             if not values:
@@ -57,7 +43,9 @@ def distance_table(
             if len(values) > 1:
                 text += f" ± {np.std(values, ddof=1):.3f}"
             elif method != methods[0]:
-                text += f" ({improvement(results, method, cell, measure, methods[0])})"
+                floored = all(results.at_floor(one, cell, measure) for one in (method, methods[0]))
+                over = results.change(method, cell, measure, (methods[0], cell))
+                text += f" ({AT_FLOOR if floored else percent(over) or MISSING})"
             row.append(text)
         rows.append(row)
     return markdown_table(["sampler", *(results.title(m) for m in methods)], rows)

@@ -1,6 +1,6 @@
 """Pages that live at the top of the repository, and links that leave `docs/`.
 
-README.md, CHANGELOG.md and CONTRIBUTING.md are read by people in the repository and are pages of
+CHANGELOG.md and CONTRIBUTING.md are read by people in the repository and are pages of
 the site as well: one source, links rewritten. A link to a page goes to that page; a picture from
 elsewhere in the repository is brought along; a link to any other file of the repository loses its
 link and keeps its text, since the site does not carry the file.
@@ -18,7 +18,6 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT_PAGES = {
-    "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }

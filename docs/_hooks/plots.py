@@ -22,7 +22,8 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 from torch import Tensor
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, coefficients, gain
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, gain
+from s2dm_loss.coefficients import coefficients
 
 SKIPS = (1, 9, 49, 99)
 COLORS = ("#1e88e5", "#43a047", "#fb8c00", "#e53935")  # legible on white and on near-black

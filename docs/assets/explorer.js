@@ -1,4 +1,4 @@
-// λ(t), A(t) and c(t) as functions of the schedule, k and τ: the formulas of
+// λ(t), s(t), A(t) and c(t) as functions of the schedule, k and τ: the formulas of
 // s2dm_loss/coefficients.py, and a test holds the two equal.
 "use strict";
 (() => {
@@ -23,6 +23,7 @@
       c: c2.map(Math.sqrt),
       weight: c2.map((x, t) => (t < k ? 1 : tau + (1 - tau) * x)),
       lambda: c2.map((x) => 1 + ((1 - tau) / tau) * x),
+      gain: c2.map((x) => tau / (tau + (1 - tau) * x)),
     };
   }
 
@@ -41,25 +42,26 @@
     return power * [1, 2, 5, 10].find((x) => x * power >= raw);
   }
 
-  function draw(svg, values) {
+  function draw(svg, values, name) {
     // Drawn at the size it has, so that its text is as large on a phone as on a desk.
     const width = Math.max(svg.clientWidth, 260);
     const [height, left, right, top, bottom] = [260, 52, 22, 12, 34];
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.replaceChildren();
-    const step = tickStep(Math.max(Math.max(...values) - 1, 1e-6));
-    const high = 1 + step * Math.ceil((Math.max(...values) - 1) / step + 1e-9);
+    const [least, most] = [Math.min(...values), Math.max(...values)];
+    const step = tickStep(Math.max(most - least, 1e-6));
+    const [low, high] = [step * Math.floor(least / step + 1e-9), step * Math.ceil(most / step - 1e-9)];
     const x = (t) => left + ((width - left - right) * t) / (T - 1);
-    const y = (v) => top + ((height - top - bottom) * (high - v)) / (high - 1);
+    const y = (v) => top + ((height - top - bottom) * (high - v)) / (high - low);
     const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
-    for (let v = 1; v <= high + step / 2; v += step) {
+    for (let v = low; v <= high + step / 2; v += step) {
       svg.append(element("line", { x1: left, x2: width - right, y1: y(v), y2: y(v), class: "grid" }));
       svg.append(element("text", { x: left - 8, y: y(v) + 4, "text-anchor": "end" }, v.toFixed(digits)));
     }
     for (let t = 0; t <= T; t += 250) {
       svg.append(element("text", { x: x(Math.min(t, T - 1)), y: height - 14, "text-anchor": "middle" }, t));
     }
-    svg.append(element("text", { x: left + 10, y: top + 14 }, "λ(t)"));
+    svg.append(element("text", { x: left + 10, y: name === "λ(t)" ? top + 14 : height - bottom - 8 }, name));
     svg.append(element("text", { x: width - right, y: height, "text-anchor": "end" }, "t"));
     const points = values.map((v, t) => `${x(t).toFixed(1)},${y(v).toFixed(1)}`).join(" ");
     svg.append(element("polyline", { points, class: "curve" }));
@@ -72,18 +74,26 @@
         <label>k <input name="k" type="range" min="1" max="200" value="49"><output></output></label>
         <label>τ <input name="tau" type="range" min="0.9" max="0.999" step="0.001" value="0.99"><output></output></label>
       </div>
-      <svg role="img" aria-label="λ over t for the chosen schedule, k and τ"></svg>
+      <div class="pair">
+        <svg role="img" aria-label="λ over t for the chosen schedule, k and τ"></svg>
+        <svg role="img" aria-label="s over t for the chosen schedule, k and τ"></svg>
+      </div>
       <p class="readout" aria-live="polite"></p>`;
     const select = box.querySelector("select");
     const [k, tau] = box.querySelectorAll("input");
     const update = () => {
       const table = tables(select.value, Number(k.value), Number(tau.value));
-      draw(box.querySelector("svg"), table.lambda);
+      const [lambdas, gains] = box.querySelectorAll("svg");
+      draw(lambdas, table.lambda, "λ(t)");
+      draw(gains, table.gain, "s(t)");
       k.nextElementSibling.textContent = k.value;
       tau.nextElementSibling.textContent = Number(tau.value).toFixed(3);
       const show = (name) => Math.max(...table[name]).toFixed(4);
+      // Where ᾱ comes near 0 the largest values are those of the bound, whatever k is.
+      const middle = table.gain[899].toFixed(4);
       box.querySelector(".readout").textContent =
-        `Largest λ ${show("lambda")}, largest weight A ${show("weight")}, largest c ${show("c")}.`;
+        `s at t = 899 ${middle}, smallest s ${Math.min(...table.gain).toFixed(4)}, ` +
+        `largest λ ${show("lambda")}, largest weight A ${show("weight")}, largest c ${show("c")}.`;
     };
     box.addEventListener("input", update);
     window.addEventListener("resize", update);

@@ -68,7 +68,7 @@ def train(config, directory, images, *, swap=False):
 
     With `swap` the registry's line is changed as the adapter's page says.
     """
-    registry = {"simple": ddim_loss(skip_set=9)} if swap else loss_registry
+    registry = {"simple": ddim_loss(skip_set=49)} if swap else loss_registry
     b = make_betas(config)
     steps = len(b)
     model = nn.DataParallel(Model(config))

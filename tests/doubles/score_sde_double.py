@@ -288,7 +288,10 @@ def train(config, workdir, images, *, swap=False):
         "continuous": config.training.continuous,
         "likelihood_weighting": config.training.likelihood_weighting,
     }
-    train_step_fn = (adapter.get_step_fn if swap else get_step_fn)(sde, train=True, **options)
+    if swap:
+        train_step_fn = adapter.get_step_fn(sde, train=True, skip_set=9, **options)
+    else:
+        train_step_fn = get_step_fn(sde, train=True, **options)
     eval_step_fn = get_step_fn(sde, train=False, **options)
     losses = []
     checkpoint = Path(workdir) / "checkpoint.pth"

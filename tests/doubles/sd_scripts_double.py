@@ -7,7 +7,7 @@ One step of it with its loss types, masks and weights. Written from the behaviou
 import math
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch.nn import functional as F
 
 
@@ -105,3 +105,59 @@ class NetworkTrainer:
         if args.debiased_estimation_loss:
             loss = loss / (bounded + 1 if args.v_parameterization else bounded.sqrt())
         return loss.mean()
+
+
+class _FlowTrainer(NetworkTrainer):
+    """What Flux's and SD3's trainers have in common: σ, x_t and the target in one method."""
+
+    def get_noise_scheduler(self, args, device):
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    def get_noise_pred_and_target(
+        self, args, accelerator, noise_scheduler, latents, batch, text_encoder_conds, unet, network,
+        weight_dtype, train_unet, is_train=True,
+    ):  # fmt: skip
+        noise, sigma = torch.randn_like(latents), torch.rand(len(latents), 1, 1, 1)
+        x_t = (1 - sigma) * latents + sigma * noise
+        timesteps = 1000 * sigma.flatten()
+        predict = self.predict_of(unet)
+        with torch.set_grad_enabled(is_train):
+            prediction = predict(x_t, timesteps, sigma)
+        target = self.target_of(latents, noise)
+        preserved = [
+            index
+            for index, attributes in enumerate(batch.get("custom_attributes", []))
+            if attributes.get("diff_output_preservation")
+        ]
+        if preserved:
+            with torch.no_grad():
+                prior = predict(x_t[preserved], timesteps[preserved], sigma[preserved])
+            target[preserved] = prior
+        return prediction, target, timesteps, 1 / (sigma + 1) if args.weighting_scheme else None
+
+
+class FluxNetworkTrainer(_FlowTrainer):
+    get_noise_scheduler = _FlowTrainer.get_noise_scheduler
+    get_noise_pred_and_target = _FlowTrainer.get_noise_pred_and_target
+
+    @staticmethod
+    def predict_of(unet):
+        # Packed, and by name.
+        return lambda x, t, _: unet(img=x.flatten(2), timesteps=t / 1000).reshape(x.shape)
+
+    @staticmethod
+    def target_of(latents, noise):
+        return noise - latents
+
+
+class Sd3NetworkTrainer(_FlowTrainer):
+    get_noise_scheduler = _FlowTrainer.get_noise_scheduler
+    get_noise_pred_and_target = _FlowTrainer.get_noise_pred_and_target
+
+    @staticmethod
+    def predict_of(unet):
+        return lambda x, t, sigma: unet(x, t) * -sigma + x
+
+    @staticmethod
+    def target_of(latents, noise):
+        return latents.clone()

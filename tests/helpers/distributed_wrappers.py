@@ -64,7 +64,7 @@ def step(
     if rank == 0:
         # A table in another type, on one rank alone: nothing that the ranks would have to agree on.
         one = torch.ones(1, 2, dtype=torch.float64)
-        criterion.from_prediction(one, one, torch.tensor([5]))
+        criterion.from_output(one, one, torch.tensor([5]))
     mine = parts_of(batch, rank, sizes)
     scale = len(sizes) / sum(sizes)  # the wrappers average over ranks
     for part in zip(*[tensor.chunk(micro) for tensor in mine.values()], strict=True):

@@ -40,7 +40,7 @@ def discrete_path(kind: str, table: list[float]) -> list[Pair]:
     return pairs
 
 
-def continuous_pair(kind: str, t: float) -> Pair:
+def continuous_pair(kind: str, t: Any) -> Pair:
     t = mpf(t)
     if kind == "flow":
         return 1 - t, t
@@ -53,6 +53,12 @@ def continuous_pair(kind: str, t: float) -> Pair:
         return a, mp.sqrt(1 - a**2)
     a = mp.exp(-(t**2) * (mpf(20) - mpf("0.1")) / 4 - t * mpf("0.1") / 2)
     return a, (1 - a**2 if kind == "sub_vp" else mp.sqrt(1 - a**2))
+
+
+def continuous_rates(kind: str, t: float) -> Pair:
+    """da/dt and db/dt by differences of 40 digits."""
+    a, b = (mp.diff(lambda time, i=i: continuous_pair(kind, time)[i], mpf(t)) for i in (0, 1))
+    return a, b
 
 
 def abar_of(pair: Pair) -> Any:
@@ -101,7 +107,7 @@ class Scales:
         """The ε̂ at which the two terms are least."""
         u, v, _ = ESTIMATORS[estimator]
         if self.big_a == 0:
-            return 0 * eps
+            return eps  # any ε̂ will do
         zeta = u * eps + (v * xi if v else 0)
         return (self.tau * eps + (1 - self.tau) * self.c * zeta) / self.big_a
 

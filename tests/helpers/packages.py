@@ -2,9 +2,9 @@
 
 They need no more than torch and einops for their losses; what else they import is stubbed.
 
-    pip install --no-deps --target FOLDER k-diffusion==0.1.1.post1 denoising-diffusion-pytorch==2.3.4
+    pip install --no-deps --target FOLDER -r .ci/trainers.txt
 
-makes a folder that both of the variables below can name.
+makes a folder that both of the variables below can name, as `.ci/run` and `nox -s trainers` do.
 """
 
 from types import ModuleType

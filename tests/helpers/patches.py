@@ -50,6 +50,16 @@ TRAINERS = {
     ),
     "SiT": Trainer("willisma/SiT", "947f95bd3a510e9af441d38c1e9f72e0eee873c5", "S2DM_SIT_ROOT"),
     "REPA": Trainer("sihyun-yu/REPA", "67f714503e3892f993844aab088ffc5791c92613", "S2DM_REPA_ROOT"),
+    "conditional-flow-matching": Trainer(
+        "atong01/conditional-flow-matching",
+        "cacd4dc8a5b6f50de63780e8f73754c9371f15db",
+        "S2DM_TORCHCFM_ROOT",
+    ),
+    "flow_matching": Trainer(
+        "facebookresearch/flow_matching",
+        "11568d37f8d5a080e12aa7b5305d9c35ae07d136",
+        "S2DM_FLOW_MATCHING_ROOT",
+    ),
     "musubi-tuner": Trainer(
         "kohya-ss/musubi-tuner",
         "30c658c4f4b0bf05038b3346eff9670259b10fc7",

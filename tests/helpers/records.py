@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
 from tests.helpers import trainers_of_today
 from tests.helpers.patches import TRAINERS
 from tests.helpers.upstream import root_of
@@ -216,16 +217,16 @@ def of_today(case: trainers_of_today.Case) -> dict[str, Any]:
 def commits() -> dict[str, tuple[str, str]]:
     """Repository and commit of each trainer on record."""
     known = {name: (each.repository, each.commit) for name, each in TRAINERS.items()}
-    packages = {
-        "denoising-diffusion-pytorch": "2.3.4 on PyPI",
-        "k-diffusion": "0.1.1.post1 on PyPI",
+    pins = (FILE.parents[2] / ".ci" / "trainers.txt").read_text(encoding="utf-8").splitlines()
+    packages = dict(pin.split("==") for pin in pins if not pin.startswith("#"))
+    return known | {
+        name: (DOUBLED[name][0], f"{version} on PyPI") for name, version in packages.items()
     }
-    return known | {name: (DOUBLED[name][0], version) for name, version in packages.items()}
 
 
 def criterion_of(case: trainers_of_today.Case, tau: float) -> Any:
     """The loss that a trainer's patch makes, for what this case trains."""
-    options, made = case.options, trainers_of_today.made
+    options, made, predicts = case.options, trainers_of_today.made, "velocity"
     if "prediction_type" in options:
         scheduler = trainers_of_today.policy_scheduler(options["prediction_type"])
         names = {"noise_scheduler": scheduler, "config": SimpleNamespace(**options)}
@@ -248,7 +249,18 @@ def criterion_of(case: trainers_of_today.Case, tau: float) -> Any:
             model_type=SimpleNamespace(name=options["model_type"]),
             th=torch,
         )
-    return made(*case.file, tau)
+    if case.file == trainers_of_today.FLOW_MATCHING:
+        path = trainers_of_today.SCHEDULERS[options["scheduler"]]
+        schedule = ContinuousSchedule.from_alpha_sigma(path, data_at=1, min_time=1e-5)
+    elif case.file == trainers_of_today.TORCHCFM:
+        schedule = ContinuousSchedule.flow(data_at=1)
+    elif "kind" in options and case.file[0] == "sd-scripts":
+        schedule = ContinuousSchedule.flow()
+        predicts = "flow" if options["kind"] == trainers_of_today.KOHYA_FLUX else "sample"
+    else:
+        return made(*case.file, tau)
+    skips = SkipSet.for_sampling_steps(20)
+    return SkipStepLoss(schedule, skips, tau=tau, prediction_type=predicts)
 
 
 def ours(case: trainers_of_today.Case, tau: float) -> tuple[float, Tensor]:

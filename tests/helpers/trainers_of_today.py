@@ -8,11 +8,12 @@ and returns the loss.
 
 import ast
 import contextlib
+import importlib
 import math
 import random
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,10 +27,13 @@ from torch.nn import functional as F
 
 from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss
+from s2dm_loss.adapters.sd_scripts import skip_step
 from tests.helpers.checkouts import checkout_on_path
 from tests.helpers.diffusers_parts import make_scheduler
+from tests.helpers.docs_diff import PAGES
 from tests.helpers.patches import TRAINERS, patch_of
-from tests.helpers.upstream import root_of
+from tests.helpers.upstream import root_of, stubs
+from tests.test_docs_blocks import blocks_of
 
 Loss = Callable[[str, Callable[..., Tensor], dict[str, Tensor]], Tensor]
 IMAGES, ACTIONS = (8, 4, 8, 8), (8, 6, 4)
@@ -281,7 +285,10 @@ def kohya(
     prediction: str = "raw",
     scheme: str = "none",
 ) -> Tensor:
-    """`get_noise_pred_and_target`, and the loss lines of `process_batch` for it."""
+    """`get_noise_pred_and_target`, and the loss lines of `process_batch` for it.
+
+    The patch wraps the trainer; here one with this function alone.
+    """
     flux = kind == KOHYA_FLUX
     helpers: dict[str, Any] = {"torch": torch, "math": math, "einops": einops}
     library = {
@@ -306,7 +313,6 @@ def kohya(
         for each in wanted:
             setattr(parts, each, taken(library[name], each, helpers))
     namespace = {
-        "SKIP_LOSS": tau is not None and made(*kind, tau),
         "flux_train_utils": parts,
         "flux_utils": parts,
         "sd3_train_utils": parts,
@@ -318,7 +324,14 @@ def kohya(
         "torch": torch,
     }
     owner = "FluxNetworkTrainer" if flux else "Sd3NetworkTrainer"
-    function = taken(source, f"{owner}.get_noise_pred_and_target", namespace)
+    flow = make_scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    methods = {
+        "assert_extra_args": lambda self, *_: None,
+        "call_unet": None,
+        "get_noise_pred_and_target": taken(source, f"{owner}.get_noise_pred_and_target", namespace),
+        "get_noise_scheduler": lambda self, *_: flow,
+    }
+    trainer = type(owner, (), methods)()
     latents = torch.randn(*IMAGES)
     call = watched(model, seen)
     height, width = latents.shape[2] // 2, latents.shape[3] // 2
@@ -348,8 +361,10 @@ def kohya(
     )
     scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
     before = torch.get_rng_state()
-    output, target, timesteps, weighting = function(
-        None,
+    if tau is not None:
+        trainer = skip_step(trainer, SkipSet.for_sampling_steps(20), tau=tau)
+        trainer.get_noise_scheduler(settings, "cpu")
+    output, target, timesteps, weighting = trainer.get_noise_pred_and_target(
         settings,
         accelerator,
         scheduler,
@@ -360,6 +375,7 @@ def kohya(
         None,
         torch.float32,
         True,
+        is_train=True,
     )
     after = torch.get_rng_state()
     torch.set_rng_state(before)
@@ -368,6 +384,9 @@ def kohya(
     loss = F.mse_loss(output.float(), target.float(), reduction="none")
     if weighting is not None:
         loss = loss * weighting
+    if not flux:
+        sigmas = (timesteps / 1000).reshape(-1, 1, 1, 1)
+        weighting = parts.compute_loss_weighting_for_sd3(weighting_scheme=scheme, sigmas=sigmas)
         seen.update(weight=weighting.expand(latents.shape))
     seen.update(t=timesteps / 1000, target=noise - latents if flux else latents, output=output)
     return loss.mean([1, 2, 3]).mean()
@@ -598,6 +617,87 @@ def repa(
     return denoising.mean()
 
 
+TORCHCFM = ("conditional-flow-matching", "torchcfm/conditional_flow_matching.py")
+FLOW_MATCHING = ("flow_matching", "flow_matching/path/scheduler/scheduler.py")
+SCHEDULERS = {
+    "CondOTScheduler": lambda t: (t, 1 - t),
+    "PolynomialConvexScheduler": lambda t: (t**2, 1 - t**2),
+    "VPScheduler": lambda t: (
+        torch.exp(-0.25 * (1 - t) ** 2 * 19.9 - 0.05 * (1 - t)),
+        (-torch.expm1(-0.5 * (1 - t) ** 2 * 19.9 - 0.1 * (1 - t))).sqrt(),
+    ),
+    "LinearVPScheduler": lambda t: (t, (1 - t**2).sqrt()),
+    "CosineScheduler": lambda t: (torch.sin(torch.pi / 2 * t), torch.cos(torch.pi / 2 * t)),
+}
+"""flow_matching's schedulers, in our words: α and σ, with data at t = 1."""
+
+
+def page_blocks(requires: str) -> dict[str, Any]:
+    """The names of docs/adapters/flow.md's blocks, those that need this package among them."""
+    namespace: dict[str, Any] = {}
+    for line, needs, code in blocks_of(PAGES / "flow.md"):
+        if needs in (None, requires):
+            exec(compile("\n" * line + code, "flow.md", "exec"), namespace)  # noqa: S102
+    return namespace
+
+
+@contextlib.contextmanager
+def torchcfm_at_hand() -> Iterator[None]:
+    package = types.ModuleType("torchcfm")
+    package.__path__ = [str(root_of("S2DM_TORCHCFM_ROOT") / "torchcfm")]
+    with checkout_on_path(root_of("S2DM_TORCHCFM_ROOT"), {"torchcfm": package, **stubs("ot")}):
+        yield
+
+
+def torchcfm(
+    source: str, model: Callable[..., Tensor], seen: dict[str, Tensor], tau: float | None = None
+) -> Tensor:
+    """The loop of the library's examples, and the page's."""
+    with torchcfm_at_hand():
+        page = page_blocks("torchcfm")
+    x0, x1 = torch.randn(2, *IMAGES).unbind(0)
+    before = torch.get_rng_state()
+    call = watched(model, seen)
+
+    def network(t: Tensor, x_t: Tensor) -> Tensor:
+        return call(x_t, t)
+
+    t, xt, ut = page["matcher"].sample_location_and_conditional_flow(x0, x1)
+    seen.update(target=ut)
+    if tau is not None:
+        turned = SkipStepLoss(
+            page["turned"].schedule, page["turned"].skip_set, tau=tau, prediction_type="velocity"
+        )
+        torch.set_rng_state(before)
+        return page["loss_of"](network, x0, x1, turned)
+    return (network(t, xt) - ut).square().mean()
+
+
+def flow_matching(
+    source: str,
+    model: Callable[..., Tensor],
+    seen: dict[str, Tensor],
+    tau: float | None = None,
+    scheduler: str = "CondOTScheduler",
+) -> Tensor:
+    """The loop of the library's image example, and the page's."""
+    with checkout_on_path(root_of("S2DM_FLOW_MATCHING_ROOT"), stubs("torchdiffeq")):
+        page = page_blocks("flow_matching")
+        schedulers = importlib.import_module("flow_matching.path.scheduler.scheduler")
+    kind = getattr(schedulers, scheduler)
+    made_ = kind(2) if scheduler == "PolynomialConvexScheduler" else kind()
+    affine = page["AffineProbPath"](made_)
+    x_0, x_1 = torch.randn(2, *IMAGES).unbind(0)
+    t = 0.001 + 0.998 * torch.rand(len(x_0))
+    call = watched(model, seen)
+    sample = affine.sample(t=t, x_0=x_0, x_1=x_1)
+    seen.update(target=sample.dx_t)
+    if tau is not None:
+        criterion = page["make_criterion"](made_, tau=tau)
+        return page["loss_of"](call, x_0, x_1, t, affine, criterion)
+    return (call(sample.x_t, t) - sample.dx_t).square().mean()
+
+
 class Case(NamedTuple):
     """A trainer's loss with some of its options, and what our loss on it is made for."""
 
@@ -616,6 +716,8 @@ def _cases() -> list[Case]:
     for path_type in ("LINEAR", "GVP", "VP"):
         for model_type in ("VELOCITY", "NOISE", "SCORE"):
             cases.append(Case(SIT, sit, {"path_type": path_type, "model_type": model_type}))
+    cases += [Case(TORCHCFM, torchcfm, {})]
+    cases += [Case(FLOW_MATCHING, flow_matching, {"scheduler": kind}) for kind in SCHEDULERS]
     cases += [Case(MUSUBI, musubi_tuner, {"sampling": s}) for s in ("shift", "uniform", "sigma")]
     cases += [Case(AI_TOOLKIT, ai_toolkit, {"masked": on}) for on in (False, True)]
     cases += [Case(SIMPLE_TUNER, simple_tuner, {})]

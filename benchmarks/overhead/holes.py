@@ -1,0 +1,233 @@
+"""What `docs/overhead.md` can say: numbers, tables and figures, from committed results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.files import load_json
+from benchmarks.overhead.contenders import LABELS
+from benchmarks.overhead.levels import KNOWN, LATENTS
+from benchmarks.pages.figures import COLORS, new_figure
+from benchmarks.provenance import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results" / "overhead"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+BYTES = {"float32": 4, "bfloat16": 2}
+HEADS = (
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("compiled", "float32"),
+    ("compiled", "bfloat16"),
+)
+"""Levels of the loss alone, and their types."""
+STEPS = ("eager", "compiled", "graph", "compiled graph")
+DRAWN = {"expected": 1, "mse": 0, "min_snr": 3, "released": 4}
+Cell = dict[str, Any]
+
+
+class Device:
+    """One device's results, as a template asks for them.
+
+    Args:
+        path: The JSON that `python -m benchmarks.overhead run` wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the results."""
+        self.label, self.levels = DEVICES[path.stem], load_json(path)
+
+    def cells(self, level: str) -> list[Cell]:
+        """Return the results of a level, sizes in order before the shapes people train on."""
+        found: list[Cell] = self.levels.get(level, {}).get("figures", [])
+        named = all("name" in cell for cell in found)
+        return sorted(found, key=_order) if named else found
+
+    def known(self, level: str = "float32") -> list[tuple[str, Cell]]:
+        """Return the cells of the shapes people train on, by name."""
+        ends = {cell["name"].split(", ")[-1]: cell for cell in self.cells(level)}
+        return [(name, ends[name]) for name in KNOWN if name in ends]
+
+    @property
+    def machine(self) -> str:
+        """The device's name."""
+        found = self.levels["float32"]["machine"]
+        return str(found.get("gpu", found["cpu"]))
+
+    @property
+    def versions(self) -> list[str]:
+        """Versions of the library that were measured."""
+        return sorted({level["version"] for level in self.levels.values()})
+
+    @property
+    def old(self) -> bool:
+        """Whether that was the head before 0.3, which moved the data seven times."""
+        row = self.counted("float32")["expected"]
+        return bool(row["bytes"] > 6.5 * row["data_bytes"])
+
+    @property
+    def copy_rate(self) -> float:
+        """Bytes a second of a copy, read and written."""
+        return float(self.cells("bandwidth")[0]["copy_bytes_per_second"][1])
+
+    @property
+    def fastest_step(self) -> Cell:
+        """The plain training step that takes least, of those that were measured."""
+        return min(self.steps, key=_plain)
+
+    @property
+    def steps(self) -> list[Cell]:
+        """The timed training steps, of every kind."""
+        levels = ("step", "step-compiled", "step-graph")
+        return [cell for level in levels for cell in self.cells(level) if "microseconds" in cell]
+
+    @property
+    def added(self) -> tuple[float, float]:
+        """Least and most that `expected` adds to the fastest plain step, by the heads' times.
+
+        Measured beside the step, and where the head was measured at the step's shape once more.
+        """
+        step = self.fastest_step
+        level = step["dtype"] if step["mode"] == "eager" else step["mode"]
+        again = [cell for cell in self.cells(level) if cell["dtype"] == step["dtype"]]
+        heads = [step["head"], *(cell for cell in again if cell["shape"] == step["shape"])]
+        shares = [extra_time(head) / _plain(step) for head in heads]
+        return min(shares), max(shares)
+
+    @property
+    def added_text(self) -> str:
+        """Those shares as text."""
+        least, most = (f"{100 * share:.2f}" for share in self.added)
+        return f"{least} %" if least == most else f"{least} to {most} %"
+
+    @property
+    def ratios_text(self) -> str:
+        """`expected` over `F.mse_loss` at the shapes people train on, eager, float32."""
+        ratios = [cell["ratios"]["expected/mse"][1] for _, cell in self.known()]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    @property
+    def extra(self) -> float:
+        """By how many microseconds it takes longer there, at most."""
+        return max(extra_time(cell) for _, cell in self.known())
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """What the plan for a GPU has and these results do not, by level."""
+        shapes = {cell["name"] for cell in self.cells("float32")}
+        missing = []
+        for level, dtype in HEADS[1:]:
+            found = {cell["name"] for cell in self.cells(level) if cell["dtype"] == dtype}
+            title = dtype if level == dtype else f"{level} {dtype}"
+            if not found:
+                missing.append(f"{title} at any size")
+            elif found < shapes:
+                missing.append(f"{title} at any size but {' and '.join(sorted(found))}")
+        timed = {cell["mode"] for cell in self.steps}
+        steps = STEPS if self.label == "GPU" else STEPS[:2]  # no graphs on a CPU
+        return missing + [f"the step, {name}" for name in steps if name not in timed]
+
+    def counted(self, dtype: str, shape: Sequence[int] = LATENTS) -> dict[str, Cell]:
+        """Return the counts at one shape, by contender."""
+        return {
+            row["contender"]: row
+            for row in self.cells("counts")
+            if row["dtype"] == dtype and tuple(row["shape"]) == tuple(shape)
+        }
+
+    def held(self, name: str) -> float:
+        """Return the most tensors of the data's size that a loss holds at once, in float32."""
+        rows = [row for row in self.cells("counts") if row["dtype"] == "float32"]
+        return max(r["peak_bytes"] / r["data_bytes"] for r in rows if r["contender"] == name)
+
+    @property
+    def waits(self) -> int:
+        """How often one of our losses makes the host wait, or breaks a graph."""
+        ours = [
+            r for r in self.cells("counts") if r["contender"] in ("expected", "fresh", "shared")
+        ]
+        return sum(
+            r["sync_operators"] + (r.get("sync") is not None) + r.get("graph_breaks", 0)
+            for r in ours
+        )
+
+    def losses(self, level: str, dtype: str) -> list[str]:
+        """Return what was timed beside `F.mse_loss`, in the tables' order."""
+        timed = {
+            pair.removesuffix("/mse")
+            for cell in self.cells(level)
+            for pair in cell["ratios"]
+            if cell["dtype"] == dtype
+        }
+        return [name for name in LABELS if name in timed]
+
+    @property
+    def large(self) -> list[Cell]:
+        """The float32 cells whose time is that of the data."""
+        cells = self.cells("float32") + self.cells("compiled")
+        return [c for c in cells if c["dtype"] == "float32" and math.prod(c["shape"]) >= 2**22]
+
+    def moved(self, cell: Cell) -> tuple[float, float]:
+        """Return shares of a copy's speed: by bytes moved, and by those that any loss must move."""
+        row = self.counted(cell["dtype"])["expected"]
+        moved = row["bytes" if cell["mode"] == "eager" else "compiled_bytes"] / row["data_bytes"]
+        least = useful_rate(cell, "expected") / self.copy_rate
+        return moved / 3 * least, least
+
+
+def _order(cell: Cell) -> tuple[bool, int]:
+    return not cell["name"].startswith("2^"), math.prod(cell["shape"])
+
+
+def _plain(cell: Cell) -> float:
+    return float(cell["microseconds"]["mse"][1])
+
+
+def extra_time(timed: Cell) -> float:
+    """Return by how many microseconds `expected` takes longer than `F.mse_loss`."""
+    return float(timed["microseconds"]["expected"][1] - timed["microseconds"]["mse"][1])
+
+
+def useful_rate(cell: Cell, name: str) -> float:
+    """Return bytes a second that any loss must move: ε̂ and ε read, one gradient written."""
+    size = BYTES[cell["dtype"]] * math.prod(cell["shape"])
+    return 3 * size / (cell["microseconds"][name][1] / 1e6)
+
+
+def devices(folder: Path = RESULTS) -> list[Device]:
+    """Return the devices that have results."""
+    paths = [folder / f"{name}.json" for name in DEVICES]
+    return [Device(path) for path in paths if path.exists()]
+
+
+def rates(name: str) -> Figure:
+    """Draw GB/s of the losses by size, below the speed of a copy."""
+    device = Device(RESULTS / f"{name}.json")
+    figure, ((axes,),) = new_figure(3.4)
+    cells = [cell for cell in device.cells("float32") if cell["name"].startswith("2^")]
+    sizes = [math.prod(cell["shape"]) for cell in cells]
+    for loss, color in DRAWN.items():
+        speeds = [useful_rate(cell, loss) / 1e9 for cell in cells]
+        label = LABELS[loss].replace("`", "")
+        axes.plot(sizes, speeds, marker="o", markersize=3, color=COLORS[color], label=label)
+    ceiling = device.copy_rate / 1e9
+    axes.axhline(ceiling, color=COLORS[2], linestyle="--", linewidth=1.2, label="a copy")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="elements of ε̂", ylabel="GB/s", ylim=(0, 1.1 * ceiling))
+    axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+HOLES = {
+    "overhead_devices": devices,
+    "overhead_labels": LABELS,
+    "overhead_heads": HEADS,
+    "useful_rate": useful_rate,
+}
+FIGURES = {f"overhead/{name}": partial(rates, name) for name in DEVICES}

@@ -1,0 +1,67 @@
+"""The presets' names, in an order to read, with what each is and what it takes.
+
+Without torch, so that the command line's help is there at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """What a preset is, and what it takes, in a few words."""
+
+    about: str
+    cost: str
+    local: bool = False  # whether its data come from a local folder
+
+
+CATALOGUE = {
+    "digits": Entry("the README's run: handwritten digits", "minutes on 2 cores"),
+    "digits-full": Entry("the whole grid on the digits, five seeds", "an hour or two on 2 cores"),
+    "textures": Entry(
+        "8 x 8 grey crops of two photographs, which 8 bits hardly change, five seeds",
+        "an hour on 2 cores",
+    ),
+    "cifar10-16": Entry(
+        "CIFAR10 at 16 x 16 pixels, a U-Net of 4.24 M parameters on ε",
+        "2 hours a seed on 2 cores",
+        local=True,
+    ),
+    "cifar10-16-flow": Entry(
+        "the same network on a flow, x_t = (1 - t) x_0 + t ε",
+        "2 hours a seed on 2 cores",
+        local=True,
+    ),
+    "cifar10-wide": Entry(
+        "CIFAR10, a U-Net of 2.68 M parameters on blocks of 4 x 4 pixels, three seeds",
+        "2 hours a seed on 2 cores",
+        local=True,
+    ),
+    "cifar10-wide-10k": Entry(
+        "its main cells with 10,000 samples, and Min-SNR from the start",
+        "an hour on 2 cores after cifar10-wide",
+        local=True,
+    ),
+    "cifar10-unet": Entry(
+        "CIFAR10, a U-Net of the paper's size for 2 million images",
+        "half an hour on a GPU",
+        local=True,
+    ),
+    "cifar10": Entry(
+        "the paper's CIFAR10 run, Inception FID; never run", "days on a GPU", local=True
+    ),
+    "celeba": Entry(
+        "the paper's CelebA 64 x 64 run, Inception FID; never run", "days on a GPU", local=True
+    ),
+}
+
+
+def listed() -> str:
+    """Return the presets, each on a line with its cost."""
+    width = max(map(len, CATALOGUE))
+    lines = (
+        f"  {name:{width}}  {entry.about} ({entry.cost}{', --data FOLDER' if entry.local else ''})"
+        for name, entry in CATALOGUE.items()
+    )
+    return "\n".join(lines)

@@ -1,0 +1,247 @@
+"""Holes of the quality results against numbers computed here from the committed JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.pages.render import render_all, sources
+from benchmarks.quality import committed, evidence_figures, holes
+from benchmarks.quality.committed import method_name, records
+from benchmarks.quality.presets import PRESETS
+from benchmarks.quality.record import COLUMNS
+
+FOLDER = Path(__file__).parents[1] / "benchmarks/results/quality"
+T_975 = {2: 12.706, 3: 4.303, 5: 2.776}
+"""Student's, by seeds, as tables print it."""
+
+
+def load(preset: str) -> dict[str, Any]:
+    path = FOLDER / f"{preset}.json"
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def by_seed(
+    record: dict[str, Any], method: str, sampler: str, steps: int, name: str
+) -> list[float]:
+    place = record["columns"].index(name)
+    rows = [row for row in record["rows"] if (row[0], *row[2:4]) == (method, sampler, steps)]
+    return [row[place] for row in sorted(rows, key=lambda row: row[1])]
+
+
+def wanted(ours: list[float], theirs: list[float]) -> str:
+    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+    mean = 100 * (1 - math.exp(fmean(logs)))
+    if len(logs) == 1:
+        return f"{mean:+.1f} %"
+    half = T_975[len(logs)] * stdev(logs) / len(logs) ** 0.5
+    low, high = (100 * (1 - math.exp(fmean(logs) + sign * half)) for sign in (1, -1))
+    text = f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+@pytest.mark.parametrize(("run", "preset"), [("unet", "cifar10-unet"), ("small", "cifar10-wide")])
+@pytest.mark.parametrize(
+    ("words", "method", "sampler", "steps"),
+    [
+        ("gain 49", "plain+gain49", "ddim", 10),
+        ("gain 49", "plain+gain49", "unipc", 10),
+        ("loss 9", "skip9-expected", "ddim", 20),
+        ("plain", "plain", "pndm", 10),
+    ],
+)
+@pytest.mark.parametrize("measure", ["frechet", "kernel"])
+def test_a_change_is_over_plain_ddim_in_as_many_steps(
+    run: str, preset: str, words: str, method: str, sampler: str, steps: int, measure: str
+) -> None:
+    record, column = load(preset), f"images_{measure}"
+    ours = by_seed(record, method, sampler, steps, column)
+    theirs = by_seed(record, "plain", "ddim", steps, column)
+    said = holes.change(run, words, sampler, steps, measure)
+    assert said == wanted(ours, theirs)
+    assert holes.points(run, words, sampler, steps, measure) == pytest.approx(
+        100 * (1 - math.exp(fmean(math.log(a / b) for a, b in zip(ours, theirs, strict=True))))
+    )
+
+
+def test_a_change_over_something_else_and_one_that_was_not_measured() -> None:
+    record = load("digits-full")
+    ours, theirs = (
+        by_seed(record, name, "ddim", 10, "images_frechet")
+        for name in ("skip49-expected", "plain+gain49")
+    )
+    over = ("gain 49", None, 10)
+    assert holes.change("digits-full", "loss 49", over=over) == wanted(ours, theirs)
+    assert holes.verdict("digits-full", "loss 49", over=over) == "no difference shown"
+    assert holes.verdict("digits-full", "min-snr-5") == "better"
+    assert holes.change("unet", "gain 99") is None
+    with pytest.raises(LookupError, match="no committed results of 'nothing'"):
+        holes.change("nothing", "gain 49")
+
+
+def test_the_dose_of_a_loss_is_by_its_spread() -> None:
+    record = load("cifar10-unet")
+    plain, loss, gain = (
+        by_seed(record, name, "ddim", 10, "spread")[0]
+        for name in ("plain", "skip49-expected", "plain+gain49")
+    )
+    assert holes.dose("unet", 49) == f"{100 * (loss - plain) / (gain - plain):.0f} %"
+    assert holes.fact("unet", "loss share") == "25 %"
+    assert load("digits-full")["trainings"]["skip9-expected"]["0"]["loss_share"] == 1
+
+
+def test_distances_facts_and_the_floor() -> None:
+    record = load("cifar10-unet")
+    frechet = by_seed(record, "plain", "ddim", 10, "images_frechet")[0]
+    kernel = by_seed(record, "plain", "unipc", 10, "images_kernel")[0]
+    assert holes.distance("unet") == f"{frechet:.1f}"
+    assert holes.distance("unet", "plain", "unipc", measure="kernel") == f"{1000 * kernel:.1f}"
+    # As many samples as the floor was measured with.
+    assert record["floor"]["images_each"] == record["settings"]["samples"]
+    assert holes.times_floor("unet") == f"{frechet / record['floor']['frechet']:.1f}"
+    assert holes.fact("unet", "images") == f"{16_000 * 128:,}"
+    assert holes.fact("small", "seeds") == "3 seeds"
+    with pytest.raises(KeyError):
+        holes.fact("unet", "weather")
+
+
+def test_a_correction_chosen_on_the_other_seeds() -> None:
+    record = load("cifar10-wide")
+    names = sorted({row[0] for row in record["rows"] if row[0].startswith("plain+rescaling")})
+    plain = by_seed(record, "plain", "ddim", 10, "images_frechet")
+    each = {name: by_seed(record, name, "ddim", 10, "images_frechet") for name in names}
+    whole = {name: values for name, values in each.items() if len(values) == 3}
+    ours = []
+    for seed in range(3):
+        others = {name: sum(values) - values[seed] for name, values in whole.items()}
+        ours.append(whole[min(others, key=others.__getitem__)][seed])
+    assert holes.change("small", "rescaling") == wanted(ours, plain)
+
+
+def test_a_table_says_doses_and_leaves_out_what_nobody_measured() -> None:
+    rows = [("loss", "loss 49", None), ("none", "gain 7", None), ("UniPC", "plain", "unipc")]
+    columns = [("F", "unet", "frechet"), ("later", "a-run-to-come", "frechet")]
+    head, _, *lines = holes.table("x", columns, rows).splitlines()
+    assert head == "| x | F | later |"
+    change, dose = holes.change("unet", "loss 49"), holes.dose("unet", 49)
+    assert lines == [
+        f"| loss | {change} (dose {dose}) |  |",
+        f"| UniPC | {holes.change('unet', 'plain', 'unipc')} |  |",
+    ]
+
+
+def test_holms_correction_is_over_the_rows_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = {"a": [-1.0, -1.01, -0.99], "b": [-0.1, -0.2, 0.0], "c": [-0.5, -0.55, -0.45]}
+    monkeypatch.setattr(holes, "_logs", lambda run, method, sampler, steps: logs[method])
+    found = holes.together("any", [(name.upper(), name, None) for name in logs])
+    assert (found.compared, found.held, found.missed) == (3, "A and C", "B")
+    # By hand: t = 0.1 / (0.1 / √3) = √3 with 2 degrees of freedom, p = 1 - √(3/5).
+    assert found.p_of_missed == f"{1 - 0.6**0.5:.3f}"
+    assert (found.weakest, found.weakest_p) == ("B", found.p_of_missed)
+
+
+def test_the_archive_keeps_the_form_of_a_record() -> None:
+    archive = json.loads((FOLDER / "archive.json").read_text())
+    assert archive.keys() <= records().keys()
+    for name, record in archive.items():
+        assert record["preset"] == name
+        assert {"settings", "columns", "rows", "floor", "versions", "titles"} <= record.keys()
+        assert all(len(row) == len(record["columns"]) for row in record["rows"])
+        assert len(holes.archive_row(name)) == 5
+
+
+def a_record_to_come(preset: str) -> dict[str, Any]:
+    """Made-up results in every cell of a preset, to see its pages filled."""
+    chosen = PRESETS[preset]
+    rows = [
+        [arm.method.name, 0, sampler, steps, None, None, 100.0 + steps, 0.1 + 0.001 * steps, 0.9]
+        for arm in chosen.arms
+        for sampler in arm.samplers
+        for steps in arm.steps
+    ]
+    nearest = next(row for row in rows if (row[0], *row[2:4]) == ("plain", chosen_base(preset), 10))
+    nearest[7] = 0.05
+    for number, row in enumerate(rows):
+        row[8] += 0.0001 * number
+    names = {arm.method.objective.name for arm in chosen.arms}
+    training = {"steps": 1, "seconds": 1.0, "parameters": 4_240_000, "device": "cpu"}
+    return {
+        "preset": preset,
+        "settings": chosen.settings,
+        "versions": {"torch": "2", "commit": "abc", "checkout_differed": False},
+        "floor": {"features": "some at 96", "frechet": 20.0, "images_each": 1024, "reference": 9},
+        "titles": {arm.method.name: arm.method.title for arm in chosen.arms},
+        "columns": COLUMNS,
+        "rows": rows,
+        "trainings": {n: {"0": {**training, "loss_share": float("skip" in n)}} for n in names},
+    }
+
+
+def chosen_base(preset: str) -> str:
+    return "euler" if preset.endswith("flow") else "ddim"
+
+
+def test_pages_are_ready_for_the_results_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("cifar10-16", "cifar10-16-flow")
+    known = {**records(), **{name: a_record_to_come(name) for name in names}}
+    monkeypatch.setattr(committed, "records", lambda folder=None: known)
+    committed.results.cache_clear()
+    try:
+        pages = {Path(page).name: (tmp_path / page) for page in sources() if "evidence" in page}
+        render_all(tmp_path, only=[f"docs/{name}" for name in pages])
+        front, cifar10 = (pages[f"evidence{x}.md"].read_text() for x in ("", "_cifar10"))
+        for name in ("steps_eps16", "steps_flow16"):
+            assert evidence_figures.FIGURES[name]().axes
+    finally:
+        committed.results.cache_clear()
+    assert "On **flow networks with Euler**" in front
+    assert "For ε plain L_simple with DDIM, at 50.0 thousandths; for the flow plain" in front
+    assert "not measured" not in front
+    assert "| gain, δ = 0.05, with Heun |" in cifar10
+    assert "not run yet" not in cifar10
+
+
+def test_names_of_methods_in_words() -> None:
+    assert method_name("loss 0.05 + gain 0.1") == "skip0.05-expected+gain0.1"
+    assert method_name("gain -49") == "plain+gain-49"
+    assert method_name("min-snr-5") == "min-snr-5"
+
+
+def test_a_claim_that_no_longer_holds_is_an_error() -> None:
+    assert holes.claim(True) == ""
+    with pytest.raises(ValueError, match="no longer say"):
+        holes.claim(False)
+
+
+@pytest.mark.parametrize("skip", [9, 49])
+def test_the_gap_of_continuous_time_is_computed(skip: int) -> None:
+    """From ᾱ by the betas, and by the VP-SDE's own integral."""
+    levels = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().log1p().cumsum(0)
+    n = torch.arange(skip + 1, 1000)
+
+    def integral(t: torch.Tensor) -> torch.Tensor:
+        return -(0.1 * t + 19.9 * t**2 / 2)
+
+    times = (n.double() + 1) / 1000
+    c2 = [
+        torch.expm1(levels[n - skip] - levels[n]),
+        torch.expm1(integral(times - skip / 1000) - integral(times)),
+    ]
+    s = [0.99 / (0.99 + 0.01 * each) for each in c2]
+    gap = 100 * float((s[1] / s[0] - 1).abs().max())
+    assert holes.continuous_gap(skip) == f"{gap:.3f} %"
+
+
+@pytest.mark.parametrize("name", ["seeds", "skips", "readme"])
+def test_figures_are_drawn_from_the_committed_results(name: str) -> None:
+    figure = evidence_figures.FIGURES[name]()
+    assert all(axes.lines for axes in figure.axes)
