@@ -53,7 +53,11 @@ class Judge:
         draw = torch.Generator().manual_seed(99)
         size = law.means.shape[1]
         noise = torch.randn(HELD_OUT // 2, size, generator=draw, dtype=torch.float64)
-        self.noise = torch.cat([noise, -noise])  # whose mean is 0
+        noise = torch.cat([noise, -noise])
+        # Of mean 0 and covariance 1, so that what is linear in it has its moments exactly.
+        self.noise = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(noise.T.cov()), noise.T, upper=False
+        ).T
         self.root = _root(law.covariance)
 
     def __call__(self, name: str, correction: Correction, strength: float) -> float:
