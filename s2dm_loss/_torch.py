@@ -44,7 +44,7 @@ def needs_plain_operators(tensor: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or bool(_functorch_is_active())
-        or in_forward_mode()
+        or getattr(forward_ad, "_current_level", 0) >= 0
         or (type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__"))
     )
 

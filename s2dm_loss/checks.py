@@ -122,7 +122,8 @@ def check_batch(name: str, value: object) -> Tensor:
 
 def check_like(name: str, value: object, like_name: str, like: Tensor) -> Tensor:
     """Return a floating-point tensor of the shape and on the device of `like`."""
-    value = check_batch(name, value)
+    if not (isinstance(value, Tensor) and value.is_floating_point() and value.ndim):
+        value = check_batch(name, value)  # which says what is wrong
     if value.shape != like.shape:
         raise ValueError(
             f"{name} must have the shape of {like_name}, {tuple(like.shape)}, got {describe(value)}"

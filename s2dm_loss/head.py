@@ -14,7 +14,7 @@ copies, of which the head holds two at once, as `F.mse_loss` does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -79,7 +79,8 @@ def weighted_square(
 
 def _plain_square(output: Tensor, share: Tensor, *target: Tensor, per_sample: bool) -> Tensor:
     residual = output
-    for scale, data in _pairs(target):
+    # Not one iterator twice, which torch 2.4's compiler pairs wrongly.
+    for scale, data in zip(target[::2], target[1::2], strict=True):
         # No `addcmul`: `torch.func.linearize` ends the process at one with a value.
         residual = residual - along(scale, data) * data
     squares = residual.to(share.dtype).square()
@@ -147,11 +148,12 @@ def _residual(output: Tensor, dtype: torch.dtype, target: Sequence[Tensor]) -> T
     if output.is_cpu and output.dtype != dtype:
         # A CPU's operators copy what is of another dtype. Out of place there would be three copies.
         residual, ours = output.to(dtype), not is_watched()
-    for scale, data in _pairs(target):
+    shape = (-1, *(1,) * (output.ndim - 1))
+    for scale, data in zip(target[::2], target[1::2], strict=True):
         if ours:
-            residual.addcmul_(data, along(scale, data), value=-1)
+            residual.addcmul_(data, scale.view(shape), value=-1)
         else:
-            residual = torch.addcmul(residual, data, along(scale, data), value=-1)
+            residual = torch.addcmul(residual, data, scale.view(shape), value=-1)
             ours = not is_watched()
     return residual
 
@@ -179,8 +181,3 @@ def _piece_length(count: int) -> int:
     """Return the length of the pieces: one that leaves no rest, if it is not too short."""
     fitting = max(n for n in range(1, min(count, _PIECE) + 1) if count % n == 0)
     return fitting if fitting == count or fitting >= _PIECE // 8 else _PIECE
-
-
-def _pairs(target: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    # Not one iterator twice, which torch 2.4's compiler pairs wrongly.
-    return zip(target[::2], target[1::2], strict=True)

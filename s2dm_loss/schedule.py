@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
+from s2dm_loss._torch import real_tensors
 from s2dm_loss.checks import as_float64, check_all, check_count, check_number, describe
 from s2dm_loss.noise_tables import read_alphas_cumprod, read_betas, read_log_snr, read_sigmas
 from s2dm_loss.tables import read_table
@@ -93,6 +94,7 @@ class NoiseSchedule:
     4.0358...e-05
     """
 
+    @real_tensors()
     def __init__(
         self, log_alphas_cumprod: Any, *, unit_alpha: bool = False, name: str | None = None
     ) -> None:
@@ -116,10 +118,12 @@ class NoiseSchedule:
         rises = F.pad(table.diff() > 0, (1, 0))
         check_all("log_alphas_cumprod", table, ~rises, "never increase")
         self.log_alphas_cumprod = table
+        self._timesteps = torch.arange(table.numel())
         self._unit_alpha = unit_alpha
         self._name = name or f"NoiseSchedule([{table.numel()} values])"
 
     @classmethod
+    @real_tensors()
     def linear(
         cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> Self:
@@ -137,6 +141,7 @@ class NoiseSchedule:
         return cls(_log_alphas_cumprod(betas), name=name)
 
     @classmethod
+    @real_tensors()
     def scaled_linear(
         cls, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> Self:
@@ -149,6 +154,7 @@ class NoiseSchedule:
         return cls(_log_alphas_cumprod(betas), name=name)
 
     @classmethod
+    @real_tensors()
     def cosine(cls, num_train_timesteps: int = 1000, *, max_beta: float = 0.999) -> Self:
         """The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672, Eq. 17).
 
@@ -156,13 +162,14 @@ class NoiseSchedule:
         """
         count = check_count("num_train_timesteps", num_train_timesteps)
         max_beta = check_number("max_beta", max_beta, 0.0, 1.0, open_ends=True)
-        edges = torch.arange(count + 1, dtype=torch.float64, device="cpu") / count
+        edges = torch.arange(count + 1, dtype=torch.float64) / count
         alpha_bar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2).square()
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
         name = _call_repr("cosine", count, (max_beta, 0.999, "max_beta"))
         return cls(_log_alphas_cumprod(betas), name=name)
 
     @classmethod
+    @real_tensors()
     def from_betas(cls, betas: Any) -> Self:
         """Build from β_t, a sequence of shape [T] with every value in (0, 1).
 
@@ -172,6 +179,7 @@ class NoiseSchedule:
         return cls(_log_alphas_cumprod(table), name=f"NoiseSchedule.from_betas([{len(table)}])")
 
     @classmethod
+    @real_tensors()
     def from_alphas_cumprod(cls, alphas_cumprod: Any) -> Self:
         """Build from ᾱ_t, a strictly decreasing sequence of shape [T] with values in [0, 1].
 
@@ -182,12 +190,14 @@ class NoiseSchedule:
         return cls(table.log(), name=f"NoiseSchedule.from_alphas_cumprod([{len(table)}])")
 
     @classmethod
+    @real_tensors()
     def from_log_snr(cls, log_snr: Any) -> Self:
         """Build from log(ᾱ_t / (1 - ᾱ_t)), a strictly decreasing sequence of shape [T]."""
         table = read_log_snr(log_snr)
         return cls(F.logsigmoid(table), name=f"NoiseSchedule.from_log_snr([{len(table)}])")
 
     @classmethod
+    @real_tensors()
     def from_sigmas(cls, sigmas: Any) -> Self:
         """Build from the σ_t of x_t = x_0 + σ_t ε, a strictly increasing sequence of shape [T].
 
@@ -202,6 +212,7 @@ class NoiseSchedule:
             name=f"NoiseSchedule.from_sigmas([{len(table)}])",
         )
 
+    @real_tensors()
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Return the schedule shifted and scaled in √ᾱ so that ᾱ is 0 at its end.
 
@@ -237,7 +248,7 @@ class NoiseSchedule:
     @property
     def timesteps(self) -> Tensor:
         """0 … T-1, int64 of shape [T]."""
-        return torch.arange(self.num_train_timesteps, device="cpu")
+        return self._timesteps
 
     def check_timesteps(self, t: Tensor) -> None:
         """Raise TypeError unless `t` is an integer tensor.
@@ -338,7 +349,7 @@ def check_schedule(schedule: object) -> Schedule:
 
 
 def _linspace(start: float, end: float, count: int) -> Tensor:
-    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
+    return torch.linspace(start, end, count, dtype=torch.float64)
 
 
 def _log_alphas_cumprod(betas: Tensor) -> Tensor:

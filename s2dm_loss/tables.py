@@ -67,6 +67,9 @@ class TimeTable:
     """Several functions of t, packed into one table over a schedule's timesteps.
 
     In continuous time, where there is nothing to keep, the functions are called.
+
+    Attributes:
+        is_continuous: Whether nothing is kept and the functions are called.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class TimeTable:
             ValueError: if the timesteps are not 0 … T-1, or a value requires a gradient.
         """
         self._functions = functions
+        self.is_continuous: bool = timesteps is None
         self._table: DeviceCopies | None = None
         if timesteps is None:
             return
@@ -94,7 +98,8 @@ class TimeTable:
                 "values are kept, got values that require a gradient"
             )
         self._table = DeviceCopies(table)
-        self.copy_to(torch.device("cpu"))
+        with real_tensors():
+            self.copy_to(torch.device("cpu"))
 
     def at(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values at times [B] as one tensor [K, B] in `dtype`.
@@ -107,11 +112,6 @@ class TimeTable:
         if self._table is None:
             return torch.stack([value.to(dtype) for value in self._functions(t)])
         return read_table(self._table.on(t.device, dtype), t)
-
-    @property
-    def is_continuous(self) -> bool:
-        """Whether nothing is kept and the functions are called."""
-        return self._table is None
 
     def scaled(self, factors: Sequence[float]) -> TimeTable:
         """Return a kept table whose first rows are multiplied by `factors`."""

@@ -1,0 +1,434 @@
+"""The head: its sums at any size, and every kind of derivative, against the plain formula."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo.compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils import checkpoint as checkpoints
+
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from tests.strategies import beside, drawn, loss_and_gradient, mean_of_squares, normal
+
+LINEAR = NoiseSchedule.linear(1000)
+ESTIMATORS = ["expected", "fresh", "shared"]
+SHAPES = [(3,), (3, 4), (3, 2, 5), (2, 3, 4, 4), (2, 3, 2, 4, 4)]
+REDUCE = {"none": lambda loss: loss, "mean": torch.mean, "sum": torch.sum}
+# torch's own forward mode scripts its decompositions when first used.
+forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+
+def times(count):
+    return torch.tensor([500, 3, 999, 40, 700])[:count]
+
+
+class Head:
+    """A loss of an output at fixed data, and the same by plain operators on float64 tables."""
+
+    def __init__(self, *shape, dtype=torch.float64, reduction="none", estimator="fresh", k=99):
+        self.output, *data = (normal(*shape, seed=seed).to(dtype) for seed in range(4))
+        self.target, self.x_t, self.xi = data
+        self.t, self.reduction = times(shape[0]), reduction
+        self.estimator = estimator
+        options = {"reduction": reduction, "estimator": estimator, "prediction_type": "flow"}
+        self.criterion = SkipStepLoss(LINEAR, k, **options)
+        at_t = self.criterion.coefficients_at(self.t)
+        a, b = LINEAR.alpha_sigma(self.t)
+        self.weight = at_t.weight
+        # ε̂ = (a output + x_t) / (a + b)
+        self.scales = at_t.gain, (at_t.gain - 1) / a, at_t.skip_gain * (a + b) / a
+
+    def __call__(self, output):
+        return self.criterion.from_output(
+            output, self.target, self.t, self.x_t, **drawn(self.estimator, self.xi)
+        )
+
+    def plain(self, output):
+        parts = self.target, self.x_t, self.xi
+        residual = output
+        for scale, part in zip(self.scales, parts, strict=True):
+            residual = residual - beside(scale.to(output), part) * part
+        return REDUCE[self.reduction](self.weight.to(output) * mean_of_squares(residual))
+
+    def leaf(self):
+        return self.output.clone().requires_grad_()
+
+
+def both(head, function):
+    """What a function makes of the loss, and of the plain formula."""
+    torch.testing.assert_close(function(head), function(head.plain))
+
+
+@pytest.mark.parametrize("reduction", REDUCE)
+@pytest.mark.parametrize("shape", SHAPES)
+@forward_mode
+def test_every_kind_of_derivative(shape, reduction):
+    """Of value and gradient to second order, forward over backward, and in batches."""
+    head = Head(*shape, reduction=reduction)
+    upstream = normal(shape[0], seed=9) if reduction == "none" else normal(1, seed=9)[0]
+    both(head, lambda f: torch.autograd.grad(f(leaf := head.leaf()), leaf, upstream)[0])
+    both(head, lambda f: f(head.output))
+    assert torch.autograd.gradcheck(
+        head, head.leaf(), check_forward_ad=True, check_batched_grad=True
+    )
+    assert torch.autograd.gradgradcheck(head, head.leaf())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_of_the_target_as_well(estimator):
+    """And of a weight: what is not the output takes plain operators."""
+    criterion = SkipStepLoss(LINEAR, 99, estimator=estimator)
+    eps_hat, noise, xi = (normal(4, 2, 3, seed=seed).requires_grad_() for seed in range(3))
+    weights = torch.tensor([1.0, 0.5, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+
+    def loss(eps_hat, noise, weights):
+        given = drawn(estimator, xi.detach())
+        return criterion.from_output(eps_hat, noise, times(4), weights=weights, **given)
+
+    assert torch.autograd.gradcheck(loss, (eps_hat, noise, weights))
+    assert torch.autograd.gradgradcheck(loss, (eps_hat, noise, weights))
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack([x, 2 * x])),
+    "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(lambda x: f(x).sum()))(x[None]),
+    "grad of vmap": lambda f, x: torch.func.grad(lambda xs: torch.vmap(f)(xs).sum())(x[None]),
+    "vectorised": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    "autograd through vmap": lambda f, x: torch.autograd.grad(
+        torch.vmap(f)(leaf := x[None].clone().requires_grad_()).sum(), leaf
+    ),
+    "several gradients at once": lambda f, x: torch.autograd.grad(
+        f(leaf := x.clone().requires_grad_()), leaf, torch.eye(2).double(), is_grads_batched=True
+    ),
+    "forward mode": lambda f, x: tangent(f, x),
+}
+
+
+def tangent(f, x):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.clone().requires_grad_(), torch.ones_like(x))
+        return forward_ad.unpack_dual(f(dual)).tangent
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@forward_mode
+def test_transforms(name):
+    head = Head(2, 3, 4)
+    both(head, lambda f: TRANSFORMS[name](f, head.output))
+
+
+def test_vmap_over_every_argument():
+    """Per-sample gradients are those of one sample at a time."""
+    head = Head(3, 4, 5)
+    criterion = SkipStepLoss(LINEAR, 99, prediction_type="flow", estimator="fresh", reduction="sum")
+
+    def one(output, target, t, x_t, xi):
+        arguments = (x[None] for x in (output, target, t, x_t))
+        return criterion.from_output(*arguments, skip_noise=xi[None])
+
+    batches = head.output, head.target, head.t, head.x_t, head.xi
+    _, gradient = loss_and_gradient(head.plain, head.output)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(one))(*batches), gradient)
+
+
+def test_linearize():
+    """In a process of its own: an operator that it cannot take ends the process, not the test."""
+    code = """
+import torch
+from tests.test_head import Head
+for estimator in ("expected", "shared", "fresh"):
+    head = Head(3, 4, 5, reduction="mean", estimator=estimator)
+    value, jvp = torch.func.linearize(head, head.output)
+    torch.testing.assert_close(value, head.plain(head.output))
+    (gradient,) = torch.autograd.grad(head(leaf := head.leaf()), leaf)
+    torch.testing.assert_close(jvp(head.x_t), (gradient * head.x_t).sum())
+"""
+    done = subprocess.run(  # noqa: S603 - our own interpreter and code
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_hessian_where_the_residual_is_zero():
+    """A norm has no derivative there; its square has."""
+    noise, t = normal(2, 3, seed=1), torch.tensor([3, 4])
+    criterion = SkipStepLoss(LINEAR, 9, reduction="sum")  # at t < k the loss is mse(ε̂, ε)
+    hessian = torch.autograd.functional.hessian(
+        lambda x: criterion.from_output(x, noise, t), noise.clone()
+    )
+    torch.testing.assert_close(hessian.reshape(6, 6), 2 / 3 * torch.eye(6, dtype=torch.float64))
+
+
+def test_several_backwards_through_one_graph():
+    """The first consumes the residual, the others make it again; no gradient changes another."""
+    head = Head(2, 3, 4, reduction="sum")
+    leaf = head.leaf()
+    before = [x.clone() for x in (head.output, head.target, head.x_t, head.xi)]
+    _, expected = loss_and_gradient(head.plain, head.output)
+    loss = head(leaf)
+    gradients = [
+        torch.autograd.grad(value, leaf, retain_graph=True, create_graph=create)[0]
+        for value, create in ((loss, False), (loss, False), (loss, True), (3 * loss, False))
+    ]
+    for gradient, factor in zip(gradients, (1, 1, 1, 3), strict=True):
+        torch.testing.assert_close(gradient, factor * expected, rtol=1e-13, atol=1e-16)
+    for now, then in zip((leaf, head.target, head.x_t, head.xi), before, strict=True):
+        assert torch.equal(now, then)
+    head(leaf).backward()
+    once = head(leaf)
+    once.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        once.backward()
+
+
+def test_data_changed_between_the_passes_changes_no_gradient():
+    head = Head(3, 4, reduction="sum")
+    leaf = head.leaf()
+    output = 1 * leaf
+    loss = head(output)
+    output.detach().zero_()
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, loss_and_gradient(head.plain, head.output)[1])
+
+
+def compiled_autograd(backend):
+    module = torch._dynamo.compiled_autograd
+    enable = getattr(module, "_enable", None) or module.enable  # its name before torch 2.6
+    return enable(torch.compile(backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_autograd_and_a_retained_graph(backend):
+    """The compiled graph is one for every call, and must not read what an earlier one used up."""
+    torch.compiler.reset()
+    for shape in [(4, 3, 5), (4, 3, 5), (4, 7), (2, 9)]:
+        head = Head(*shape, reduction="sum")
+        leaf = head.leaf()
+        loss = head(leaf)
+        _, expected = loss_and_gradient(head.plain, head.output)
+        gradients = []
+        for compiled in (True, True, False, True, False):
+            leaf.grad = None
+            if compiled:
+                with compiled_autograd(backend):
+                    loss.backward(retain_graph=True)
+            else:
+                loss.backward(retain_graph=True)
+            gradients.append(leaf.grad)
+        for gradient in gradients:
+            torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=1e-15)
+
+
+def selective(policy):
+    chosen = getattr(checkpoints.CheckpointPolicy, policy)
+    return functools.partial(
+        checkpoints.create_selective_checkpoint_contexts, lambda *_, **__: chosen
+    )
+
+
+CHECKPOINTS = {
+    "reentrant": lambda: {"use_reentrant": True},
+    "not reentrant": lambda: {"use_reentrant": False},
+    "saved": lambda: {"use_reentrant": False, "context_fn": selective("MUST_SAVE")},
+    "recomputed": lambda: {"use_reentrant": False, "context_fn": selective("MUST_RECOMPUTE")},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 3, 2**13)])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(name, shape, dtype):
+    if "re" not in name[:3] and not hasattr(checkpoints, "create_selective_checkpoint_contexts"):
+        pytest.skip("needs torch 2.5")
+    head = Head(*shape, dtype=dtype, reduction="mean")
+
+    def loss(x):
+        return head(2 * x)
+
+    _, expected = loss_and_gradient(loss, head.output)
+    leaf = head.leaf()
+    checkpoints.checkpoint(loss, leaf, **CHECKPOINTS[name]()).backward()
+    torch.testing.assert_close(leaf.grad, expected)
+    with torch.autograd.graph.save_on_cpu():
+        _, offloaded = loss_and_gradient(loss, head.output)
+    assert torch.equal(expected, offloaded)
+
+
+def test_a_tensor_made_of_tensors():
+    """Such as DTensor and quantised ones: whatever is asked of it, plain operators answer."""
+    heads = [Head(3, 4, 5, reduction="sum") for _ in range(2)]
+    for name in ("output", "target", "x_t", "xi"):
+        setattr(heads[1], name, 2 * getattr(heads[1], name))
+    two = Head(3, 4, 5, reduction="sum")
+    for name in ("output", "target", "x_t", "xi"):
+        setattr(two, name, TwoTensor(*(getattr(head, name) for head in heads)))
+    leaf = two.output.requires_grad_()
+    two(leaf).backward()
+    assert isinstance(leaf.grad, TwoTensor)
+    for part, head in zip((leaf.grad.a, leaf.grad.b), heads, strict=True):
+        torch.testing.assert_close(part, loss_and_gradient(head.plain, head.output.detach())[1])
+    parameter = torch.nn.Parameter(heads[0].output.detach().clone())  # is a tensor like any other
+    heads[0](parameter).backward()
+    torch.testing.assert_close(parameter.grad, leaf.grad.a)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch innermost": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "expanded": lambda x: x[:, :1].expand_as(x),
+    "one sample for all": lambda x: x[:1].expand_as(x),
+    "every second": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    "cropped": lambda x: F.pad(x, (1, 2))[..., 1:-2],
+    "cropped channels_last": lambda x: F.pad(x.permute(0, 2, 3, 1), (0, 3))[..., :-3].permute(
+        0, 3, 1, 2
+    ),
+    "samples apart": lambda x: torch.stack([x, x], dim=1)[:, 0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layouts_and_half_types(layout, dtype):
+    """The value to 1e-6 of float64's; the gradient of half types is rounded once."""
+    head = Head(2, 3, 40, 33, dtype=dtype)
+    output = LAYOUTS[layout](head.output)
+    head.x_t = LAYOUTS[layout](head.x_t)
+    loss, gradient = loss_and_gradient(head, output)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert gradient.dtype == dtype
+    exact, exact_gradient = loss_and_gradient(head.plain, output.double())
+    rtol = 1e-13 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(loss.double(), exact, rtol=rtol, atol=0)
+    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, rtol)
+    error = (gradient.double() - exact_gradient).abs()
+    # Half of a unit in the last place, and of the smallest number that float16 has.
+    smallest = 2**-25 if dtype == torch.float16 else 1e-6 * float(exact_gradient.abs().max())
+    assert (error <= 1.01 * unit * exact_gradient.abs() + 1.01 * smallest).all()
+
+
+@pytest.mark.parametrize("residual", ["normal", 0.1, 0.7, 0.9999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((64, 3, 64, 64), (2, 784), (2, 3072), (2, 2**14 + 1), (4, 3, 600, 601), (500, 500)),
+        *((1, 2**20), (1, 2**24), (1, 2**26)),
+    ],
+    ids=str,
+)
+def test_the_value_is_right_at_every_size(shape, dtype, residual):
+    """Where all residuals have one magnitude, each addition is rounded the same way.
+
+    A norm of each sample is off by 1e-5 then, and a dot product by 3.5e-4 at 2^28.
+    """
+    if residual == "normal":
+        output = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    else:
+        output = torch.full(shape, residual, dtype=dtype)
+    t = torch.full(shape[:1], 3)  # before the skip the loss is mse(ε̂, ε)
+    criterion = SkipStepLoss(LINEAR, 9, reduction="none")
+    loss = criterion.from_output(output, torch.zeros(1, dtype=dtype).expand(shape), t)
+    flat = output.reshape(len(output), -1)
+    exact = (
+        torch.stack(
+            [sum(chunk.double().square().sum() for chunk in sample.split(2**22)) for sample in flat]
+        )
+        / flat.shape[1]
+    )
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    if residual != "normal" and output.numel() < 2**22:
+        transposed = criterion.from_output(
+            output.transpose(-1, -2).contiguous().transpose(-1, -2) if output.ndim > 2 else output,
+            torch.zeros_like(output),
+            t,
+        )
+        torch.testing.assert_close(transposed.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_norm_of_a_whole_sample_would_be_wrong():
+    """What the test above would have to notice."""
+    values = torch.full((2, 3 * 64 * 64), 0.7)
+    mean = torch.linalg.vector_norm(values, dim=1).square() / values.shape[1]
+    assert ((mean.double() / values.double().square().mean() - 1).abs() > 4e-6).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 3, 32, 32), (3, 2**15 + 1)])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_an_infinite_loss_is_not_nan(estimator, shape, compiled):
+    """Of data so large that `F.mse_loss` is infinite, at timesteps with and without a skip."""
+    torch.compiler.reset()
+    criterion = SkipStepLoss(LINEAR, 9, estimator=estimator, reduction="none")
+    eps_hat, noise, zeta = (
+        (1e21 * normal(*shape, seed=seed).clamp(-2, 2)).float() for seed in range(3)
+    )
+    assert F.mse_loss(eps_hat, noise).isinf()
+    run = criterion.from_output
+    if compiled:
+        run = torch.compile(run, backend="aot_eager")
+    loss = run(
+        eps_hat.requires_grad_(), noise, torch.tensor([3, 500, 999]), **drawn(estimator, zeta)
+    )
+    assert loss.isposinf().all()
+    loss.sum().backward()
+    assert not eps_hat.grad.isnan().any()
+
+
+def test_what_is_not_finite_in_the_data_is_not_hidden():
+    eps_hat, noise = torch.zeros(3, 4), torch.zeros(3, 4)
+    noise[0, 1], noise[1, 2] = torch.inf, torch.nan
+    criterion = SkipStepLoss(LINEAR, 9, reduction="none")
+    loss = criterion.from_output(eps_hat, noise, torch.tensor([3, 500, 999]))
+    assert loss[0].isposinf()
+    assert loss[1].isnan()
+    assert loss[2].isfinite()
+
+
+@pytest.mark.parametrize("reduction", REDUCE)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
+def test_no_data_is_no_crash(shape, reduction):
+    """A mean of no values is NaN, as of `F.mse_loss`, and a sum over no samples is 0."""
+    head = Head(*shape, reduction=reduction)
+    loss, gradient = loss_and_gradient(head, head.output)
+    assert loss.shape == (shape[:1] if reduction == "none" else ())
+    if shape[0] == 0 and reduction != "none":
+        assert loss == 0
+    else:
+        assert loss.isnan().all()
+    assert gradient.shape == shape
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, ContinuousSchedule.flow()], ids=repr)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_fake_tensors(estimator, schedule):
+    """They have no values; a loss may be made among them, and is right among real ones."""
+    discrete = schedule is LINEAR
+    skip, t = (9, torch.tensor([9, 500])) if discrete else (0.1, torch.tensor([0.05, 0.5]))
+    eps_hat, noise, xi = (normal(2, 3, seed=seed) for seed in range(3))
+    made_before = SkipStepLoss(schedule, skip, estimator=estimator)
+    expected = made_before.from_output(eps_hat, noise, t, **drawn(estimator, xi))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made_inside = SkipStepLoss(schedule, skip, estimator=estimator, weighting="min_snr")
+        for criterion in (made_before, made_inside):
+            leaf = torch.empty(4, 3, 8, 8, requires_grad=True)
+            criterion(lambda x_t, t, leaf=leaf: leaf, torch.empty(4, 3, 8, 8)).backward()
+            assert leaf.grad.shape == leaf.shape
+        made_inside = SkipStepLoss(schedule, skip, estimator=estimator)
+        if discrete:
+            NoiseSchedule.cosine(100)
+    for criterion in (made_before, made_inside):
+        found = criterion.from_output(eps_hat, noise, t, **drawn(estimator, xi))
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, expected)
