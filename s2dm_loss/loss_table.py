@@ -60,8 +60,8 @@ class LossTable:
         self._estimator: Estimator = estimator
         self._prediction_type: PredictionType = prediction_type
         self._weighting, self._normalize, self._max_c2 = weighting, normalize, max_c2
-        timesteps = schedule.timesteps
         with real_tensors():
+            timesteps = schedule.timesteps
             times = times_at(schedule, torch.linspace(0, 1, _PROBES))
             row = self._rows_at(times[:1])
             if weighting is not None:

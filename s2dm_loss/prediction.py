@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from s2dm_loss._torch import real_tensors
 from s2dm_loss.checks import (
     check_batch,
     check_choice,
@@ -91,17 +92,21 @@ def check_prediction_type(
 ) -> None:
     """Raise ValueError unless a network on this schedule can be trained to predict that."""
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    timesteps = schedule.timesteps
+    with real_tensors():
+        timesteps = schedule.timesteps
     if prediction_type == "velocity":
         check_velocity(schedule)
     if prediction_type == "flow":
         warn_if_not_straight(schedule)
-    if prediction_type == "score" and timesteps is not None and not weighted:
-        without = schedule.alpha_sigma(timesteps)[1] == 0
-        if without.any():
+    if timesteps is None or weighted:
+        return
+    row = PREDICTION_TYPES[cast(PredictionType, prediction_type)]
+    with real_tensors():
+        _, q = row(PathPoint.at(schedule, timesteps))
+        if q.isinf().any():
             raise ValueError(
-                "prediction_type 'score' must have noise at every timestep, got none at t = "
-                f"{timesteps[without][0].item()}, where the score is infinite: a weighting, such "
+                f"prediction_type {prediction_type!r} must have noise at every timestep, got none "
+                f"at t = {timesteps[q.isinf()][0].item()}, where it is infinite: a weighting, such "
                 "as 'uniform', counts the error of the noise instead"
             )
 

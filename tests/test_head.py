@@ -311,10 +311,11 @@ def test_memory_layouts_and_half_types(layout, dtype):
     exact, exact_gradient = loss_and_gradient(head.plain, output.double())
     rtol = 1e-13 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(loss.double(), exact, rtol=rtol, atol=0)
-    unit = {torch.bfloat16: 2**-9, torch.float16: 2**-12}.get(dtype, rtol)
+    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, rtol)
     error = (gradient.double() - exact_gradient).abs()
-    # Half of a unit in the last place, or of the smallest number that float16 has.
-    assert (error <= 1.05 * unit * exact_gradient.abs() + 1e-6 * exact_gradient.abs().max()).all()
+    # Half of a unit in the last place, and of the smallest number that float16 has.
+    smallest = 2**-25 if dtype == torch.float16 else 1e-6 * float(exact_gradient.abs().max())
+    assert (error <= 1.01 * unit * exact_gradient.abs() + 1.01 * smallest).all()
 
 
 @pytest.mark.parametrize("residual", ["normal", 0.1, 0.7, 0.9999])
@@ -398,11 +399,11 @@ def test_what_is_not_finite_in_the_data_is_not_hidden():
 @pytest.mark.parametrize("reduction", REDUCE)
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
 def test_no_data_is_no_crash(shape, reduction):
-    """As of `F.mse_loss`, a mean of nothing is NaN and a sum of no samples is 0."""
+    """A mean of no values is NaN, as of `F.mse_loss`, and a sum over no samples is 0."""
     head = Head(*shape, reduction=reduction)
     loss, gradient = loss_and_gradient(head, head.output)
     assert loss.shape == (shape[:1] if reduction == "none" else ())
-    if reduction == "sum" and shape[0] == 0:
+    if shape[0] == 0 and reduction != "none":
         assert loss == 0
     else:
         assert loss.isnan().all()

@@ -122,6 +122,8 @@ def test_training_learns(tmp_path: Path) -> None:
     a_run(tmp_path, Plain(), budget=budget)
     curve = load_json(tmp_path / "training.json")["curve"]
     assert curve[-1]["epsilon_mse"] < 0.8 * curve[0]["epsilon_mse"]
+    assert curve[-1]["mse/all"] == pytest.approx(curve[-1]["epsilon_mse"], rel=1e-4)
+    assert curve[-1]["mse/0_log_snr_below_-8.1"] < 0.5 * curve[0]["mse/0_log_snr_below_-8.1"]
 
 
 class Broken(Plain):

@@ -1,0 +1,221 @@
+"""Closed lists are rows that say everything: one new row is right everywhere, or refused."""
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, gain
+from s2dm_loss.checks import check_rows
+from s2dm_loss.coefficients import ESTIMATORS, Estimator, Zeta
+from s2dm_loss.head import REDUCTIONS, Reduction, ReductionRow
+from s2dm_loss.prediction import (
+    PREDICTION_TYPES,
+    PredictionType,
+    epsilon_from_output,
+    output_from_epsilon,
+)
+from s2dm_loss.weighting import WEIGHTINGS, WeightingName, WeightingRow
+from tests.strategies import (
+    beside,
+    excess_over_least,
+    loss_and_gradient,
+    mean_of_squares,
+    normal,
+)
+
+LINEAR = NoiseSchedule.linear(1000)
+T = torch.tensor([0, 49, 300, 450])  # where no bound on c acts
+TABLES = {
+    "ESTIMATORS": (ESTIMATORS, Estimator),
+    "PREDICTION_TYPES": (PREDICTION_TYPES, PredictionType),
+    "REDUCTIONS": (REDUCTIONS, Reduction),
+    "WEIGHTINGS": (WEIGHTINGS, WeightingName),
+}
+
+
+@pytest.fixture
+def data():
+    """x_0, ε, x_t, an output, and a and b of the linear schedule."""
+    x0, eps, output = (normal(4, 3, 2, seed=seed) for seed in range(3))
+    a, b = (beside(scale, x0) for scale in LINEAR.alpha_sigma(T))
+    return x0, eps, a * x0 + b * eps, output, a, b
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("row", "skip_term"),
+    [
+        (Zeta(-1, 0, 0), lambda x, eps, xi: (x + eps).square()),  # ζ = -ε
+        (
+            Zeta(0.6, 0.8, 0),  # as correlated as DREAM's or a shared batch's noise
+            lambda x, eps, xi: (x - 0.6 * eps - 0.8 * xi).square(),
+        ),
+        (Zeta(0.5, 0, 0.75), lambda x, eps, xi: (x - 0.5 * eps).square() + 0.75),
+    ],
+)
+def test_an_estimator_is_one_row(monkeypatch, data, kind, row, skip_term):
+    monkeypatch.setitem(ESTIMATORS, "mine", row)
+    x0, eps, x_t, output, a, b = data
+    xi = normal(4, 3, 2, seed=9)
+    bar = LINEAR.alphas_cumprod
+    c = beside(torch.where(T >= 49, bar[(T - 49).clamp(min=0)] / bar[T] - 1, 0.0).sqrt(), eps)
+
+    def paper(eps_hat):
+        simple, skip = (eps_hat - eps).square(), skip_term(c * eps_hat, eps, xi)
+        both = torch.where(c > 0, 0.9 * simple + 0.1 * skip, simple)
+        return both.mean((1, 2))
+
+    options = {"tau": 0.9, "estimator": "mine", "reduction": "none"}
+    criterion = SkipStepLoss(LINEAR, 49, prediction_type=kind, **options)
+    given = {"skip_noise": xi} if row.on_skip_noise else {}
+    is_v = kind == "v_prediction"
+    to_eps = (lambda o: a * o + b * x_t) if is_v else (lambda o: o)
+    weight = a.flatten() ** -2 if is_v else 1.0  # mse(v̂, v) = mse(ε̂, ε) / a²
+    target = a * eps - b * x0 if is_v else eps
+    expected = excess_over_least(lambda o: weight * paper(to_eps(o)), output)
+    changed = criterion.regression_target(target, T, x_t, **given)
+    for loss_of in (
+        lambda o: criterion.from_output(o, target, T, x_t, **given),
+        lambda o: criterion(lambda x_t, t: o, x0, T, noise=eps, **given),
+        lambda o: changed.weight * mean_of_squares(o - changed.target),
+    ):
+        for found, value in zip(loss_and_gradient(loss_of, output), expected, strict=True):
+            torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-11)
+    # What is learned, and what is logged.
+    _, slope = loss_and_gradient(paper, 0 * eps)
+    if not row.on_skip_noise:
+        taught = -slope / (loss_and_gradient(paper, 0 * eps + 1)[1] - slope) / eps
+        s = gain(LINEAR, 49, t=T, tau=0.9, estimator="mine", prediction_type=kind)
+        torch.testing.assert_close(taught, beside(s, eps).expand_as(eps))
+    if not is_v:
+        terms = criterion.terms(output, eps, T, **given)
+        torch.testing.assert_close(terms.total, paper(output))
+
+
+def test_a_prediction_type_is_one_row(monkeypatch, data):
+    """2 ε - 3 x_0: the loss on it is that on "flow" turned by hand into its units."""
+    monkeypatch.setitem(
+        PREDICTION_TYPES,
+        "mine",
+        lambda path: (-3 * torch.ones_like(path.a), 2 * torch.ones_like(path.b)),
+    )
+    x0, eps, x_t, output, a, b = data
+    target = 2 * eps - 3 * x0
+
+    def to_eps(o):  # (x_t, o) = (a x_0 + b ε, 2 ε - 3 x_0), solved for ε
+        return (a * o + 3 * x_t) / (2 * a + 3 * b)
+
+    torch.testing.assert_close(epsilon_from_output(target, x_t, T, LINEAR, "mine"), eps)
+    torch.testing.assert_close(output_from_epsilon(eps, x_t, T, LINEAR, "mine"), target)
+    criterion = SkipStepLoss(LINEAR, 49, prediction_type="mine", reduction="none")
+    s = beside(gain(LINEAR, 49, t=T), eps)
+    ratio = (a / (2 * a + 3 * b)).flatten()
+    at_t = criterion.coefficients_at(T)
+    torch.testing.assert_close(at_t.gain, s.flatten())
+    expected = at_t.weight / ratio**2 * mean_of_squares(to_eps(output) - s * eps)
+    torch.testing.assert_close(criterion.from_output(output, target, T, x_t), expected)
+    torch.testing.assert_close(criterion(lambda x_t, t: output, x0, T, noise=eps), expected)
+    with pytest.raises(ValueError, match=r"x_t must be given for prediction_type 'mine'"):
+        criterion.from_output(output, target, T)
+
+
+def test_an_infinite_prediction_type_is_refused(monkeypatch):
+    """As the score is: ε / σ³ at a timestep without noise."""
+    monkeypatch.setitem(PREDICTION_TYPES, "mine", lambda path: (None, path.b**-3))
+    schedule = NoiseSchedule.from_alphas_cumprod([1.0, 0.5, 0.1])
+    with pytest.raises(ValueError, match=r"'mine' must have noise at every timestep, got .* t = 0"):
+        SkipStepLoss(schedule, 1, prediction_type="mine")
+    SkipStepLoss(LINEAR, 1, prediction_type="mine")
+
+
+def test_a_reduction_is_one_row(monkeypatch, data):
+    """The sum over everything, such as DDPM's."""
+    monkeypatch.setitem(REDUCTIONS, "total", ReductionRow(lambda shape: 1, per_sample=False))
+    x0, eps, _, output, *_ = data
+    each, total = (SkipStepLoss(LINEAR, 49, reduction=name) for name in ("none", "total"))
+    weights = torch.tensor([1.0, 0.0, 2.0, 3.0])
+    for options in ({}, {"weights": weights}):
+        found, expected = (
+            loss_and_gradient(
+                lambda o, of=of, options=options: of.from_output(o, eps, T, **options).sum(), output
+            )
+            for of in (total, each)
+        )
+        for value, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, 6 * wanted)
+    assert total.from_output(output, eps, T).ndim == 0
+    step = total(lambda x_t, t: output, x0, T, noise=eps)
+    torch.testing.assert_close(step, total.from_output(output, eps, T))
+
+
+def test_a_weighting_is_one_row(monkeypatch, data):
+    """2 / (1 + snr) on the noise's error, which on v is 2 in all."""
+    two = WeightingRow(lambda log_snr, height: height / (1 + log_snr.exp()), None)
+    monkeypatch.setitem(WEIGHTINGS, "mine", two)
+    named = type(WEIGHTINGS["min_snr"].default)("mine", (2.0,))
+    monkeypatch.setitem(WEIGHTINGS, "mine", two._replace(default=named))
+    x0, eps, _, output, a, b = data
+    plain, weighted = (
+        SkipStepLoss(LINEAR, 49, prediction_type="v_prediction", reduction="none", weighting=name)
+        for name in (None, "mine")
+    )
+    losses = (of(lambda x_t, t: output, x0, T, noise=eps) for of in (plain, weighted))
+    snr = (a / b).square().flatten()
+    torch.testing.assert_close(
+        next(losses) * 2 / (1 + snr) * a.flatten() ** 2, next(losses), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        (Zeta, {"on_noise": -1, "on_skip_noise": 0, "unseen_variance": 0}),
+        (ReductionRow, {"values": len, "per_sample": False}),
+        (WeightingRow, {"formula": torch.exp, "default": None}),
+    ],
+)
+def test_a_row_has_to_say_everything(row, fields):
+    assert set(row._fields) == set(fields)
+    row(**fields)
+    for missing in fields:
+        rest = {name: value for name, value in fields.items() if name != missing}
+        with pytest.raises(TypeError, match=missing):
+            row(**rest)
+
+
+@pytest.mark.parametrize("half", [lambda path: (None,), lambda path: path.a])
+def test_a_prediction_type_has_to_say_everything(monkeypatch, half):
+    monkeypatch.setitem(PREDICTION_TYPES, "mine", half)
+    for schedule, skip in ((LINEAR, 9), (ContinuousSchedule.flow(), 0.1)):
+        with pytest.raises((TypeError, ValueError), match="unpack"):
+            SkipStepLoss(schedule, skip, prediction_type="mine")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_row_that_is_forgotten_is_named(name):
+    rows, names = TABLES[name]
+    check_rows(name, rows, names)
+    assert all(isinstance(row, str) for row in rows)
+    first = next(iter(rows))
+    with pytest.raises(RuntimeError, match=rf"{name}.*differ in \['mine'\]"):
+        check_rows(name, {**rows, "mine": None}, names)
+    with pytest.raises(RuntimeError, match=rf"{name}.*differ in \['{first}'\]"):
+        check_rows(name, {key: row for key, row in rows.items() if key != first}, names)
+    with pytest.raises(RuntimeError, match="differ in"):
+        check_rows(name, rows, Literal["mine"])
+
+
+def test_the_errors_list_the_rows(monkeypatch):
+    monkeypatch.setitem(ESTIMATORS, "mine", Zeta(-1, 0, 0))
+    for name, rows in (
+        ("estimator", ESTIMATORS),
+        ("reduction", REDUCTIONS),
+        ("weighting", WEIGHTINGS),
+        ("prediction_type", PREDICTION_TYPES),
+    ):
+        listed = ", ".join(f"'{row}'" for row in rows)
+        with pytest.raises(ValueError, match=f"{name} must be one of {listed}, got 'none of them'"):
+            SkipStepLoss(LINEAR, 9, **{name: "none of them"})
+    assert math.isfinite(SkipStepLoss(LINEAR, 9, estimator="mine").coefficients_at(T).gain.min())
