@@ -20,7 +20,7 @@ from torch import nn
 
 from s2dm_loss.loss import SkipStepLoss
 
-__all__ = ["SETTLED", "changed_copy", "check_options", "check_plain", "reduce_changed"]
+__all__ = ["SETTLED", "changed_copy", "check_options", "check_plain", "owner_of", "reduce_changed"]
 
 _OPTIONS = [
     name
@@ -70,6 +70,11 @@ def check_plain(name: str, value: Any, mixin: type) -> None:
             f"{name} must have its plain loss, got a {type(value).__name__}, which is what "
             "skip_step has returned: give it the trainer's own object"
         )
+
+
+def owner_of(value: Any, method: str) -> str:
+    """Return the name of the class that a method is of; "" for one of a wrapped object."""
+    return next((kind.__name__ for kind in type(value).__mro__ if method in vars(kind)), "")
 
 
 def changed_copy(plain: Any, mixin: Any, **attributes: Any) -> Any:

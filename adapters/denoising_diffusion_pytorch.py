@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from s2dm_loss.adapters import SETTLED, changed_copy, check_options, check_plain, reduce_changed
+from s2dm_loss.adapters import (
+    SETTLED,
+    changed_copy,
+    check_options,
+    check_plain,
+    owner_of,
+    reduce_changed,
+)
 from s2dm_loss.adapters.changed_output import changed_output, check_tau
 from s2dm_loss.head import along
 from s2dm_loss.loss import LossOptions, SkipStepLoss
@@ -134,13 +141,13 @@ def _check_diffusion(diffusion: Any) -> None:
             "diffusion must be a GaussianDiffusion of denoising-diffusion-pytorch with discrete "
             f"timesteps, got a {type(diffusion).__name__} without {', '.join(missing)}"
         )
-    owner: Any = next(kind for kind in type(diffusion).__mro__ if "p_losses" in vars(kind))
-    if owner.__name__ not in _KNOWN:
+    owner = owner_of(diffusion, "p_losses")
+    if owner not in _KNOWN:
         raise ValueError(
             f"diffusion must have the p_losses of {' or '.join(_KNOWN)}, got that of "
-            f"{owner.__name__}, which is no squared error of the model's output alone"
+            f"{owner or 'what it wraps'}, which is no squared error of the model's output alone"
         )
-    if "loss_reduction" not in inspect.signature(owner.p_losses).parameters:
+    if "loss_reduction" not in inspect.signature(diffusion.p_losses).parameters:
         raise ValueError(
             "diffusion.p_losses must take loss_reduction, as it does from "
             "denoising-diffusion-pytorch 2.3 on: without it there is no loss of each sample"

@@ -68,7 +68,8 @@ def search_pipeline(
     Args:
         pipe: A diffusers pipeline with a `scheduler`.
         images: What its images should look like, of shape [N, C, H, W] in [0, 1], N at least 32:
-            a few hundred or more, of the size that the pipeline returns.
+            a few hundred or more, of the size that the pipeline returns. With another
+            `output_type`, "latent" say, of what that is.
         steps: Network calls of one image (twice as many where guidance calls the network twice).
             The scheduler in use makes as many steps; Heun makes half as many.
         schedulers: Schedulers to try besides the one in use; by default DDIM, PNDM, DEIS, DPM++ and
@@ -91,7 +92,7 @@ def search_pipeline(
     """
     check_batch("images", images)
     check_count("steps", steps)
-    if images.ndim != 4:
+    if images.ndim < 3:
         raise ValueError(f"images must have shape [N, C, H, W], got {describe(images)}")
     if not hasattr(pipe, "scheduler"):
         raise TypeError(
@@ -261,7 +262,7 @@ class _Runner:
                 if not usable:
                     raise
                 if progress:
-                    reason = f"{error}".strip().partition("\n")[0][:100]
+                    reason = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
                     print(f"left out: {name} ({reason})", file=sys.stderr)  # noqa: T201
         return usable
 

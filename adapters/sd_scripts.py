@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from s2dm_loss.adapters import SETTLED, changed_copy, check_options, check_plain
+from s2dm_loss.adapters import SETTLED, changed_copy, check_options, check_plain, owner_of
 from s2dm_loss.adapters.diffusers_scheduler import schedule_of
 from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.head import along
@@ -105,11 +105,8 @@ def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions])
             f"{kind.__name__} without {', '.join(missing)}: a script that makes its loss in a loop "
             "takes `loss_of` in that loop"
         )
-    owners = {
-        next(base.__name__ for base in kind.__mro__ if name in vars(base)) for name in _METHODS[:2]
-    }
-    owner = owners.pop()
-    if owners or owner not in _PREDICTS:
+    owner, other = (owner_of(trainer, name) for name in _METHODS[:2])
+    if owner != other or owner not in _PREDICTS:
         raise ValueError(
             f"trainer must train Stable Diffusion, SDXL, Flux or SD3, got a {kind.__name__} with a "
             f"{_METHODS[1]} of its own: behind the line that makes its target, take "

@@ -80,7 +80,11 @@ def check_target(
     right reading has both. Switch off what a trainer changes about the noise (an offset, perturbed
     inputs).
 
-    POWER
+    Measured on batches of 8,192 values (128 samples of 64, or 16 of 512; a linear DDPM schedule,
+    flow matching, alpha = cos(π t / 2); Gaussian data of variance 1 and 0.25, and data of ±1): of
+    600 batches for each wrong pair of prediction types on each schedule none passed, and 1 of 1,800
+    batches was accused wrongly. Of 8 samples at random times, a batch whose times are all late
+    can pass: give many samples, or times from all over the schedule.
 
     Args:
         criterion: The loss that the adapter makes.

@@ -54,6 +54,7 @@ class ContinuousSchedule:
         min_time: Least distance of a drawn time from the data.
     """
 
+    @real_tensors()
     def __init__(
         self,
         log_alpha_sigma: PathFunction,
@@ -163,6 +164,7 @@ class ContinuousSchedule:
         return cls(path, data_at=data_at, min_time=min_time, name=name)
 
     @classmethod
+    @real_tensors()
     def from_alpha_sigma(
         cls,
         alpha_sigma: PathFunction,
@@ -212,7 +214,8 @@ class ContinuousSchedule:
             raise TypeError(f"t must hold floating-point times in [0, 1], got {describe(t)}")
         if _reading_is_free(t) and not bool(_is_inside(t).all()):
             raise ValueError(
-                f"t must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}"
+                f"t must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}: "
+                "a trainer's timesteps are divided by their number first"
             )
 
     def log_alphas_cumprod_at(self, t: Tensor) -> Tensor:
@@ -256,9 +259,9 @@ class ContinuousSchedule:
             check_derivatives(repr(self), self._log_alpha_sigma, self.min_time, turned=self.data_at)
 
     def _times(self, t: Tensor) -> Tensor:
-        """Return times as float64 in [0, 1], NaN for one outside, cut off from their graph."""
+        """Return times as float64 in [0, 1], NaN for one outside."""
         self.check_timesteps(t)
-        wide = t.detach().to(wide_dtype(t.device))
+        wide = t.to(wide_dtype(t.device))
         return torch.where(_is_inside(t), wide.clamp(0, 1), math.nan)
 
     def draw_timesteps(
@@ -299,8 +302,9 @@ def warn_if_not_straight(schedule: Schedule) -> None:
         t = since_data(schedule, torch.linspace(0, 1, PROBES, dtype=torch.float64)[1:-1])
         alpha, sigma = schedule.alpha_sigma(t)
         time = since_data(schedule, t)
-        straight = ((alpha + time - 1).abs() < 1e-6) & ((sigma - time).abs() < 1e-6)
-    if not bool(straight.all()):
+        off = torch.maximum((alpha + time - 1).abs(), (sigma - time).abs())
+        straight = bool((off < 1e-6).all())
+    if not straight:
         warnings.warn(
             f"prediction_type 'flow' is noise minus data, which on {schedule!r} is not the "
             "velocity dx_t/dt: if the network predicts that, use prediction_type='velocity'",

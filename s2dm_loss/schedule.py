@@ -118,6 +118,7 @@ class NoiseSchedule:
         rises = F.pad(table.diff() > 0, (1, 0))
         check_all("log_alphas_cumprod", table, ~rises, "never increase")
         self.log_alphas_cumprod = table
+        self._timesteps = torch.arange(table.numel())
         self._unit_alpha = unit_alpha
         self._name = name or f"NoiseSchedule([{table.numel()} values])"
 
@@ -161,7 +162,7 @@ class NoiseSchedule:
         """
         count = check_count("num_train_timesteps", num_train_timesteps)
         max_beta = check_number("max_beta", max_beta, 0.0, 1.0, open_ends=True)
-        edges = torch.arange(count + 1, dtype=torch.float64, device="cpu") / count
+        edges = torch.arange(count + 1, dtype=torch.float64) / count
         alpha_bar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2).square()
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
         name = _call_repr("cosine", count, (max_beta, 0.999, "max_beta"))
@@ -247,7 +248,7 @@ class NoiseSchedule:
     @property
     def timesteps(self) -> Tensor:
         """0 … T-1, int64 of shape [T]."""
-        return torch.arange(self.num_train_timesteps, device="cpu")
+        return self._timesteps
 
     def check_timesteps(self, t: Tensor) -> None:
         """Raise TypeError unless `t` is an integer tensor.
@@ -348,7 +349,7 @@ def check_schedule(schedule: object) -> Schedule:
 
 
 def _linspace(start: float, end: float, count: int) -> Tensor:
-    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
+    return torch.linspace(start, end, count, dtype=torch.float64)
 
 
 def _log_alphas_cumprod(betas: Tensor) -> Tensor:

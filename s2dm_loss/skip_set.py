@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from s2dm_loss._torch import real_tensors
 from s2dm_loss.checks import as_float64, check_all, check_count, describe
 from s2dm_loss.schedule import Schedule, data_at_of, since_data, wide_dtype
 from s2dm_loss.tables import DeviceCopies
@@ -76,6 +77,7 @@ class SkipSet:
         return _SamplingStride(num_inference_steps)
 
     @staticmethod
+    @real_tensors()
     def from_timesteps(timesteps: Any) -> SkipSet:
         """Pair each t with the latest sampled timestep before it, on the side of the data.
 
@@ -89,13 +91,14 @@ class SkipSet:
         return _SampledTimesteps(torch.unique(as_float64("timesteps", timesteps)))
 
     @staticmethod
+    @real_tensors()
     def from_skipped(timesteps: Any, num_train_timesteps: int) -> SkipSet:
         """Say the same by the timesteps that the sampler leaves out of 0 … T-1."""
         # Empty for a sampler that skips none.
         skipped = as_float64("timesteps", timesteps, empty=True).round().long()
         count = check_count("num_train_timesteps", num_train_timesteps)
         check_all("timesteps", skipped, (skipped >= 0) & (skipped < count), f"lie in [0, {count})")
-        visited = torch.ones(count, dtype=torch.bool, device="cpu")
+        visited = torch.ones(count, dtype=torch.bool)
         visited[skipped] = False
         if not visited.any():
             raise ValueError("timesteps must leave at least one timestep to the sampler, got all")

@@ -98,7 +98,8 @@ class TimeTable:
                 "values are kept, got values that require a gradient"
             )
         self._table = DeviceCopies(table)
-        self.copy_to(torch.device("cpu"))
+        with real_tensors():
+            self.copy_to(torch.device("cpu"))
 
     def at(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values at times [B] as one tensor [K, B] in `dtype`.

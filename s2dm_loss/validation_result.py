@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -88,7 +88,7 @@ class ValidationLoss:
             )
         return Comparison(
             {kind: self.losses[kind] - other.losses[kind] for kind in self.losses},
-            {kind: other.overall(kind).mean for kind in self.losses},
+            {kind: [level.mean for level in other.by_level(kind)] for kind in self.losses},
             self.log_snr,
             confidence,
         )
@@ -171,13 +171,13 @@ class Comparison:
 
     Attributes:
         differences: For each kind of loss the differences of shape [n, L].
-        reference: For each kind the other's mean loss, what `str` gives percents of.
+        reference: For each kind the other's mean loss at each level, what percents are of.
         log_snr: log SNR in the middle of each level.
         confidence: Of the intervals.
     """
 
     differences: dict[str, Tensor]
-    reference: dict[str, float]
+    reference: dict[str, list[float]]
     log_snr: list[float]
     confidence: float
 
@@ -196,10 +196,17 @@ class Comparison:
         return _estimates(self.differences[kind])
 
     def plot(self) -> Figure:
-        """Return a figure of the difference against log SNR, with its intervals (matplotlib)."""
-        figure, axes = _figure("difference of the loss")
-        for kind in self.differences:
-            _draw(axes, self.log_snr, self.by_level(kind), self._quantile(), _TITLES[kind])
+        """Return a figure of the difference in percent against log SNR, with its intervals.
+
+        In percent of the other's loss at each level: the levels of high noise have a small loss.
+        """
+        figure, axes = _figure("difference of the loss, %")
+        for kind, reference in self.reference.items():
+            shares = [
+                Estimate(100 * mean / base, 100 * error / base)
+                for (mean, error), base in zip(self.by_level(kind), reference, strict=True)
+            ]
+            _draw(axes, self.log_snr, shares, self._quantile(), _TITLES[kind])
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.legend(frameon=False)
         return figure
@@ -210,7 +217,8 @@ class Comparison:
         for kind in self.differences:
             mean, (low, high) = self.overall(kind).mean, self.interval(kind)
             verdict = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
-            percent = 100 * mean / self.reference[kind] if self.reference[kind] else math.nan
+            reference = fmean(self.reference[kind])
+            percent = 100 * mean / reference if reference else math.nan
             lines.append(
                 f"{_TITLES[kind]} loss {verdict}: {mean:+.4g} [{low:+.4g}, {high:+.4g}] "
                 f"({percent:+.2f} %), {100 * self.confidence:g} % interval, paired"

@@ -322,6 +322,8 @@ def test_refuses_what_it_cannot_serve():
 
     with pytest.raises(ValueError, match="GaussianDiffusion1D, got that of OwnLoss"):
         skip_step(OwnLoss(make_unet(double), image_size=8), 9)
+    with pytest.raises(ValueError, match="got that of what it wraps"):
+        skip_step(torch.compile(plain), 9)
     GaussianDiffusion = type(  # noqa: N806 - a release before 2.3
         "GaussianDiffusion", (nn.Module,), {"p_losses": lambda self, x_start, t: x_start.mean()}
     )

@@ -242,30 +242,13 @@ def test_replays_the_released_loss(case, spaced):
     torch.testing.assert_close(seen[0], tensor("x_t"), rtol=1e-5, atol=1e-5)
 
 
-def test_order_of_samples_is_kept():
-    adapted = skip_step(make_diffusion(), 9)
-    model = make_model(adapted, dropout=0.0)
-    x, _ = make_batch(adapted)
-    t = torch.tensor([700, 3, 500, 0, 9, 8])  # below and above the skip, interleaved
-    noise = torch.randn_like(x)
-    joined = adapted.training_losses(model, x, t, noise=noise)
-    for index in range(len(t)):
-        one = slice(index, index + 1)
-        single = adapted.training_losses(model, x[one], t[one], noise=noise[one])
-        for name, values in joined.items():
-            torch.testing.assert_close(values[one], single[name])
-    assert (joined["skip"] == 0).tolist() == (t < 9).tolist()
-    for values in joined.values():
-        assert values.shape == (len(t),)
-        assert values.dtype == torch.float32
-
-
 def test_loss_is_the_sum_of_its_logged_terms():
     adapted = skip_step(make_diffusion(variance="LEARNED_RANGE"), 9)
     x, t = make_batch(adapted)
     terms = adapted.training_losses(make_model(adapted), x, t)
     expected = terms["mse"] + terms["skip"] + terms["vb"]
     torch.testing.assert_close(terms["loss"], expected)
+    assert (terms["skip"] == 0).tolist() == (t < 9).tolist()
 
 
 def test_variance_loss_is_untouched_and_does_not_reach_the_mean():
@@ -335,17 +318,6 @@ def test_a_samplers_stride_in_original_timesteps():
     assert torch.equal(at_t[0].c2, at_t[1].c2)
 
 
-def test_cosine_schedules_stay_bounded():
-    """Without the bound on c² one timestep weighs hundreds, and 2^20 of it overflows in fp16."""
-    plain = make_diffusion(schedule="cosine")
-    model = make_model(plain)
-    x = torch.randn(4, 2, 6, 6)
-    t = torch.tensor([500, 990, 998, 999])
-    base = run(plain, model, x, t)[0]["loss"].max()
-    assert run(skip_step(plain, 9), model, x, t)[0]["loss"].max() < 3 * base
-    assert run(skip_step(plain, 9, max_c2=1e9), model, x, t)[0]["loss"].max() > 100 * base
-
-
 def test_a_model_that_maps_timesteps_already_is_not_mapped_twice():
     plain = make_diffusion(respacing="ddim50")
     model = make_model(plain)
@@ -387,17 +359,6 @@ def test_signature_is_the_trainers_with_one_more_name():
     assert ours == [*theirs, "skip_noise"]
 
 
-def test_the_given_diffusion_is_left_as_it_was():
-    plain = make_diffusion(respacing="ddim50")
-    before = dict(vars(plain))
-    adapted = skip_step(plain, 9)
-    assert vars(plain) == before
-    assert type(adapted).__mro__[2] is type(plain)
-    assert isinstance(adapted, gd.GaussianDiffusion)
-    assert repr(adapted).startswith("SkipStepSpacedDiffusion(SkipStepLoss(")
-    assert "SkipSet(9)" in repr(adapted)
-
-
 @pytest.mark.parametrize(
     "duplicate",
     [copy.copy, copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))],  # noqa: S301
@@ -423,9 +384,7 @@ def test_refuses_what_it_cannot_read_the_noise_from():
         skip_step(make_diffusion(mean="PREVIOUS_X"), 9)
 
 
-def test_refuses_a_second_adapter_and_what_is_no_diffusion():
-    with pytest.raises(ValueError, match="must have its plain loss, got a SkipStepSpaced"):
-        skip_step(skip_step(make_diffusion(), 9), 9)
+def test_refuses_what_is_no_diffusion():
     with pytest.raises(
         TypeError, match=r"diffusion must be .* got a TinyModel without training_losses"
     ):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import coefficients
 from s2dm_loss.schedule import check_schedule
+from tests.strategies import normal
 
 MAKERS = {
     "vp": ContinuousSchedule.vp,
@@ -109,3 +110,14 @@ def test_what_says_and_what_refuses_data_at():
     discrete.data_at = 1
     with pytest.raises(ValueError, match=r"data_at=1 is for continuous time.*flip\(0\)"):
         check_schedule(discrete)
+
+
+@pytest.mark.parametrize("skip_set", SKIPS, ids=repr)
+def test_the_loss_compiles(skip_set):
+    torch.compiler.reset()
+    criterion = SkipStepLoss(ContinuousSchedule.vp(data_at=1), skip_set, prediction_type="velocity")
+    output, target, x_t = (normal(4, 5, seed=seed).float() for seed in range(3))
+    t = torch.tensor([0.1, 0.5, 0.7, 0.99])
+    compiled = torch.compile(criterion.from_output, fullgraph=True, backend="aot_eager")
+    found, expected = (loss(output, target, t, x_t) for loss in (compiled, criterion.from_output))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)

@@ -122,6 +122,8 @@ def test_training_learns(tmp_path: Path) -> None:
     a_run(tmp_path, Plain(), budget=budget)
     curve = load_json(tmp_path / "training.json")["curve"]
     assert curve[-1]["epsilon_mse"] < 0.8 * curve[0]["epsilon_mse"]
+    assert curve[-1]["mse/all"] == pytest.approx(curve[-1]["epsilon_mse"], rel=1e-4)
+    assert curve[-1]["mse/0_log_snr_below_-8.1"] < 0.5 * curve[0]["mse/0_log_snr_below_-8.1"]
 
 
 class Broken(Plain):
@@ -171,17 +173,17 @@ def test_a_branch_of_the_same_loss_ends_where_the_run_ends(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("budget", [CIFAR10_WIDE.budget, CIFAR10_16.budget])
-def test_what_is_left_in_the_average_of_before_a_step(budget: Budget) -> None:
-    """A weight that is 1 until a step and then 0, averaged as a training averages."""
-    budget = replace(budget, steps=400)
+def test_the_average_spans_what_the_budget_says(budget: Budget) -> None:
     weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
-    average = averaged_as_in(budget, [weight])  # begins at 1
-    for step in range(budget.steps):
-        weight.data.fill_(1.0 if step < 300 else 0.0)
+    average = averaged_as_in(budget, [weight])
+    wanted = 1.0
+    for n in range(400):
+        weight.data.fill_(float(n % 7))
         average.step([weight])
-    assert float(average.shadow_params[0]) == pytest.approx(budget.kept_from(300), rel=1e-9)
-    assert 0.01 < budget.kept_from(300) < 0.9
-    assert average.cur_decay_value == budget.decay(399)
+        ramp = (1 + n) / (10 + n) if budget.ema_power is None else 1 - (1 + n) ** -budget.ema_power
+        decay = min(ramp, budget.ema_decay) if n else 0.0
+        wanted = decay * wanted + (1 - decay) * (n % 7)
+    assert float(average.shadow_params[0]) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_the_averaged_weights_of_a_younger_network(tmp_path: Path) -> None:

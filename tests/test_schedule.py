@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import coefficients
@@ -492,3 +493,25 @@ def test_where_the_checks_of_a_table_begin():
             NoiseSchedule.from_alphas_cumprod(outside)
     with pytest.raises(ValueError, match=r"decrease strictly with t, got 0\.1 at index 1"):
         NoiseSchedule.from_alphas_cumprod([0.1, 0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (NoiseSchedule.cosine(10).rescale_zero_terminal_snr(), SkipSet([1, 2])),
+        lambda: (NoiseSchedule.from_betas([0.1, 0.2, 0.3]), SkipSet.from_timesteps([0, 2])),
+        lambda: (NoiseSchedule.from_sigmas([0.1, 2.0]), SkipSet.from_skipped([1], 2)),
+        lambda: (ContinuousSchedule.vp(data_at=1), SkipSet.from_timesteps([0.0, 0.5])),
+        lambda: (ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t)), SkipSet(0.5)),
+    ],
+)
+def test_schedules_are_made_in_any_mode(make):
+    """Fake tensors have no values, and another default device may have none either."""
+    expected = SkipStepLoss(*make())
+    t = expected.schedule.timesteps
+    t = torch.tensor([0.3, 0.9]) if t is None else t
+    for mode in (FakeTensorMode(), torch.device("meta"), torch.inference_mode()):
+        with mode:
+            criterion = SkipStepLoss(*make())
+        found, gain = (each.coefficients_at(t).gain for each in (criterion, expected))
+        assert torch.equal(found, gain)

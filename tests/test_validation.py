@@ -228,7 +228,8 @@ def test_a_comparison_is_paired():
         assert compared.interval(kind) == pytest.approx((expected.low, expected.high), rel=1e-3)
     half = (compared.interval()[1] - compared.interval()[0]) / 2
     assert half < 0.1 * 2 * first.overall().error  # what two separate means would have
-    assert "plain loss higher" in str(second.compare(first)) or compared.overall().mean > 0
+    percent = 100 * (first.overall().mean / second.overall().mean - 1)
+    assert f"({percent:+.2f} %)" in str(compared)
     assert "not told apart" in str(first.compare(first))
     wide, narrow = first.compare(second, confidence=0.99), first.compare(second, confidence=0.5)
     assert wide.interval()[0] < compared.interval()[0] < narrow.interval()[0]
@@ -298,10 +299,11 @@ def test_figures(tmp_path):
     assert np.allclose(drawn, np.c_[result.log_snr, means])
     assert axes.get_yscale() == "log"
     figure.savefig(tmp_path / "loss.png")
-    compared = result.compare(validation_loss(Recorder(), [X0], LINEAR, levels=3, skip_set=9))
-    figure = compared.plot()
-    differences = [estimate.mean for estimate in compared.by_level()]
-    assert np.allclose(figure.axes[0].containers[0].lines[0].get_ydata(), differences)
+    other = validation_loss(Recorder(), [X0], LINEAR, levels=3, skip_set=9)
+    figure = result.compare(other).plot()
+    first, second = (found.losses["plain"].mean(0).numpy() for found in (result, other))
+    drawn = figure.axes[0].containers[0].lines[0].get_ydata()
+    assert np.allclose(drawn, 100 * (first / second - 1))
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
@@ -367,7 +369,7 @@ def test_the_interval_of_a_comparison_covers():
     generator, held = torch.Generator().manual_seed(0), 0
     for _ in range(400):
         difference = torch.randn(12, 3, generator=generator, dtype=torch.float64)
-        compared = Comparison({"plain": difference}, {"plain": 1.0}, [0.0] * 3, 0.95)
+        compared = Comparison({"plain": difference}, {"plain": [1.0] * 3}, [0.0] * 3, 0.95)
         low, high = compared.interval()
         held += low <= 0 <= high
     assert 0.92 <= held / 400 <= 0.98

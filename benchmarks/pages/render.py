@@ -16,7 +16,7 @@ from benchmarks.files import write_whole
 from benchmarks.pages.figures import save_figure
 
 SOURCES = Path(__file__).parent / "sources"
-ROOMS = ("quality", "overhead", "lab")
+ROOMS = ("quality", "overhead", "lab", "monitor")
 ASSETS = Path("docs/assets")
 COMMITTED = frozenset({"README.md"})
 """Pages that are read where no build draws their figures; these figures are files."""

@@ -1,8 +1,8 @@
 """`python -m benchmarks.pages.tutorial`: run the tutorial and write down what it prints.
 
-The blocks of `docs/tutorial.md` run in order in one namespace. What a block prints stands below it, and
-at the end of the page which run that was, with a digest of the code that ran. `docs/tutorial.ipynb` is
-the same as a notebook, with the same outputs.
+The blocks of `docs/tutorial.md` run in order in one namespace. What a block prints stands below it,
+and at the end of the page which run that was, with a digest of the code that ran.
+`docs/tutorial.ipynb` is the same as a notebook, with the same outputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.files import write_whole
+from benchmarks.pages.render import write_text
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 NOTEBOOK = PAGE.with_suffix(".ipynb")
@@ -113,8 +113,8 @@ def main() -> None:
         f"digest `{digest(text)}`.\n\n"
     )
     text = RUN.sub(said, text)
-    for path, content in ((PAGE, text), (NOTEBOOK, notebook(text))):
-        write_whole(path, lambda partial, content=content: partial.write_text(content, "utf-8"))
+    write_text(PAGE, text)
+    write_text(NOTEBOOK, notebook(text))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 
@@ -42,15 +41,3 @@ class Budget:
     keep_at: tuple[float, ...] = ()
     branch_at: float | None = None
     ema_power: float | None = None
-
-    def decay(self, step: int) -> float:
-        """Return the decay of the averaged weights after some steps, as diffusers has it."""
-        if step < 1:
-            return 0.0
-        power = self.ema_power
-        ramp = (1 + step) / (10 + step) if power is None else 1 - (1 + step) ** -power
-        return min(ramp, self.ema_decay)
-
-    def kept_from(self, step: int) -> float:
-        """Return the share of the averaged weights at the end that is from before a step."""
-        return math.prod(self.decay(each) for each in range(step, self.steps))

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.pages.tables import counted, listed, markdown_table
 from benchmarks.quality import evidence_figures
-from benchmarks.quality.committed import cell, measured, method_name, records, results
+from benchmarks.quality.committed import cell, measured, method_name, results
 from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.statistics import (
     FRECHET,
@@ -217,12 +217,11 @@ def cells_table(
     return markdown_table(["", *(f"{n} steps" for n in steps)], lines).rstrip()
 
 
-def mean_table(run: str, rows: Sequence[tuple[str, str]] | None = None) -> str:
+def mean_table(run: str) -> str:
     """Return the methods of a grid: mean over its cells and DDIM at 10 steps, 8-bit and raw."""
     found = results(run)
-    if rows is None:
-        names = [name for name in found.methods if set(GRID) <= set(found.cells(name))]
-        rows = [(found.title(name), name) for name in names if name != "plain"]
+    names = [name for name in found.methods if set(GRID) <= set(found.cells(name))]
+    rows = [(found.title(name), name) for name in names if name != "plain"]
     lines = [
         [
             title,
@@ -292,6 +291,19 @@ def claim(holds: bool) -> str:
     return ""
 
 
+def best_pair(run: str, steps: int) -> str:
+    """Return the method and sampler nearest to the data by the kernel distance, with it."""
+    found = results(run)
+    pairs = [
+        (found.mean(method, where, KERNEL), f"{found.title(method)} with {TITLES[where.sampler]}")
+        for method in found.methods
+        for where in found.cells(method)
+        if where.steps == steps
+    ]
+    value, title = min(pairs)
+    return f"{title}, at {1000 * value:.1f} thousandths"
+
+
 def archive_row(preset: str) -> list[str]:
     """Return images, seeds, plain DDIM 10 over the floor, and what gain and loss 49 do there."""
     found = results(preset)
@@ -346,6 +358,7 @@ def _any_loss_share(found: Results) -> float:
 
 HOLES: dict[str, Any] = {
     "archive_row": archive_row,
+    "best_pair": best_pair,
     "cells_table": cells_table,
     "change": change,
     "claim": claim,
@@ -359,8 +372,6 @@ HOLES: dict[str, Any] = {
     "mean_table": mean_table,
     "measured": measured,
     "points": points,
-    "records": records,
-    "sampler_title": TITLES.__getitem__,
     "spread": spread,
     "table": table,
     "times_floor": times_floor,

@@ -76,8 +76,11 @@ class Loss(nn.Module):
         self.parts = objective.parts(path)
 
     @override
-    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss, and the mean squared error for the curves, where all are comparable."""
+    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, and for the curves each sample's squared error and time.
+
+        By the errors all objectives are comparable.
+        """
         n = self.objective.times(batch, self)
         noisy = self.path.noisy(batch.x0, self.objective.input_noise(batch), n)
         # The target is of the batch's noise, also where an objective perturbs the input.
@@ -85,7 +88,8 @@ class Loss(nn.Module):
         noisy = noisy._replace(target=target)
         predicted = model(noisy.x_t, noisy.called)
         loss = self.objective.compare(predicted, noisy, batch, self)
-        return loss, F.mse_loss(predicted.detach(), target)
+        errors = F.mse_loss(predicted.detach(), target, reduction="none").flatten(1).mean(1)
+        return loss, errors, noisy.t
 
 
 class Objective(Named, ABC):
@@ -232,7 +236,7 @@ class ResidualSum(Loss):
     objective: SequenceAware
 
     @override
-    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         # One call on the stacked timesteps, so that a distributed model is called once per step.
         window, strength = self.objective.window, self.objective.strength
         noise = [batch.noise] + [batch.more_noise() for _ in range(1, window)]
@@ -243,7 +247,7 @@ class ResidualSum(Loss):
         valid = torch.stack([batch.t >= j for j in range(window)])[..., None, None, None]
         total = torch.where(valid, parts, 0.0).sum(0)
         loss = parts[0].square().mean() + strength / window**2 * total.square().mean()
-        return loss, parts[0].detach().square().mean()
+        return loss, parts[0].detach().square().flatten(1).mean(1), batch.t
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class Bench:
         paths = {cell: self.layout.cell(method, seed, *cell) for cell in job.cells()}
         missing = [cell for cell, path in paths.items() if not path.exists()]
         for cell in paths.keys() - set(missing):
-            _remove_batches(paths[cell])
+            shutil.rmtree(paths[cell].with_suffix(""), ignore_errors=True)
         if not missing:
             return
         trained = self.model(method.objective, seed, advance)
@@ -183,7 +183,7 @@ class Bench:
         if self.accelerator.is_main_process:
             save_tensors(path.with_suffix(".pt"), {"samples": saved[:KEPT_SAMPLES].clone()})
             save_json(path, result)
-            _remove_batches(path)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its batches
         self.accelerator.wait_for_everyone()
 
     def _samples(
@@ -268,11 +268,6 @@ def _moments(samples: Tensor) -> Tensor:
     values = samples.double()
     count = torch.full_like(values[0], len(values))
     return torch.stack([count, values.sum(0), values.square().sum(0)])
-
-
-def _remove_batches(path: Path) -> None:
-    """Remove the batches that a cell was made of."""
-    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
 
 
 def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | None = None) -> None:

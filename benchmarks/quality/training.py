@@ -26,6 +26,7 @@ from benchmarks.quality.objectives import Batch, Objective
 from benchmarks.quality.paths import STEPS
 from benchmarks.quality.paths import Path as NoisePath
 from benchmarks.quality.streams import Purpose, Stream, generator
+from s2dm_loss.monitor import LossByNoise
 
 
 class Progress(Protocol):
@@ -112,7 +113,7 @@ def averaged_at(folder: Path, percent: int, model: nn.Module) -> nn.Module:
 
 
 def averaged_as_in(budget: Budget, parameters: Iterable[nn.Parameter]) -> EMAModel:
-    """Return the average of weights that a budget asks for; its decay is `Budget.decay`."""
+    """Return the average of weights that a budget asks for."""
     return EMAModel(
         parameters,
         decay=budget.ema_decay,
@@ -159,6 +160,7 @@ class _Run:
         self.seconds = 0.0
         self.curve: list[dict[str, float]] = []
         self.sums = torch.zeros(2, device=device)
+        self.by_noise = LossByNoise(path.schedule, name="mse")
 
     def _bare(self) -> nn.Module:
         bare: nn.Module = self.accelerator.unwrap_model(self.model)
@@ -201,12 +203,13 @@ class _Run:
             if percent is not None or due:
                 now = time.perf_counter()
                 self.seconds, began = self.seconds + now - began, now
-            if self.accelerator.is_main_process:
-                # Before the checkpoint, from which a run goes on behind this step.
-                if percent is not None:
-                    save_tensors(kept_state(folder, percent), self._state())
-                if due:
-                    save_state(folder, self._state())
+                state = self._state()  # in every process, whose losses it adds up
+                if self.accelerator.is_main_process:
+                    # Before the checkpoint, from which a run goes on behind this step.
+                    if percent is not None:
+                        save_tensors(kept_state(folder, percent), state)
+                    if due:
+                        save_state(folder, state)
             progress(1)
         self.seconds += time.perf_counter() - began
 
@@ -232,13 +235,14 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.optimizer.zero_grad()
-        loss, epsilon_mse = self.loss(self.model, self._batch())
+        loss, errors, t = self.loss(self.model, self._batch())
         self.accelerator.backward(loss)
         if self.budget.grad_clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.budget.grad_clip)
         self.optimizer.step()
         self.ema.step(self._bare().parameters())
-        self.sums += torch.stack([loss.detach(), epsilon_mse])
+        self.by_noise.update(t, errors)
+        self.sums += torch.stack([loss.detach(), errors.mean()])
         self.step += 1
 
     def _log(self) -> None:
@@ -247,9 +251,11 @@ class _Run:
         loss, epsilon_mse = mean.tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"{self.objective.name}: the loss is {loss} at {self.step}")
-        self.curve.append(
-            {"step": self.step, "loss": round(loss, 6), "epsilon_mse": round(epsilon_mse, 6)}
-        )
+        point = {"step": self.step, "loss": loss, "epsilon_mse": epsilon_mse}
+        by_noise = self.by_noise.compute()
+        point.update((name, by_noise[name]) for name in by_noise if name.startswith("mse/"))
+        self.curve.append({name: round(value, 6) for name, value in point.items()})
+        self.by_noise.reset()
         self.sums.zero_()
 
     def _state(self) -> dict[str, Any]:
@@ -265,6 +271,7 @@ class _Run:
             "seconds": self.seconds,
             "curve": self.curve,
             "sums": self.sums,
+            "by_noise": self.by_noise.state_dict(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -280,3 +287,5 @@ class _Run:
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve = state["curve"]
         self.sums = state["sums"].to(self.accelerator.device)
+        if "by_noise" in state:  # which a state of before 0.3 has not
+            self.by_noise.load_state_dict(state["by_noise"])

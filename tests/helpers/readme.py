@@ -1,5 +1,9 @@
 """What the README's pipeline block has at hand: a tiny pipeline and a few pictures."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,4 +20,9 @@ _unet = diffusers.UNet2DModel(
 )
 pipe = diffusers.DDIMPipeline(_unet, diffusers.DDIMScheduler())
 pipe.set_progress_bar_config(disable=True)
-photographs: Tensor = torch.rand(64, 3, 8, 8) * 2 - 1
+photographs: Tensor = torch.rand(64, 3, 8, 8)
+
+
+def few(search: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a search with as few samples as it takes."""
+    return partial(search, num_samples=32, batch_size=32, schedulers=[], progress=False)

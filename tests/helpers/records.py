@@ -251,7 +251,7 @@ def criterion_of(case: trainers_of_today.Case, tau: float) -> Any:
         )
     if case.file == trainers_of_today.FLOW_MATCHING:
         path = trainers_of_today.SCHEDULERS[options["scheduler"]]
-        schedule = ContinuousSchedule.from_alpha_sigma(path, data_at=1)
+        schedule = ContinuousSchedule.from_alpha_sigma(path, data_at=1, min_time=1e-5)
     elif case.file == trainers_of_today.TORCHCFM:
         schedule = ContinuousSchedule.flow(data_at=1)
     elif "kind" in options and case.file[0] == "sd-scripts":

@@ -384,6 +384,9 @@ def kohya(
     loss = F.mse_loss(output.float(), target.float(), reduction="none")
     if weighting is not None:
         loss = loss * weighting
+    if not flux:
+        sigmas = (timesteps / 1000).reshape(-1, 1, 1, 1)
+        weighting = parts.compute_loss_weighting_for_sd3(weighting_scheme=scheme, sigmas=sigmas)
         seen.update(weight=weighting.expand(latents.shape))
     seen.update(t=timesteps / 1000, target=noise - latents if flux else latents, output=output)
     return loss.mean([1, 2, 3]).mean()
@@ -659,14 +662,14 @@ def torchcfm(
     def network(t: Tensor, x_t: Tensor) -> Tensor:
         return call(x_t, t)
 
+    t, xt, ut = page["matcher"].sample_location_and_conditional_flow(x0, x1)
+    seen.update(target=ut)
     if tau is not None:
         turned = SkipStepLoss(
             page["turned"].schedule, page["turned"].skip_set, tau=tau, prediction_type="velocity"
         )
+        torch.set_rng_state(before)
         return page["loss_of"](network, x0, x1, turned)
-    torch.set_rng_state(before)
-    t, xt, ut = page["matcher"].sample_location_and_conditional_flow(x0, x1)
-    seen.update(target=ut)
     return (network(t, xt) - ut).square().mean()
 
 
@@ -687,11 +690,11 @@ def flow_matching(
     x_0, x_1 = torch.randn(2, *IMAGES).unbind(0)
     t = 0.001 + 0.998 * torch.rand(len(x_0))
     call = watched(model, seen)
+    sample = affine.sample(t=t, x_0=x_0, x_1=x_1)
+    seen.update(target=sample.dx_t)
     if tau is not None:
         criterion = page["make_criterion"](made_, tau=tau)
         return page["loss_of"](call, x_0, x_1, t, affine, criterion)
-    sample = affine.sample(t=t, x_0=x_0, x_1=x_1)
-    seen.update(target=sample.dx_t)
     return (call(sample.x_t, t) - sample.dx_t).square().mean()
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.monitor`: the numbers and the figures of the page on monitoring.
+"""`python -m benchmarks.monitor`: the numbers of the page on monitoring.
 
 The README's network learns the digits, on six of seven images; the rest are held out. Its loss is
 logged by noise level, it is validated from time to time, and then three things are measured: how
@@ -8,20 +8,16 @@ and what an update costs.
 
 from __future__ import annotations
 
-import re
 import time
 import timeit
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
-import matplotlib as mpl
 import torch
 from torch import Tensor, nn
 
-from benchmarks.files import save_json, write_whole
-from benchmarks.pages.figures import STYLE, save_figure
-from benchmarks.pages.tables import markdown_table
+from benchmarks.files import save_json
 from benchmarks.provenance import ROOT, machine, versions
 from benchmarks.quality.data import load_digits, to_model_range
 from benchmarks.quality.networks import MLPSpec
@@ -30,18 +26,18 @@ from s2dm_loss.monitor import LossByNoise, validation_loss
 from s2dm_loss.validation_result import ValidationLoss
 
 RESULT = ROOT / "benchmarks" / "results" / "monitor.json"
-PAGE = ROOT / "docs" / "monitor.md"
-FIGURES = ROOT / "docs" / "assets" / "monitor"
 SCHEDULE, SKIP = NoiseSchedule.linear(1000), 49
 HELD_OUT, BATCH = 256, 128
 CHECKED = (250, 500, 1000, 2000, 4000, 6000, 8000, 12_000)
-SEEDS, DRAWS = 200, 2000
+EARLY = 500
+SEEDS, DRAWS = 100, 2000
 
 
 @click.command()
 def main() -> None:
-    """Train on the digits, measure, and write numbers, figures and the page's tables."""
+    """Train on the digits, measure, and write the numbers down."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # of the network's weights
     images = to_model_range(load_digits().images)
     images = images[torch.randperm(len(images), generator=_source(0))]
     held_out, images = images[:HELD_OUT], images[HELD_OUT:]
@@ -55,22 +51,15 @@ def main() -> None:
     record = {
         "provenance": {**versions(), **machine(torch.device("cpu"))},
         "training": training,
+        "held_out": HELD_OUT,
+        "early": EARLY,
         "validation": _compared(results),
-        "by_level": {
-            "log_snr": results[CHECKED[-1]].log_snr,
-            **{str(step): result.by_level() for step, result in results.items()},
-        },
+        "levels": _levels(results),
         "variance": [_variance(model, held_out, levels) for levels in (4, 16)],
         "stratified": [_stratified(model, images, size) for size in (16, 128)],
         "update_microseconds": _cost(),
     }
     save_json(RESULT, record)
-    page = with_tables(PAGE.read_text(encoding="utf-8"), record)
-    write_whole(PAGE, lambda partial: partial.write_text(page, encoding="utf-8"))
-    first, last = results[CHECKED[1]], results[CHECKED[-1]]
-    with mpl.rc_context(STYLE):
-        save_figure(last.plot(), FIGURES / "levels.svg")
-        save_figure(last.compare(first).plot(), FIGURES / "compared.svg")
 
 
 def _source(seed: int) -> torch.Generator:
@@ -107,6 +96,17 @@ def _compared(results: dict[int, ValidationLoss]) -> list[dict[str, Any]]:
         rows.append(row)
         before = result
     return rows
+
+
+def _levels(results: dict[int, ValidationLoss]) -> dict[str, Any]:
+    """Return the last result by level, and its difference from an early one."""
+    early, last = results[EARLY], results[CHECKED[-1]]
+    return {
+        "log_snr": last.log_snr,
+        "samples": len(last.index),
+        **{kind: last.by_level(kind) for kind in last.losses},
+        "difference": last.compare(early).by_level(),
+    }
 
 
 def _variance(model: nn.Module, held_out: Tensor, levels: int) -> dict[str, Any]:
@@ -167,77 +167,9 @@ def _cost() -> dict[str, float]:
         )
 
     return {
-        "by_noise.update(t, losses)": best(lambda: by_noise.update(t, losses)),
-        "by_noise.compute()": best(by_noise.compute, 100),
-        "losses.mean()": best(lambda: losses.mean()),
-    }
-
-
-def with_tables(page: str, record: dict[str, Any]) -> str:
-    """Return the page with its tables as a record has them."""
-    for name, rows in tables(record).items():
-        place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
-        page, found = place.subn(f"\n{markdown_table(rows[0], rows[1:])}\n", page)
-        if found != 1:
-            raise ValueError(f"the page must have one place for the table {name}, got {found}")
-    return page
-
-
-def tables(record: dict[str, Any]) -> dict[str, list[Sequence[str]]]:
-    """Return the page's tables, a heading and rows each."""
-    keys = [key for key in record["training"][0] if key.startswith("loss/")]
-    shown = [keys[0], keys[1], keys[3], keys[5], keys[7], keys[-1]]
-    heads = [key.partition("log_snr_")[2].replace("_", " ") or "all" for key in shown]
-    before = [None, *record["validation"][:-1]]
-    return {
-        "levels": [
-            ["steps", *heads],
-            *(
-                [f"{row['step']:,}", *(f"{row[key]:.4f}" for key in shown)]
-                for row in record["training"]
-            ),
-        ],
-        "validation": [
-            ["steps", "loss ± standard error", "difference, 95 % interval"],
-            *(
-                [
-                    f"{row['step']:,}",
-                    f"{row['mean']:.4f} ± {row['error']:.4f}",
-                    "{difference:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]".format_map(row)
-                    if last
-                    else "",
-                ]
-                for row, last in zip(record["validation"], before, strict=True)
-            ),
-        ],
-        "variance": [
-            ["levels", "random: deviation", "fixed: deviation", "variance, random / fixed"],
-            *(
-                [
-                    f"{row['levels']}",
-                    f"{row['random_cv']:.1%}".replace("%", " %"),
-                    f"{row['fixed_cv']:.1%}".replace("%", " %"),
-                    f"{row['ratio']:.0f}",
-                ]
-                for row in record["variance"]
-            ),
-        ],
-        "stratified": [
-            ["batch", "uniform: deviation", "stratified: deviation", "variance, ratio"],
-            *(
-                [
-                    f"{row['batch_size']}",
-                    f"{row['uniform_cv']:.0%}".replace("%", " %"),
-                    f"{row['stratified_cv']:.0%}".replace("%", " %"),
-                    f"{row['ratio']:.1f}",
-                ]
-                for row in record["stratified"]
-            ),
-        ],
-        "cost": [
-            ["one call, B = 128, on a CPU", "microseconds"],
-            *([f"`{name}`", f"{us:.0f}"] for name, us in record["update_microseconds"].items()),
-        ],
+        "update": best(lambda: by_noise.update(t, losses)),
+        "compute": best(by_noise.compute, 100),
+        "mean": best(lambda: losses.mean()),
     }
 
 
