@@ -309,8 +309,9 @@ class SkipStepLoss(FixedSettings, TabledModule):
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
         rows = self._table.rows(t, _loss_dtype(target, x_t))
         parts = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
+        weight, *parts = placed_like(target, rows[0], *parts)
         terms = [along(s, data) * data for s, data in zip(parts[::2], parts[1::2], strict=True)]
-        return RegressionTarget(sum(terms[1:], start=terms[0]).to(rows[0].dtype), rows[0])
+        return RegressionTarget(sum(terms[1:], start=terms[0]).to(weight.dtype), weight)
 
     def terms(
         self, eps_hat: Tensor, noise: Tensor, t: Tensor, *, skip_noise: Tensor | None = None

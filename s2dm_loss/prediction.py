@@ -100,7 +100,7 @@ def check_prediction_type(
         warn_if_not_straight(schedule)
     if timesteps is None or weighted:
         return
-    row = PREDICTION_TYPES[cast(PredictionType, prediction_type)]
+    row = PREDICTION_TYPES[cast("PredictionType", prediction_type)]
     with real_tensors():
         _, q = row(PathPoint.at(schedule, timesteps))
         if q.isinf().any():

@@ -8,6 +8,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from s2dm_loss._torch import placed_like
 from s2dm_loss.coefficients import Zeta
 
 
@@ -32,7 +33,7 @@ def loss_terms(
     eps_hat: Tensor, noise: Tensor, skip_noise: Tensor | None, at_t: Tensor, estimator: Zeta
 ) -> LossTerms:
     """Return the terms; `at_t` holds τ, c, c² and the weighting, [4, B], in the result's dtype."""
-    tau, c, c2, weight = at_t
+    tau, c, c2, weight = placed_like(eps_hat, *at_t)
     eps_hat, noise = eps_hat.to(at_t.dtype), noise.to(at_t.dtype)
     zeta = estimator.on_noise * noise
     if skip_noise is not None:

@@ -85,7 +85,7 @@ def script_loss(scheduler: Any, model: nn.Module, part: Batch) -> Tensor:
     target = noise
     if scheduler.config.prediction_type == "v_prediction":
         target = scheduler.get_velocity(x0, noise, t)
-    return skip_loss(model(noisy, t), target, noisy, t)
+    return skip_loss(model(noisy, t), target, t, noisy)
 
 
 def result(model: CountingModel, loss: Tensor) -> dict[str, Any]:

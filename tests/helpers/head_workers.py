@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, skip_step_loss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss.loss import RegressionTarget
 
 CASES = [
     (estimator, reduction, weigh)
@@ -42,7 +43,7 @@ def loss_and_gradient(case: Any, batch: dict[str, torch.Tensor], place: Any) -> 
     noise, zeta = place(batch["noise"]), None
     if estimator == "fresh":
         zeta = place(batch["noise"].flip(0).clone())
-    loss = criterion.from_prediction(eps_hat, noise, batch["t"], weights=weights, skip_noise=zeta)
+    loss = criterion.from_output(eps_hat, noise, batch["t"], weights=weights, skip_noise=zeta)
     loss.sum().backward()
     return loss.detach(), eps_hat.grad
 
@@ -76,9 +77,14 @@ CRITERION, OF_V = (
 )
 CONTINUOUS = SkipStepLoss(ContinuousSchedule.cosine(), 0.05, reduction="none")
 WAYS = {
-    "function": lambda x, y, t, **_: skip_step_loss(x, y, t, schedule=LINEAR, **PLAIN),
-    "prediction": lambda x, y, t, **_: CRITERION.from_prediction(x, y, t),
-    "output": lambda x, y, t, **_: OF_V.from_output(x, y, x + y, t),
+    "noise": lambda x, y, t, **_: CRITERION.from_output(x, y, t),
+    "terms": lambda x, y, t, **_: CRITERION.terms(x, y, t).total,
+    "output": lambda x, y, t, **_: OF_V.from_output(x, y, t, x + y),
+    "target": lambda x, y, t, **_: mse_to(x, OF_V.regression_target(y, t, x + y)),
     "step": lambda x, y, t, **_: CRITERION(lambda x_t, t: x_t, x, t, noise=y),
-    "continuous": lambda x, y, time, **_: CONTINUOUS.from_prediction(x, y, time),
+    "continuous": lambda x, y, time, **_: CONTINUOUS.from_output(x, y, time),
 }
+
+
+def mse_to(output: torch.Tensor, changed: RegressionTarget) -> torch.Tensor:
+    return changed.weight * (output - changed.target).square().mean((1, 2))
