@@ -170,7 +170,7 @@ def test_only_what_counts_under_a_mask_is_judged():
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_half_precision_next_to_the_data_is_not_accused(kind):
-    """There ε̂ is a small difference over a small σ: rounding alone gives it a mean square of 1.2."""
+    """There ε̂ is a small difference over a small σ: rounding adds to its mean square."""
     early = torch.arange(128) // 2 * torch.tensor([0, 15]).repeat(64)
     trainer = Trainer(LINEAR, "normal", shape=(128, 256), t=early)
     trainer.x_t = trainer.x_t.bfloat16()
