@@ -285,6 +285,15 @@ def test_no_fake_copy_is_kept():
     assert found.tolist() == [0.25, 0.75]
 
 
+def test_batches_of_any_size_in_any_order():
+    """What the mean divides by is kept for some numbers of values, and made anew for the others."""
+    criterion = SkipStepLoss(LINEAR, 9)
+    for size in [*range(1, 80), *range(1, 80, 7)]:
+        eps_hat, noise = normal(2, size, seed=0), normal(2, size, seed=1)
+        found = criterion.from_output(eps_hat, noise, torch.tensor([0, 3]))  # the plain loss
+        torch.testing.assert_close(found, (eps_hat - noise).square().mean())
+
+
 class Backwards:
     """A schedule of a user's own, whose timesteps are in the order of sampling."""
 
