@@ -21,7 +21,16 @@ OLDEST_PYTHON = PYTHONS[0]
 CORE = (
     *("coefficients", "corrections", "errors", "from_output", "fuzz", "golden"),
     *("loss", "minimiser", "mixed_precision", "numerics", "prediction", "public_api", "search"),
-    *("schedule", "scaled_model", "search_frechet", "skip_set", "tables", "testing", "tracing"),
+    *(
+        "schedule",
+        "scaled_model",
+        "search_frechet",
+        "search_result",
+        "skip_set",
+        "tables",
+        "testing",
+        "tracing",
+    ),
     "weighting",
 )
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")

@@ -284,8 +284,8 @@ def _solvers(scheduler: Any, given: Sequence[Any] | None) -> dict[str, Any]:
         kind = getattr(diffusers, name)
         if _short(kind) not in solvers:
             takes = inspect.signature(kind.__init__).parameters
-            given = {n: v for n, v in {**config, **options}.items() if n in takes}
-            solvers[_short(kind)] = kind.from_config(given)
+            known = {n: v for n, v in {**config, **options}.items() if n in takes}
+            solvers[_short(kind)] = kind.from_config(known)
     return solvers
 
 

@@ -561,6 +561,15 @@ def test_wrong_options(options, error, message):
 def test_wrong_calls():
     model_pred, target, timesteps, noisy, _ = batch()
     skip_loss = make_loss(make_scheduler())
+    whole = skip_loss(model_pred, target, timesteps, noisy)
+    assert torch.equal(skip_loss(model_pred, target, timesteps), whole)
+    with pytest.raises(ValueError, match="they come before noisy_latents, skip_loss"):
+        skip_loss(model_pred, target, noisy, timesteps)
+    with pytest.raises(ValueError, match="they come before noisy_latents, skip_loss"):
+        skip_loss.regression_target(target, noisy, timesteps)
+    of_v = make_loss(make_scheduler(prediction_type="v_prediction"))
+    with pytest.raises(ValueError, match=r"noisy_latents must be given .*'v_pred.*got None"):
+        of_v(model_pred, target, timesteps)
     with pytest.raises(TypeError, match="timesteps must be a tensor, got 3"):
         skip_loss(model_pred, target, 3, noisy)
     with pytest.raises(ValueError, match=r"timesteps must have shape \(5,\)"):

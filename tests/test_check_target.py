@@ -23,12 +23,16 @@ DATA = {
 class Trainer:
     """Makes targets by their definitions, in float32 as trainers do."""
 
-    def __init__(self, schedule, data="normal", shape=(128, 64), seed=0):
+    def __init__(self, schedule, data="normal", shape=(128, 64), seed=0, t=None):
         generator = torch.Generator().manual_seed(seed)
         self.schedule = schedule
         self.x0 = DATA[data](*shape, generator=generator)
         self.noise = torch.randn(*shape, generator=generator)
-        self.t = schedule.draw_timesteps(shape[0], device=torch.device("cpu"), generator=generator)
+        self.t = (
+            t
+            if t is not None
+            else schedule.draw_timesteps(shape[0], device=torch.device("cpu"), generator=generator)
+        )
         self.alpha, self.sigma = (
             scale.float().reshape(-1, *[1] * (len(shape) - 1))
             for scale in schedule.alpha_sigma(self.t)
@@ -166,11 +170,13 @@ def test_only_what_counts_under_a_mask_is_judged():
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_half_precision_next_to_the_data_is_not_accused(kind):
-    trainer = Trainer(LINEAR, "normal", shape=(128, 256))
+    """There ε̂ is a small difference over a small σ: rounding adds to its mean square."""
+    early = torch.arange(128) // 2 * torch.tensor([0, 15]).repeat(64)
+    trainer = Trainer(LINEAR, "normal", shape=(128, 256), t=early)
     trainer.x_t = trainer.x_t.bfloat16()
     target = trainer.target(kind).bfloat16()
     criterion = SkipStepLoss(LINEAR, 9, prediction_type=kind)
-    report = check_target(criterion, target, trainer.t, trainer.x_t)
-    assert report.values >= 8192
-    noise = trainer.noise.bfloat16()
-    check_target(criterion, target, trainer.t, trainer.x_t, noise=noise)
+    for noise in (None, trainer.noise.bfloat16()):
+        report = check_target(criterion, target, trainer.t, trainer.x_t, noise=noise)
+        assert report.values >= 8192
+        assert kind == "v_prediction" or report.values <= 64 * 256

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.quality.corrections import Correction, EpsilonScaling, Gain, ScoreRescaling
 from benchmarks.quality.data import ImageSet, to_model_range
 from benchmarks.quality.paths import EpsilonPath, FlowPath
-from benchmarks.quality.samplers import sample
+from benchmarks.quality.samplers import FLOW, HEUN, sample
 from benchmarks.quality.spectra import Frequencies, PrincipalAxes, gaussian_variances
 from s2dm_loss import NoiseSchedule, gain
 
@@ -160,3 +160,10 @@ def test_heun_calls_a_flow_network_no_more_often_than_euler() -> None:
     assert len(calls) == 9
     assert (calls[0], min(calls)) == (1000, pytest.approx(200))
     assert abs(float(found) - 1) < 0.1
+
+
+@pytest.mark.parametrize("sampler", [*FLOW, *HEUN])
+def test_samplers_of_a_flow_keep_the_spread_of_gaussian_data_in_many_steps(sampler: str) -> None:
+    variances = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)
+    found = gaussian_variances(sampler, FlowPath(), 400, variances)
+    torch.testing.assert_close(found.sqrt(), variances.sqrt(), rtol=0.02, atol=0)

@@ -202,6 +202,7 @@ def test_no_letter_stands_for_a_skip_and_for_a_strength():
 
 
 def test_its_figure(result):
+    pytest.importorskip("matplotlib")
     figure = result.plot()
     compared, *scans = figure.axes
     assert [axis.get_xlabel() for axis in scans] == [
@@ -262,6 +263,8 @@ class Terminal:
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_progress_on_a_terminal_is_a_bar_where_there_is_one(installed, monkeypatch):
+    if installed:
+        pytest.importorskip("tqdm")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     if not installed:

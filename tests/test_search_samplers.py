@@ -72,6 +72,16 @@ def test_it_finds_the_pair():
     alone = {c.sampler for c in result.candidates if not c.is_corrected}
     assert names == alone
     assert {point.sampler for point in result.scan} == set(samplers)
+    # Round by round more samples and finer strengths: every other, the rest, and those halfway.
+    strengths = SkipGain(LINEAR).strengths
+    tried = {
+        count: {point.strength for point in result.scan if point.samples == count} - {0}
+        for count in (128, 256, 512)
+    }
+    assert tried[128] == set(strengths[1::2])
+    assert tried[256] <= set(strengths)
+    assert tried[256] - tried[128]
+    assert tried[512] - set(strengths)
     # What was dropped has no interval.
     assert "low" not in names
     for candidate in others:
@@ -97,21 +107,22 @@ def test_a_sampler_alone_and_the_one_in_use():
 
 def test_all_pairs_are_compared_without_a_scan():
     samplers = {"used": times(1.0), "other": times(1.2)}
-    search = search_of(samplers, data_of(1.2), [StartScaling([0.9, 1.2])], scan=False)
+    search = search_of(samplers, data_of(1.2), [StartScaling([0.9, 1.1])], scan=False)
     assert search.cost.stages == ((6, 1024),)
     result = search.recommend()
     assert not result.scan
     assert [(c.sampler, c.label) for c in result.candidates] == [
         ("used", "none"),
         ("used", "start noise times 0.9"),
-        ("used", "start noise times 1.2"),
+        ("used", "start noise times 1.1"),
         ("other", "none"),
         ("other", "start noise times 0.9"),
-        ("other", "start noise times 1.2"),
+        ("other", "start noise times 1.1"),
     ]
-    assert result.best.label in ("start noise times 1.2", "none")
-    # Each against its own sampler with no correction: 1.44 is surely worse than 1.2.
-    assert result.candidates[5].own_high > 0
+    assert result.best is result.candidates[3]
+    # Each against its own sampler with no correction, too: 1.32 is nearer to 1.2 than 1 is, and
+    # farther than 1.2.
+    assert result.candidates[5].high < 0 < result.candidates[5].own_high
 
 
 def test_the_samplers_make_as_many_calls_and_what_differs_is_said():

@@ -200,4 +200,5 @@ def test_skip_sets_are_equal_where_they_say_the_same():
     assert SkipSet.from_timesteps([49, 9, 9]) == SkipSet.from_timesteps(np.array([9, 49]))
     assert SkipSet.from_skipped([0, 2], 4) == SkipSet.from_timesteps([1, 3])
     assert SkipSet(9) != 9
+    assert SkipSet(9) != SkipSet(9.0)  # 9 timesteps and 9 units of time
     assert len({make() for make in EQUAL * 2}) == len(EQUAL)
