@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def typed_as(function: _Function) -> Callable[[Callable[..., Any]], _Function]:
+    """Give a stub the type of a function: torch types `Module.__call__` as returning Any."""
+    return lambda _: function
 
 
 def _asked(owner: Any, name: str) -> Callable[[], Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from s2dm_loss._torch import placed_like, whole
+from s2dm_loss._torch import placed_like, typed_as, whole
 from s2dm_loss.checks import (
     FixedSettings,
     check_batch,
@@ -35,7 +35,7 @@ from s2dm_loss.coefficients import (
     GainOptions,
 )
 from s2dm_loss.head import REDUCTIONS, Reduction, along, weighted_square
-from s2dm_loss.loss_table import LossTable, draw_like
+from s2dm_loss.loss_table import LossTable, draw_like, loss_dtype
 from s2dm_loss.prediction import PredictionType, check_prediction_type, read_output
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
@@ -218,7 +218,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         self.schedule.check_timesteps(t)
         noise = draw_like(x0, generator) if noise is None else check_like("noise", noise, "x0", x0)
         values = REDUCTIONS[self.reduction].values(x0.shape)
-        rows = self._table.rows(t, _loss_dtype(x0, noise), values)
+        rows = self._table.rows(t, loss_dtype(x0, noise), values)
         alpha, sigma = (self._table.row(rows, name) for name in ("alpha", "sigma"))
         a, b = placed_like(x0, alpha, sigma)
         x_t = (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
@@ -231,7 +231,9 @@ class SkipStepLoss(FixedSettings, TabledModule):
         return self._loss(output, rows, target, weights)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @typed_as(forward)
+        def __call__(self) -> None: ...  # noqa: D102 - that of `forward`
 
     def from_output(
         self,
@@ -276,7 +278,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
             check_per_sample("weights", weights, "target", target)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
         values = REDUCTIONS[self.reduction].values(output.shape)
-        rows = self._table.rows(t, _loss_dtype(output, target, x_t), values)
+        rows = self._table.rows(t, loss_dtype(output, target, x_t), values)
         regressed = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
         return self._loss(output, rows, regressed, weights)
 
@@ -307,7 +309,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         """
         self._table.check_data(target, t, x_t)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        rows = self._table.rows(t, _loss_dtype(target, x_t))
+        rows = self._table.rows(t, loss_dtype(target, x_t))
         parts = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
         weight, *parts = placed_like(target, rows[0], *parts)
         terms = [along(s, data) * data for s, data in zip(parts[::2], parts[1::2], strict=True)]
@@ -342,7 +344,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         if self._table.draws and skip_noise is None:
             raise ValueError(f"skip_noise must be given with the estimator {self.estimator!r}")
         xi = self._table.skip_noise(skip_noise, "noise", noise, None)
-        at_t = self._table.terms(t, _loss_dtype(eps_hat, noise))
+        at_t = self._table.terms(t, loss_dtype(eps_hat, noise))
         return loss_terms(eps_hat, noise, xi, at_t, ESTIMATORS[self.estimator])
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
@@ -376,11 +378,3 @@ class SkipStepLoss(FixedSettings, TabledModule):
                 value = getattr(self, name)
                 shown += [] if value == option.default else [f"{name}={value!r}"]
         return f"SkipStepLoss({self.schedule!r}, {self.skip_set!r}, {', '.join(shown)})"
-
-
-def _loss_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return float64 if any input has it, else float32: half types are lifted."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype == torch.float64:
-            return torch.float64
-    return torch.float32

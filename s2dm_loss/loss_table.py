@@ -204,3 +204,11 @@ class LossTable:
 def draw_like(noise: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw Gaussian noise of the shape, dtype and device of `noise`."""
     return torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, **drawn_by(generator))
+
+
+def loss_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return float64 if any input has it, else float32: half types are lifted."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32

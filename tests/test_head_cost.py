@@ -14,12 +14,7 @@ from torch.nn import functional as F
 
 import s2dm_loss
 from benchmarks.overhead.contenders import contenders
-from benchmarks.overhead.measure import (
-    OperatorCount,
-    inductor_bytes,
-    peak_memory,
-    syncs_forbidden,
-)
+from benchmarks.overhead.measure import OperatorCount, inductor_bytes, peak_memory, syncs_forbidden
 from s2dm_loss import NoiseSchedule, SkipStepLoss
 from tests.strategies import drawn, normal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import pkgutil
@@ -66,6 +67,13 @@ def test_every_public_class_and_function_and_method_has_a_docstring():
             if (member is item or (public and function)) and not inspect.getdoc(member):
                 bare.append(f"{name}.{member_name}")
     assert not bare
+
+
+def test_no_name_hides_a_module():
+    """`import s2dm_loss.coefficients as c` gives the module."""
+    for module in pkgutil.iter_modules(s2dm_loss.__path__):
+        found = importlib.import_module(f"s2dm_loss.{module.name}")
+        assert getattr(s2dm_loss, module.name) is found
 
 
 def test_a_star_import_brings_exactly_the_public_names():

@@ -17,13 +17,7 @@ from s2dm_loss.prediction import (
     output_from_epsilon,
 )
 from s2dm_loss.weighting import WEIGHTINGS, WeightingName, WeightingRow
-from tests.strategies import (
-    beside,
-    excess_over_least,
-    loss_and_gradient,
-    mean_of_squares,
-    normal,
-)
+from tests.strategies import beside, excess_over_least, loss_and_gradient, mean_of_squares, normal
 
 LINEAR = NoiseSchedule.linear(1000)
 T = torch.tensor([0, 49, 300, 450])  # where no bound on c acts

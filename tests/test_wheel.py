@@ -172,6 +172,39 @@ assert criterion(lambda x_t, t: 0 * x_t, torch.randn(2, 3)).isfinite()
         assert Path(line).is_relative_to(installed.site_packages)
 
 
+def test_a_type_checker_sees_what_a_call_returns(installed, tmp_path):
+    """A tensor, with no `Any` on the way; and the options by name."""
+    if importlib.util.find_spec("pyright") is None:
+        pytest.skip("the package `pyright` is not installed")
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+from s2dm_loss import NoiseSchedule, SkipStepLoss, gain
+from s2dm_loss.loss import RegressionTarget
+
+criterion = SkipStepLoss(NoiseSchedule.linear(1000), 49, prediction_type="v_prediction")
+x, t = torch.randn(2, 3), torch.tensor([3, 500])
+assert_type(criterion(nn.Identity(), x), Tensor)
+assert_type(criterion.from_output(x, x, t, x), Tensor)
+assert_type(criterion.regression_target(x, t, x), RegressionTarget)
+assert_type(gain(NoiseSchedule.linear(1000), 49, max_c2=4.0), Tensor)
+SkipStepLoss(NoiseSchedule.linear(1000), 49, prediction_type="v")  # type: ignore[arg-type]
+gain(NoiseSchedule.linear(1000), 49, bound=4.0)  # type: ignore[call-arg]
+"""
+    )
+    (tmp_path / "pyrightconfig.json").write_text(
+        '{"enableTypeIgnoreComments": true, "reportUnnecessaryTypeIgnoreComment": "error"}'
+    )
+    path = os.pathsep.join([str(installed.python.parent), os.environ["PATH"]])
+    command = (sys.executable, "-m", "pyright", "-p", tmp_path)
+    report = run(*command, cwd=tmp_path, env={**os.environ, "PATH": path})
+    assert "0 errors" in report
+
+
 def test_a_type_checker_knows_every_public_name(installed):
     if importlib.util.find_spec("pyright") is None:
         pytest.skip("the package `pyright` is not installed")
