@@ -40,7 +40,7 @@ from s2dm_loss.prediction import PredictionType, check_prediction_type, read_out
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.tables import TabledModule
-from s2dm_loss.terms import LossTerms, loss_terms
+from s2dm_loss.terms import LossTerms
 from s2dm_loss.timesteps import Timesteps, draw, read_timesteps
 from s2dm_loss.weighting import Weighting, read_weighting
 
@@ -83,8 +83,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
     made. Both are A · mse(output, regression target): 0 where the two are equal.
 
     It has no parameters, no buffers and no keys in a `state_dict`. Its table follows the tensors it
-    is given, so `.to(device)` is never needed; call it all the same before `torch.compile`, which
-    should not trace the move. Its settings are fixed once it is made.
+    is given; call `.to(device)` before `torch.compile`, which should not trace the move. Its
+    settings are fixed once it is made.
     """
 
     _fixed = frozenset(
@@ -123,10 +123,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
             prediction_type: What `model` predicts: "epsilon", "v_prediction", "sample", "flow",
                 "velocity" or "score".
             weighting: w(t) on the squared error of the noise: a name such as "min_snr" or a fixed
-                function of log SNR, see `s2dm_loss.weighting`. None is the paper's loss, and for
-                another output than ε its plain mean squared error.
-            normalize: Drop the weight A(t), leaving mse(output, regression target), which has the
-                same minimiser and weighs every timestep alike.
+                function of log SNR, see `s2dm_loss.weighting`. None is that of mse(output, target).
+            normalize: Drop the weight A(t): the same minimiser, every timestep weighed alike.
             max_c2: Upper bound on c², in ε and on the scale of the output. The default changes
                 nothing on the linear and scaled-linear schedules for k <= 100, where c² < 7. Where
                 ᾱ comes near 0 (cosine, zero terminal SNR, flow matching) c² would reach 1e5 or
@@ -183,8 +181,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         What is not given is drawn, in the order t, noise, skip_noise.
 
         Args:
-            model: Returns its prediction of shape [B, ...] as a tensor, as the first of a tuple, or
-                as `.sample`.
+            model: Returns its output, of shape [B, ...], alone, first in a tuple, or as `.sample`.
             x0: Clean data of shape [B, ...].
             t: Times of shape [B]; drawn as `timesteps` says if not given.
             noise: ε of the shape of `x0`.
@@ -293,9 +290,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
     ) -> RegressionTarget:
         """Return target and weight of `from_output`, for a trainer that keeps its own loss.
 
-        `weight * trainers_loss(output, target)` has the gradient of `from_output` where the
-        trainer's loss is a squared one. Masks, Huber losses and the trainer's weights stay as they
-        are; the equivalence to S²-DM then holds for the squared part.
+        `weight * trainers_loss(output, target)` has the gradient of `from_output` if the trainer's
+        loss is a squared one. Masks, Huber losses and the trainer's weights stay as they are.
 
         Args:
             target: What the trainer compares the output with, of shape [B, ...].
@@ -320,32 +316,20 @@ class SkipStepLoss(FixedSettings, TabledModule):
     ) -> LossTerms:
         """Return the paper's own two terms and their sum (Eq. 13), each of shape [B].
 
-        For logging, and for trainers whose plain loss is not mse(ε̂, ε): the gradient flows, so that
-        such a trainer can add τ times its own loss and (1-τ) times the skip term.
+        For logging, and for trainers that add (1-τ) times the skip term to τ times a loss of their
+        own: the gradient flows.
 
         Args:
             eps_hat: Predicted noise ε̂, of shape [B, ...].
             noise: The noise ε in x_t, of the same shape.
             t: Times of shape [B].
-            skip_noise: ξ of the estimator "fresh", which has to be given: the terms are those of
-                one draw.
+            skip_noise: ξ of the estimator "fresh", which has to be given.
 
         Raises:
             TypeError, ValueError: if an argument is not as said, or the loss was made for a network
                 that predicts something else.
         """
-        if self.prediction_type != "epsilon":
-            raise ValueError(
-                "terms takes a noise prediction, and this loss was made for prediction_type "
-                f"{self.prediction_type!r}"
-            )
-        self._table.check_data(noise, t, None, "noise")
-        check_like("eps_hat", eps_hat, "noise", noise)
-        if self._table.draws and skip_noise is None:
-            raise ValueError(f"skip_noise must be given with the estimator {self.estimator!r}")
-        xi = self._table.skip_noise(skip_noise, "noise", noise, None)
-        at_t = self._table.terms(t, loss_dtype(eps_hat, noise))
-        return loss_terms(eps_hat, noise, xi, at_t, ESTIMATORS[self.estimator])
+        return self._table.terms(eps_hat, noise, t, skip_noise)
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
         """Return the loss's `Coefficients` (Eq. 13) at times of any shape, in float64.
@@ -372,9 +356,10 @@ class SkipStepLoss(FixedSettings, TabledModule):
 
     @override
     def __repr__(self) -> str:
-        shown = [f"tau={self.tau}", f"estimator={self.estimator!r}"]
-        for name, option in inspect.signature(type(self)).parameters.items():
-            if option.kind is option.KEYWORD_ONLY and name not in ("tau", "estimator"):
-                value = getattr(self, name)
-                shown += [] if value == option.default else [f"{name}={value!r}"]
-        return f"SkipStepLoss({self.schedule!r}, {self.skip_set!r}, {', '.join(shown)})"
+        options = ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name, option in inspect.signature(type(self)).parameters.items()
+            if option.kind is option.KEYWORD_ONLY
+            and (name in ("tau", "estimator") or getattr(self, name) != option.default)
+        )
+        return f"SkipStepLoss({self.schedule!r}, {self.skip_set!r}, {options})"

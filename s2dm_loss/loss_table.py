@@ -12,6 +12,7 @@ from torch import Tensor
 from s2dm_loss._torch import is_traced, real_tensors
 from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
 from s2dm_loss.coefficients import (
+    ESTIMATORS,
     Coefficients,
     Estimator,
     LossRows,
@@ -23,6 +24,7 @@ from s2dm_loss.prediction import PathPoint, PredictionType
 from s2dm_loss.schedule import Schedule, drawn_by, wide_dtype
 from s2dm_loss.skip_set import SkipSet
 from s2dm_loss.tables import TimeTable
+from s2dm_loss.terms import LossTerms, loss_terms
 from s2dm_loss.timesteps import times_at
 from s2dm_loss.weighting import check_weights
 
@@ -102,9 +104,22 @@ class LossTable:
                 target += (rows[column], data)
         return target
 
-    def terms(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return τ, c, c² and the weighting of the noise's error at times [B], [4, B]."""
-        return self._terms.at(t, dtype)
+    def terms(
+        self, eps_hat: Tensor, noise: Tensor, t: Tensor, skip_noise: Tensor | None
+    ) -> LossTerms:
+        """Return the paper's terms of a noise prediction; see `SkipStepLoss.terms`."""
+        if self._prediction_type != "epsilon":
+            raise ValueError(
+                "terms takes a noise prediction, and this loss was made for prediction_type "
+                f"{self._prediction_type!r}"
+            )
+        self.check_data(noise, t, None, "noise")
+        check_like("eps_hat", eps_hat, "noise", noise)
+        if self.draws and skip_noise is None:
+            raise ValueError(f"skip_noise must be given with the estimator {self._estimator!r}")
+        xi = self.skip_noise(skip_noise, "noise", noise, None)
+        at_t = self._terms.at(t, loss_dtype(eps_hat, noise))
+        return loss_terms(eps_hat, noise, xi, at_t, ESTIMATORS[self._estimator])
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
         """Return the `Coefficients` at times of any shape, in float64."""
