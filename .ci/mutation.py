@@ -138,7 +138,8 @@ def score(name: str, config: Any, line: str, sample: int | None, jobs: int) -> f
     _, status = os.waitpid(start(how[0], None, *how[1:]), 0)
     if status:
         raise SystemExit(f"{name}: its tests fail as it is")
-    source = (ROOT / "s2dm_loss" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+    path = ROOT / "s2dm_loss" / f"{name.replace('.', '/')}.py"
+    source = path.read_text(encoding="utf-8")
     equal = {row["line"] for row in config["equal"] if row["module"] == name}
     count: Counter[str] = Counter()
     running: dict[int, Mutant] = {}

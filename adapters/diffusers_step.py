@@ -47,7 +47,8 @@ class StepCorrection:
         Raises:
             ValueError: if the scheduler has one already.
         """
-        self.scheduler, self._network, self._model = scheduler, network, model
+        self.scheduler: Any = scheduler
+        self._network, self._model = network, model
         self._kind = output_of(scheduler)
         self._before = scheduler.__dict__.get("step")
         if getattr(self._before, "is_active", False):

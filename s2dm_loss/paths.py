@@ -76,7 +76,9 @@ class VpPath(Path):
 
     def __init__(self, beta_min: float, beta_max: float, *, sub: bool) -> None:
         """Take β at both ends; `sub` for the sub-VP SDE."""
-        self.beta_min, self.beta_max, self.sub = beta_min, beta_max, sub
+        self.beta_min: float = beta_min
+        self.beta_max: float = beta_max
+        self.sub: bool = sub
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return -0.25 * t.square() * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min

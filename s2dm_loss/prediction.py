@@ -132,7 +132,9 @@ def output_scales(prediction_type: PredictionType, path: PathPoint) -> OutputSca
         return OutputScales(None, q, 1 / q, q, None)
     a = path.a
     d = a * q - path.b * p
-    return OutputScales(p, q, a / d, d / a, -p / a)
+    # Without signal an output says nothing of ε, also where its own two parts vanish (0 / 0).
+    ratio = torch.where(a == 0, 0.0, a / d)
+    return OutputScales(p, q, ratio, d / a, -p / a)
 
 
 def epsilon_from_output(

@@ -109,11 +109,11 @@ def test_importing_brings_the_core_and_its_dependencies_alone():
     assert not any(module.startswith("s2dm_loss.adapters") for module in modules)
 
 
-def test_importing_takes_at_most_a_twentieth_of_what_torch_takes():
+def test_importing_takes_at_most_a_tenth_of_what_torch_takes():
     # A share, since processors differ by three; the least of several runs, since memory is shared.
     shares = []
     for _ in range(5):
         shares.append(import_once()[0])
-        if shares[-1] <= 0.05:
+        if shares[-1] <= 0.1:
             return
     pytest.fail(f"imports took {[f'{share:.1%}' for share in shares]} of torch's")

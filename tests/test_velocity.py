@@ -93,3 +93,14 @@ def test_what_is_said_when_a_loss_is_made():
         SkipStepLoss(NoiseSchedule.linear(10), 1, prediction_type="velocity")
     with pytest.raises(ValueError, match=r"dsigma/dt must be finite.*min_time"):
         SkipStepLoss(ContinuousSchedule.cosine(), 0.05, prediction_type="velocity")
+
+
+def test_a_velocity_that_vanishes_at_the_noise_end_has_tau_times_the_plain_loss_there():
+    """x_t = t² x_0 + (1 - t²) ε: at t = 0 both rates are 0, and ε̂ would be 0 / 0."""
+    path = ContinuousSchedule.from_alpha_sigma(lambda t: (t**2, 1 - t**2), data_at=1)
+    criterion = SkipStepLoss(path, 0.05, prediction_type="velocity", reduction="none")
+    output, x_t = normal(2, 5, seed=0), normal(2, 5, seed=1)
+    t = torch.tensor([0.0, 1e-9], dtype=torch.float64)
+    found = criterion.from_output(output, torch.zeros_like(output), t, x_t)
+    expected = 0.99 * output.square().mean(1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

@@ -42,8 +42,12 @@ class Trials:
         noise_shape: tuple[int, ...],
     ) -> None:
         """Take what `CorrectionSearch` was given."""
-        self.model, self.samplers, self.data = model, samplers, data
-        self.features, self.batch_size, self.noise_shape = features, batch_size, noise_shape
+        self.model: nn.Module = model
+        self.samplers: dict[str, Sampler] = samplers
+        self.data: Tensor = data
+        self.features: Callable[[Tensor], Tensor] | None = features
+        self.batch_size: int = batch_size
+        self.noise_shape: tuple[int, ...] = noise_shape
 
     def count_calls(self, seed: int) -> dict[str, int]:
         """Return how often each sampler calls the model, by a run on a single sample."""
@@ -122,9 +126,10 @@ class Stage:
     ) -> None:
         """Take the axes, the rows of the data, the number of samples and the seed of the noise."""
         self._trials, self._axes, self._reporter = trials, axes, reporter
-        self.count, self._seed = count, seed
+        self.count: int = count
+        self._seed = seed
         data = torch.cat([axes(values) for values in trials.data_values(rows)])
-        self.comparison = FrechetComparison(data, count, seed)
+        self.comparison: FrechetComparison = FrechetComparison(data, count, seed)
         self._is_first = True
 
     def add(self, pair: Pair) -> float:
