@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) make the gradients that one makes on the joined batch."""
+"""Several processes (gloo, CPU) make the gradients that one makes on the joined batch."""
 
 import os
 import subprocess
@@ -8,76 +8,40 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import distributed_wrappers as wrappers
 from tests.helpers.distributed import run_distributed
-from tests.helpers.distributed_workers import everything
+from tests.helpers.distributed_workers import LOSSES, WRAPPERS, alone, everything
 
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    generator = torch.Generator().manual_seed(1)
-    x0, noise, skip_noise = torch.randn(3, 8, 1, 6, 6, generator=generator).unbind(0)
-    t = torch.tensor([0, 999, 8, 500, 9, 10, 700, 3])
-    batch = {"x0": x0, "noise": noise, "skip_noise": skip_noise, "t": t}
-    alone = everything(0, 1, batch)
-    alone["accelerate"] = alone["epsilon"]
-    return alone, run_distributed(everything, tmp_path_factory.mktemp("ranks"), 2, batch)
-
-
-@pytest.mark.parametrize(
-    "kind", ["expected", "fresh", "shared", "epsilon", "v_prediction", "accelerate"]
-)
-def test_two_processes_are_one_on_the_joined_batch(runs, kind):
-    alone, ranks = runs
-    for rank in ranks:
-        assert rank[kind]["calls"] == 1
-        torch.testing.assert_close(rank[kind]["gradients"], alone[kind]["gradients"])
-    losses = torch.stack([rank[kind]["loss"] for rank in ranks])
-    torch.testing.assert_close(losses.mean(), alone[kind]["loss"])
-    assert losses[0] != losses[1]  # each has seen its own part
-
-
-def test_accelerate_ran_in_two_processes(runs):
-    _, ranks = runs
-    for rank in ranks:
-        assert rank["accelerate"]["wrapper"] == "DistributedDataParallel"
-        assert rank["accelerate"]["processes"] == 2
-
-
 WRAPPED = [
-    *(
-        f"{wrapper}, {how}"
-        for wrapper in ("ddp", "fsdp2")
-        for how in ("outside", "inside", "accumulated", "uneven")
-    ),
-    "accelerate",
+    f"{wrapper}, {how}"
+    for wrapper in WRAPPERS
+    for how in ("outside", "inside", "accumulated", "uneven")
 ]
 SIZES = {2: [4, 3], 4: [2, 2, 2, 3]}
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} processes")
-def wrapped_runs(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size} processes")
+def runs(request, tmp_path_factory):
     sizes = SIZES[request.param]
     generator = torch.Generator().manual_seed(2)
-    x0, noise = torch.randn(2, sum(sizes), 1, 6, 6, generator=generator).unbind(0)
+    x0, noise, xi = torch.randn(3, sum(sizes), 1, 6, 6, generator=generator).unbind(0)
     # The first process has times below the skip alone.
     t = torch.tensor([0, 8, 3, 5, 999, 100, 500, 9, 700])[: sum(sizes)]
-    batch = {"x0": x0, "noise": noise, "t": t}
+    batch = {"x0": x0, "noise": noise, "skip_noise": xi, "t": t}
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = run_distributed(wrappers.everything, folder, batch, sizes, world_size=request.param)
+    ranks = run_distributed(everything, folder, batch, sizes, world_size=request.param)
     return batch, sizes, ranks
 
 
-@pytest.mark.parametrize("how", WRAPPED)
-def test_every_wrapper_is_one_process_on_the_joined_batch(wrapped_runs, how):
-    batch, sizes, ranks = wrapped_runs
+@pytest.mark.parametrize("how", [*LOSSES, *WRAPPED, "accelerate"])
+def test_every_wrapper_is_one_process_on_the_joined_batch(runs, how):
+    """With one call of the model a step, or for each part of an accumulated one."""
+    batch, sizes, ranks = runs
     count = sum(sizes) if "uneven" in how else len(sizes) * min(sizes)
-    expected = wrappers.alone(batch, count)
     for rank in ranks:
-        torch.testing.assert_close(rank[how], expected)
+        torch.testing.assert_close(rank[how], alone(batch, count, how))
 
 
 def page_block(title: str) -> str:

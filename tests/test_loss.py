@@ -201,16 +201,22 @@ def test_any_rank_and_any_float_type(shape, dtypes):
     assert loss.item() == pytest.approx(exact.item(), rel=1e-12 if wide == torch.float64 else 1e-6)
 
 
-def test_reductions_and_weights():
+@pytest.mark.parametrize("weights", [None, [0.0, 1.0, 2.0, 0.5, 3.0]])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_reductions_and_weights(reduction, weights):
     eps_hat, noise = normal(5, 3, 2, seed=0), normal(5, 3, 2, seed=1)
-    t, weights = torch.tensor([0, 9, 100, 500, 999]), torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0])
-    per_sample = least_zero(eps_hat, noise, t)
-    for given_weights, losses in ((None, per_sample), (weights, per_sample * weights.double())):
-        expected = {"none": losses, "sum": losses.sum(), "mean": losses.mean()}
-        for reduction, value in expected.items():
-            criterion = SkipStepLoss(LINEAR, 9, reduction=reduction)
-            found = criterion.from_output(eps_hat, noise, t, weights=given_weights)
-            torch.testing.assert_close(found, value)
+    t, criterion = torch.tensor([0, 9, 100, 500, 999]), SkipStepLoss(LINEAR, 9, reduction=reduction)
+    weights = None if weights is None else torch.tensor(weights)
+
+    def expected(x):
+        losses = least_zero(x, noise, t) * (1 if weights is None else weights.double())
+        return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+
+    found = loss_and_gradient(
+        lambda x: criterion.from_output(x, noise, t, weights=weights), eps_hat
+    )
+    for value, wanted in zip(found, loss_and_gradient(expected, eps_hat), strict=True):
+        torch.testing.assert_close(value, wanted)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

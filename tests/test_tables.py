@@ -278,6 +278,18 @@ def test_no_fake_copy_is_kept():
     assert found.tolist() == [0.25, 0.75]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_times_of_any_integer_type(dtype):
+    criterion, t = SkipStepLoss(LINEAR, 9, reduction="none"), torch.tensor([0, 8, 9, 100])
+    eps_hat, noise = normal(4, 3, seed=0), normal(4, 3, seed=1)
+    found = criterion.from_output(eps_hat, noise, t.to(dtype))
+    assert torch.equal(found, criterion.from_output(eps_hat, noise, t))
+    assert torch.equal(
+        criterion.coefficients_at(t.to(dtype).view(2, 2)).gain,
+        criterion.coefficients_at(t).gain.view(2, 2),
+    )
+
+
 def test_batches_of_any_size_in_any_order():
     """What the mean divides by is kept for some numbers of values, and made anew for the others."""
     criterion = SkipStepLoss(LINEAR, 9)
