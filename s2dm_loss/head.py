@@ -1,7 +1,7 @@
 """The loss head: where the loss meets the data.
 
 Everything else in the loss has one value for each sample and costs next to nothing. The head moves
-the data five times and makes one new tensor of their size, which ends as the gradient:
+the data six times and makes one new tensor of their size, which ends as the gradient:
 
     forward     residual = output - scale · target     reads two, writes one
                 norms of pieces of the residual        reads one
