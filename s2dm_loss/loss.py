@@ -125,11 +125,11 @@ class SkipStepLoss(FixedSettings, TabledModule):
             weighting: w(t) on the squared error of the noise: a name such as "min_snr" or a fixed
                 function of log SNR, see `s2dm_loss.weighting`. None is that of mse(output, target).
             normalize: Drop the weight A(t): the same minimiser, every timestep weighed alike.
-            max_c2: Upper bound on c², in ε and on the scale of the output. For ε the default changes
-                nothing on the linear and scaled-linear schedules for k <= 100, where c² < 7. Where
-                ᾱ comes near 0 (cosine, zero terminal SNR, flow matching) c² would reach 1e5 or
-                infinity: bounded, no timestep weighs more than 1.99 and no gain is below 0.497 at
-                τ = 0.99. `math.inf` takes the bound away.
+            max_c2: Upper bound on c², in ε and on the scale of the output. For ε the default
+                changes nothing on the linear and scaled-linear schedules for k <= 100, where
+                c² < 7. Where ᾱ comes near 0 (cosine, zero terminal SNR, flow matching) c² would
+                reach 1e5 or infinity: bounded, no timestep weighs more than 1.99 and no gain is
+                below 0.497 at τ = 0.99. `math.inf` takes the bound away.
             timesteps: How `criterion(model, x0)` draws t: "uniform", "stratified" (the same
                 expectation, less variance) or a function; see `s2dm_loss.timesteps`.
 
