@@ -1,7 +1,7 @@
 """The loss in yang-song/score_sde_pytorch: one call in `run_lib.py`, the training one.
 
-    -  train_step_fn = losses.get_step_fn(sde, train=True, optimize_fn=optimize_fn,
-    +  train_step_fn = get_step_fn(sde, train=True, skip_set=49, optimize_fn=optimize_fn,
+    -  train_step_fn = losses.get_step_fn(sde, train=True, ...
+    +  train_step_fn = get_step_fn(sde, train=True, skip_set=49, ...
 
 The functions have the names, arguments and defaults of the trainer's `losses.py`. Nothing of the
 trainer is imported: its module names (`losses`, `models`, `utils`) are those of other trainers as

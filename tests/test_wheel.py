@@ -111,7 +111,7 @@ def test_no_link_of_the_readme_is_dead_on_an_index(wheel):
     assert [link for link in links if not "".join(link).startswith("https://")] == []
     words = re.sub(r"\W+", " ", description)
     assert "Should I use it" in words
-    assert "The overview has the rest OneTrainer" in words  # a link's text stays
+    assert "Which correction says when to take what" in words  # a link's text stays
 
 
 def test_the_metadata_render_and_say_what_pyproject_says(dist, wheel):

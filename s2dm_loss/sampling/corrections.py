@@ -3,10 +3,10 @@
 A correction turns what a sampler is given, a model and its start noise, into another model and
 noise. What is here multiplies the noise prediction ε̂ by a factor s(t), or the start noise:
 
-    SkipGain          s(t) of S²-DM with the skip k; for -k its inverse
-    EpsilonScaling    1 / λ: Epsilon Scaling (Ning et al., arXiv 2308.15321)
-    ScoreRescaling    (ψ + σ²) / (ψ/r + σ²): Temporal Score Rescaling (arXiv 2510.01184)
-    StartScaling      the start noise times a constant
+    SkipGain        s(t) of S²-DM with the skip k; for -k its inverse
+    EpsilonScaling  1 / λ (Ning et al., arXiv 2308.15321)
+    ScoreRescaling  (ψ + σ²) / (ψ/r + σ²) (Temporal, arXiv 2510.01184)
+    StartScaling    the start noise times a constant
 
 All of them change how far the samples lie apart, and all work in both directions.
 """

@@ -50,7 +50,8 @@ class ScaledModel(FixedSettings, TabledModule):
     >>> class Model(nn.Module):
     ...     def forward(self, x_t, t):
     ...         return torch.ones_like(x_t)
-    >>> scaled = ScaledModel.with_gain(Model(), NoiseSchedule.linear(1000), skip_set=99)
+    >>> schedule = NoiseSchedule.linear(1000)
+    >>> scaled = ScaledModel.with_gain(Model(), schedule, skip_set=99)
     >>> scaled(torch.zeros(2, 1), torch.tensor([0, 999])).flatten()
     tensor([1.0000, 0.9456])
     """

@@ -58,7 +58,7 @@ class CorrectionSearch:
     ...     Model(), sample, data, standard_corrections(schedule), num_samples=1024
     ... )
     >>> print(search.cost)  # doctest: +ELLIPSIS
-    38 x 512 samples to choose, then 9 x 1024 samples to compare: at most 112 sampler runs of ...
+    38 x 512 samples to choose, then 9 x 1024 samples to compare: at most 112 ...
     >>> best = search.recommend(progress=False)
     >>> model, noise = best(Model(), torch.randn(8, 2))
 
