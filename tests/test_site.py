@@ -300,7 +300,7 @@ def test_pictures_of_the_benchmarks_stand_in_the_page(address, browser, name):
 def test_a_hat_in_code_is_on_its_letter_and_in_one_cell(address, page):
     from PIL import Image
 
-    page.goto(f"{address}/adapters/diffusers.html")
+    page.goto(f"{address}/correct.html")
     page.evaluate("document.fonts.ready")
     hat = page.locator("pre .hat").first
     assert hat.inner_text() == "ε̂"

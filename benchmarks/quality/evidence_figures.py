@@ -49,7 +49,7 @@ def seeds() -> Figure:
                     label = {FRECHET: "Fréchet", KERNEL: "kernel"}[key] if row == 0 else None
                     axes.plot(changes, places, "o", color=color, ms=4, alpha=0.8, label=label)
             zero_line(axes, vertical=True)
-            axes.set_title(title, fontsize="small")
+            axes.set_title(title)
         panels[0].set_yticks([-row for row in range(len(ROWS))], [title for title, *_ in ROWS])
         figure.supxlabel("nearer than plain DDIM, %", fontsize="medium")
         handles = panels[0].get_legend_handles_labels()
