@@ -305,11 +305,3 @@ class Method:
         young = "" if self.percent == 100 else f", {self.percent} % of the training"
         correction = "" if self.correction is None else f" + {self.correction.title}"
         return f"{self.objective.title}{young}{correction}"
-
-    @property
-    def is_peer(self) -> bool:
-        """Whether this is another's method against the same plain training."""
-        if self.percent < 100:
-            return False
-        ours = self.objective.ours or (self.correction is not None and self.correction.ours)
-        return not ours and (self.correction is not None or not isinstance(self.objective, Plain))
