@@ -169,7 +169,7 @@ CIFAR10_16 = Preset(
     data="cifar10-16",
     network=PixelUNetSpec(UNetSpec(channels=64, multipliers=(1, 2, 2), blocks=1, attention_at=())),
     budget=Budget(
-        steps=4_688,
+        steps=4_000,
         batch_size=128,
         learning_rate=1e-3,
         warmup=200,
