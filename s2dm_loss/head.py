@@ -14,7 +14,7 @@ copies, of which the head holds two at once, as `F.mse_loss` does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,18 +31,19 @@ class ReductionRow(NamedTuple):
     """What a loss of data [B, ...] is of its weighted squares.
 
     Attributes:
-        values: How many values their sum is divided by, from the shape of the data.
+        first_axis: Their sum is divided by the number of values in this axis and all after it;
+            beyond the last axis by nothing.
         per_sample: Whether the result has shape [B].
     """
 
-    values: Callable[[torch.Size], int]
+    first_axis: int
     per_sample: bool
 
 
 REDUCTIONS: dict[Reduction, ReductionRow] = {
-    "mean": ReductionRow(lambda shape: shape.numel(), per_sample=False),
-    "sum": ReductionRow(lambda shape: shape[1:].numel(), per_sample=False),
-    "none": ReductionRow(lambda shape: shape[1:].numel(), per_sample=True),
+    "mean": ReductionRow(first_axis=0, per_sample=False),
+    "sum": ReductionRow(first_axis=1, per_sample=False),
+    "none": ReductionRow(first_axis=1, per_sample=True),
 }
 check_rows("REDUCTIONS", REDUCTIONS, Reduction)
 

@@ -35,7 +35,7 @@ from s2dm_loss.coefficients import (
     GainOptions,
 )
 from s2dm_loss.head import REDUCTIONS, Reduction, along, weighted_square
-from s2dm_loss.loss_table import LossTable, draw_like, loss_dtype
+from s2dm_loss.loss_table import LossTable, draw_like
 from s2dm_loss.prediction import PredictionType, check_prediction_type, read_output
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
@@ -214,8 +214,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
         check_per_sample("t", t, "x0", x0)
         self.schedule.check_timesteps(t)
         noise = draw_like(x0, generator) if noise is None else check_like("noise", noise, "x0", x0)
-        values = REDUCTIONS[self.reduction].values(x0.shape)
-        rows = self._table.rows(t, loss_dtype(x0, noise), values)
+        values = x0.shape[REDUCTIONS[self.reduction].first_axis :].numel()
+        rows = self._table.rows(t, values, x0, noise)
         alpha, sigma = (self._table.row(rows, name) for name in ("alpha", "sigma"))
         a, b = placed_like(x0, alpha, sigma)
         x_t = (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
@@ -264,8 +264,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
-        self._table.check_data(target, t, x_t)
-        check_like("output", output, "target", target)
+        self._table.check_data(target, t, x_t, output)
         if target.requires_grad and not output.requires_grad:
             raise ValueError(
                 "target requires grad and output does not: the output comes first, "
@@ -274,8 +273,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
         if weights is not None:
             check_per_sample("weights", weights, "target", target)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        values = REDUCTIONS[self.reduction].values(output.shape)
-        rows = self._table.rows(t, loss_dtype(output, target, x_t), values)
+        values = output.shape[REDUCTIONS[self.reduction].first_axis :].numel()
+        rows = self._table.rows(t, values, output, target, x_t)
         regressed = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
         return self._loss(output, rows, regressed, weights)
 
@@ -305,7 +304,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         """
         self._table.check_data(target, t, x_t)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        rows = self._table.rows(t, loss_dtype(target, x_t))
+        rows = self._table.rows(t, 1, target, x_t)
         parts = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
         weight, *parts = placed_like(target, rows[0], *parts)
         terms = [along(s, data) * data for s, data in zip(parts[::2], parts[1::2], strict=True)]

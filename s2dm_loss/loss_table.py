@@ -76,11 +76,16 @@ class LossTable:
         self._terms = TimeTable(self._terms_at, timesteps)
         self._divided: dict[int, TimeTable] = {}
 
-    def rows(self, t: Tensor, dtype: torch.dtype, values: int = 1) -> Sequence[Tensor]:
-        """Return the rows that this loss has at times [B], each of shape [B] and in `dtype`.
+    def rows(self, t: Tensor, values: int, *data: Tensor | None) -> Sequence[Tensor]:
+        """Return the rows that this loss has at times [B], each of shape [B], for such data.
 
-        The first two are weight and slope, divided by `values`.
+        They are float64 if any data are, else float32: half types are lifted. The first two are
+        weight and slope, divided by `values`.
         """
+        dtype = torch.float32
+        for tensor in data:
+            if tensor is not None and tensor.dtype == torch.float64:
+                dtype = torch.float64
         if self._rows.is_continuous or is_traced():
             weight, slope, *rows = self._rows.at(t, dtype).unbind(0)
             return weight / values, slope / values, *rows
@@ -113,12 +118,12 @@ class LossTable:
                 "terms takes a noise prediction, and this loss was made for prediction_type "
                 f"{self._prediction_type!r}"
             )
-        self.check_data(noise, t, None, "noise")
-        check_like("eps_hat", eps_hat, "noise", noise)
+        self.check_data(noise, t, None, eps_hat, names=("noise", "eps_hat"))
         if self.draws and skip_noise is None:
             raise ValueError(f"skip_noise must be given with the estimator {self._estimator!r}")
         xi = self.skip_noise(skip_noise, "noise", noise, None)
-        at_t = self._terms.at(t, loss_dtype(eps_hat, noise))
+        wide = torch.float64 in (eps_hat.dtype, noise.dtype)
+        at_t = self._terms.at(t, torch.float64 if wide else torch.float32)
         return loss_terms(eps_hat, noise, xi, at_t, ESTIMATORS[self._estimator])
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
@@ -132,24 +137,43 @@ class LossTable:
             table.copy_to(device)
 
     def check_data(
-        self, target: Tensor, t: Tensor, x_t: Tensor | None, name: str = "target"
+        self,
+        like: Tensor,
+        t: Tensor,
+        x_t: Tensor | None,
+        *others: Tensor,
+        names: tuple[str, ...] = ("target", "output"),
     ) -> None:
-        """Raise unless target, t and x_t fit together and to the prediction type."""
-        check_batch(name, target)
-        if isinstance(t, Tensor) and t.ndim > 1 and t.is_floating_point():
-            raise ValueError(
-                f"t must have shape ({len(target)},), got {describe(t)}: t comes before x_t, "
-                "from_output(output, target, t, x_t)"
-            )
-        check_per_sample("t", t, name, target)
+        """Raise unless t, x_t and other data [B, ...] fit `like`, and x_t is there if it is needed.
+
+        Where all is well nothing is called but the schedule: this is part of every step.
+        """
+        if not (isinstance(like, Tensor) and like.is_floating_point() and like.ndim):
+            check_batch(names[0], like)
+        shape, device = like.shape, like.device
+        if not (isinstance(t, Tensor) and t.shape == shape[:1] and t.device == device):
+            if isinstance(t, Tensor) and t.ndim > 1 and t.is_floating_point():
+                raise ValueError(
+                    f"t must have shape ({len(like)},), got {describe(t)}: t comes before x_t, "
+                    "from_output(output, target, t, x_t)"
+                )
+            check_per_sample("t", t, names[0], like)
         self._schedule.check_timesteps(t)
         if x_t is not None:
-            check_like("x_t", x_t, name, target)
+            others, names = (*others, x_t), (*names[: len(others) + 1], "x_t")
         elif self.reads_input:
             raise ValueError(
                 f"x_t must be given for prediction_type {self._prediction_type!r}, whose target "
                 "holds data, got None: from_output(output, target, t, x_t)"
             )
+        for name, value in zip(names[1:], others, strict=False):
+            if not (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and value.shape == shape
+                and value.device == device
+            ):
+                check_like(name, value, names[0], like)
 
     def skip_noise(
         self,
@@ -219,11 +243,3 @@ class LossTable:
 def draw_like(noise: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw Gaussian noise of the shape, dtype and device of `noise`."""
     return torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, **drawn_by(generator))
-
-
-def loss_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return float64 if any input has it, else float32: half types are lifted."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype == torch.float64:
-            return torch.float64
-    return torch.float32

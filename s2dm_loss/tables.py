@@ -20,16 +20,21 @@ from s2dm_loss._torch import is_traced, real_tensors, whole
 
 
 class DeviceCopies:
-    """A tensor on the CPU, and a copy of it in each type and on each device that asks."""
+    """A tensor on the CPU, and a copy of it in each type and on each device that asks.
+
+    Attributes:
+        source: The tensor.
+        copies: The copies made so far.
+    """
 
     def __init__(self, source: Tensor) -> None:
         """Take the tensor."""
         self.source = source
-        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the tensor on a device and in a type, copied the first time only."""
-        copy = self._copies.get((device, dtype))
+        copy = self.copies.get((device, dtype))
         if copy is not None:
             return copy
         if is_traced():
@@ -37,11 +42,11 @@ class DeviceCopies:
         with torch.inference_mode(False):
             copy = self.source.to(device, dtype)
         if type(copy) is Tensor:  # and no fake tensor
-            self._copies[device, dtype] = copy
+            self.copies[device, dtype] = copy
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copies": {}}
+        return {**self.__dict__, "copies": {}}
 
 
 class TabledModule(nn.Module):
@@ -111,7 +116,9 @@ class TimeTable:
             t = whole(t)
         if self._table is None:
             return torch.stack([value.to(dtype) for value in self._functions(t)])
-        return read_table(self._table.on(t.device, dtype), t)
+        # Asked here first: the table is read at every step, and is almost always there.
+        table = self._table.copies.get((t.device, dtype))
+        return read_table(self._table.on(t.device, dtype) if table is None else table, t)
 
     def scaled(self, factors: Sequence[float]) -> TimeTable:
         """Return a kept table whose first rows are multiplied by `factors`."""

@@ -126,7 +126,7 @@ def test_an_infinite_prediction_type_is_refused(monkeypatch):
 
 def test_a_reduction_is_one_row(monkeypatch, data):
     """The sum over everything, such as DDPM's."""
-    monkeypatch.setitem(REDUCTIONS, "total", ReductionRow(lambda shape: 1, per_sample=False))
+    monkeypatch.setitem(REDUCTIONS, "total", ReductionRow(first_axis=3, per_sample=False))
     x0, eps, _, output, *_ = data
     each, total = (SkipStepLoss(LINEAR, 49, reduction=name) for name in ("none", "total"))
     weights = torch.tensor([1.0, 0.0, 2.0, 3.0])
@@ -166,7 +166,7 @@ def test_a_weighting_is_one_row(monkeypatch, data):
     ("row", "fields"),
     [
         (Zeta, {"on_noise": -1, "on_skip_noise": 0, "unseen_variance": 0}),
-        (ReductionRow, {"values": len, "per_sample": False}),
+        (ReductionRow, {"first_axis": 0, "per_sample": False}),
         (WeightingRow, {"formula": torch.exp, "default": None}),
     ],
 )
