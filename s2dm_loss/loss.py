@@ -9,14 +9,14 @@ and put on the data by `head`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from s2dm_loss._torch import placed_like, typed_as, whole
+from s2dm_loss._torch import placed_like, typed_as
 from s2dm_loss.checks import (
     FixedSettings,
     check_batch,
@@ -34,7 +34,7 @@ from s2dm_loss.coefficients import (
     Estimator,
     GainOptions,
 )
-from s2dm_loss.head import REDUCTIONS, Reduction, along, weighted_square
+from s2dm_loss.head import REDUCTIONS, Reduction, along
 from s2dm_loss.loss_table import LossTable, draw_like
 from s2dm_loss.prediction import PredictionType, check_prediction_type, read_output
 from s2dm_loss.schedule import Schedule, check_schedule
@@ -157,6 +157,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
             self.skip_set,
             tau=tau,
             estimator=estimator,
+            reduction=reduction,
             prediction_type=prediction_type,
             weighting=self.weighting,
             normalize=normalize,
@@ -214,8 +215,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         check_per_sample("t", t, "x0", x0)
         self.schedule.check_timesteps(t)
         noise = draw_like(x0, generator) if noise is None else check_like("noise", noise, "x0", x0)
-        values = x0.shape[REDUCTIONS[self.reduction].first_axis :].numel()
-        rows = self._table.rows(t, values, x0, noise)
+        rows = self._table.rows(t, x0, noise)
         alpha, sigma = (self._table.row(rows, name) for name in ("alpha", "sigma"))
         a, b = placed_like(x0, alpha, sigma)
         x_t = (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
@@ -225,7 +225,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         zeta = self._table.skip_noise(skip_noise, "x0", x0, generator)
         # From x_0 and ε, not from x_t, which is the model's to overwrite.
         target = self._table.target(rows, on_noise=noise, on_data=x0, on_skip_noise=zeta)
-        return self._loss(output, rows, target, weights)
+        return self._table.loss(output, rows, target, weights)
 
     if TYPE_CHECKING:
 
@@ -265,18 +265,12 @@ class SkipStepLoss(FixedSettings, TabledModule):
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
         self._table.check_data(target, t, x_t, output)
-        if target.requires_grad and not output.requires_grad:
-            raise ValueError(
-                "target requires grad and output does not: the output comes first, "
-                "from_output(output, target, t, x_t)"
-            )
         if weights is not None:
             check_per_sample("weights", weights, "target", target)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        values = output.shape[REDUCTIONS[self.reduction].first_axis :].numel()
-        rows = self._table.rows(t, values, output, target, x_t)
+        rows = self._table.rows(t, output, target, x_t)
         regressed = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
-        return self._loss(output, rows, regressed, weights)
+        return self._table.loss(output, rows, regressed, weights)
 
     def regression_target(
         self,
@@ -304,7 +298,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         """
         self._table.check_data(target, t, x_t)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        rows = self._table.rows(t, 1, target, x_t)
+        rows = self._table.rows(t, target, x_t, divided=False)
         parts = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
         weight, *parts = placed_like(target, rows[0], *parts)
         terms = [along(s, data) * data for s, data in zip(parts[::2], parts[1::2], strict=True)]
@@ -338,16 +332,6 @@ class SkipStepLoss(FixedSettings, TabledModule):
         """
         self.schedule.check_timesteps(t)
         return self._table.coefficients_at(t)
-
-    def _loss(
-        self, output: Tensor, rows: Sequence[Tensor], target: list[Tensor], weights: Tensor | None
-    ) -> Tensor:
-        share, slope = rows[:2]
-        if weights is not None:
-            weights = whole(weights).to(share.dtype)
-            share, slope = share * weights, slope * weights
-        per_sample = REDUCTIONS[self.reduction].per_sample
-        return weighted_square(output, share, slope, *target, per_sample=per_sample)
 
     @override
     def _copy_tables(self, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from s2dm_loss._torch import is_traced, real_tensors
+from s2dm_loss._torch import is_traced, real_tensors, whole
 from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
 from s2dm_loss.coefficients import (
     ESTIMATORS,
@@ -20,6 +20,7 @@ from s2dm_loss.coefficients import (
     loss_rows,
     output_weights,
 )
+from s2dm_loss.head import REDUCTIONS, Reduction, weighted_square
 from s2dm_loss.prediction import PathPoint, PredictionType
 from s2dm_loss.schedule import Schedule, drawn_by, wide_dtype
 from s2dm_loss.skip_set import SkipSet
@@ -47,6 +48,7 @@ class LossTable:
         *,
         tau: float,
         estimator: Estimator,
+        reduction: Reduction,
         prediction_type: PredictionType,
         weighting: Callable[[Tensor], Tensor] | None,
         normalize: bool,
@@ -60,6 +62,7 @@ class LossTable:
         """
         self._schedule, self._skip_set, self._tau = schedule, skip_set, tau
         self._estimator: Estimator = estimator
+        self._reduction = REDUCTIONS[reduction]
         self._prediction_type: PredictionType = prediction_type
         self._weighting, self._normalize, self._max_c2 = weighting, normalize, max_c2
         with real_tensors():
@@ -76,14 +79,17 @@ class LossTable:
         self._terms = TimeTable(self._terms_at, timesteps)
         self._divided: dict[int, TimeTable] = {}
 
-    def rows(self, t: Tensor, values: int, *data: Tensor | None) -> Sequence[Tensor]:
-        """Return the rows that this loss has at times [B], each of shape [B], for such data.
+    def rows(
+        self, t: Tensor, like: Tensor, *data: Tensor | None, divided: bool = True
+    ) -> Sequence[Tensor]:
+        """Return the rows that this loss has at times [B], each of shape [B], for data [B, ...].
 
         They are float64 if any data are, else float32: half types are lifted. The first two are
-        weight and slope, divided by `values`.
+        weight and slope, divided by the number of values that the reduction averages over.
         """
+        values = like.shape[self._reduction.first_axis :].numel() if divided else 1
         dtype = torch.float32
-        for tensor in data:
+        for tensor in (like, *data):
             if tensor is not None and tensor.dtype == torch.float64:
                 dtype = torch.float64
         if self._rows.is_continuous or is_traced():
@@ -108,6 +114,20 @@ class LossTable:
             if column is not None and data is not None:
                 target += (rows[column], data)
         return target
+
+    def loss(
+        self,
+        output: Tensor,
+        rows: Sequence[Tensor],
+        target: Sequence[Tensor],
+        weights: Tensor | None,
+    ) -> Tensor:
+        """Return the loss of an output from `rows` and `target`, with weights [B] if given."""
+        share, slope = rows[:2]
+        if weights is not None:
+            weights = whole(weights).to(share.dtype)
+            share, slope = share * weights, slope * weights
+        return weighted_square(output, share, slope, *target, per_sample=self._reduction.per_sample)
 
     def terms(
         self, eps_hat: Tensor, noise: Tensor, t: Tensor, skip_noise: Tensor | None
@@ -159,6 +179,10 @@ class LossTable:
                 )
             check_per_sample("t", t, names[0], like)
         self._schedule.check_timesteps(t)
+        if others and like.requires_grad and not others[0].requires_grad:
+            raise ValueError(
+                f"{names[0]} requires grad and {names[1]} does not: the output comes first"
+            )
         if x_t is not None:
             others, names = (*others, x_t), (*names[: len(others) + 1], "x_t")
         elif self.reads_input:

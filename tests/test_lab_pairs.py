@@ -10,7 +10,7 @@ from s2dm_loss.sampling import EpsilonScaling, SkipGain, StartScaling
 
 @pytest.mark.parametrize("name", ["ddim", "pndm"])
 def test_the_judge_is_exact_on_a_gaussian(name):
-    judge = pairs.Judge(*pairs.CASES["Gaussian, 10 steps"])
+    judge = pairs.Judge(pairs.CASES["Gaussian, 10 steps"])
     times = torch.arange(1000)
     for correction, strength in (
         (SkipGain(pairs.SCHEDULE), 99),
@@ -31,7 +31,7 @@ def test_a_study(monkeypatch):
     monkeypatch.setattr(pairs, "SAMPLERS", ("ddim", "pndm"))
     monkeypatch.setattr(pairs, "HELD_OUT", 1024)
     monkeypatch.setattr(pairs, "NUM_SAMPLES", 512)
-    found = pairs.study("Gaussian, 10 steps", repeats=2)
+    found = pairs.study(pairs.CASES["Gaussian, 10 steps"], repeats=2)
     assert found["best pair"][0].startswith("PNDM")
     assert found["best with DDIM"][0].startswith("DDIM")
     for rows in found["searches"].values():

@@ -1,23 +1,32 @@
 """How far from the best pair of sampler and correction is what the search recommends?
 
-The model is exact and the data's law known, so every pair can be tried: each sampler with no
-correction and with each strength of each correction's coarse scan, judged on held-out noise against
-the law's own mean and covariance.  What a search recommends from a finite draw of data, in repeats
-with new data and new noise, is judged on the same noise.
+Every pair is tried: each sampler with no correction and with each strength of each correction's
+coarse scan, judged on held-out noise against the mean and the covariance of all data. Of the exact
+models these are the law's own; of the digits, whose network is trained, those of all images. What a
+search recommends from a finite draw of data, in repeats with new data and new noise, is judged on
+the same noise.
 
     python -m benchmarks.lab.pairs
+    python -m benchmarks.lab.pairs runs/digits    # the network of `benchmarks.quality run digits`
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.lab.mixtures import ExactModel, Mixture
+from benchmarks.quality.data import to_model_range
+from benchmarks.quality.objectives import Plain
+from benchmarks.quality.presets import DIGITS
+from benchmarks.quality.runner import Bench
 from benchmarks.quality.samplers import TITLES, sample
 from s2dm_loss import CorrectionSearch, NoiseSchedule
 from s2dm_loss.sampling import Correction, Recommendation, standard_corrections
@@ -28,13 +37,57 @@ SAMPLERS = ("ddim", "pndm", "deis", "dpm++2m", "unipc")
 REPEATS = 20
 HELD_OUT = 8192
 DATA = 4096
+DIGITS_DATA = 1000
 NUM_SAMPLES = 1024
 VARIANCES = torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
-# The law, the temperature of the model (1 is exact; below 1 it is too sure of the mode), steps.
-CASES: dict[str, tuple[Mixture, float, int]] = {
-    "Gaussian, 10 steps": (Mixture.gaussian(VARIANCES), 1.0, 10),
-    "ring of eight, 10 steps": (Mixture.ring(), 1.0, 10),
-    "ring of eight, model too sure, 10 steps": (Mixture.ring(), 0.9, 10),
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, what its samples should be, and in how many steps.
+
+    Attributes:
+        model: The network, which predicts noise.
+        mean: The data's mean, of shape [D].
+        covariance: Their covariance, of shape [D, D].
+        draw: Draws data for a search.
+        shape: The shape of one of them, of D values.
+        steps: Steps of every sampler.
+    """
+
+    model: nn.Module
+    mean: Tensor
+    covariance: Tensor
+    draw: Callable[[torch.Generator], Tensor]
+    shape: tuple[int, ...]
+    steps: int = 10
+
+
+def exact(law: Mixture, temperature: float = 1.0) -> Case:
+    """Return a law's exact model; below temperature 1 it is too sure of the mode."""
+    model = ExactModel(law, SCHEDULE, temperature)
+    return Case(
+        model, law.mean, law.covariance, lambda draw: law.draw(DATA, draw), law.means.shape[1:]
+    )
+
+
+def digits(root: Path) -> Case:
+    """Return the plain network of the digits, trained in a run's folder if it is not yet."""
+    bench = Bench(DIGITS, root)
+    images = to_model_range(torch.cat([bench.data.images, bench.data.reference]).unique(dim=0))
+    flat = images.flatten(1).double()
+
+    def draw(generator: torch.Generator) -> Tensor:
+        return images[torch.randperm(len(images), generator=generator)[:DIGITS_DATA]]
+
+    model = bench.model(Plain(), 0, lambda _: None)
+    return Case(model, flat.mean(0), flat.T.cov(), draw, bench.data.shape)
+
+
+CASES: dict[str, Case] = {
+    "Gaussian, 10 steps": exact(Mixture.gaussian(VARIANCES)),
+    "ring of eight, 10 steps": exact(Mixture.ring()),
+    "ring of eight, model too sure, 10 steps": exact(Mixture.ring(), 0.9),
 }
 
 
@@ -44,31 +97,31 @@ def run(name: str, steps: int, model: nn.Module, noise: Tensor) -> Tensor:
 
 
 class Judge:
-    """The Fréchet distance of a pair's samples of held-out noise from the law itself."""
+    """The Fréchet distance of a pair's samples of held-out noise from the data's law."""
 
-    def __init__(self, law: Mixture, temperature: float, steps: int) -> None:
+    def __init__(self, case: Case) -> None:
         """Draw the noise."""
-        self.law, self.steps = law, steps
-        self.model = ExactModel(law, SCHEDULE, temperature)
+        self.case = case
         draw = torch.Generator().manual_seed(99)
-        size = law.means.shape[1]
-        noise = torch.randn(HELD_OUT // 2, size, generator=draw, dtype=torch.float64)
+        noise = torch.randn(HELD_OUT // 2, len(case.mean), generator=draw, dtype=torch.float64)
         noise = torch.cat([noise, -noise])
         # Of mean 0 and covariance 1, so that what is linear in it has its moments exactly.
-        self.noise = torch.linalg.solve_triangular(
+        noise = torch.linalg.solve_triangular(
             torch.linalg.cholesky(noise.T.cov()), noise.T, upper=False
         ).T
-        self.root = _root(law.covariance)
+        kept = next((p.dtype for p in case.model.parameters()), torch.float64)
+        self.noise = noise.to(kept).reshape(-1, *case.shape)
+        self.root = _root(case.covariance)
 
     def __call__(self, name: str, correction: Correction, strength: float) -> float:
         """Return the distance."""
-        model, noise = correction(self.model, self.noise, strength)
-        x = run(name, self.steps, model, noise)
+        model, noise = correction(self.case.model, self.noise, strength)
+        x = run(name, self.case.steps, model, noise).flatten(1).double()
         if not bool(x.isfinite().all()):
             return float("inf")
         overlap = torch.linalg.eigvalsh(self.root @ x.T.cov() @ self.root).clamp(min=0).sqrt().sum()
-        trace = x.T.cov().trace() + self.law.covariance.trace()
-        return float((x.mean(0) - self.law.mean).square().sum() + trace - 2 * overlap)
+        trace = x.T.cov().trace() + self.case.covariance.trace()
+        return float((x.mean(0) - self.case.mean).square().sum() + trace - 2 * overlap)
 
     def all_pairs(self) -> dict[str, float]:
         """Return the distance of every pair of the coarse scans."""
@@ -88,16 +141,14 @@ def _root(covariance: Tensor) -> Tensor:
     return root
 
 
-def study(case: str, repeats: int = REPEATS) -> dict[str, Any]:
+def study(case: Case, repeats: int = REPEATS) -> dict[str, Any]:
     """Return what every pair does, and what the searches recommended."""
-    law, temperature, steps = CASES[case]
-    judge = Judge(law, temperature, steps)
+    judge, steps = Judge(case), case.steps
     pairs = judge.all_pairs()
     use, best = pairs["DDIM, none"], min(pairs, key=pairs.__getitem__)
     rows: dict[str, list[Any]] = {"several": [], "one": []}
     for seed in range(repeats):
-        draw = torch.Generator().manual_seed(10_000 + seed)
-        data = law.draw(DATA, draw)
+        data = case.draw(torch.Generator().manual_seed(10_000 + seed))
         names = SAMPLERS
         for kind in rows:
             samplers = {
@@ -105,7 +156,7 @@ def study(case: str, repeats: int = REPEATS) -> dict[str, Any]:
                 for name in (names if kind == "several" else names[:1])
             }
             search = CorrectionSearch(
-                judge.model,
+                case.model,
                 samplers,
                 data,
                 standard_corrections(SCHEDULE),
@@ -159,11 +210,12 @@ def summary(case: str, found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Print each case, and the whole as JSON in the last line."""
+    """Print each case, or the digits of a folder, and the whole as JSON in the last line."""
+    cases = {"digits, 10 steps": digits(Path(sys.argv[1]))} if sys.argv[1:] else CASES
     results = {}
-    for case in CASES:
-        results[case] = study(case)
-        sys.stdout.write("\n".join([*summary(case, results[case]), ""]))
+    for name, case in cases.items():
+        results[name] = study(case)
+        sys.stdout.write("\n".join([*summary(name, results[name]), ""]))
         sys.stdout.flush()
     sys.stdout.write(json.dumps(results) + "\n")
 
