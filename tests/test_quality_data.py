@@ -143,53 +143,15 @@ def test_cifar10_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == ""
 
 
-def write_celeba(folder: Path, size: tuple[int, int] = (178, 218)) -> None:
-    folder.mkdir(parents=True)
-    for number in range(1, 4):
-        pixels = np.zeros((size[1], size[0], 3), np.uint8)
-        pixels[57:185, 25:153] = 60 * number  # what the crop should keep
-        Image.fromarray(pixels).save(folder / f"{number:06}.jpg", quality=95)
-
-
-@pytest.mark.parametrize("named", ["img_align_celeba", "."])
-def test_celeba(tmp_path: Path, named: str) -> None:
-    write_celeba(tmp_path / "img_align_celeba")
-    images = load("celeba", tmp_path / named).images
-    assert images.shape == (3, 3, 64, 64)
-    centres = images[:, :, 4:-4, 4:-4].float().mean((1, 2, 3))
-    torch.testing.assert_close(centres, torch.tensor([60.0, 120.0, 180.0]), atol=2, rtol=0)
-    # Nothing of the black surround is left but JPEG's ringing at the very edge.
-    assert float(images[2, :, 1:-1, 1:-1].min()) > 150
-
-
-def test_celeba_reads_the_training_split_where_it_is_told(tmp_path: Path) -> None:
-    write_celeba(tmp_path / "img_align_celeba")
-    (tmp_path / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg 1\n000003.jpg 0\n")
-    assert len(load("celeba", tmp_path)) == 2
-
-
-def test_celeba_checks_sizes(tmp_path: Path) -> None:
-    write_celeba(tmp_path / "img_align_celeba", size=(200, 218))
-    with pytest.raises(ValueError, match="is 200 x 218; expected 178 x 218"):
-        load("celeba", tmp_path)
-
-
-def test_celeba_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"no \.jpg in .*; expected the folder img_align_celeba"
-    ):
-        load("celeba", tmp_path)
-
-
 def test_local_data_needs_a_folder(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="cifar10 needs files; name their folder with --data: the folder"
     ):
         load("cifar10")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
-        load("celeba", tmp_path / "nowhere")
+        load("cifar10", tmp_path / "nowhere")
     with pytest.raises(
-        ValueError, match="expected one of digits, textures, cifar10, cifar10-16, celeba, got"
+        ValueError, match="expected one of digits, textures, cifar10, cifar10-16, got"
     ):
         load("mnist")
 

@@ -17,7 +17,6 @@ from benchmarks.quality.features import (
     ClassifierFeatures,
     EfficientNetFeatures,
     FeatureNetwork,
-    InceptionFeatures,
 )
 from benchmarks.quality.metrics import FeatureDistances, noise_floor
 
@@ -122,12 +121,6 @@ def test_a_classifier_needs_labels(tmp_path: Path) -> None:
     unlabelled = ImageSet("faces", torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="needs labels, and the data set 'faces' has none"):
         ClassifierFeatures().build(unlabelled, tmp_path, CPU)
-
-
-def test_inception_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
-    with pytest.raises(ModuleNotFoundError, match="pip install torch-fidelity"):
-        InceptionFeatures().build(load_digits(), tmp_path, CPU)
 
 
 @pytest.mark.parametrize(

@@ -502,7 +502,7 @@ def test_the_command_line(tmp_path: Path, finished: Path, monkeypatch: pytest.Mo
     refused = call(cli.main, ["run", "digits", "--out", out, "--seeds", "one"])
     assert refused.exit_code == 2
     assert "expected numbers such as 0,1,2, got 'one'" in refused.output
-    nothing = call(cli.main, ["run", "cifar10", "--out", str(tmp_path / "none")])
+    nothing = call(cli.main, ["run", "cifar10-wide", "--out", str(tmp_path / "none")])
     assert nothing.exit_code == 1
     assert "Error: data: cifar10 needs files; name their folder with --data" in nothing.output
     empty = call(cli.main, ["keep", "digits", "--out", str(tmp_path / "none")])

@@ -48,12 +48,6 @@ CATALOGUE = {
         "half an hour on a GPU",
         local=True,
     ),
-    "cifar10": Entry(
-        "the paper's CIFAR10 run, Inception FID; never run", "days on a GPU", local=True
-    ),
-    "celeba": Entry(
-        "the paper's CelebA 64 x 64 run, Inception FID; never run", "days on a GPU", local=True
-    ),
 }
 
 

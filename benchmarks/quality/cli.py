@@ -160,7 +160,7 @@ def _again(command: str, preset: str, options: Mapping[str, object]) -> str:
 
 OUT = click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
 SEEDS = click.option("--seeds", help="Seeds, such as 0,1,2 [the preset's].")
-DATA = click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10 or CelebA.")
+DATA = click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10.")
 
 
 @main.command("run")

@@ -1,6 +1,6 @@
 """Real images as one uint8 tensor, whatever they come from.
 
-The digits and the photographs ship with scikit-learn.  CIFAR10 and CelebA are read from a local
+The digits and the photographs ship with scikit-learn.  CIFAR10 is read from a local
 folder in the format in which they are usually handed round; nothing is downloaded.
 """
 
@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 from typing_extensions import override
 
 CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 CIFAR10_LABELS = "train_lables.json"  # as the npm package spells it
-CELEBA_SIZE = (178, 218)
 
 
 @dataclass(frozen=True)
@@ -233,51 +231,10 @@ class _ArraysOnly(pickle.Unpickler):
         return found
 
 
-def load_celeba(folder: Path, size: int = 64) -> ImageSet:
-    """Return CelebA's aligned faces: the central 128 x 128 pixels, resized to `size`.
-
-    The crop is DDIM's.  Where `list_eval_partition.txt` lies beside the images' folder, only
-    the training split is read; otherwise every image.
-
-    Args:
-        folder: `img_align_celeba`, or the folder that holds it.
-        size: Side of the images returned.
-
-    Raises:
-        FileNotFoundError: If there are no images.
-        ValueError: If an image is not 178 x 218.
-    """
-    from PIL import Image
-
-    if (folder / "img_align_celeba").is_dir():
-        folder = folder / "img_align_celeba"
-    files = sorted(folder.glob("*.jpg"))
-    if not files:
-        raise FileNotFoundError(f"data: no .jpg in {folder}; expected {FILES['celeba']}")
-    partition = folder.parent / "list_eval_partition.txt"
-    if partition.is_file():
-        entries = (line.split() for line in partition.read_text().splitlines())
-        train = {entry[0] for entry in entries if entry[1:] == ["0"]}
-        files = [file for file in files if file.name in train]
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for row, file in enumerate(tqdm(files, desc="reading CelebA", disable=len(files) < 1000)):
-        with Image.open(file) as image:
-            if image.size != CELEBA_SIZE:
-                raise ValueError(
-                    f"data: {file} is {image.size[0]} x {image.size[1]}; expected 178 x 218, "
-                    "the aligned and cropped version"
-                )
-            face = image.convert("RGB").crop((25, 57, 153, 185))
-            pixels = np.array(face.resize((size, size), Image.Resampling.BILINEAR))
-        images[row] = torch.from_numpy(pixels).permute(2, 0, 1)
-    return ImageSet("celeba", images)
-
-
 SHIPPED: dict[str, Callable[[], ImageSet]] = {"digits": load_digits, "textures": load_textures}
 LOCAL: dict[str, Callable[[Path], ImageSet]] = {
     "cifar10": load_cifar10,
     "cifar10-16": load_cifar10_16,
-    "celeba": load_celeba,
 }
 
 
@@ -286,7 +243,6 @@ SHAPES = {
     "textures": (1, 8, 8),
     "cifar10": (3, 32, 32),
     "cifar10-16": (3, 16, 16),
-    "celeba": (3, 64, 64),
 }
 _CIFAR10 = (
     "the folder cifar-10-batches-py of CIFAR10's python version "
@@ -296,10 +252,6 @@ _CIFAR10 = (
 FILES = {
     "cifar10": _CIFAR10,
     "cifar10-16": _CIFAR10,
-    "celeba": (
-        "the folder img_align_celeba (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, aligned "
-        "and cropped: 000001.jpg and so on) with list_eval_partition.txt beside it"
-    ),
 }
 """What a local data set consists of, and where it comes from."""
 
@@ -316,8 +268,8 @@ def load(name: str, folder: Path | None = None) -> ImageSet:
     """Return a data set by name.
 
     Args:
-        name: `digits`, `textures`, `cifar10`, `cifar10-16` or `celeba`.
-        folder: Where the last three lie.
+        name: `digits`, `textures`, `cifar10` or `cifar10-16`.
+        folder: Where the last two lie.
 
     Raises:
         ValueError: If there is no such data set, or it needs a folder and got none.

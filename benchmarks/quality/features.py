@@ -1,7 +1,7 @@
 """The feature space in which samples are compared with data.
 
-Inception's features mean little on 8 x 8 digits, so a small classifier is trained on the data's
-own labels and the layer before its last one is used, as Inception's is.
+ImageNet's mean little on 8 x 8 digits, so a small classifier is trained on the data's own labels
+and the layer before its last one is used, as FID does with Inception's.
 """
 
 from __future__ import annotations
@@ -143,41 +143,6 @@ class ClassifierFeatures(FeatureSpec):
         return float(torch.cat(right).float().mean())
 
 
-class Inception(FeatureNetwork):
-    """The 2048 pool features of FID's Inception, by way of torchmetrics and torch-fidelity."""
-
-    def __init__(self) -> None:
-        """Load the network and its weights."""
-        super().__init__()
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
-        self.num_features = 2048
-        self.takes_floats = False
-        self.description = "2048 pool features of FID's Inception (torch-fidelity's port)"
-        self.network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.network(images)
-        return features
-
-
-@dataclass(frozen=True)
-class InceptionFeatures(FeatureSpec):
-    """FID's own feature space; needs torch-fidelity and its weights."""
-
-    @override
-    def build(self, data: ImageSet, folder: Path, device: torch.device) -> FeatureNetwork:
-        try:
-            network = Inception()
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Inception FID needs torch-fidelity (with torchvision and the weights it "
-                "downloads): pip install torch-fidelity torchvision"
-            ) from error
-        return network.to(device).eval().requires_grad_(False)
-
-
 class EfficientNetLite(FeatureNetwork):
     """The 1280 pool features of EfficientNet-Lite0, trained on ImageNet.
 
@@ -224,7 +189,7 @@ class EfficientNetLite(FeatureNetwork):
 
 @dataclass(frozen=True)
 class EfficientNetFeatures(FeatureSpec):
-    """ImageNet features whose weights come with a package, for machines without Inception's.
+    """ImageNet features whose weights come with a package.
 
     Attributes:
         size: Side to which images are resized; CIFAR10's 32 pixels are too few for the network.

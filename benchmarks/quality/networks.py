@@ -96,22 +96,8 @@ class MLPSpec(NetworkSpec):
         return ResidualMLP(image_shape, self.width, self.blocks)
 
 
-class UNetTensor(nn.Module):
-    """diffusers' U-Net with a tensor for an answer, as the other networks give."""
-
-    def __init__(self, unet: UNet2DModel) -> None:
-        """Wrap a U-Net."""
-        super().__init__()
-        self.unet = unet
-
-    @override
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        noise: Tensor = self.unet(x, t, return_dict=False)[0]
-        return noise
-
-
 @dataclass(frozen=True)
-class UNetSpec(NetworkSpec):
+class UNetSpec:
     """Hyperparameters of diffusers' `UNet2DModel` in the words of Ho et al. (2020).
 
     Attributes:
@@ -127,10 +113,6 @@ class UNetSpec(NetworkSpec):
     blocks: int = 2
     attention_at: tuple[int, ...] = (16,)
     dropout: float = 0.0
-
-    @override
-    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
-        return UNetTensor(self.diffusers_unet(image_shape))
 
     def diffusers_unet(
         self, image_shape: tuple[int, int, int], inputs: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from benchmarks.quality.budget import Budget
 from benchmarks.quality.corrections import Correction, EpsilonScaling, Gain, ScoreRescaling
@@ -10,7 +10,6 @@ from benchmarks.quality.features import (
     ClassifierFeatures,
     EfficientNetFeatures,
     FeatureSpec,
-    InceptionFeatures,
 )
 from benchmarks.quality.networks import (
     MLPSpec,
@@ -75,7 +74,6 @@ class Preset:
         seeds: Repetitions.
         workers: Processes, where nobody says otherwise.
         columns: The methods of the picture and of the short table, by name.
-        paper: The paper's numbers for this data set, to be printed beside ours.
         path: What its networks are trained on, a key of `PATHS`.
         networks_of: The preset whose networks it samples, in a folder beside its own; None for
             networks of its own.
@@ -92,7 +90,6 @@ class Preset:
     seeds: tuple[int, ...]
     workers: int = 1
     columns: tuple[str, ...] = ()
-    paper: dict[str, str] = field(default_factory=dict)
     path: str = "epsilon"
     networks_of: Preset | None = None
 
@@ -301,53 +298,10 @@ CIFAR10_UNET = replace(
     workers=1,
 )
 
-# The paper's own runs.
-CIFAR10 = Preset(
-    name="cifar10",
-    data="cifar10",
-    network=UNetSpec(channels=128, multipliers=(1, 2, 2, 2), dropout=0.1),
-    budget=Budget(
-        steps=500_000,
-        batch_size=128,
-        learning_rate=2e-4,
-        anneal=False,
-        ema_decay=0.9999,
-        grad_clip=1.0,
-        flip=True,
-        log_every=1_000,
-        checkpoint_every=5_000,
-    ),
-    features=InceptionFeatures(),
-    samples=50_000,
-    sample_batch=500,
-    arms=(
-        arm(Plain(), steps=(*STEPS, *LONG)),
-        *(arm(SkipStep(k, "fresh"), steps=(*STEPS, *LONG)) for k in (1, 9, 49)),
-        *(arm(Plain(), Gain(k), steps=(*STEPS, *LONG)) for k in (1, 9, 49)),
-    ),
-    seeds=(0,),
-    columns=("plain", "skip1-fresh", "skip9-fresh", "skip49-fresh"),
-    paper={
-        "FID, DDIM, 10 steps (an earlier version of the paper)": "8.01",
-        "relative improvement over plain, range over samplers and steps": "3.27 % to 14.06 %",
-    },
-)
-CELEBA = replace(
-    CIFAR10,
-    name="celeba",
-    data="celeba",
-    network=UNetSpec(channels=128, multipliers=(1, 2, 2, 2, 4), dropout=0.1),
-    sample_batch=250,
-    paper={
-        "FID, DDIM, 10 steps (an earlier version of the paper)": "6.41",
-        "relative improvement over plain, range over samplers and steps": "8.97 % to 27.08 %",
-    },
-)
-
 PRESETS = {
     preset.name: preset
     for preset in (
         *(DIGITS, DIGITS_FULL, TEXTURES, CIFAR10_16, CIFAR10_16_FLOW),
-        *(CIFAR10_WIDE, CIFAR10_WIDE_10K, CIFAR10_UNET, CIFAR10, CELEBA),
+        *(CIFAR10_WIDE, CIFAR10_WIDE_10K, CIFAR10_UNET),
     )
 }

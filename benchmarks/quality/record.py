@@ -80,7 +80,6 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         "settings": preset.settings,
         "versions": {**versions_seen, **commit},
         "floor": load_json(floor) if floor.exists() else None,
-        "paper": preset.paper,
         "titles": titles,
         "columns": COLUMNS,
         "rows": rows,

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.files import save_record, write_whole
 from benchmarks.pages.figures import save_figure
-from benchmarks.pages.tables import counted, markdown_table
+from benchmarks.pages.tables import counted
 from benchmarks.quality import data as datasets
 from benchmarks.quality.layout import check_settings
 from benchmarks.quality.objectives import SkipStep
@@ -73,9 +73,6 @@ def write_report(preset: Preset, root: Path, data_folder: Path | None = None) ->
         f"\nThe floor, at which as many real images lie, is at about {results.floor:.2f}: closer "
         "to it than a quarter, a difference says nothing.\n"
     )
-    if preset.paper:
-        text += "\nThe paper's numbers, for comparison:\n\n"
-        text += markdown_table(["", preset.data], [[k, v] for k, v in preset.paper.items()])
     save_record(root / "results.json", record)
     write_whole(root / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
     skips = sorted(

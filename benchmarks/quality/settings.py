@@ -6,7 +6,7 @@ import ast
 from typing import Any
 
 from benchmarks.quality.budget import Budget
-from benchmarks.quality.features import ClassifierFeatures, EfficientNetFeatures, InceptionFeatures
+from benchmarks.quality.features import ClassifierFeatures, EfficientNetFeatures
 from benchmarks.quality.networks import (
     MLPSpec,
     PixelUNetSpec,
@@ -18,7 +18,7 @@ RECORDS = {
     kind.__name__: kind
     for kind in (
         *(Budget, MLPSpec, UNetSpec, PixelUNetSpec, SpectralUNetSpec),
-        *(ClassifierFeatures, EfficientNetFeatures, InceptionFeatures),
+        *(ClassifierFeatures, EfficientNetFeatures),
     )
 }
 
