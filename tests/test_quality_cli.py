@@ -57,7 +57,9 @@ def test_a_data_set_that_needs_a_folder_says_which_and_leaves_none(
 
 
 def test_what_a_run_would_cost_is_said_without_its_data(call: Call, tmp_path: Path) -> None:
-    small = replace(ONE_ARM, data="cifar10-16", network=PixelUNetSpec(UNetSpec(8, (1,), blocks=1)))
+    small = replace(
+        ONE_ARM, data="cifar10-16", network=PixelUNetSpec(UNetSpec(8, (1,), blocks=1), fast=False)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "cifar10-16", small)
         said = call("run", "cifar10-16", "--dry-run")
