@@ -33,6 +33,7 @@ CORE = (
     ),
     "weighting",
 )
+ALL = ("-m", "")  # the slow tests too
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")
 # Exact versions of everything, as the repository was last tested.
 PINNED = ("-c", "constraints.txt") if Path("constraints.txt").is_file() else ()
@@ -42,7 +43,7 @@ PINNED = ("-c", "constraints.txt") if Path("constraints.txt").is_file() else ()
 def tests(session: nox.Session) -> None:
     """Everything, with the newest of all dependencies."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-n", "auto", *session.posargs)
+    session.run("pytest", "-n", "auto", *ALL, *session.posargs)
 
 
 @nox.session(python=OLDEST_PYTHON)
@@ -52,7 +53,7 @@ def oldest(session: nox.Session) -> None:
     session.install("--no-deps", "-e", ".")
     files = [f"tests/test_{name}.py" for name in CORE]
     doctests = ["s2dm_loss", "--ignore=s2dm_loss/adapters"]
-    session.run("pytest", "-n", "auto", *files, *doctests, *session.posargs)
+    session.run("pytest", "-n", "auto", *ALL, *files, *doctests, *session.posargs)
 
 
 @nox.session
@@ -66,7 +67,7 @@ def trainers(session: nox.Session) -> None:
     files = ("k_diffusion", "records", "weighting_trainers", "adapter_denoising_diffusion_pytorch")
     session.run(
         "pytest",
-        *("-n", "auto"),
+        *("-n", "auto", *ALL),
         *(f"tests/test_{name}.py" for name in files),
         *session.posargs,
         env=dict.fromkeys(names, str(folder)),
@@ -86,7 +87,7 @@ def types(session: nox.Session) -> None:
     """Types inside the library, and what a user's type checker sees of the public names."""
     session.install(*PINNED, "-e", ".[dev]")
     session.run("mypy")
-    session.run("pytest", "tests/test_wheel.py", "-k", "type_checker", *session.posargs)
+    session.run("pytest", *ALL, "tests/test_wheel.py", "-k", "type_checker", *session.posargs)
 
 
 @nox.session
@@ -94,7 +95,7 @@ def docs(session: nox.Session) -> None:
     """Build the site and look at it in the system's Chromium."""
     session.install(*PINNED, "-e", ".[dev]")
     session.run("mkdocs", "build", "--strict")
-    session.run("pytest", "tests/test_site.py", *session.posargs)
+    session.run("pytest", *ALL, "tests/test_site.py", *session.posargs)
 
 
 @nox.session
@@ -128,4 +129,4 @@ def wheel(session: nox.Session) -> None:
     session.chdir(away)
     where = "import s2dm_loss; assert 'site-packages' in s2dm_loss.__file__, s2dm_loss.__file__"
     session.run("python", "-c", where)
-    session.run("pytest", "-n", "auto", "tests", "--pyargs", "s2dm_loss", *session.posargs)
+    session.run("pytest", "-n", "auto", *ALL, "tests", "--pyargs", "s2dm_loss", *session.posargs)
