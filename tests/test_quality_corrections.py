@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality.corrections import Correction, EpsilonScaling, Gain, ScoreRescaling
+from benchmarks.quality.corrections import (
+    Correction,
+    EpsilonScaling,
+    Gain,
+    ScoreRescaling,
+    StepPush,
+)
 from benchmarks.quality.data import ImageSet, to_model_range
 from benchmarks.quality.paths import EpsilonPath, FlowPath
 from benchmarks.quality.samplers import FLOW, HEUN, sample
@@ -167,3 +173,23 @@ def test_samplers_of_a_flow_keep_the_spread_of_gaussian_data_in_many_steps(sampl
     variances = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)
     found = gaussian_variances(sampler, FlowPath(), 400, variances)
     torch.testing.assert_close(found.sqrt(), variances.sqrt(), rtol=0.02, atol=0)
+
+
+class Wavy(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x.cos() * (1 + t / 1000)
+
+
+@pytest.mark.parametrize("strength", [0.02, -0.005])
+def test_a_push_is_the_step_that_dcw_writes_down(strength: float) -> None:
+    """x' + c (x' - x̂_0) after each of five Euler steps, against the factor on the velocity."""
+    path, model = FlowPath(), Wavy()
+    start = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    pushed = StepPush(strength, 5).apply(model, path)
+    found = sample(pushed, "euler", path.schedule, 5, start, torch.Generator())
+    x = start
+    for n in range(5, 0, -1):
+        velocity = model(x, torch.tensor(200.0 * n))
+        clean, x = x - n / 5 * velocity, x - velocity / 5
+        x = x + strength * (x - clean)
+    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from benchmarks.quality.budget import Budget
-from benchmarks.quality.corrections import Correction, EpsilonScaling, Gain, ScoreRescaling
+from benchmarks.quality.corrections import (
+    Correction,
+    EpsilonScaling,
+    Gain,
+    ScoreRescaling,
+    StepPush,
+)
 from benchmarks.quality.features import (
     ClassifierFeatures,
     EfficientNetFeatures,
@@ -212,6 +218,7 @@ CIFAR10_16_FLOW = replace(
         arm(Plain(), samplers=("heun-shift3",), steps=SHORT),
         *(arm(Plain(), ScoreRescaling(k), ("euler",), TEN) for k in (0.97, 1.03)),
         arm(SkipStep(0.05), Gain(0.05), ("euler",), TEN),
+        *(arm(Plain(), StepPush(c, n), ("euler",), (n,)) for n in SHORT for c in (0.005, -0.005)),
         arm(Plain(), samplers=("euler",), steps=(5,)),
     ),
     columns=("plain", "plain+gain0.05", "skip0.05-expected"),
