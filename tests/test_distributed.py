@@ -45,8 +45,9 @@ def test_every_wrapper_is_one_process_on_the_joined_batch(runs, how):
 
 
 def page_block(title: str) -> str:
-    """The fenced block under a title of the page of questions."""
-    text = (Path(__file__).parents[1] / "docs/questions.md").read_text(encoding="utf-8")
+    """The fenced block under a title of the page for a loop of one's own."""
+    page = Path(__file__).parents[1] / "docs" / "adapters" / "write_your_own.md"
+    text = page.read_text(encoding="utf-8")
     return text.partition(f'title="{title}"\n')[2].partition("\n```")[0]
 
 

@@ -1,4 +1,4 @@
-"""The recipes of docs/adapters/edm.md, for k-diffusion, against the trainer they are for.
+"""The recipe of docs/adapters/more_trainers.md for k-diffusion, against the trainer it is for.
 
 `S2DM_K_DIFFUSION_ROOT` names a checkout or an unpacked package (`.ci/trainers.txt`), whose
 `layers.py` is run with stubs of what its loss does not use. A double of it is run always.
@@ -18,12 +18,12 @@ from s2dm_loss.testing import check_swap
 from tests.helpers.packages import k_diffusion_layers
 from tests.test_docs_blocks import blocks_of
 
-PAGE = Path(__file__).parents[1] / "docs" / "adapters" / "edm.md"
+PAGE = Path(__file__).parents[1] / "docs" / "adapters" / "more_trainers.md"
 
 
 @pytest.fixture(params=["double", "real"])
 def recipe(request, monkeypatch):
-    """k-diffusion, and the namespace of the page's blocks on it."""
+    """k-diffusion, and the namespace of the page's block on it."""
     if request.param == "double":
         package = importlib.import_module("tests.doubles.k_diffusion_double")
     else:
@@ -114,20 +114,6 @@ def test_k_diffusion_skip_term(recipe):
         # D - x_0 is -σ times the error of ε̂, and c_out times that of the network's output.
         c_out = s * 0.5 / math.sqrt(s**2 + 0.25)
         torch.testing.assert_close(ours[i], (s / c_out) ** 2 * loss, rtol=1e-6, atol=0)
-
-
-def test_k_diffusion_both_forms_agree(recipe):
-    package, namespace = recipe
-    denoiser = package.Denoiser(Inner(), sigma_data=0.5)
-    x0 = torch.randn(64, 2, 6, 6)
-    torch.manual_seed(3)
-    by_library = namespace["skip_loss_of_clean"](denoiser, x0)
-    torch.manual_seed(3)
-    sigma = namespace["sigma_of"](torch.rand(64))
-    by_trainer = namespace["skip_loss"](denoiser, x0, torch.randn_like(x0), sigma)
-    # float32 keeps four digits of x_0 beside the largest σ, and of a noise as small as 0.01.
-    torch.testing.assert_close(by_library, by_trainer, rtol=2e-3, atol=1e-4)
-    assert denoiser.inner_model.calls == 2
 
 
 def test_k_diffusion_refuses_the_losses_that_are_not_this_one(recipe):
