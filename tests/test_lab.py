@@ -88,14 +88,6 @@ def test_draws_have_the_stated_moments():
     torch.testing.assert_close(samples.T.cov(), mixture.covariance, rtol=0.05, atol=0.05)
 
 
-def test_fitted_has_the_groups_moments():
-    values = torch.randn(300, 2, generator=draw(), dtype=torch.float64)
-    labels = torch.arange(300) % 3
-    mixture = Mixture.fitted(values, labels)
-    torch.testing.assert_close(mixture.mean, values.mean(0))
-    torch.testing.assert_close(covariances(mixture)[1], values[labels == 1].T.cov())
-
-
 def ddim_deviations(variances, s, times):
     """DDIM's recursion on the standard deviations, written out; s is the gain's table."""
     x = torch.ones_like(variances)
@@ -255,14 +247,6 @@ def test_repeats_are_counted():
     assert found["recommended"][99] > 10  # the best of the four
 
 
-def test_sliced_distance_of_a_shift():
-    samples = torch.randn(500, 3, generator=draw(), dtype=torch.float64)
-    shift = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)
-    directions = torch.eye(3, dtype=torch.float64)
-    # The mean of 1, 4 and 4 over the three axes.
-    assert studies.sliced_distance(samples + shift, samples, directions) == pytest.approx(3)
-
-
 def test_gains_hold_the_librarys_gain():
     table = studies.gains((0, 99))
     assert torch.equal(table[0], torch.ones(1000).double())
@@ -277,23 +261,6 @@ def test_the_committed_results_are_complete():
         assert len(document["versions"]["commit"]) == 40
 
 
-def test_a_best_gain_that_changes_too_little_is_none():
-    assert holes.best(49, -0.02) == "49: -2 %"
-    assert holes.best(49, -0.02, least=0.05) == "none"
-    assert holes.best(0, 0.0) == "none"
-
-
-def test_rows_of_the_tables_by_sampler():
-    rows = list(holes.by_sampler("mixtures", "law", 0.05))
-    assert len(rows) == 3 * 3  # laws and temperatures, samplers
-    (warm,) = (cells for law, sampler, cells in rows if (law[-4:], sampler) == ("rior", "DDIM"))
-    found = [r for r in holes.study("mixtures")["rows"] if r["temperature"] == 2]
-    ddim = [r for r in found if r["sampler"] == "ddim" and r["steps"] == 10]
-    change = 100 * ddim[0]["relative"][str(ddim[0]["best_skip"])]
-    assert warm[1] == f"{ddim[0]['best_skip']}: {change:.0f} %"
-    assert len(list(holes.by_sampler("imperfect", "model"))) == len(studies.IMPERFECTIONS) * 3
-
-
 def test_coverage_is_pooled_over_cells():
     rows = [{"joint": 90, "repeats": 100}, {"joint": 300, "repeats": 300}]
     assert holes.pooled(rows, "joint") == "97.5%"
@@ -304,11 +271,25 @@ def test_coverage_is_pooled_over_cells():
     assert law.of(steps=20) == [{"steps": 20}]
 
 
+def test_rows_of_the_table_of_best_gains():
+    rows = dict(holes.best_gains())
+    assert [len(cells) for cells in rows.values()] == [5] * len(studies.SAMPLERS)
+    found = holes.gaussian("ddim", 50)
+    assert (
+        rows["DDIM"][3]
+        == f"{found['best_skip']}: {100 * (found['best'] / found['plain'] - 1):.0f} %"
+    )
+    assert rows["PNDM"][1:] == ["none"] * 4
+
+
 def test_what_a_search_changed_is_over_the_plain_model():
-    name, cells = next(iter(holes.searched()))
     row = holes.study("digits")["rows"][0]
-    assert name == "DDIM, 10 steps"
-    judged = row["searches"]["raw values"]["judged"]["raw"]
-    assert cells[1] == f"{100 * (judged / row['plain']['raw'] - 1):+.0f} %"
-    least = min(strength["images"] for strength in row["grid"].values())
-    assert cells[5] == f"{100 * (least / row['plain']['images'] - 1):+.0f} %"
+    judged = row["searches"]["raw values"]["judged"]["images"]
+    assert holes.searched("raw")[0] == judged / row["plain"]["images"] - 1
+    assert len(holes.searched("features")) == 9
+
+
+def test_skips_at_their_best_tau_differ_little():
+    rows = holes.study("strength")["rows"]
+    assert {len(row["best_tau_of_skip"]) for row in rows} == {5}
+    assert 0 < holes.strength_gap(least=9) < holes.strength_gap(least=1)

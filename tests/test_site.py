@@ -276,7 +276,7 @@ LETTERS_OF_PLOTS = """
 """
 
 
-@pytest.mark.parametrize("name", ["index", "evidence", "evidence_lab", "overhead"])
+@pytest.mark.parametrize("name", ["index", "correct", "evidence", "overhead"])
 def test_pictures_of_the_benchmarks_stand_in_the_page(address, browser, name):
     colours = set()
     for scheme in ("light", "dark"):

@@ -34,7 +34,7 @@ def main() -> None:
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of torch."
 )
 def run_command(names: tuple[str, ...], threads: int) -> None:
-    """Run studies and write one JSON each; `python -m benchmarks.pages` makes the page of them."""
+    """Run studies and write one JSON each; `python -m benchmarks.pages` puts them on the pages."""
     torch.set_num_threads(threads)
     for name in names:
         began = time.perf_counter()

@@ -1,9 +1,8 @@
-"""What `docs/evidence_lab.md` can say: numbers, rows of tables and a figure, from results."""
+"""What the pages can say of the exact lab: numbers, rows of tables and a figure, from results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -16,8 +15,8 @@ from benchmarks.quality.samplers import TITLES
 
 RESULTS = ROOT / "benchmarks" / "results" / "lab"
 CORE = ("ddim", "pndm", "deis")
-SEARCHES = {"raw values": "raw", "classifier features of 8-bit images": "images"}
-"""The searches on trained networks, and the measure that each is judged by."""
+SEARCHES = {"raw": "raw values", "features": "classifier features of 8-bit images"}
+"""The searches on trained networks."""
 Row = dict[str, Any]
 
 
@@ -27,22 +26,27 @@ def study(name: str) -> Row:
     return document
 
 
-def best(skip: int, change: float, least: float = 0.01) -> str:
-    """Return the best skip and what it changes; "none" for a change that is too small."""
-    return f"{skip}: {signed(change)}" if change < -least else "none"
-
-
-def by_sampler(name: str, title: str, least: float = 0.01) -> Iterable[tuple[str, str, list[str]]]:
-    """Yield a study's best gains: name and sampler, and a text for each number of steps."""
-    rows = study(name)["rows"]
-    for key in dict.fromkeys((r[title], r.get("temperature", 1), r["sampler"]) for r in rows):
-        found = [r for r in rows if (r[title], r.get("temperature", 1), r["sampler"]) == key]
-        changes = [
-            r["relative"][str(r["best_skip"])] if isinstance(r["relative"], dict) else r["relative"]
-            for r in found
+def best_gains() -> Iterable[tuple[str, list[str]]]:
+    """Yield each sampler and, for each number of steps, the best gain and what it changes."""
+    rows = [row for row in study("gaussian")["rows"] if row["steps"] <= 100]
+    for sampler in dict.fromkeys(row["sampler"] for row in rows):
+        found = [
+            (row["best_skip"], row["best"] / row["plain"] - 1)
+            for row in rows
+            if row["sampler"] == sampler
         ]
-        texts = [best(r["best_skip"], c, least) for r, c in zip(found, changes, strict=True)]
-        yield key[0] + (", warm posterior" if key[1] > 1 else ""), TITLES[key[2]], texts
+        cells = [f"{k}: {signed(change)}" if change < -0.01 else "none" for k, change in found]
+        yield TITLES[sampler], cells
+
+
+def gaussian(sampler: str, steps: int) -> Row:
+    """Return the row of a sampler."""
+    (row,) = (
+        row
+        for row in study("gaussian")["rows"]
+        if (row["sampler"], row["steps"]) == (sampler, steps)
+    )
+    return dict(row)
 
 
 def exceptions() -> list[Row]:
@@ -91,22 +95,24 @@ def shares(rows: Sequence[Row], name: str) -> list[float]:
     return [row[name] / row["repeats"] for row in rows]
 
 
-def searched() -> Iterable[tuple[str, list[str]]]:
-    """Yield sampler and steps, and what each search on trained networks recommends and changes."""
-    rows = study("digits")["rows"]
-    for sampler, steps in dict.fromkeys((row["sampler"], row["steps"]) for row in rows):
-        found = [row for row in rows if (row["sampler"], row["steps"]) == (sampler, steps)]
-        cells = []
-        for name, measure in SEARCHES.items():
-            changes, least = [], []
-            for row in found:
-                plain = row["plain"][measure]
-                grid = [judged[measure] for judged in row["grid"].values()]
-                changes.append(row["searches"][name]["judged"][measure] / plain - 1)
-                least.append(min(plain, *grid) / plain - 1)
-            labels = sorted({row["searches"][name]["recommended"] for row in found})
-            cells += ["; ".join(labels), signed(fmean(changes)), signed(fmean(least))]
-        yield f"{TITLES[sampler]}, {steps} steps", cells
+def searched(name: str) -> list[float]:
+    """Return what a search on trained networks changes, as it is judged by 8-bit features."""
+    return [
+        row["searches"][SEARCHES[name]]["judged"]["images"] / row["plain"]["images"] - 1
+        for row in study("digits")["rows"]
+    ]
+
+
+def strength_gap(least: int = 9) -> float:
+    """Return how far the distances of skips from `least` on differ, each at its best τ.
+
+    As a share of the plain distance; the largest of all samplers and steps.
+    """
+    gaps = []
+    for row in study("strength")["rows"]:
+        found = [each["distance"] for k, each in row["best_tau_of_skip"].items() if int(k) >= least]
+        gaps.append((max(found) - min(found)) / row["plain"])
+    return max(gaps)
 
 
 def distance_by_skip() -> Figure:
@@ -128,10 +134,10 @@ def distance_by_skip() -> Figure:
 
 HOLES = {
     "lab_study": study,
-    "lab_titles": TITLES,
-    "lab_best": best,
-    "lab_by_sampler": by_sampler,
+    "lab_best_gains": best_gains,
+    "lab_gaussian": gaussian,
     "lab_exceptions": exceptions,
+    "lab_strength_gap": strength_gap,
     "lab_coverage": coverage,
     "lab_pooled": pooled,
     "lab_shares": shares,

@@ -46,16 +46,6 @@ class Mixture:
         )
 
     @classmethod
-    def fitted(cls, values: Tensor, labels: Tensor) -> Mixture:
-        """One Gaussian for each label, with the mean and covariance of its values ``[N, D]``."""
-        groups = [values[labels == label].double() for label in labels.unique()]
-        return cls.from_covariances(
-            torch.tensor([float(len(group)) for group in groups]),
-            torch.stack([group.mean(0) for group in groups]),
-            torch.stack([group.T.cov() for group in groups]),
-        )
-
-    @classmethod
     def ring(cls, count: int = 8, radius: float = 1.0, deviation: float = 0.1) -> Mixture:
         """``count`` round Gaussians on a circle in the plane."""
         angles = torch.arange(count, dtype=torch.float64) * (2 * math.pi / count)

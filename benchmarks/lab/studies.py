@@ -14,13 +14,12 @@ from benchmarks.files import load_json, save_json
 from benchmarks.lab.coverage import coverage, whole_search
 from benchmarks.lab.flow import spread
 from benchmarks.lab.linear import Imperfection, frechet, output_variances
-from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality import data as datasets
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS_FULL
 from benchmarks.quality.runner import Bench
 from benchmarks.quality.samplers import sample
-from s2dm_loss import CorrectionSearch, NoiseSchedule, ScaledModel, gain
+from s2dm_loss import CorrectionSearch, NoiseSchedule, gain
 from s2dm_loss.sampling import standard_corrections
 
 Json = dict[str, Any]
@@ -143,65 +142,6 @@ def imperfect(bar: Bar) -> Json:
     return {"rows": rows}
 
 
-def sliced_distance(samples: Tensor, reference: Tensor, directions: Tensor) -> float:
-    """Return the mean over directions of the squared 2-Wasserstein distance of projections.
-
-    Both sets are float64 [N, D] of one size; directions are unit columns [D, P].
-    """
-    projected = [(values @ directions).sort(dim=0).values for values in (samples, reference)]
-    return float((projected[0] - projected[1]).square().mean())
-
-
-def mixtures(bar: Bar, count: int = 1024, seed: int = 0) -> Json:
-    """Two mixtures, whose ε-model is not linear: ten Gaussians of digits, and a ring."""
-    digits = datasets.load_digits()
-    if digits.labels is None:
-        raise ValueError("labels: expected the digits to have them, got None")
-    fitted = Mixture.fitted(digit_values(), digits.labels)
-    laws = {
-        "ten Gaussians fitted to the digits' classes": (fitted, (1.0,)),
-        "ring of eight Gaussians in the plane": (Mixture.ring(), (1.0, 2.0)),
-    }
-    skips = (0, 9, 29, 69, 99, 149, 199)
-    rows = []
-    cells = [
-        (law, temperature, sampler, steps)
-        for law, (_, temperatures) in laws.items()
-        for temperature in temperatures
-        for sampler in CORE
-        for steps in (5, 10, 20, 50)
-    ]
-    for law, temperature, sampler, steps in bar(cells):
-        mixture, _ = laws[law]
-        size = mixture.means.shape[1]
-        draw = torch.Generator().manual_seed(seed)
-        start = torch.randn(count, size, generator=draw, dtype=torch.float64)
-        reference, again = mixture.draw(count, draw), mixture.draw(count, draw)
-        directions = torch.randn(size, 128, generator=draw, dtype=torch.float64)
-        directions = directions / directions.norm(dim=0)
-        total = float(mixture.covariance.trace()) / size
-        model = ExactModel(mixture, SCHEDULE, temperature)
-        distances = {}
-        for skip in skips:
-            scaled = ScaledModel.with_gain(model, SCHEDULE, skip) if skip else model
-            samples = sample(scaled, sampler, SCHEDULE, steps, start, draw)
-            distances[skip] = sliced_distance(samples, reference, directions) / total
-        rows.append(
-            {
-                "law": law,
-                "temperature": temperature,
-                "sampler": sampler,
-                "steps": steps,
-                "plain": distances[0],
-                "best_skip": min(distances, key=distances.__getitem__),
-                "relative": {k: d / distances[0] - 1 for k, d in distances.items()},
-                "floor": sliced_distance(again, reference, directions) / total,
-            }
-        )
-    distance = "squared sliced 2-Wasserstein over mean variance"
-    return {"distance": distance, "samples": count, "seed": seed, "rows": rows}
-
-
 def flow(bar: Bar) -> Json:
     """Euler on the straight path, Gaussian data: the share of the right spread that it leaves."""
     skips = (0.05, 0.1, 0.2, 0.3)
@@ -313,7 +253,6 @@ def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples:
 
 STUDIES: dict[str, Callable[[Bar], Json]] = {
     "gaussian": gaussian,
-    "mixtures": mixtures,
     "imperfect": imperfect,
     "strength": strength,
     "flow": flow,
