@@ -14,7 +14,7 @@ from benchmarks.provenance import ROOT
 from benchmarks.quality.samplers import TITLES
 
 RESULTS = ROOT / "benchmarks" / "results" / "lab"
-CORE = ("ddim", "pndm", "deis")
+SHOWN = ("ddim", "pndm")
 SEARCHES = {"raw": "raw values", "features": "classifier features of 8-bit images"}
 """The searches on trained networks."""
 Row = dict[str, Any]
@@ -116,11 +116,11 @@ def strength_gap(least: int = 9) -> float:
 
 
 def distance_by_skip() -> Figure:
-    """Draw the distance over plain's by the skip of the gain, for three samplers."""
+    """Draw the distance over plain's by the skip of the gain, for samplers of two orders."""
     found = study("gaussian")
-    figure, (panels,) = new_figure(3, 1, len(CORE), width=9, sharey=True)
+    figure, (panels,) = new_figure(3, 1, len(SHOWN), sharey=True)
     skips = list(range(*found["curve_skips"]))
-    for panel, sampler in zip(panels, CORE, strict=True):
+    for panel, sampler in zip(panels, SHOWN, strict=True):
         rows = [r for r in found["rows"] if r["sampler"] == sampler and r["steps"] <= 100]
         for row, color in zip(rows, COLORS[1:], strict=False):
             relative = [value / row["plain"] for value in row["curve"]]
@@ -128,7 +128,7 @@ def distance_by_skip() -> Figure:
         zero_line(panel, 1)
         panel.set(title=TITLES[sampler], xlabel="skip k of the gain", yscale="log", ylim=(0.1, 10))
     panels[0].set_ylabel("distance over plain's")
-    panels[1].legend(loc="lower right")
+    panels[1].legend(loc="upper right", labelspacing=0.3)
     return figure
 
 
