@@ -103,6 +103,23 @@ def searched(name: str) -> list[float]:
     ]
 
 
+def pair_searches() -> Iterable[tuple[str, list[str]]]:
+    """Yield each case, and how far from the best pair the searches ended, over all and over DDIM.
+
+    0 % is the best pair, 100 % DDIM with no correction.
+    """
+    for case, found in study("pairs").items():
+        cells = []
+        for rows in found["searches"].values():
+            left = [row["left"] for row in rows]
+            held = sum(row["holds"] for row in rows)
+            cells.append(
+                f"{sum(left) / len(left):.1%}, at most {max(left):.1%}; "
+                f"intervals {held} of {len(rows)}"
+            )
+        yield case, [text.replace("%", " %") for text in cells]
+
+
 def strength_gap(least: int = 9) -> float:
     """Return how far the distances of skips from `least` on differ, each at its best τ.
 
@@ -141,6 +158,7 @@ HOLES = {
     "lab_coverage": coverage,
     "lab_pooled": pooled,
     "lab_shares": shares,
+    "lab_pairs": pair_searches,
     "lab_searched": searched,
     "lab_signed": signed,
 }

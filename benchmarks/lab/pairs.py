@@ -12,7 +12,6 @@ the same noise.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.files import load_json, save_json
+from benchmarks.lab.holes import RESULTS
 from benchmarks.lab.mixtures import ExactModel, Mixture
+from benchmarks.provenance import versions
 from benchmarks.quality.data import to_model_range
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS
@@ -210,14 +212,15 @@ def summary(case: str, found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Print each case, or the digits of a folder, and the whole as JSON in the last line."""
+    """Judge each case, or the digits of a folder, print it, and keep it for the pages."""
     cases = {"digits, 10 steps": digits(Path(sys.argv[1]))} if sys.argv[1:] else CASES
-    results = {}
+    path = RESULTS / "pairs.json"
     for name, case in cases.items():
-        results[name] = study(case)
-        sys.stdout.write("\n".join([*summary(name, results[name]), ""]))
+        found = study(case)
+        sys.stdout.write("\n".join([*summary(name, found), ""]))
         sys.stdout.flush()
-    sys.stdout.write(json.dumps(results) + "\n")
+        known = load_json(path) if path.exists() else {}
+        save_json(path, {**known, name: {**found, "versions": versions()}})
 
 
 if __name__ == "__main__":
