@@ -1,11 +1,15 @@
-"""The search for a correction.
+"""The search for a sampler and a correction, and what it says, keeps, draws and shows.
 
 Most tests use a sampler whose best gain is known by construction: one model call at t = 999 with a
-model that returns its input, so that the samples are s(999) times the noise.  Data of standard
+model that returns its input, so that the samples are s(999) times the noise. Data of standard
 deviation s(999) at k = 99 then make k = 99 the exact answer, and unit data make "none" the one.
 """
 
+import builtins
+import json
 import math
+import pickle
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,22 +17,28 @@ import pytest
 import torch
 from torch import nn
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, gain
+from s2dm_loss import gain
 from s2dm_loss.sampling import (
+    Candidate,
     Correction,
     CorrectionSearch,
     EpsilonScaling,
+    Recommendation,
     ScaledModel,
+    ScoreRescaling,
+    SearchCost,
     SkipGain,
     StartScaling,
     standard_corrections,
 )
+from s2dm_loss.sampling.choosing import plan_of
 from s2dm_loss.sampling.corrections import NONE
 from s2dm_loss.sampling.frechet import MAX_AXES, Axes, FrechetComparison
+from s2dm_loss.sampling.progress import Reporter
+from tests.strategies import FLOW, LINEAR
 
-LINEAR = NoiseSchedule.linear(1000)
-LAST = torch.tensor([999])
 TAU = 0.9  # a strong gain, which a thousand samples can tell from none
+INF = math.inf
 
 
 class Echo(nn.Module):
@@ -36,10 +46,11 @@ class Echo(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.calls = 0
+        self.calls = self.drawn = 0
 
     def forward(self, x_t, t):
         self.calls += 1
+        self.drawn += len(x_t)
         return x_t
 
 
@@ -58,44 +69,61 @@ def one_call(model, noise):
     return model(noise, torch.full((len(noise),), 999, device=noise.device))
 
 
+def times(factor, calls=1):
+    """A sampler that returns its noise times a factor, and the gain's."""
+
+    def sample(model, noise):
+        for _ in range(calls):
+            x = one_call(model, noise)
+        return factor * x
+
+    return sample
+
+
 def s_of(skip):
-    return float(gain(LINEAR, skip, t=LAST, tau=TAU))
+    """What a strength does to the samples: below 0 the inverse."""
+    s = float(gain(LINEAR, abs(skip) or 1, t=torch.tensor([999]), tau=TAU)) if skip else 1.0
+    return s if skip >= 0 else 1 / s
 
 
-def data_for(skip, shape=(3,), count=2000, seed=1):
-    """Data that samples of `one_call` with this skip match; below 0 with the inverse."""
-    normal = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
-    if not skip:
-        return normal
-    return normal * s_of(skip) if skip > 0 else normal / s_of(-skip)
+def data_of(deviation, shape=(3,), count=2000, seed=1):
+    return deviation * torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gain_search(model, schedule, sample, data, *, skips=None, **settings):
-    """A search over gains alone; the strengths given are all reported."""
-    names = {"tau", "prediction_type", "max_c2"} & settings.keys()
-    options = {name: settings.pop(name) for name in names}
-    correction = SkipGain(schedule, skips, **options)
-    return CorrectionSearch(model, sample, data, [correction], scan=skips is None, **settings)
+def data_for(skip, *args, **kwargs):
+    """Data that samples of `one_call` with this skip match."""
+    return data_of(s_of(skip), *args, **kwargs)
 
 
-def search_for(skip, **settings):
-    settings = {"sample": one_call, "skips": [49, 99, 149], "num_samples": 1000} | settings
-    settings = {"data": data_for(skip), "tau": TAU} | settings
-    return gain_search(Echo(), LINEAR, **settings)
+def search_of(
+    sample=one_call, data=None, corrections=None, *, skips=None, model=None, tau=TAU, **settings
+):
+    """A search over gains alone if not said; the skips given are all reported."""
+    data = data_for(99) if data is None else data
+    if skips is not None:
+        settings.setdefault("scan", False)
+    corrections = [SkipGain(LINEAR, skips, tau=tau)] if corrections is None else corrections
+    settings.setdefault("num_samples", 1000)
+    return CorrectionSearch(model or Echo(), sample, data, corrections, **settings)
 
 
 @pytest.mark.parametrize("skip", [-99, 49, 99, 149])
 def test_it_finds_the_skip_that_made_the_data(skip):
-    result = search_for(skip, skips=[-99, 49, 99, 149]).recommend()
+    result = search_of(data=data_for(skip), skips=[-99, 49, 99, 149]).recommend()
     assert result.strength == skip == result.best.strength
     assert isinstance(result.correction, SkipGain)
     assert result.best.high < 0
     assert result.at_edge == (skip in (-99, 149))
     assert not result.scan
+    x = torch.randn(4, 3)
+    scaled, noise = result(Echo(), x)
+    assert isinstance(scaled, ScaledModel)
+    assert noise is x
+    torch.testing.assert_close(scaled(x, torch.tensor([999] * 4)), s_of(skip) * x)
 
 
 def test_it_recommends_none_where_none_helps():
-    result = search_for(0).recommend()
+    result = search_of(data=data_for(0), skips=[49, 99, 149]).recommend()
     assert not result.improves
     assert result.correction is NONE
     assert result.best.correction is NONE
@@ -107,26 +135,16 @@ def test_it_recommends_none_where_none_helps():
 
 def test_a_better_gain_within_the_noise_is_not_recommended():
     # 9 is the truth, but it shrinks by 2 % only, which 40 samples cannot tell from nothing.
-    result = search_for(9, skips=[9], num_samples=40, seed=1).recommend()
+    result = search_of(data=data_for(9), skips=[9], num_samples=40, seed=1).recommend()
     assert result.best.strength == 9
     assert result.best.high >= 0
     assert not result.improves
 
 
-def test_the_sure_one_is_recommended_where_the_best_is_not_sure():
-    # Seen with large gains: the best of all has the widest interval.
-    result = search_for(99).recommend()
-    plain, sure, best, _ = result.candidates
-    result = replace(result, candidates=(plain, sure, replace(best, high=0.1)))
-    assert result.best.strength == 99
-    assert result.strength == 49
-
-
 @pytest.mark.parametrize("skip", [-34, 124])
 def test_the_scan_goes_both_ways_and_refines(skip):
     # The coarse scan has -49, -19, 99, 149, …; what lies halfway is tried about the best of it.
-    data = data_for(skip, count=12_000)
-    result = search_for(skip, data=data, skips=None, num_samples=4000).recommend()
+    result = search_of(data=data_for(skip, count=12_000), num_samples=4000).recommend()
     assert result.strength == skip
     assert [point.strength for point in result.scan[1:9]] == list(SkipGain(LINEAR).strengths)
     below, above = (point.strength for point in result.scan[9:])
@@ -137,13 +155,12 @@ def test_the_scan_goes_both_ways_and_refines(skip):
 
 
 def test_the_best_of_several_corrections():
-    data = data_for(0) * 1.2
     corrections = [
         SkipGain(LINEAR, [9, 49], tau=TAU),
         EpsilonScaling(LINEAR, [0.99, 1.01]),
         StartScaling([0.8, 1.2]),
     ]
-    result = CorrectionSearch(Echo(), one_call, data, corrections).recommend()
+    result = search_of(data=data_of(1.2), corrections=corrections).recommend()
     assert (result.correction, result.strength) == (corrections[2], 1.2)
     assert {c.correction for c in result.candidates} == {NONE, *corrections}
     assert "start noise times 1.2" in repr(result)
@@ -152,47 +169,27 @@ def test_the_best_of_several_corrections():
     assert torch.equal(result.correct_noise(noise), 1.2 * noise)
 
 
-def test_a_correction_of_a_users_own():
-    class Shift(Correction):
-        name, none, strengths = "plus", 0.0, (-0.5, 0.5)
-
-        def correct_noise(self, noise, strength):
-            return noise + strength
-
-    result = CorrectionSearch(Echo(), one_call, data_for(0) - 0.5, [Shift()]).recommend()
-    assert result.strength == -0.5
-
-
-def test_the_scan_and_the_report_share_neither_noise_nor_data():
-    seen = []
+def test_what_chooses_is_not_what_compares():
+    """Neither noise nor data."""
+    seen, compared = [], []
 
     def recorded(model, noise):
         seen.append(noise.clone())
         return one_call(model, noise)
 
-    numbers = torch.arange(200.0)[:, None]
-    compared = []
-
     def features(values):
         compared.append(values.clone())
         return values
 
-    search = CorrectionSearch(
-        Echo(),
-        recorded,
-        numbers,
-        [EpsilonScaling(LINEAR, [0.9, 1.1])],
-        features=features,
-        num_samples=64,
-        batch_size=64,
+    corrections, numbers = [EpsilonScaling(LINEAR, [0.9, 1.1])], torch.arange(200.0)[:, None]
+    options = {"features": features, "num_samples": 64, "batch_size": 64}
+    search_of(recorded, numbers, corrections, **options).recommend()
+    scanned, reported = (
+        {float(n) for noise in seen if len(noise) == size for n in noise} for size in (32, 64)
     )
-    search.recommend()
-    scanned = {float(n) for noise in seen if len(noise) == 32 for n in noise}
-    reported = {float(n) for noise in seen if len(noise) == 64 for n in noise}
-    assert len(scanned) == 32
-    assert len(reported) == 64
+    assert (len(scanned), len(reported)) == (32, 64)
     assert not scanned & reported
-    # After the axes' look come the chooser's third and the judge's rest, in batches.
+    # After the axes' look come the third of the chooser and the rest of the judge, in batches.
     numbers = set(numbers.flatten().tolist())
     rows = [set(part.flatten().tolist()) for part in compared]
     *_, first, second, third, fourth, fifth = [part for part in rows if part <= numbers]
@@ -200,54 +197,54 @@ def test_the_scan_and_the_report_share_neither_noise_nor_data():
     assert not (first | second) & (third | fourth | fifth)
 
 
-@pytest.mark.parametrize(
-    ("num_samples", "counts"), [(32, [4, 4]), (64, [4, 8]), (400, [8, 16])], ids=str
-)
-def test_axes_are_found_on_the_part_that_is_not_compared(num_samples, counts, monkeypatch):
-    """Data vary most along axes that were found on themselves."""
-    found = []
+@pytest.fixture
+def compared(monkeypatch):
+    """The data of every comparison, and the axes found: on which values, and how many."""
+    found = {"data": [], "axes": []}
 
     class Recorded(Axes):
         def __init__(self, data, count, seed):
-            found.append((set(data.flatten().tolist()), count))
+            found["axes"].append((set(data.flatten().tolist()), count))
             super().__init__(data, count, seed)
-
-    compared = []
 
     class Compared(FrechetComparison):
         def __init__(self, data, num_samples, seed):
-            compared.append(data)
+            found["data"].append(data)
             super().__init__(data, num_samples, seed)
 
     monkeypatch.setattr("s2dm_loss.sampling.search.Axes", Recorded)
     monkeypatch.setattr("s2dm_loss.sampling.trials.FrechetComparison", Compared)
+    return found
+
+
+@pytest.mark.parametrize(("count", "axes"), [(32, [4, 4]), (64, [4, 8]), (400, [8, 16])], ids=str)
+def test_axes_are_found_on_the_part_that_is_not_compared(count, axes, compared):
+    """Data vary most along axes that were found on themselves."""
     numbers = torch.arange(200.0)[:, None]
-    search = CorrectionSearch(
-        Echo(), one_call, numbers, [StartScaling([0.9, 1.1])], num_samples=num_samples
-    )
-    search.recommend()
+    search_of(data=numbers, corrections=[StartScaling([0.9, 1.1])], num_samples=count).recommend()
     # An eighth of the smaller of samples and data: 66 to choose, 134 to judge.
-    assert [count for _, count in found] == counts
-    assert [len(seen) for seen, _ in found] == [134, 66]
-    for (seen, _), data in zip(found, compared, strict=True):
+    assert [number for _, number in compared["axes"]] == axes
+    assert [len(seen) for seen, _ in compared["axes"]] == [134, 66]
+    for (seen, _), data in zip(compared["axes"], compared["data"], strict=True):
         center = torch.tensor(sorted(seen)).double().mean()
         judged = {float(value) for value in (data[:, 0] + center).round()}
         assert len(judged) == 200 - len(seen)
         assert not judged & seen
 
 
+@pytest.mark.parametrize(
+    ("skips", "most", "used"), [([99], 128, 700), ([99], 2, 467), (None, 128, 467)], ids=str
+)
+def test_all_data_are_used_where_nothing_is_chosen(skips, most, used, monkeypatch, compared):
+    monkeypatch.setattr("s2dm_loss.sampling.search.MAX_AXES", most)  # 2 are found on a third
+    search_of(data=data_for(99, count=700), skips=skips, num_samples=64).recommend()
+    assert len(compared["data"][-1]) == used
+
+
 def test_a_scan_in_many_dimensions_finds_the_strength():
     """Along axes of the compared data's own, 1.065 seemed best where 1 / 0.88 is."""
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randn(1500, 768, generator=generator)
-    search = CorrectionSearch(
-        Echo(),
-        lambda model, noise: 0.88 * one_call(model, noise),
-        data,
-        [StartScaling()],
-        num_samples=1024,
-    )
-    found = search.recommend()
+    data = data_of(1, (768,), 1500, seed=0)
+    found = search_of(times(0.88), data, [StartScaling()], num_samples=1024).recommend()
     chosen = min(found.scan, key=lambda point: point.distance).strength
     assert abs(chosen - 1 / 0.88) < 0.03
 
@@ -257,33 +254,13 @@ def test_a_sampler_may_read_the_attributes_of_its_model():
     model = Echo()
     model.register_buffer("weight", torch.ones(1))
 
-    def sample(model, noise):
-        return one_call(model, noise.to(model.weight.dtype))
+    def search(sample):
+        return search_of(sample, data_of(1.2), [StartScaling([1.2])], model=model, num_samples=400)
 
-    data = 1.2 * torch.randn(400, 3, generator=torch.Generator().manual_seed(1))
-    search = CorrectionSearch(model, sample, data, [StartScaling([1.2])], num_samples=400)
-    assert search.recommend().strength is not None
+    found = search(lambda model, noise: one_call(model, noise.to(model.weight.dtype))).recommend()
+    assert found.strength is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        CorrectionSearch(
-            model, lambda model, noise: model.nothing, data, [StartScaling([1.2])]
-        ).recommend()
-
-
-@pytest.mark.parametrize(
-    ("skips", "most", "used"), [([99], 128, 700), ([99], 2, 467), (None, 128, 467)], ids=str
-)
-def test_all_data_are_used_where_nothing_is_chosen(skips, most, used, monkeypatch):
-    sizes = []
-    monkeypatch.setattr("s2dm_loss.sampling.search.MAX_AXES", most)  # 2 are found on a third
-
-    class Recorded(FrechetComparison):
-        def __init__(self, data, num_samples, seed):
-            sizes.append(len(data))
-            super().__init__(data, num_samples, seed)
-
-    monkeypatch.setattr("s2dm_loss.sampling.trials.FrechetComparison", Recorded)
-    search_for(99, data=data_for(99, count=700), skips=skips, num_samples=64).recommend()
-    assert sizes[-1] == used
+        search(lambda model, noise: model.nothing).recommend()
 
 
 def test_exact_model_of_a_gaussian_under_ddim():
@@ -293,7 +270,7 @@ def test_exact_model_of_a_gaussian_under_ddim():
         def forward(self, x_t, t):
             return LINEAR.alpha_sigma(t)[1][:, None].float() * x_t
 
-    times = range(900, -1, -100)
+    steps = range(900, -1, -100)
 
     def step(x, eps, t):
         a, b = (float(c) for c in LINEAR.alpha_sigma(torch.tensor(t)))
@@ -302,31 +279,30 @@ def test_exact_model_of_a_gaussian_under_ddim():
 
     def ddim(model, noise):
         x = noise
-        for t in times:
+        for t in steps:
             x = step(x, model(x, torch.full((len(x),), t)), t)
         return x
 
     def loss(correction, strength):
         """(Deviation of the samples - 1)² with one correction."""
         x = strength if isinstance(correction, StartScaling) else 1.0
-        for t in times:
+        for t in steps:
             at = torch.tensor([t])
-            s = 1.0
-            if isinstance(correction, (SkipGain, EpsilonScaling)):
-                s = float(correction.scale(at, strength))
+            s = float(correction.scale(at, strength)) if hasattr(correction, "scale") else 1.0
             x = step(x, s * float(LINEAR.alpha_sigma(at)[1]) * x, t)
         return (x - 1) ** 2
 
-    assert loss(None, 0) == pytest.approx((0.832 - 1) ** 2, abs=0.001)  # too little spread
-    data = torch.randn(4000, 2, generator=torch.Generator().manual_seed(3))
-    result = gain_search(Exact(), LINEAR, ddim, data, num_samples=1024).recommend()
-    assert loss(result.correction, result.strength) < 0.1 * loss(None, 0)
-    assert result.strength in range(80, 150)
-    corrections = [SkipGain(LINEAR), EpsilonScaling(LINEAR), StartScaling()]
-    result = CorrectionSearch(Exact(), ddim, data, corrections, num_samples=1024).recommend()
-    assert loss(result.correction, result.strength) < 0.1 * loss(None, 0)
+    plain = loss(None, 0)
+    assert plain == pytest.approx((0.832 - 1) ** 2, abs=0.001)  # too little spread
+    data, gains = data_of(1, (2,), 4000, seed=3), SkipGain(LINEAR)
+    for corrections in ([gains], [gains, EpsilonScaling(LINEAR), StartScaling()]):
+        search = search_of(ddim, data, corrections, model=Exact(), num_samples=1024)
+        result = search.recommend()
+        assert loss(result.correction, result.strength) < 0.1 * plain
+        if corrections == [gains]:
+            assert result.strength in range(80, 150)
     for candidate in result.candidates[1:]:
-        truth = 2 * (loss(candidate.correction, candidate.strength) - loss(None, 0))
+        truth = 2 * (loss(candidate.correction, candidate.strength) - plain)
         assert candidate.low <= truth <= candidate.high
 
 
@@ -334,12 +310,10 @@ def test_images_are_compared_along_their_leading_axes(monkeypatch):
     # 3072 values, whose spread is in a few directions: no 3072² eigenproblem.
     scale = 0.8 ** torch.arange(3072.0)
     turn = torch.linalg.qr(torch.randn(3072, 64, generator=torch.Generator().manual_seed(0))).Q.T
-    data = ((data_for(99, (3072,), 1600) * scale)[:, :64] @ turn).reshape(-1, 3, 32, 32)
 
-    def sample(model, noise):
-        return ((one_call(model, noise).flatten(1) * scale)[:, :64] @ turn).reshape(-1, 3, 32, 32)
+    def turned(values):
+        return ((values.flatten(1) * scale)[:, :64] @ turn).reshape(-1, 3, 32, 32)
 
-    search = search_for(99, sample=sample, data=data, num_samples=1100, batch_size=200)
     compared = []
 
     class Recorded(FrechetComparison):
@@ -348,7 +322,11 @@ def test_images_are_compared_along_their_leading_axes(monkeypatch):
             return super().add(samples)
 
     monkeypatch.setattr("s2dm_loss.sampling.trials.FrechetComparison", Recorded)
-    result = search.recommend()
+    result = search_of(
+        lambda model, noise: turned(one_call(model, noise)),
+        turned(data_for(99, (3072,), 1600)),
+        **{"skips": [49, 99, 149], "num_samples": 1100, "batch_size": 200},
+    ).recommend()
     assert compared == [(1100, MAX_AXES + 1)] * 4
     assert result.strength == 99
     expected = (1 - s_of(99)) ** 2 * float(scale.square().sum())
@@ -363,19 +341,19 @@ def test_features():
         return images.flatten(1)[:, :2] * 10
 
     # Enough of both that any draw will do: torch's own differ between versions.
-    data = data_for(99, (2, 2), count=8000)
-    search = search_for(99, data=data, features=features, batch_size=300, num_samples=4000)
-    result = search.recommend()
+    data, options = data_for(99, (2, 2), 8000), {"batch_size": 300, "num_samples": 4000}
+    result = search_of(data=data, skips=[49, 99, 149], features=features, **options).recommend()
     assert result.strength == 99
     assert result.candidates[0].distance == pytest.approx(200 * (1 - s_of(99)) ** 2, rel=0.15)
     assert max(sizes) == 300
 
 
 def test_the_same_seed_gives_the_same_answer():
-    first, again = (search_for(99, seed=3).recommend() for _ in range(2))
-    other = search_for(99, seed=4).recommend()
-    rows = [[replace(c, correction=None) for c in r.candidates] for r in (first, again, other)]
-    assert rows[0] == rows[1] != rows[2]
+    first, again, other = (
+        search_of(skips=[49, 99, 149], seed=seed).recommend().to_dict()["candidates"]
+        for seed in (3, 3, 4)
+    )
+    assert first == again != other
 
 
 def test_intervals_hold_the_truth():
@@ -383,36 +361,25 @@ def test_intervals_hold_the_truth():
     truth = {k: 2 * (s_of(k) - s) ** 2 - 2 * (1 - s) ** 2 for k in (49, 149)}
     held = 0
     for seed in range(40):
-        data = data_for(99, shape=(2,), count=500, seed=100 + seed)
-        search = search_for(99, data=data, skips=list(truth), num_samples=500, seed=seed)
+        data = data_for(99, (2,), 500, seed=100 + seed)
+        search = search_of(data=data, skips=list(truth), num_samples=500, seed=seed)
         plain, *others = search.recommend().candidates
         assert (plain.low, plain.high) == (0, 0)
         held += all(c.low <= truth[c.strength] <= c.high for c in others)
     assert held >= 35  # of 40, where 95 % are promised
 
 
-@pytest.mark.parametrize(("num_samples", "batch_size", "batches"), [(100, 64, 2), (64, 64, 1)])
-def test_the_stated_cost_is_the_cost(num_samples, batch_size, batches):
+@pytest.mark.parametrize(("num_samples", "batches"), [(100, 2), (64, 1)])
+def test_the_stated_cost_is_the_cost(num_samples, batches):
     model = Echo()
-
-    def three_calls(model, noise):
-        for _ in range(3):
-            x = one_call(model, noise)
-        return x
-
-    settings = {"skips": [9, 99], "num_samples": num_samples, "batch_size": batch_size}
-    search = gain_search(model, LINEAR, three_calls, data_for(0), **settings)
+    options = {"skips": [9, 99], "num_samples": num_samples, "batch_size": 64}
+    search = search_of(times(1, calls=3), model=model, **options)
     assert model.calls == 0
     cost = search.cost
     assert model.calls == 3
     assert cost.calls == {"sample": 3}
     assert (cost.stages, cost.runs) == (((3, num_samples),), 3 * batches)
-    assert cost.samples == 3 * num_samples
-    assert cost.network_calls == 9 * num_samples
-    assert str(cost) == (
-        f"3 x {num_samples} samples to compare: at most {3 * batches} sampler runs of 3 network "
-        f"calls each, {3 * num_samples} samples in all"
-    )
+    assert (cost.samples, cost.network_calls) == (3 * num_samples, 9 * num_samples)
     model.calls = 0
     result = search.recommend()
     assert model.calls == 9 * batches
@@ -420,25 +387,15 @@ def test_the_stated_cost_is_the_cost(num_samples, batch_size, batches):
 
 
 def test_the_cost_of_a_scan():
-    sizes = []
-
-    def sample(model, noise):
-        sizes.append(len(noise))
-        return one_call(model, noise)
-
-    corrections = standard_corrections(LINEAR)
-    search = CorrectionSearch(
-        Echo(), sample, data_for(0), corrections, num_samples=100, batch_size=64
-    )
-    cost = search.cost
+    corrections, model = standard_corrections(LINEAR), Echo()
+    search = search_of(corrections=corrections, model=model, num_samples=100, batch_size=64)
     strengths = sum(len(c.strengths) for c in corrections)
-    assert cost.stages == ((1 + strengths + 8, 50), (9, 100))
-    assert cost.runs == 1 + strengths + 8 + 2 * 9
-    sizes.clear()
+    assert search.cost.stages == ((1 + strengths + 8, 50), (9, 100))
+    assert search.cost.runs == 1 + strengths + 8 + 2 * 9
+    model.drawn = 0
     search.recommend()
     # At an end of the scan there is one neighbour only.
-    assert cost.samples - 4 * (50 + 100) <= sum(sizes) <= cost.samples
-    assert max(sizes) == 64
+    assert search.cost.samples - 4 * (50 + 100) <= model.drawn <= search.cost.samples
 
 
 @pytest.mark.parametrize("skips", [[49, 99], None])
@@ -450,40 +407,16 @@ def test_progress_only_shows(skips):
             shown.append(run)
             yield run
 
-    search = search_for(99, skips=skips, num_samples=64, batch_size=50)
+    search = search_of(skips=skips, num_samples=64, batch_size=50)
     result = search.recommend(progress)
     assert len(shown) == search.cost.runs
     for drops in (lambda runs: runs[::2], lambda runs: [], lambda runs: reversed(runs)):
         assert search.recommend(drops).candidates == result.candidates
 
 
-def test_stochastic_samplers_meet_the_same_numbers_and_the_global_state_is_kept():
-    draws = []
-
-    def stochastic(model, noise):
-        draws.append(torch.randn(2))
-        return one_call(model, noise)
-
-    torch.manual_seed(7)
-    expected = torch.randn(3)
-    torch.manual_seed(7)
-    search = gain_search(
-        Echo(), LINEAR, stochastic, data_for(0), skips=[9, 99], num_samples=64, batch_size=32
-    )
-    search.recommend()
-    assert torch.equal(torch.randn(3), expected)
-    _, *runs = draws  # the first is the count of the cost
-    batches = list(zip(runs[::2], runs[1::2], strict=True))
-    assert len(batches) == 3
-    for first, second in batches:
-        assert torch.equal(first, batches[0][0])
-        assert torch.equal(second, batches[0][1])
-    assert not torch.equal(*batches[0])
-
-
 @pytest.mark.parametrize("seed", [0, 3])
-def test_what_a_sampler_draws_is_not_the_noise_that_it_starts_from(seed):
-    """Ancestral sampling that meets x_T again as its first draw goes astray."""
+def test_stochastic_samplers_meet_the_same_numbers_and_the_global_state_is_kept(seed):
+    """Not the noise that they start from: ancestral sampling that meets x_T again goes astray."""
     starts, draws = [], []
 
     def stochastic(model, noise):
@@ -491,179 +424,148 @@ def test_what_a_sampler_draws_is_not_the_noise_that_it_starts_from(seed):
         draws.append(torch.randn(noise.shape))
         return one_call(model, noise)
 
-    gain_search(
-        *(Echo(), LINEAR, stochastic, data_for(0)),
-        **{"skips": [9, 99], "num_samples": 96, "batch_size": 32, "seed": seed},
-    ).recommend()
-    for start in starts:
-        for draw in draws:
-            assert not (draw == start).any()
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    options = {"skips": [9, 99], "num_samples": 96, "batch_size": 32, "seed": seed}
+    search_of(stochastic, **options).recommend()
+    assert torch.equal(torch.randn(3), expected)
+    assert not any((draw == start).any() for draw in draws for start in starts)
+    _, *runs = draws  # the first is the count of the cost
+    first, *others = zip(runs[::3], runs[1::3], runs[2::3], strict=True)
+    assert len(others) == 2
+    for batches in others:
+        assert all(torch.equal(*pair) for pair in zip(batches, first, strict=True))
+    assert not torch.equal(*first[:2])
 
 
-def test_another_default_device_changes_nothing():
-    search = CorrectionSearch(
-        Echo(),
-        one_call,
-        data_for(0) * 1.2,
-        [StartScaling([0.8, 1.2])],
-        num_samples=200,
-    )
+def test_another_default_device_or_dtype_changes_nothing():
+    search = search_of(data=data_of(1.2), corrections=[StartScaling([0.8, 1.2])], num_samples=200)
+    search.model = Linear(torch.float32)
     expected = search.recommend()
     with torch.device("meta"):
         assert search.recommend() == expected
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert str(search.recommend()) == str(expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_candidate_that_overflows_loses_and_says_so():
     def fragile(model, noise):
         x = one_call(model, noise)
-        return x * math.inf if float(x.std() / noise.std()) < 0.5 else x
+        return x * INF if float(x.std() / noise.std()) < 0.5 else x
 
-    result = search_for(99, sample=fragile, skips=[99, 199]).recommend()
+    result = search_of(fragile, skips=[99, 199]).recommend()
     assert result.strength == 99
-    assert result.candidates[-1].distance == math.inf
-    assert result.candidates[-1].best_share == 0
+    assert (result.candidates[-1].distance, result.candidates[-1].best_share) == (INF, 0)
     assert "inf" in str(result)
 
 
-def test_the_recommended_model():
-    result = search_for(99).recommend()
-    x = torch.randn(4, 3)
-    t = torch.tensor([999] * 4)
-    scaled, noise = result(Echo(), x)
-    assert isinstance(scaled, ScaledModel)
-    assert noise is x
-    assert torch.allclose(scaled(x, t), s_of(99) * x)
-
-
-def test_a_smaller_tau_wants_a_smaller_skip():
-    # (1-τ)/τ is 9 times larger at 0.5 than at 0.9, so a much smaller k does the same.
-    result = search_for(99, skips=[9, 29, 99], tau=0.5).recommend()
-    assert result.strength == 29
-    assert float(gain(LINEAR, 29, t=LAST, tau=0.5)) == pytest.approx(s_of(99), abs=0.1)
-
-
 def test_continuous_time():
-    flow = ContinuousSchedule.flow()
-    at = torch.tensor([0.5])
-    s = float(gain(flow, 0.25, t=at, tau=TAU))
+    data = data_of(float(gain(FLOW, 0.25, t=torch.tensor([0.5]), tau=TAU)), count=8000)
+    corrections = [SkipGain(FLOW, [0.05, 0.25, 0.45], tau=TAU)]
 
     def sample(model, noise):
         return model(noise, torch.full((len(noise),), 0.5))
 
-    data = data_for(0, count=8000) * s
-    settings = {"skips": [0.05, 0.25, 0.45], "num_samples": 4000, "tau": TAU}
-    result = gain_search(Echo(), flow, sample, data, **settings).recommend()
-    assert result.strength == 0.25
+    search = search_of(sample, data, corrections, scan=False, num_samples=4000)
+    assert search.recommend().strength == 0.25
 
 
 def test_noise_of_another_shape_than_the_data():
     def decode(model, noise):
         return one_call(model, noise).flatten(1)
 
-    result = search_for(
-        99, sample=decode, data=data_for(99, (4,)), skips=[99], noise_shape=(2, 2)
-    ).recommend()
-    assert result.strength == 99
+    data = data_for(99, (4,))
+    assert search_of(decode, data, skips=[99], noise_shape=(2, 2)).recommend().strength == 99
 
 
-def test_its_repr():
-    assert repr(search_for(99)) == (
-        "CorrectionSearch(Echo, [SkipGain(49, 99, 149)], scan=False, num_samples=1000, "
-        "batch_size=256, seed=0)"
-    )
+def test_strengths_may_be_an_array():
+    class Louder(Correction):
+        name, none, strengths = "output times", 1.0, np.array([0.9, 1.1])
+
+        def correct_model(self, model, strength):
+            return ScaledModel(model, LINEAR, lambda t: torch.full_like(t, strength, dtype=float))
+
+    search = search_of(data=data_of(1.1), corrections=[Louder()], num_samples=400)
+    assert search.recommend().strength == 1.1
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "said"),
     [
         ({"model": 3}, TypeError, "model must be an nn.Module, got 3"),
-        ({"schedule": "linear"}, TypeError, "schedule must be"),
         ({"sample": None}, TypeError, "sample must be callable"),
+        ({"sample": {}}, ValueError, "sample must hold at least one sampler"),
+        ({"sample": {"a": 3}}, TypeError, r"sample must be callable .* got 'a': 3"),
+        ({"sample": {1: times(1.0)}}, TypeError, "by their names, got 1"),
         ({"data": [1.0]}, TypeError, "data must be a tensor"),
         ({"data": torch.ones(3, 2, dtype=torch.long)}, TypeError, "data must be a floating"),
         ({"data": torch.ones(40)}, ValueError, r"data must have shape \[N, ...\]"),
         ({"data": torch.ones(31, 8)}, ValueError, r"data must have shape \[N, ...\]"),
         ({"data": torch.full((40, 2), math.nan)}, ValueError, "data must be finite"),
         ({"features": 3}, TypeError, "features must be callable"),
-        ({"skips": []}, ValueError, "at least one"),
-        ({"skips": 99}, TypeError, "strengths must be a sequence of numbers, got 99"),
-        ({"skips": [0]}, ValueError, "without 0"),
-        ({"skips": [9, 9]}, ValueError, "distinct"),
-        ({"skips": [1000]}, ValueError, "below 1000"),
-        ({"skips": [0.1]}, TypeError, "int skips"),
-        ({"tau": 1.0}, ValueError, "tau must lie in"),
-        ({"tau": 0}, ValueError, "tau must lie in"),
-        ({"tau": 2.0}, ValueError, "tau must lie in"),
-        ({"tau": "0.99"}, TypeError, "tau must be a real number"),
-        ({"prediction_type": "eps"}, ValueError, "prediction_type must be one of"),
-        ({"max_c2": -1.0}, ValueError, "max_c2 must lie in"),
         ({"num_samples": 31}, ValueError, "num_samples must be at least 32, got 31"),
         ({"num_samples": 64.0}, TypeError, "num_samples must be an int"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"noise_shape": (0,)}, ValueError, "noise_shape must be at least 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"corrections": [StartScaling(), Correction()]}, ValueError, "have strengths .* got Corr"),
+        *(
+            ({"corrections": none}, TypeError, "corrections must be at least one Correction")
+            for none in ([], [3], [StartScaling], 3, StartScaling())
+        ),
     ],
 )
 def test_a_bad_argument_is_named(settings, error, said):
-    given = {"model": Echo(), "schedule": LINEAR, "sample": one_call, "data": data_for(0)}
-    given |= settings
     with pytest.raises(error, match=said):
-        gain_search(**given)
+        search_of(**settings)
 
 
-@pytest.mark.parametrize("corrections", [[], [3], [StartScaling], 3, StartScaling()])
-def test_corrections_must_be_some(corrections):
-    with pytest.raises(TypeError, match="corrections must be at least one Correction"):
-        CorrectionSearch(Echo(), one_call, data_for(0), corrections)
-
-
-def test_corrections_must_have_strengths():
-    with pytest.raises(ValueError, match="corrections must each have strengths to try, got Corr"):
-        CorrectionSearch(Echo(), one_call, data_for(0), [StartScaling(), Correction()])
-
-
-def test_what_the_sampler_and_the_features_return_is_checked():
-    def with_sampler(sample, **settings):
-        return search_for(0, sample=sample, skips=[9], num_samples=32, **settings)
-
-    with pytest.raises(ValueError, match=r"sample must return a tensor of shape \(1, 3\)"):
-        with_sampler(lambda model, noise: noise[:, :2]).cost  # noqa: B018
-    with pytest.raises(ValueError, match="sample must return a tensor"):
-        with_sampler(lambda model, noise: None).recommend()
-    with pytest.raises(ValueError, match="sample must call the model that it is given"):
-        with_sampler(lambda model, noise: one_call(Echo(), noise)).recommend()
-    with pytest.raises(ValueError, match="finite"):
-        with_sampler(lambda model, noise: one_call(model, noise) * math.nan).recommend()
-    with pytest.raises(ValueError, match=r"features must return a tensor of shape \[256, D\]"):
-        with_sampler(one_call, features=lambda values: values.mean()).recommend()
-    with pytest.raises(ValueError, match="features must return finite values for the data"):
-        with_sampler(one_call, features=lambda values: values.log()).recommend()
+@pytest.mark.parametrize(
+    ("sample", "features", "said"),
+    [
+        (lambda model, noise: noise[:, :2], None, r"sample must return a tensor of shape \(1, 3\)"),
+        (lambda model, noise: None, None, "sample must return a tensor"),
+        (lambda _, noise: one_call(Echo(), noise), None, "sample must call the model that it is"),
+        (times(math.nan), None, "sample must return finite samples"),
+        (
+            times(torch.tensor([1e200], dtype=torch.float64)),
+            None,
+            "finite samples, .* too large to square",
+        ),
+        (one_call, lambda values: values.mean(), r"features must return .* shape \[256, D\]"),
+        (one_call, lambda values: values.log(), "features must return finite values for the data"),
+        (
+            {"good": one_call, "flat": lambda model, noise: model(noise, 999).flatten()},
+            None,
+            r"sample\['flat'\] must return a tensor of shape",
+        ),
+    ],
+)
+def test_what_the_sampler_and_the_features_return_is_checked(sample, features, said):
+    with pytest.raises(ValueError, match=said):
+        search_of(sample, skips=[9], num_samples=32, features=features).recommend()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_noise_is_of_the_models_dtype(dtype):
-    search = search_for(99, data=data_for(99, count=200).to(dtype), num_samples=64)
-    search.model = Linear(dtype)
-    kinds = set()
-    search.samplers["sample"] = lambda m, noise: kinds.add(noise.dtype) or one_call(m, noise)
-    search.recommend()
-    assert kinds == {dtype}
-    half = torch.float32 if dtype == torch.float64 else dtype
-    expected = next(search_for(99)._trials.noises(8, 0)).to(half).to(dtype)
-    assert torch.equal(
-        next(search._trials.noises(8, 0)), expected
-    )  # the same numbers in every precision
+    """The same numbers in every precision; of float64 those of float32."""
+    data, found = data_for(99, count=200), []
+    for model, of in ((Linear(dtype), dtype), (Echo(), torch.float32)):
+        seen = []
 
+        def sample(model, noise, seen=seen):
+            seen.append(noise)
+            return one_call(model, noise)
 
-def test_another_default_dtype_changes_nothing():
-    search = search_for(99)
-    search.model = Linear(torch.float32)
-    expected = search.recommend()
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert str(search.recommend()) == str(expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
+        options = {"skips": [99], "num_samples": 64, "model": model}
+        search_of(sample, data.to(dtype), **options).recommend()
+        assert {noise.dtype for noise in seen} == {of}
+        found.append(seen[-1])
+    assert torch.equal(found[0], found[1].to(dtype))
 
 
 def test_a_model_whose_weights_are_elsewhere():
@@ -675,39 +577,20 @@ def test_a_model_whose_weights_are_elsewhere():
         kinds.add((noise.dtype, noise.device.type))
         return one_call(model, noise.float())
 
-    settings = {"tau": TAU, "skips": [49, 99], "num_samples": 500}
-    search = gain_search(model, LINEAR, sample, data_for(99), **settings)
+    search = search_of(sample, skips=[49, 99], model=model, num_samples=500)
     assert search.recommend().strength == 99
     assert kinds == {(torch.bfloat16, "cpu")}
-    # Without weights there is nothing to know it from: float32, whatever the data are.
-    search = gain_search(Echo(), LINEAR, one_call, data_for(99).double(), **settings)
-    assert next(search._trials.noises(4, 0)).dtype == torch.float32
-
-
-def test_plain_samples_too_large_to_be_squared_are_an_error():
-    def sample(model, noise):
-        return one_call(model, noise).double() * 1e200
-
-    with pytest.raises(ValueError, match="sample must return finite samples"):
-        search_for(99, sample=sample).recommend()
-
-
-def test_strengths_may_be_an_array():
-    class Louder(Correction):
-        name, none, strengths = "output times", 1.0, np.array([0.9, 1.1])
-
-        def correct_model(self, model, strength):
-            return ScaledModel(model, LINEAR, lambda t: torch.full_like(t, strength, dtype=float))
-
-    search = CorrectionSearch(Echo(), one_call, data_for(0), [Louder()], num_samples=64)
-    assert not search.recommend().improves
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_evaluated_and_its_parts_left_in_their_modes(training, capsys):
     """Active dropout is noise that no sampler of a trained model has."""
-    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3))
-    model.train(training)
+
+    class TakesTime(nn.Sequential):
+        def forward(self, x_t, t=None):
+            return super().forward(x_t)
+
+    model = TakesTime(nn.Dropout(0.5), nn.BatchNorm1d(3)).train(training)
     model[1].eval()
     seen = set()
 
@@ -715,25 +598,300 @@ def test_the_model_is_evaluated_and_its_parts_left_in_their_modes(training, caps
         seen.add(tuple(module.training for module in model.modules()))
         return model(noise)
 
-    class TakesTime(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.parts = model
-
-        def forward(self, x_t, t=None):
-            return self.parts(x_t)
-
-    whole = TakesTime().train(training)
-    whole.parts[1].eval()
-    search = CorrectionSearch(
-        whole, sample, data_for(0), [StartScaling([1.2])], scan=False, num_samples=64
-    )
+    options = {"corrections": [StartScaling([1.2])], "scan": False, "num_samples": 64}
+    search = search_of(sample, model=model, **options)
     assert search.cost.calls == {"sample": 1}
     search.recommend()
     assert not any(mode for modes in seen for mode in modes)
-    assert [m.training for m in model.modules()] == [training, training, False]
-    assert whole.training is training
     assert ("into evaluation mode" in capsys.readouterr().err) is training
     with pytest.raises(ValueError, match="made no call"):
-        CorrectionSearch(whole, lambda m, noise: noise, data_for(0), [StartScaling()]).recommend()
-    assert whole.training is training
+        search_of(lambda m, noise: noise, model=model, **options).recommend()
+    assert [m.training for m in model.modules()] == [training, training, False]
+
+
+# Several samplers
+
+
+def test_it_finds_the_pair():
+    """Neither of the two alone, nor with any correction the other: 1.3 s(99) is the data's."""
+    factors = {"one": 1.0, "far": 3.0, "louder": 1.3, "low": 0.2}
+    samplers = {name: times(factor) for name, factor in factors.items()}
+    truth = 1.3 * s_of(99)
+    result = search_of(samplers, data_of(truth, count=3000), num_samples=1024).recommend()
+
+    def deviation(candidate):
+        return factors[candidate.sampler] * s_of(candidate.strength)
+
+    assert abs(deviation(result.recommended) - truth) < 0.03
+    assert result.improves
+    # The finalists, each one's sampler with no correction, and the sampler in use, which is first.
+    first, *others = result.candidates
+    assert (first.sampler, first.correction) == ("one", NONE)
+    names = {candidate.sampler for candidate in result.candidates}
+    assert names == {c.sampler for c in result.candidates if not c.is_corrected}
+    assert {point.sampler for point in result.scan} == set(samplers)
+    # Round by round more samples and finer strengths: every other, the rest, and those halfway.
+    strengths = SkipGain(LINEAR).strengths
+    tried = {
+        count: {point.strength for point in result.scan if point.samples == count} - {0}
+        for count in (128, 256, 512)
+    }
+    assert tried[128] == set(strengths[1::2])
+    assert tried[256] <= set(strengths)
+    assert tried[256] - tried[128]
+    assert tried[512] - set(strengths)
+    # What was dropped has no interval.
+    assert "low" not in names
+    for candidate in others:
+        difference = 3 * ((deviation(candidate) - truth) ** 2 - (1 - truth) ** 2)
+        assert candidate.low <= difference <= candidate.high
+
+
+def test_a_sampler_alone_and_the_one_in_use():
+    """A better sampler needs no correction; the best one already in use is kept."""
+    samplers = {"used": times(1.0), "good": times(1.2), "bad": times(0.7)}
+    for corrections in (None, []):  # or samplers alone, with no correction at all
+        result = search_of(samplers, data_of(1.2), corrections, num_samples=1024).recommend()
+        assert (result.sampler, result.correction) == ("good", NONE)
+    result = search_of(samplers, data_of(1.0), num_samples=1024).recommend()
+    assert not result.improves
+    assert (result.sampler, result.correction, result.strength) == ("used", NONE, 0)
+    assert "Keep used with no correction" in str(result)
+
+
+def test_all_pairs_are_compared_without_a_scan():
+    samplers, corrections = {"used": times(1.0), "other": times(1.2)}, [StartScaling([0.9, 1.1])]
+    search = search_of(samplers, data_of(1.2), corrections, scan=False)
+    assert search.cost.stages == ((6, 1000),)
+    result = search.recommend()
+    assert not result.scan
+    assert [(c.sampler, c.label) for c in result.candidates] == [
+        (name, label)
+        for name in samplers
+        for label in ("none", "start noise times 0.9", "start noise times 1.1")
+    ]
+    assert result.best is result.candidates[3]
+    # Each against its own sampler with no correction, too: 1.32 is nearer to 1.2 than 1 is, and
+    # farther than 1.2.
+    assert result.candidates[5].high < 0 < result.candidates[5].own_high
+
+
+def test_the_samplers_make_as_many_calls_and_what_differs_is_said():
+    samplers = {"DDIM": times(1.0, 10), "PNDM": times(1.2, 11), "Heun": times(1.1, 9)}
+    cost = search_of(samplers, data_of(1.2)).cost
+    assert cost.calls == {"DDIM": 10, "PNDM": 11, "Heun": 9}
+    assert cost.network_calls == 11 * cost.samples
+    with pytest.raises(ValueError, match=r"one more or less, got {'slow': 20}"):
+        search_of(samplers | {"slow": times(1.0, 20)}, data_of(1.2)).cost  # noqa: B018
+
+
+@pytest.mark.parametrize("corrections", [standard_corrections(LINEAR), [SkipGain(LINEAR)]], ids=len)
+def test_it_draws_at_most_twice_the_samples_of_one_sampler(corrections):
+    """And no more than it says, with noise of its own in each round."""
+    for count in range(2, 21):
+        plan = plan_of(count, corrections, 512)
+        assert plan.samples <= 2 * plan_of(1, corrections, 512).samples
+        assert [samples for _, samples in plan.stages[1:]] == [128, 256, 512]
+    model, seen = Echo(), {}
+
+    def sample(model, noise):
+        seen.setdefault(len(noise), set()).add(float(noise[0, 0]))
+        return one_call(model, noise)
+
+    samplers = {f"{i}": times(1 + 0.01 * i) for i in range(5)} | {"seen": sample}
+    options = {"num_samples": 512, "model": model, "batch_size": 512}
+    search = search_of(samplers, data_of(1.1, count=400), corrections, **options)
+    cost = search.cost
+    assert cost.single_samples == plan_of(1, corrections, 512).samples
+    model.drawn = 0
+    search.recommend(progress=False)
+    assert model.drawn <= cost.samples
+    first, *others = seen.values()
+    assert not any(first & other for other in others)
+
+
+def test_the_plan_at_its_default():
+    """57,344 samples over one sampler, as before; the rest in the docs."""
+    corrections = standard_corrections(LINEAR)
+    assert plan_of(1, corrections, 2048).samples == 57_344
+    assert plan_of(6, corrections, 2048).samples == 78_848
+
+
+# What it says, keeps, draws and shows
+
+GAIN = SkipGain(LINEAR, tau=0.98)
+ONE = SearchCost(((3, 64),), {"sample": 10}, 3, 192)
+TWO = SearchCost(((9, 32), (3, 64)), {"DDIM": 10, "PNDM": 11}, 12, 192)
+NO = Candidate("sample", NONE, 0, 2.0)
+# distance, best_share, difference, low, high, own_high
+SURE = Candidate("sample", GAIN, 49, 1.5, 0.4, -0.5, -0.8, -0.2, -0.2)
+NEARER = Candidate("sample", GAIN, 99, 1.0, 0.6, -1.0, -2.5, 0.5, 0.5)
+
+
+def found(*candidates, cost=ONE, scan=()):
+    return Recommendation(candidates, scan, cost)
+
+
+def test_what_it_says():
+    assert str(found(NO, SURE, NEARER)).splitlines() == [
+        "Use gain k = 49: 25 % [10, 40] nearer to the data.",
+        "",
+        "correction   distance    nearer [95 %]  probably the best",
+        "none                2                                  0%",
+        "gain k = 49       1.5    25 % [10, 40]                40%  <- use this",
+        "gain k = 99         1  50 % [-25, 125]                60%",
+    ]
+    unsure = "No correction is better than none"
+    assert str(found(NO, NEARER)).startswith(
+        f"{unsure} (the nearest, gain k = 99, by 50 % [-25, 125])."
+    )
+    assert str(found(NO)).startswith(f"{unsure}.")
+    assert "; it is the outermost strength tried, so try more" in repr(found(NO, SURE))
+    # A distance may come out at 0 or below, of which there is no share.
+    none, near = Candidate("sample", NONE, 0, -0.01), replace(NEARER, distance=-1.01)
+    assert "by 1 [-0.5, 2.5])" in str(found(none, near))
+
+
+def test_the_sure_one_is_recommended_where_the_best_is_not_sure():
+    # Seen with large gains: the best of all has the widest interval.
+    result = found(NO, SURE, NEARER)
+    assert (result.best, result.recommended) == (NEARER, SURE)
+    assert (result.sampler, result.correction, result.strength) == ("sample", GAIN, 49)
+    assert result.improves
+    nothing = found(NO, NEARER)
+    assert (nothing.recommended, nothing.correction, nothing.strength) == (NO, NONE, 0)
+    assert not nothing.improves
+
+
+def test_with_several_samplers_the_correction_must_be_better_than_its_sampler_alone():
+    use = Candidate("DDIM", NONE, 0, 2.0)
+    alone = Candidate("PNDM", NONE, 0, 1.0, 0.2, -1.0, -1.2, -0.8, -0.8)
+    sure = Candidate("PNDM", GAIN, 49, 0.9, 0.8, -1.1, -1.3, -0.9, -0.05)
+    unsure = replace(sure, own_high=0.05)
+    result = found(use, alone, sure, cost=TWO)
+    assert result.recommended is sure
+    said, _, titles, _, _, last = str(result).splitlines()
+    assert said.startswith("Use PNDM with gain k = 49: 55 % [45, 65] nearer to the data than DDIM")
+    assert titles.split()[:3] == ["sampler", "network", "calls"]
+    assert last.split()[:5] == ["PNDM", "11", "gain", "k", "="]
+    assert last.endswith("<- use this")
+    assert found(use, alone, unsure, cost=TWO).recommended is alone
+    # Where the sampler alone is no better than the one in use, the pair is.
+    worse = Candidate("PNDM", NONE, 0, 2.5, 0.2, 0.5, 0.1, 0.9, 0.9)
+    assert found(use, worse, unsure, cost=TWO).recommended is unsure
+    assert str(found(use, worse, cost=TWO)).startswith("Keep DDIM with no correction: nothing is")
+    assert str(TWO) == (
+        "9 x 32 samples to choose, then 3 x 64 samples to compare: at most 12 sampler runs of 10 "
+        "network calls each, 480 samples in all (PNDM makes 11); over one sampler alone it would "
+        "be 192"
+    )
+    assert TWO.network_calls == 480 * 11
+
+
+def small_search(**options):
+    corrections = [GAIN, StartScaling(), ScoreRescaling(LINEAR, psi=2.0)]
+    options = {"num_samples": 128, **options}
+    return search_of(data=data_of(0.9, count=600, seed=0), corrections=corrections, **options)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return small_search().recommend(progress=False)
+
+
+def test_what_it_keeps_can_be_read_without_the_data(result):
+    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    loaded, whole = (Recommendation.from_dict(values, *given) for given in ((), (LINEAR,)))
+    assert str(loaded) == str(result)
+    assert loaded.cost == result.cost
+    assert loaded.to_dict() == whole.to_dict() == values
+    assert (values["searched"]["seed"], values["searched"]["data"]) == (0, [600, 3])
+    kinds = [correction["type"] for correction in values["searched"]["corrections"]]
+    assert kinds == ["SkipGain", "StartScaling", "ScoreRescaling"]
+    assert values["torch"] == torch.__version__
+    assert values["recommended"] == [result.sampler, result.recommended.label]
+    # With its schedule it does what the search's own does, options and all.
+    x, t = torch.randn(4, 3), torch.tensor([0, 99, 500, 999])
+    for ours, theirs in zip(result.candidates, whole.candidates, strict=True):
+        (a, b), (c, d) = (one.correction(nn.Identity(), x, one.strength) for one in (ours, theirs))
+        assert torch.equal(b, d)
+        if isinstance(a, ScaledModel):
+            assert torch.equal(a.rescale(x, x, t), c.rescale(x, x, t))
+    assert isinstance(pickle.loads(pickle.dumps(result)), Recommendation)  # noqa: S301
+    stored = next(c for c in loaded.candidates if c.label.startswith("gain"))
+    for change in (stored.correction.correct_model, stored.correction.correct_noise):
+        with pytest.raises(ValueError, match=r"was loaded without its schedule.*from_dict"):
+            change(nn.Identity(), stored.strength)
+
+
+def test_what_has_no_number_and_what_is_a_users_own_is_kept_too():
+    class Mine(Correction):
+        name, strengths = "mine", (2.0,)
+
+    far = Candidate("sample", Mine(), 2.0, INF, 0.0, INF, INF, INF)
+    values = json.loads(json.dumps(found(NO, far).to_dict(), allow_nan=False))
+    loaded = Recommendation.from_dict(values)
+    assert (loaded.candidates[1].distance, loaded.candidates[1].label) == (INF, "mine 2")
+    with pytest.raises(ValueError, match="got those of a Mine: apply your own"):
+        Recommendation.from_dict(values, LINEAR)
+
+
+def test_its_figure(result, monkeypatch):
+    pytest.importorskip("matplotlib")
+    compared, *scans = result.plot().axes
+    labels = [axis.get_xlabel() for axis in scans]
+    assert labels == ["gain k ", "start noise times", "score rescaling r "]
+    ticks = [label.get_text() for label in compared.get_yticklabels()]
+    assert ticks == [candidate.label for candidate in result.candidates]
+    assert len(compared.containers) == len(result.candidates)
+    assert set(GAIN.strengths) | {0} <= set(scans[0].lines[0].get_xdata())
+    far = Candidate("sample", GAIN, 9, INF, 0.0, INF, INF, INF)
+    found(NO, far).plot().canvas.draw()  # without a scan, and without a distance
+
+    usual = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return usual(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 's2dm-loss\[plot\]'"):
+        result.plot()
+
+
+def test_progress_without_a_terminal_is_a_line_for_each_candidate(capsys):
+    search = small_search(num_samples=64, batch_size=64)
+    result = search.recommend()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == str(search.cost)
+    assert said[2].startswith("about ")
+    lines = [line for line in said if ": distance " in line]
+    assert len(lines) == len(result.scan) + len(result.candidates)
+    assert lines[1].startswith("gain k = -99: distance ")
+    search.recommend(progress=False)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_progress_on_a_terminal_is_a_bar_where_there_is_one(installed, monkeypatch, capsys):
+    if installed:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    search = small_search(num_samples=64, batch_size=64)
+    search.recommend()
+    said, runs = capsys.readouterr().err, search.cost.runs
+    assert said.startswith(str(search.cost))
+    assert (f"{runs}/{runs}" in said) is installed
+    assert ("gain k = 99: distance" in said) is not installed
+
+
+def test_it_says_how_long_it_will_take(monkeypatch, capsys):
+    now = iter([0.0, 3.0])
+    monkeypatch.setattr("s2dm_loss.sampling.progress.time.monotonic", lambda: next(now))
+    reporter = Reporter(True, 100, "cost")
+    reporter.ran()
+    reporter.ran()
+    assert capsys.readouterr().err == "cost\nabout 5 min\n"

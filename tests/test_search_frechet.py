@@ -22,6 +22,12 @@ def inside(values):
     return torch.cat([values, values.new_zeros(len(values), 1)], dim=1)
 
 
+def compared(data, *sets, seed=0):
+    """A comparison of sets of samples with data, and their distances."""
+    comparison = FrechetComparison(data, len(sets[0]), seed)
+    return comparison, [comparison.add(samples) for samples in sets]
+
+
 def plug_in(samples, data):
     """|μ_x - μ_y|² + tr (C_x + C_y - 2 (C_x C_y)^½), by the eigenvalues of the product."""
     covariances = samples.T.cov(), data.T.cov()
@@ -52,9 +58,7 @@ def test_directions_that_one_side_does_not_have():
     pair = _Pair(_Gaussian(inside(samples)), _Gaussian(inside(flat)))
     assert pair.distance == pytest.approx(plug_in(samples, flat), rel=1e-6)
     assert all(part.isfinite().all() for part in pair.influences(inside(samples), inside(flat)))
-    both = FrechetComparison(inside(flat), 300, 0)
-    both.add(inside(samples))
-    both.add(inside(1.1 * samples))
+    both, _ = compared(inside(flat), inside(samples), inside(1.1 * samples))
     assert torch.stack(both.differences()).isfinite().all()
 
 
@@ -90,8 +94,7 @@ def test_the_bias_is_gone():
     plain, corrected = [], []
     for seed in range(repeats):
         samples, data, truth = scaled_pair(size, count, 100 * seed)
-        comparison = FrechetComparison(inside(data), count, seed)
-        corrected.append(comparison.add(inside(samples)))
+        corrected += compared(inside(data), inside(samples), seed=seed)[1]
         plain.append(plug_in(samples, data))
     plain, corrected = torch.tensor(plain), torch.tensor(corrected)
     error = float(corrected.std()) / repeats**0.5
@@ -104,11 +107,10 @@ def test_sorted_data_are_as_good_as_shuffled_ones():
     classes = torch.cat([normal(500, 2, 0) - 3, normal(500, 2, 1) + 3])
     shuffled = classes[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
     samples = torch.cat([normal(500, 2, 2) - 3, normal(500, 2, 3) + 3])
-    distances = [
-        FrechetComparison(inside(data), 1000, 0).add(inside(samples))
-        for data in (classes, shuffled)
-    ]
-    assert abs(distances[0] - distances[1]) < 0.05
+    (first,), (second,) = (
+        compared(inside(data), inside(samples))[1] for data in (classes, shuffled)
+    )
+    assert abs(first - second) < 0.05
 
 
 def test_intervals_hold_together():
@@ -120,10 +122,9 @@ def test_intervals_hold_together():
     held, repeats = 0, 150
     for seed in range(repeats):
         noise = normal(256, 4, seed) * deviations
-        comparison = FrechetComparison(inside(normal(400, 4, seed + 500) * deviations), 256, seed)
-        for scale in scales:
-            comparison.add(inside(scale * noise))
-        found = comparison.differences()
+        data = inside(normal(400, 4, seed + 500) * deviations)
+        sets = (inside(scale * noise) for scale in scales)
+        found = compared(data, *sets, seed=seed)[0].differences()
         held += bool(((found.low <= truth) & (truth <= found.high)).all())
         assert found.low[0] == found.high[0] == 0
         assert float(found.best_share.sum()) == pytest.approx(1)
@@ -136,10 +137,8 @@ def test_a_set_that_has_diverged_leaves_the_others_their_intervals():
     samples, data, _ = scaled_pair(8, 400, 0)
     widths = []
     for factor in (1.5, 1e7, 3e7, 1e12):
-        comparison = FrechetComparison(inside(data), 400, 0)
-        for scale in (1.0, 1.05, 1.2, factor):
-            comparison.add(inside(samples * scale))
-        found = comparison.differences()
+        sets = (inside(samples * scale) for scale in (1.0, 1.05, 1.2, factor))
+        found = compared(inside(data), *sets)[0].differences()
         widths.append(float(found.high[2] - found.low[2]))
     assert all(0.8 < width / widths[0] < 1.3 for width in widths), widths
 
@@ -147,15 +146,11 @@ def test_a_set_that_has_diverged_leaves_the_others_their_intervals():
 @pytest.mark.parametrize("factor", [torch.inf, 1e200])  # whose square is infinite
 def test_a_set_that_is_not_finite_takes_no_part(factor):
     samples, data, _ = scaled_pair(3, 200, 0)
-    found = []
-    for broken in (False, True):
-        comparison = FrechetComparison(inside(data), 200, 0)
-        comparison.add(inside(samples))
-        comparison.add(inside(samples * torch.tensor([0.7, 1.0, 1.2])))
-        if broken:
-            assert comparison.add(inside(samples * factor)) == torch.inf
-        found.append(comparison.differences())
-    whole, partly = found
+    sets = [inside(samples), inside(samples * torch.tensor([0.7, 1.0, 1.2]))]
+    whole, partly = (
+        compared(inside(data), *each)[0].differences()
+        for each in (sets, [*sets, inside(samples * factor)])
+    )
     assert partly.distance[2] == torch.inf
     assert partly.best_share[2] == 0
     # One comparison is left, whose bound is 1.96 standard deviations.
@@ -185,9 +180,7 @@ def test_few_dimensions_stay_as_they_are():
 
 def test_the_bound_is_of_both_sides_and_95_percent():
     samples, data, _ = scaled_pair(3, 400, 0)
-    comparison = FrechetComparison(inside(data), 400, 0)
-    for scale in (1.0, 0.8):
-        comparison.add(inside(scale * samples))
+    comparison, _ = compared(inside(data), inside(samples), inside(0.8 * samples))
     found = comparison.differences()
     by_sample, by_datum = (
         (part[1] - part[0]).var() / len(part[0])
@@ -200,8 +193,7 @@ def test_the_bound_is_of_both_sides_and_95_percent():
 def test_a_half_is_judged_by_the_map_of_the_other():
     samples, data, _ = scaled_pair(3, 100, 0)
     samples, data = inside(samples), inside(data)
-    comparison = FrechetComparison(data, 100, 0)
-    comparison.add(samples)
+    comparison, _ = compared(data, samples)
     (by_sample, by_datum), *_ = comparison._influences
     halves = list(zip(comparison._halves, comparison._data_halves, strict=True))
     for (rows, data_rows), (others, data_others) in zip(halves, reversed(halves), strict=True):
@@ -230,10 +222,8 @@ def test_a_column_that_is_exact_hides_no_other_however_large(ratio):
     sets = [noise * large * torch.tensor([1.0, s, s, s]) for s in (0.9, 1.0, 1.1)]
 
     def differences(columns):
-        compared = FrechetComparison(inside(columns(data * large)), 2048, 0)
-        for samples in sets:
-            compared.add(inside(columns(samples)))
-        return compared.differences()
+        of_data, *of_sets = (inside(columns(values)) for values in (data * large, *sets))
+        return compared(of_data, *of_sets)[0].differences()
 
     with_it, without = differences(lambda x: x), differences(lambda x: x[:, 1:])
     for name in ("difference", "low", "high"):
@@ -250,10 +240,8 @@ def test_one_row_with_all_the_variance_makes_a_wide_interval(seed):
     data[0, 0] = 2048**0.5
     found = []
     for turn in (torch.eye(8, dtype=torch.float64), torch.linalg.qr(normal(8, 8, seed)).Q):
-        compared = FrechetComparison(inside(data @ turn), 2048, seed)
-        for scale in (1.0, 1.2):
-            compared.add(inside(samples * torch.tensor([scale, *[1.0] * 7]) @ turn))
-        found.append(compared.differences())
+        sets = (inside(samples * torch.tensor([s, *[1.0] * 7]) @ turn) for s in (1.0, 1.2))
+        found.append(compared(inside(data @ turn), *sets, seed=seed)[0].differences())
     # With the row a factor of 1.2 is worse by 0.2² = 0.04, without it by 0.44.
     assert found[0].low[1] < -0.1
     assert found[0].high[1] > 0.18
@@ -274,8 +262,7 @@ def test_samples_for_each_axis_are_enough_for_one_hot_data():
             torch.eye(100, dtype=torch.float64)[torch.randint(100, (count,), generator=draw)]
             for count in (100 * SAMPLES_PER_AXIS, 4096)
         )
-        compared = FrechetComparison(inside(data), len(samples), seed)
-        for scale in (1.0, 1.02):
-            compared.add(inside(samples.mean(0) + scale * (samples - samples.mean(0))))
-        alarms += bool(compared.differences().high[1] < 0)
+        center = samples.mean(0)
+        sets = (inside(center + scale * (samples - center)) for scale in (1.0, 1.02))
+        alarms += bool(compared(inside(data), *sets, seed=seed)[0].differences().high[1] < 0)
     assert alarms <= 1
