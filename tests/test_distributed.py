@@ -1,4 +1,4 @@
-"""Several processes (gloo, CPU) make the gradients that one makes on the joined batch."""
+"""Several processes (gloo, CPU) make what one makes on the joined batch."""
 
 import os
 import subprocess
@@ -8,40 +8,93 @@ from pathlib import Path
 import pytest
 import torch
 
+from s2dm_loss.monitor import LossByNoise, validation_loss
 from tests.helpers.distributed import run_distributed
-from tests.helpers.distributed_workers import LOSSES, WRAPPERS, alone, everything
+from tests.helpers.distributed_workers import (
+    CASES,
+    HOW,
+    LOSSES,
+    WAYS,
+    WRAPPERS,
+    alone,
+    everything,
+    small_model,
+)
+from tests.strategies import LINEAR, normal, normals, timesteps
 
-pytest.importorskip("accelerate")
-pytest.importorskip("diffusers")
+for needed in ("accelerate", "diffusers", "torch.distributed.tensor"):  # torch 2.5
+    pytest.importorskip(needed)
+pytestmark = pytest.mark.slow
 
-WRAPPED = [
-    f"{wrapper}, {how}"
-    for wrapper in WRAPPERS
-    for how in ("outside", "inside", "accumulated", "uneven")
-]
-SIZES = {2: [4, 3], 4: [2, 2, 2, 3]}
-
-
-@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size} processes")
-def runs(request, tmp_path_factory):
-    sizes = SIZES[request.param]
-    generator = torch.Generator().manual_seed(2)
-    x0, noise, xi = torch.randn(3, sum(sizes), 1, 6, 6, generator=generator).unbind(0)
-    # The first process has times below the skip alone.
-    t = torch.tensor([0, 8, 3, 5, 999, 100, 500, 9, 700])[: sum(sizes)]
-    batch = {"x0": x0, "noise": noise, "skip_noise": xi, "t": t}
-    folder = tmp_path_factory.mktemp("ranks")
-    ranks = run_distributed(everything, folder, batch, sizes, world_size=request.param)
-    return batch, sizes, ranks
+SIZES = [4, 2, 3]
+X0, NOISE, XI = normals(3, sum(SIZES), 1, 6, 6, dtype=torch.float32)
+# The first process has times below the skip alone.
+T = torch.tensor([0, 8, 3, 5, 999, 100, 500, 9, 700])
+BATCH = {"x0": X0, "noise": NOISE, "skip_noise": XI, "t": T}
+OF_HEAD = {
+    **{name: normal(5, 7, 3, seed=i) for i, name in enumerate("xy")},  # neither axis even in three
+    "weights": normal(5, seed=2).abs(),
+    "t": torch.tensor([3, 8, 9, 500, 999]),
+    "time": torch.tensor([0.01, 0.04, 0.06, 0.5, 0.99], dtype=torch.float64),
+}
+TIMES, BY_TIME = timesteps(1000, 60, 0), normal(60, seed=3).abs()
 
 
-@pytest.mark.parametrize("how", [*LOSSES, *WRAPPED, "accelerate"])
-def test_every_wrapper_is_one_process_on_the_joined_batch(runs, how):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    arguments = BATCH, SIZES, OF_HEAD, TIMES, BY_TIME
+    return run_distributed(
+        everything, tmp_path_factory.mktemp("ranks"), *arguments, world_size=len(SIZES)
+    )
+
+
+@pytest.mark.parametrize(
+    "how", [*LOSSES, *(f"{wrapper}, {how}" for wrapper in WRAPPERS for how in HOW), "accelerate"]
+)
+def test_every_wrapper_is_one_process_on_the_joined_batch(ranks, how):
     """With one call of the model a step, or for each part of an accumulated one."""
-    batch, sizes, ranks = runs
-    count = sum(sizes) if "uneven" in how else len(sizes) * min(sizes)
+    count = sum(SIZES) if "uneven" in how else len(SIZES) * min(SIZES)
     for rank in ranks:
-        torch.testing.assert_close(rank[how], alone(batch, count, how))
+        torch.testing.assert_close(rank["steps"][how], alone(BATCH, count, how))
+
+
+def test_a_dtensor_in_every_placement_is_the_whole_tensor(ranks):
+    for rank in ranks:
+        placed = rank["placed"]
+        assert len(placed) == 4 * len(CASES)
+        for (placement, case), found in placed.items():
+            expected = placed["plain", case]
+            torch.testing.assert_close(tuple(found), expected, msg=f"{placement} {case}")
+
+
+def test_times_that_are_a_dtensor_are_those_of_the_whole_batch(ranks):
+    for rank in ranks:
+        results = rank["times"]
+        assert len(results) == 9 * len(WAYS)
+        for (way, times, data), loss in results.items():
+            expected = results[way, "plain", "plain"]
+            torch.testing.assert_close(loss, expected, msg=f"{way}, t {times}, data {data}")
+
+
+def test_the_losses_by_noise_add_up_to_those_of_one_process(ranks):
+    seen = torch.arange(60) % 3 < 2
+    alone = LossByNoise(LINEAR)
+    alone.update(TIMES[seen], BY_TIME[seen])
+    first = alone.compute()
+    alone.update(TIMES, BY_TIME)
+    for rank in ranks:
+        found = rank["by noise"]
+        assert found["first"] == pytest.approx(first)
+        assert found["second"] == pytest.approx(alone.compute())
+        assert found["state"]["sums"][0].sum() == seen.sum()
+
+
+def test_a_validation_is_that_of_one_process(ranks):
+    alone = validation_loss(small_model, [X0], LINEAR, skip_set=49)
+    expected = {"index": alone.index, **alone.losses}
+    for rank in ranks:
+        for found in rank["validated"]:
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def page_block(title: str) -> str:
@@ -66,7 +119,7 @@ def test_the_recipes_of_the_page_run_as_written(tmp_path, launcher):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         # A thread of torch's own now and then aborts a process that is done and about to end.

@@ -1,31 +1,33 @@
-"""The loss by noise level: what is in each bin, and what it costs the training loop."""
+"""The loss by noise level, and the validation loss: the same inputs every time."""
 
 import copy
 import io
 import json
 import math
 import pickle
+import sys
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
-from s2dm_loss.monitor import LossByNoise
-from tests.helpers import monitor_workers
-from tests.helpers.distributed import run_distributed
-from tests.test_tracing import needs_compiler
+from s2dm_loss.monitor import LossByNoise, validation_loss
+from s2dm_loss.validation_result import ValidationLoss, t_quantile
+from tests.helpers.distributed_workers import small_model
+from tests.strategies import COSINE, FLOW, LINEAR, VP, ZERO_SNR, beside
 
-LINEAR, FLOW = NoiseSchedule.linear(1000), ContinuousSchedule.flow()
-ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 EDM = NoiseSchedule.from_sigmas(np.geomspace(0.002, 80, 40))
 TURNED = ContinuousSchedule.flow(data_at=1)
 SCHEDULES = pytest.mark.parametrize(
-    "schedule",
-    [TURNED, LINEAR, NoiseSchedule.cosine(100), ZERO_SNR, EDM, FLOW, ContinuousSchedule.vp()],
+    "schedule", [TURNED, LINEAR, NoiseSchedule.cosine(100), ZERO_SNR, EDM, FLOW, VP], ids=repr
 )
+X0 = torch.randn(10, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 def random_times(schedule, count, seed=0):
@@ -33,50 +35,49 @@ def random_times(schedule, count, seed=0):
     return schedule.draw_timesteps(count, device=torch.device("cpu"), generator=generator)
 
 
-def log_snr_of(schedule, t):
-    """From the path's coefficients, in NumPy."""
-    alpha, sigma = (np.asarray(value) for value in schedule.alpha_sigma(t))
-    with np.errstate(divide="ignore"):
-        return 2 * (np.log(alpha) - np.log(sigma))
+# By noise level
 
 
 @SCHEDULES
 def test_each_bin_has_mean_count_and_standard_error(schedule):
-    t = torch.cat([random_times(schedule, 500), random_times(schedule, 500, 1)])
+    t = random_times(schedule, 1000)
     losses = torch.rand(1000, generator=torch.Generator().manual_seed(2))
     by_noise = LossByNoise(schedule, bins=7)
     for part in range(0, 1000, 100):
         by_noise.update(t[part : part + 100], losses[part : part + 100])
-    found, values = by_noise.compute(), losses.double().numpy()
-
-    edges = np.array(by_noise.edges)
+    values, edges = losses.double().numpy(), np.array(by_noise.edges)
     assert np.allclose(np.diff(edges), (edges[-1] - edges[0]) / 7)
-    rows = np.searchsorted(edges[1:-1], log_snr_of(schedule, t), side="right")
-    assert found["loss_count/all"] == 1000
-    assert found["loss/all"] == pytest.approx(values.mean(), rel=1e-12)
-    assert found["loss_error/all"] == pytest.approx(values.std(ddof=1) / 1000**0.5, rel=1e-9)
-    means = [value for key, value in found.items() if key.startswith("loss/")][1:]
-    counts = [value for key, value in found.items() if key.startswith("loss_count/")][1:]
-    errors = [value for key, value in found.items() if key.startswith("loss_error/")][1:]
-    assert counts == [(rows == row).sum() for row in range(7)]
-    inside = [values[rows == row] for row in range(7)]
-    assert means == pytest.approx([v.mean() for v in inside if len(v)], rel=1e-12)
-    expected = [v.std(ddof=1) / len(v) ** 0.5 for v in inside if len(v) > 1]
-    assert errors == pytest.approx(expected, rel=1e-9)
+    alpha, sigma = (np.asarray(value) for value in schedule.alpha_sigma(t))
+    with np.errstate(divide="ignore"):
+        log_snr = 2 * (np.log(alpha) - np.log(sigma))
+    rows = np.searchsorted(edges[1:-1], log_snr, side="right")
+    inside = [values, *(values[rows == row] for row in range(7))]
+    expected = {
+        "loss": [v.mean() for v in inside if len(v)],
+        "loss_error": [v.std(ddof=1) / len(v) ** 0.5 for v in inside if len(v) > 1],
+        "loss_count": [len(v) for v in inside],
+    }
+    found = by_noise.compute()
+    for kind, numbers in expected.items():
+        of_kind = [value for key, value in found.items() if key.startswith(f"{kind}/")]
+        assert of_kind == pytest.approx(numbers, rel=1e-9)
 
 
-def test_the_bins_lie_between_the_ends_and_within_ten():
-    def ends(schedule):
-        edges = LossByNoise(schedule).edges
-        return edges[0], edges[-1]
-
-    # log(ᾱ_0 / (1 - ᾱ_0)) with β_0 = 1e-4; the other end is at -10.1.
-    assert ends(LINEAR) == pytest.approx((-10, math.log(0.9999 / 1e-4)))
-    assert ends(FLOW) == (-10, 10)
-    assert ends(ZERO_SNR)[0] == -10
-    assert ends(EDM) == pytest.approx((-2 * math.log(80), 10))
-    few = NoiseSchedule.from_log_snr([3.0, 1.0, -2.0])
-    assert ends(few) == pytest.approx((-2, 3))
+@pytest.mark.parametrize(
+    ("schedule", "low", "high"),
+    [
+        # log(ᾱ_0 / (1 - ᾱ_0)) with β_0 = 1e-4; the other end is at -10.1.
+        (LINEAR, -10, math.log(0.9999 / 1e-4)),
+        (FLOW, -10, 10),
+        (ZERO_SNR, -10, math.log(0.9999 / 1e-4)),
+        (EDM, -2 * math.log(80), 10),
+        (NoiseSchedule.from_log_snr([3.0, 1.0, -2.0]), -2, 3),
+    ],
+    ids=repr,
+)
+def test_the_bins_lie_between_the_ends_and_within_ten(schedule, low, high):
+    edges = LossByNoise(schedule).edges
+    assert (edges[0], edges[-1]) == pytest.approx((low, high))
 
 
 def test_times_without_noise_or_signal_are_in_the_outer_bins():
@@ -94,17 +95,6 @@ def test_times_without_noise_or_signal_are_in_the_outer_bins():
         "loss_count/2_log_snr_0.0_to_5.0": 0.0,
         "loss_count/3_log_snr_above_5.0": 1.0,
     }
-    by_noise = LossByNoise(ZERO_SNR, bins=4)
-    by_noise.update(torch.tensor([999]), torch.tensor([2.0]))
-    assert by_noise.compute()["loss/0_log_snr_below_" + f"{by_noise.edges[1]:.1f}"] == 2.0
-
-
-def test_a_level_is_the_same_noise_in_either_direction_of_time():
-    t, losses = random_times(FLOW, 100), torch.rand(100)
-    forward, backward = LossByNoise(FLOW), LossByNoise(TURNED)
-    forward.update(t.double(), losses)
-    backward.update(1 - t.double(), losses)
-    assert forward.compute() == backward.compute()
 
 
 def test_names_sort_by_noise_and_serve_every_logger():
@@ -112,23 +102,11 @@ def test_names_sort_by_noise_and_serve_every_logger():
     levels = [name for name in names if name.startswith("train_count/")][1:]
     assert levels == sorted(levels)
     assert len(levels) == 12
-    for name in names:
-        assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-./")  # MLflow's, too
-
-
-def test_calling_it_returns_the_losses_with_their_gradient():
-    by_noise, losses = LossByNoise(LINEAR), torch.rand(4, requires_grad=True)
-    t = torch.tensor([1, 2, 3, 999])
-    returned = by_noise(t, losses)
-    returned.mean().backward()
-    assert returned is losses
-    assert losses.grad.tolist() == [0.25] * 4
-    assert not by_noise.state_dict()["sums"].requires_grad
+    assert set("".join(names)) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-./")  # MLflow's, too
 
 
 def test_half_types_are_summed_in_float64():
-    by_noise = LossByNoise(LINEAR)
-    losses = torch.full((1000,), 0.1, dtype=torch.bfloat16)
+    by_noise, losses = LossByNoise(LINEAR), torch.full((1000,), 0.1, dtype=torch.bfloat16)
     for _ in range(10):
         by_noise.update(torch.full((1000,), 5), losses)
     assert by_noise.compute()["loss/all"] == pytest.approx(losses[0].item(), rel=1e-12)
@@ -147,13 +125,11 @@ def test_a_loss_that_is_not_finite_shows_in_its_bin_alone():
 def test_reset_starts_anew():
     by_noise = LossByNoise(LINEAR)
     empty = by_noise.compute()
-    by_noise.reset()
+    assert (empty["loss_count/all"], "loss/all" in empty) == (0, False)
     by_noise.update(torch.tensor([3]), torch.tensor([1.0]))
     assert by_noise.compute() != empty
     by_noise.reset()
     assert by_noise.compute() == empty
-    assert empty["loss_count/all"] == 0
-    assert "loss/all" not in empty
 
 
 def test_sums_begun_in_inference_mode_go_on_outside():
@@ -182,24 +158,26 @@ def test_wrong_arguments_are_named(t, losses, error, message):
         LossByNoise(LINEAR).update(t, losses)
 
 
-def test_wrong_settings_are_named():
-    with pytest.raises(ValueError, match="bins must be at least 2"):
-        LossByNoise(LINEAR, bins=1)
-    with pytest.raises(TypeError, match="schedule must be"):
-        LossByNoise(1000)
-    with pytest.raises(ValueError, match="two noise levels"):
-        LossByNoise(NoiseSchedule.from_log_snr([3.0]))
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LossByNoise(LINEAR, bins=1), ValueError, "bins must be at least 2"),
+        (lambda: LossByNoise(1000), TypeError, "schedule must be"),
+        (lambda: LossByNoise(NoiseSchedule.from_log_snr([3.0])), ValueError, "two noise levels"),
+    ],
+)
+def test_wrong_settings_are_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 def test_a_checkpoint_restores_the_sums():
-    by_noise = LossByNoise(LINEAR)
+    by_noise, restored, file = LossByNoise(LINEAR), LossByNoise(LINEAR), io.BytesIO()
     by_noise.update(random_times(LINEAR, 50), torch.rand(50))
-    file = io.BytesIO()
     torch.save(by_noise.state_dict(), file)
     file.seek(0)
-    restored = LossByNoise(LINEAR)
-    restored.update(torch.tensor([0]), torch.tensor([9.0]))  # which the checkpoint replaces
     state = torch.load(file, weights_only=True)
+    restored.update(torch.tensor([0]), torch.tensor([9.0]))  # which the checkpoint replaces
     restored.load_state_dict(state)
     assert restored.compute() == by_noise.compute()
     restored.update(torch.tensor([0]), torch.tensor([9.0]))
@@ -210,9 +188,8 @@ def test_a_checkpoint_restores_the_sums():
 
 
 def test_it_is_no_part_of_a_models_checkpoint_and_copies():
-    model = torch.nn.Linear(2, 2)
-    keys = list(model.state_dict())
-    model.by_noise = LossByNoise(LINEAR)
+    model = nn.Linear(2, 2)
+    keys, model.by_noise = list(model.state_dict()), LossByNoise(LINEAR)
     model.by_noise.update(torch.tensor([3]), torch.tensor([1.0]))
     assert list(model.state_dict()) == keys
     model.to(torch.float16)
@@ -224,30 +201,27 @@ def test_it_is_no_part_of_a_models_checkpoint_and_copies():
 
 @SCHEDULES
 def test_no_value_is_read(schedule):
-    """Meta and fake tensors have no values; see tests/test_no_sync.py."""
-    by_noise = LossByNoise(schedule)
-    t = random_times(schedule, 4)
+    """Meta and fake tensors have no values; the sums follow the losses to their device."""
+    by_noise, t = LossByNoise(schedule), random_times(schedule, 4)
+    by_noise.update(t, torch.rand(4))
     by_noise.update(t.to("meta"), torch.rand(4, device="meta"))
     assert by_noise._sums.device.type == "meta"
+    assert LossByNoise(LINEAR).to("meta")._sums.device.type == "meta"
     by_noise = LossByNoise(schedule)
     with FakeTensorMode(allow_non_fake_inputs=True):
         t = schedule.draw_timesteps(4, device=torch.device("cuda"))
         by_noise.update(t, torch.rand(4, device="cuda"))
-        assert by_noise._sums.device.type == "cuda"
-        assert by_noise._sums.dtype == torch.float64
+        assert (by_noise._sums.device.type, by_noise._sums.dtype) == ("cuda", torch.float64)
 
 
-def test_the_sums_follow_the_losses_to_another_device():
-    by_noise = LossByNoise(LINEAR)
-    by_noise.update(torch.tensor([3]), torch.tensor([1.0]))
-    by_noise.update(torch.tensor([3]), torch.rand(1, device="meta"))
-    assert by_noise._sums.device.type == "meta"
-    assert LossByNoise(LINEAR).to("meta")._sums.device.type == "meta"
-
-
-@needs_compiler
-@pytest.mark.parametrize("schedule", [LINEAR, FLOW])
-@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize(
+    ("schedule", "moved"),
+    [
+        (LINEAR, True),
+        *(pytest.param(s, m, marks=pytest.mark.slow) for s, m in ((LINEAR, False), (FLOW, True))),
+    ],
+    ids=str,
+)
 def test_it_compiles_in_a_step_without_a_graph_break(schedule, moved):
     by_noise, plain = LossByNoise(schedule), LossByNoise(schedule)
     if moved:
@@ -257,50 +231,353 @@ def test_it_compiles_in_a_step_without_a_graph_break(schedule, moved):
         losses = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
         return by_noise(t, losses).mean()
 
+    torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for size in (4, 4, 6):
         output, target = torch.rand(2, size, 3, generator=torch.Generator().manual_seed(size))
         output.requires_grad_()
         t = random_times(schedule, size)
         compiled(output, target, t).backward()
-        losses = (output - target).square().mean(1)
-        plain.update(t, losses)
+        plain.update(t, (output - target).square().mean(1))
         assert output.grad is not None
-    for name, value in plain.compute().items():
-        assert by_noise.compute()[name] == pytest.approx(value, rel=1e-6)
+    assert by_noise.compute() == pytest.approx(plain.compute(), rel=1e-6)
+    if schedule is LINEAR and not moved:  # where compiled code cannot refuse a time outside
+        by_noise.reset()
+        update = torch.compile(by_noise.update, fullgraph=True, backend="aot_eager")
+        update(torch.tensor([1000, 0]), torch.tensor([1.0, 2.0]))
+        found = by_noise.compute()
+        assert math.isnan(found["loss/all"])
+        assert found["loss/9_log_snr_above_7.3"] == 2.0
 
 
-@needs_compiler
-def test_a_time_outside_the_schedule_shows_in_compiled_code():
-    by_noise = LossByNoise(LINEAR)
-    torch.compile(by_noise.update, fullgraph=True, backend="aot_eager")(
-        torch.tensor([1000, 0]), torch.tensor([1.0, 2.0])
-    )
-    found = by_noise.compute()
-    assert math.isnan(found["loss/all"])
-    assert found["loss/9_log_snr_above_7.3"] == 2.0
-
-
-def test_processes_add_up_to_one(tmp_path):
-    t = random_times(LINEAR, 60)
-    losses = torch.rand(60, generator=torch.Generator().manual_seed(3))
-    ranks = run_distributed(monitor_workers.by_noise, tmp_path, 3, t, losses, world_size=3)
-    seen = [i for i in range(60) if i % 3 < 2]
-    alone = LossByNoise(LINEAR)
-    alone.update(t[seen], losses[seen])
-    first = alone.compute()
-    alone.update(t, losses)
-    second = alone.compute()
-    for rank in ranks:
-        assert rank["first"] == pytest.approx(first)
-        assert rank["second"] == pytest.approx(second)
-        assert rank["state"]["sums"][0].sum() == len(seen)
-
-
-def test_the_losses_of_the_criterion_go_in():
-    criterion = SkipStepLoss(LINEAR, 49, reduction="none")
-    by_noise = LossByNoise(LINEAR)
-    x0, t = torch.rand(32, 1, 4, 4), random_times(LINEAR, 32)
-    loss = by_noise(t, criterion(lambda x_t, t: 0.5 * x_t, x0, t)).mean()
-    assert by_noise.compute()["loss/all"] == pytest.approx(loss.item())
+def test_the_losses_of_the_criterion_go_in_and_come_out_with_their_gradient():
+    criterion, by_noise = SkipStepLoss(LINEAR, 49, reduction="none"), LossByNoise(LINEAR)
+    x0, t, scale = torch.rand(32, 1, 4, 4), random_times(LINEAR, 32), torch.tensor(0.5)
+    losses = criterion(lambda x_t, t: scale.requires_grad_() * x_t, x0, t)
+    assert by_noise(t, losses) is losses
+    losses.mean().backward()
+    assert scale.grad != 0
+    assert not by_noise.state_dict()["sums"].requires_grad
+    assert by_noise.compute()["loss/all"] == pytest.approx(losses.mean().item())
     assert json.loads(json.dumps(by_noise.compute())) == by_noise.compute()
+
+
+# The validation loss
+
+
+class Recorder:
+    """A model that keeps what it is given."""
+
+    def __init__(self, scale=0.5):
+        self.scale, self.calls = scale, []
+
+    def __call__(self, x_t, t, **kwargs):
+        self.calls.append((x_t.clone(), t, kwargs))
+        return self.scale * x_t
+
+    def levels(self, schedule):
+        """What it saw from noise to data, as levels are counted: x_t, t, a, b and ε of X0."""
+        for x_t, t, _ in sorted(
+            self.calls, key=lambda call: schedule.log_alphas_cumprod_at(call[1])[0]
+        ):
+            a, b = (beside(scale, x_t) for scale in schedule.alpha_sigma(t))
+            yield x_t, t, a, b, (x_t - a * X0) / b
+
+
+class Network(nn.Module):
+    """With dropout, a part that is frozen, and random numbers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.frozen = nn.BatchNorm1d(16).eval()
+        self.dropout = nn.Dropout(0.5)
+        self.seen = []
+
+    def forward(self, x_t, t):
+        self.seen.append((self.training, torch.is_grad_enabled()))
+        hidden = self.dropout(self.layer(self.frozen(x_t.flatten(1))))
+        return hidden.reshape(x_t.shape) + 0.01 * torch.rand(x_t.shape)
+
+
+def validated(model=small_model, batches=X0, schedule=LINEAR, **options):
+    return validation_loss(
+        model, [batches] if isinstance(batches, torch.Tensor) else batches, schedule, **options
+    )
+
+
+def losses_of(result):
+    return {"index": result.index, **result.losses}
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, FLOW])
+def test_each_sample_has_a_time_in_each_level(schedule):
+    model = Recorder()
+    validated(model, schedule=schedule, levels=8)
+    length = 1000 if schedule is LINEAR else 1
+    assert len(model.calls) == 8
+    times = torch.stack([t for _, t, _ in model.calls]).double() / length
+    edges = torch.arange(9)[:, None] / 8
+    slack = 1e-3 if schedule is LINEAR else 0
+    assert (times >= edges[:-1] - slack).all()
+    assert (times < edges[1:]).all()
+    # Over the samples, too, they are spread evenly: no two of ten nearer than a twentieth.
+    within = (times - edges[:-1]) * 8
+    assert (within.sort(1).values.diff() > 1 / 20 - 8 * slack).all()
+
+
+def test_the_values_are_those_of_the_criterion():
+    """From x_t and t that the model was given, with ε solved for."""
+    model = Recorder()
+    result = validated(model, levels=4, skip_set=49, tau=0.9)
+    criterion = SkipStepLoss(LINEAR, 49, tau=0.9, reduction="none")
+    for level, (x_t, t, _, _, noise) in enumerate(model.levels(LINEAR)):
+        expected = {
+            "plain": (0.5 * x_t - noise).square().flatten(1).mean(1),
+            "skip_step": criterion(lambda x_t, t: 0.5 * x_t, X0.double(), t, noise=noise),
+        }
+        found = {kind: losses[:, level] for kind, losses in result.losses.items()}
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(model.calls) == 4  # one for both losses
+
+
+def test_noise_is_standard_and_another_for_each_sample_level_and_seed():
+    drawn = []
+    for seed in (0, 1):
+        model = Recorder()
+        validated(model, torch.zeros(200, 4, 4), levels=4, seed=seed)
+        drawn += [x_t / beside(LINEAR.alpha_sigma(t)[1], x_t) for x_t, t, _ in model.calls]
+    noise = torch.stack(drawn).reshape(8 * 200, 16)
+    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
+    correlations = torch.corrcoef(noise).fill_diagonal_(0)
+    assert correlations.abs().max() < 0.97  # of 1.3 million pairs of 16 values
+    assert abs(correlations.mean()) < 1e-3
+
+
+def test_two_calls_are_equal_bit_for_bit_and_leave_random_numbers_alone():
+    model, results = Network(), []
+    loader = DataLoader(TensorDataset(X0), batch_size=4, shuffle=True)
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        results.append(losses_of(validated(model, loader, levels=4, skip_set=9)))
+        assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    other = validated(model, levels=4, skip_set=9, seed=1)
+    assert not torch.equal(other.losses["plain"], results[0]["plain"])
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, FLOW])
+def test_the_batch_size_changes_nothing(schedule):
+    whole = losses_of(validated(schedule=schedule))
+    for size in (1, 3, 4):
+        parts = losses_of(validated(batches=X0.split(size), schedule=schedule))
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
+
+
+def test_a_given_index_says_which_sample_it_is():
+    whole, order = validated(), torch.tensor([7, 0, 3, 9])
+    some = validated(batches=[(X0[order], {}, order)])
+    assert some.index.tolist() == [0, 3, 7, 9]
+    assert torch.equal(some.losses["plain"], whole.losses["plain"][some.index])
+
+
+def test_the_model_is_in_evaluation_mode_and_back_as_it_was():
+    model = Network().train()
+    model.frozen.eval()
+    validated(model, levels=2)
+    assert model.seen == [(False, False)] * 2
+    assert [m.training for m in model.modules()] == [True, True, False, True]
+    model.forward = lambda x_t, t: x_t[:, 0]
+    with pytest.raises(ValueError, match="shape of x0"):
+        validated(model, levels=2)
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_arguments_of_the_model_go_with_their_batch():
+    model, labels = Recorder(), torch.arange(10)
+    batches = [(X0[:6], {"y": labels[:6]}), [X0[6:], {"y": labels[6:], "scale": 2}]]
+    validated(model, batches, levels=2)
+    seen = [kwargs["y"].tolist() for _, _, kwargs in model.calls]
+    assert seen == [list(range(6))] * 2 + [list(range(6, 10))] * 2
+    assert model.calls[-1][2]["scale"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule", "target"),
+    [
+        ("v_prediction", LINEAR, lambda a, b, noise: a * noise - b * X0),
+        ("sample", LINEAR, lambda a, b, noise: X0.double()),
+        ("flow", FLOW, lambda a, b, noise: noise - X0),
+        ("velocity", TURNED, lambda a, b, noise: X0 - noise),
+    ],
+)
+def test_other_outputs(kind, schedule, target):
+    model = Recorder()
+    found = validated(model, schedule=schedule, levels=4, prediction_type=kind).losses["plain"]
+    for level, (x_t, _, a, b, noise) in enumerate(model.levels(schedule)):
+        expected = (0.5 * x_t - target(a, b, noise)).square().flatten(1).mean(1)
+        torch.testing.assert_close(found[:, level], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weightings():
+    weighted = validated(weighting="min_snr")
+    assert weighted.settings["weighting"] == "min_snr(5)"
+    assert weighted.overall().mean < validated().overall().mean
+
+
+def test_means_and_errors_metrics_and_table():
+    result = validated(levels=4, skip_set=9)
+    losses, levels = result.losses["plain"].numpy(), result.by_level()
+    assert [e.mean for e in levels] == pytest.approx(losses.mean(0), rel=1e-12)
+    assert [e.error for e in levels] == pytest.approx(stats.sem(losses, axis=0), rel=1e-12)
+    assert result.overall() == pytest.approx((losses.mean(), stats.sem(losses.mean(1))), rel=1e-12)
+    assert result.log_snr == pytest.approx(LINEAR.log_snr[[875, 625, 375, 125]].tolist())
+    one = validated(batches=X0[:1], levels=4)
+    assert math.isnan(one.overall().error)
+    with pytest.raises(ValueError, match="kind must be one of 'plain'"):
+        one.overall("skip_step")
+    metrics = result.metrics("valid")
+    assert all(type(value) is float for value in metrics.values())
+    assert (metrics["valid/plain"], metrics["valid/plain_error"]) == result.overall()
+    name = f"valid_skip_step/02_log_snr_{result.log_snr[2]:.1f}"
+    assert metrics[name] == result.by_level("skip_step")[2].mean
+    assert len(metrics) == 2 * (2 + 4)
+    lines = str(result).splitlines()
+    assert lines[0].startswith("validation loss of 10 samples at 4 levels")
+    assert lines[-1].split()[:2] == ["all", f"{result.overall().mean:.5g}"]
+    assert len(lines) == 7
+
+
+def test_a_comparison_is_paired():
+    first, second = (validated(Recorder(s), levels=4, skip_set=9) for s in (0.50, 0.51))
+    compared = first.compare(second)
+    for kind in ("plain", "skip_step"):
+        per_sample = (first.losses[kind] - second.losses[kind]).mean(1).numpy()
+        expected = stats.ttest_1samp(per_sample, 0).confidence_interval(0.95)
+        assert compared.interval(kind) == pytest.approx((expected.low, expected.high), rel=1e-3)
+    half = (compared.interval()[1] - compared.interval()[0]) / 2
+    assert half < 0.1 * 2 * first.overall().error  # what two separate means would have
+    percent = 100 * (first.overall().mean / second.overall().mean - 1)
+    assert f"({percent:+.2f} %)" in str(compared)
+    assert "not told apart" in str(first.compare(first))
+    wide, narrow = first.compare(second, confidence=0.99), first.compare(second, confidence=0.5)
+    assert wide.interval()[0] < compared.interval()[0] < narrow.interval()[0]
+
+
+def test_only_the_same_is_compared():
+    result = validated(levels=4)
+    for changed, name in (
+        ({"seed": 1}, "seed"),
+        ({"levels": 5}, "levels"),
+        ({"skip_set": 9}, "skip_set"),
+        ({"schedule": COSINE}, "schedule"),
+        ({"weighting": "min_snr"}, "weighting"),
+    ):
+        with pytest.raises(ValueError, match=f"other must have the same {name}"):
+            result.compare(validated(**{"levels": 4, **changed}))
+    same = validated(levels=4, prediction_type="epsilon", tau=0.5)
+    assert result.compare(same).overall().mean == 0
+    for x0 in (X0[:9], X0.flip(0), X0 * 1.1):
+        with pytest.raises(ValueError, match="same samples, in the same order"):
+            result.compare(validated(batches=x0, levels=4))
+    with pytest.raises(TypeError, match="must be a ValidationLoss"):
+        result.compare(0.3)
+
+
+def test_it_goes_through_json_and_back():
+    result = validated(skip_set=9, weighting="min_snr")
+    state = json.loads(json.dumps(result.to_dict()))
+    again = ValidationLoss.from_dict(state)
+    torch.testing.assert_close(losses_of(again), losses_of(result), rtol=0, atol=0)
+    assert again.settings == result.settings
+    assert again.compare(result).overall().mean == 0
+    assert state["overall"]["plain"]["mean"] == result.overall().mean
+    assert state["by_level"]["skip_step"][3]["error"] == result.by_level("skip_step")[3].error
+
+
+def test_figures(tmp_path, monkeypatch):
+    result, other = (validated(model, levels=3, skip_set=9) for model in (small_model, Recorder()))
+    figure = result.plot()
+    axes = figure.axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["plain", "S²-DM"]
+    drawn = axes.containers[1].lines[0].get_xydata()
+    means = [estimate.mean for estimate in result.by_level("skip_step")]
+    assert np.allclose(drawn, np.c_[result.log_snr, means])
+    assert axes.get_yscale() == "log"
+    figure.savefig(tmp_path / "loss.png")
+    first, second = (found.losses["plain"].mean(0).numpy() for found in (result, other))
+    drawn = result.compare(other).plot().axes[0].containers[0].lines[0].get_ydata()
+    assert np.allclose(drawn, 100 * (first / second - 1))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"s2dm-loss\[plot\]"):
+        result.plot()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_bar_is_shown_on_a_terminal(monkeypatch, capsys, installed):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    for terminal, progress in ((True, False), (True, True), (False, True)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        validated(batches=X0.split(2), progress=progress)
+        shown = capsys.readouterr().err
+        assert ("validation loss" in shown) is (terminal and progress and installed)
+        assert bool(shown) is (terminal and progress and installed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        *(
+            ({"batches": [batch]}, error, message)
+            for batch, error, message in [
+                ((X0, torch.arange(10)), TypeError, r"labels give `\(\(x, \{"),
+                ({"x": X0}, TypeError, "batches must hold x_0"),
+                ((X0, {}, [1], 2), TypeError, "batches must hold x_0"),
+                ((X0, {}, [1, 2]), ValueError, "one int for each of 10 samples, got 2"),
+                ((X0, {}, [3] * 10), ValueError, "index must differ between samples, got 3"),
+                ((X0.long(),), TypeError, "x0 must be a floating-point"),
+            ]
+        ),
+        ({"batches": iter([])}, ValueError, "batches must hold at least one sample"),
+        ({"skip_set": 9, "estimator": "fresh"}, ValueError, "estimator must not be 'fresh'"),
+        ({"reduction": "mean"}, ValueError, "reduction must be left out"),
+        ({"levels": 1}, ValueError, "levels must be at least 2"),
+        ({"schedule": 1000}, TypeError, "schedule must be"),
+    ],
+)
+def test_wrong_batches_and_settings_of_a_validation_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        validated(**arguments)
+
+
+@pytest.mark.parametrize("degrees", [3, 4, 9, 30, 999])
+@pytest.mark.parametrize("probability", [0.95, 0.975, 0.995])
+def test_quantiles_of_students_t(degrees, probability):
+    expected = stats.t.ppf(probability, degrees)
+    tolerance = 0.005 if degrees >= 9 or (degrees, probability) == (4, 0.975) else 0.08
+    assert t_quantile(probability, degrees) == pytest.approx(expected, rel=tolerance)
+    assert math.isnan(t_quantile(probability, 0))
+
+
+def test_fixed_times_and_noise_vary_less_than_random_ones():
+    """At equal network calls, over seeds, with the data fixed: at least ten times."""
+
+    def ideal(x_t, t):  # for standard normal data
+        return beside(LINEAR.alpha_sigma(t)[1].to(x_t), x_t) * x_t
+
+    x0, levels = torch.randn(32, 16, 16, generator=torch.Generator().manual_seed(0)), 8
+    fixed = [validated(ideal, x0, levels=levels, seed=s).overall().mean for s in range(60)]
+    generator, criterion = torch.Generator().manual_seed(1), SkipStepLoss(LINEAR, 1, tau=1.0)
+    repeated = x0.repeat(levels, 1, 1)
+    random = [criterion(ideal, repeated, generator=generator).item() for _ in range(200)]
+    error = np.std(random) / 200**0.5 + np.std(fixed) / 60**0.5
+    assert np.mean(fixed) == pytest.approx(np.mean(random), abs=4 * error)
+    # E (ε - σ x_t)² = ᾱ² + ᾱ (1 - ᾱ) x_0².
+    alpha_bar, data = LINEAR.alphas_cumprod, x0.double().square().mean()
+    expected = (alpha_bar.square() + alpha_bar * (1 - alpha_bar) * data).mean()
+    assert abs(np.mean(fixed) - expected) < 4 * np.std(fixed) / 60**0.5
+    assert np.var(random) > 10 * np.var(fixed)
