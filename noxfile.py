@@ -19,19 +19,9 @@ OLDEST = ("torch==2.4.0", "einops==0.8.0", "typing-extensions==4.8.0", "numpy==1
 OLDEST_PYTHON = PYTHONS[0]
 # The tests that need no trainer and no part of benchmarks/.
 CORE = (
-    *("coefficients", "corrections", "errors", "from_output", "fuzz", "golden"),
-    *("loss", "minimiser", "mixed_precision", "numerics", "prediction", "public_api", "search"),
-    *(
-        "schedule",
-        "scaled_model",
-        "search_frechet",
-        "search_result",
-        "skip_set",
-        "tables",
-        "testing",
-        "tracing",
-    ),
-    "weighting",
+    *("coefficients", "corrections", "errors", "fuzz", "golden", "loss", "numerics"),
+    *("prediction", "public_api", "schedule", "scaled_model", "search", "search_frechet"),
+    *("skip_set", "tables", "testing", "tracing", "weighting"),
 )
 ALL = ("-m", "")  # the slow tests too
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")

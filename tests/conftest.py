@@ -7,7 +7,7 @@ from hypothesis import Phase, settings
 
 # Reproducible runs: a random failure in somebody's CI is no help to them.
 settings.register_profile("s2dm", deadline=None, derandomize=True, max_examples=60)
-# The five tests of test_fuzz.py make five times as many each: 50,000 in all, anew each night.
+# The tests of test_fuzz.py make five or ten times as many each: 50,000 in all, anew each night.
 settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
 # `nox -s mutation` runs tests once for each mutant: few examples, and no simpler ones looked for.
 settings.register_profile(

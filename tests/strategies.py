@@ -1,11 +1,17 @@
-"""Hypothesis strategies: random schedules, skips and tensors."""
+"""Random schedules, skips and tensors, and what the tests of the core share."""
 
 from __future__ import annotations
 
 import hypothesis.strategies as st
 import torch
 
-from s2dm_loss import NoiseSchedule
+from s2dm_loss import ContinuousSchedule, NoiseSchedule
+
+LINEAR, COSINE = NoiseSchedule.linear(1000), NoiseSchedule.cosine(1000)
+ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
+FLOW, VP = ContinuousSchedule.flow(), ContinuousSchedule.vp()
+TYPES = ["epsilon", "v_prediction", "sample", "flow", "score"]
+ESTIMATORS = ["expected", "fresh", "shared"]
 
 open_unit = st.floats(min_value=1e-9, max_value=1 - 1e-6)
 
@@ -28,9 +34,10 @@ def schedules(draw: st.DrawFn, min_size: int = 2, max_size: int = 2000) -> Noise
 
 
 @st.composite
-def schedules_with_skip(draw: st.DrawFn) -> tuple[NoiseSchedule, int]:
+def schedules_with_skips(draw: st.DrawFn, most: int = 3) -> tuple[NoiseSchedule, list[int]]:
     schedule = draw(schedules())
-    return schedule, draw(st.integers(1, schedule.num_train_timesteps - 1))
+    skips = st.integers(1, schedule.num_train_timesteps - 1)
+    return schedule, sorted(draw(st.sets(skips, min_size=1, max_size=most)))
 
 
 shapes = st.sampled_from(
@@ -44,6 +51,11 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.
     """Gaussian noise from a seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def normals(count: int, *shape: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Several of them."""
+    return [normal(*shape, seed=seed, dtype=dtype) for seed in range(count)]
 
 
 def timesteps(size: int, count: int, seed: int) -> torch.Tensor:
@@ -75,14 +87,14 @@ def loss_and_gradient(function, output):
 
 
 def excess_over_least(two_terms, eps_hat):
-    """How far a quadratic of each sample lies above its minimum, and its gradient at ε̂.
+    """How far a quadratic of each sample lies above its minimum, its gradient at ε̂, and its A.
 
     By gradients at two places alone: L(ε̂) = A mean (ε̂ - best)² + what is left at `best`.
     """
     (_, here), (_, there) = (loss_and_gradient(two_terms, x) for x in (eps_hat, eps_hat + 1))
     count = eps_hat[0].numel()
     big_a = (there - here).flatten(1).sum(1) / 2 if eps_hat.ndim > 1 else (there - here) / 2
-    return mean_of_squares(here) * count**2 / (4 * big_a), here
+    return mean_of_squares(here) * count**2 / (4 * big_a), here, big_a
 
 
 def targets_of(x0, eps, a, b):
@@ -94,3 +106,16 @@ def targets_of(x0, eps, a, b):
         "flow": eps - x0,
         "score": -eps / b,
     }
+
+
+def batch(schedule, t, kind):
+    """An output, and the target and x_t that a trainer makes of x_0 and ε."""
+    x0, eps, output = normals(3, len(t), 3, 2)
+    a, b = (beside(scale.double(), x0) for scale in schedule.alpha_sigma(t))
+    return output, targets_of(x0, eps, a, b)[kind], a * x0 + b * eps, x0, eps
+
+
+def same(found, expected, **tolerance):
+    """That several tensors, such as value and gradient, are close."""
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, **tolerance)

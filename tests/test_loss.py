@@ -1,33 +1,67 @@
-"""The loss of a noise prediction against the two-term formula; reductions, the step, the module."""
+"""The loss, A · mse(output, regression target), against the paper's two terms on every output."""
 
-import copy
-import io
 import math
-import pickle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mpmath import mpf
 from torch.nn import functional as F
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss.coefficients import coefficients
+from s2dm_loss.prediction import epsilon_from_output
+from tests.helpers import oracle
 from tests.strategies import (
+    COSINE,
+    ESTIMATORS,
+    FLOW,
+    LINEAR,
+    TYPES,
+    VP,
+    ZERO_SNR,
+    batch,
+    beside,
     drawn,
     excess_over_least,
     loss_and_gradient,
     normal,
-    schedules,
-    schedules_with_skip,
+    normals,
+    same,
+    schedules_with_skips,
     seeds,
     shapes,
+    targets_of,
     taus,
     timesteps,
 )
 
-ESTIMATORS = ["expected", "fresh", "shared"]
-LINEAR = NoiseSchedule.linear(1000)
+pytestmark = pytest.mark.filterwarnings("ignore:prediction_type 'flow' is noise minus data")
 T = torch.tensor([0, 20, 500, 999])
+KINDS = pytest.mark.parametrize("kind", TYPES)
+EACH_ESTIMATOR = pytest.mark.parametrize("estimator", ESTIMATORS)
+SCHEDULES = {
+    "linear": (LINEAR, 9),
+    "linear, k = 49": (LINEAR, 49),
+    "cosine": (COSINE, 9),
+    "zero terminal SNR": (ZERO_SNR, 9),
+    "σ": (NoiseSchedule.from_sigmas(torch.linspace(0.01, 80, 200, dtype=torch.float64)), 9),
+    "vp": (VP, 0.01),
+    "sub-vp": (ContinuousSchedule.sub_vp(), 0.01),
+    "flow": (FLOW, 0.01),
+    "cosine path": (ContinuousSchedule.cosine(), 0.01),
+    "VE": (
+        ContinuousSchedule.from_alpha_sigma(lambda t: (torch.ones_like(t), 0.002 + 80 * t)),
+        0.01,
+    ),
+}
+
+
+def c2_of(t, k):
+    """c² and where a skip is valid, from ᾱ in float64."""
+    bar = LINEAR.alphas_cumprod
+    return torch.where(t >= k, bar[(t - k).clamp(min=0)] / bar[t] - 1, 0.0), t >= k
 
 
 def two_terms(eps_hat, noise, t, zeta, schedule, skips, tau):
@@ -52,112 +86,65 @@ def two_terms(eps_hat, noise, t, zeta, schedule, skips, tau):
     return torch.stack(losses)
 
 
-def check(criterion, eps_hat, noise, t, zeta, skips):
-    """Loss, gradient and terms against the two terms, of which the loss leaves out the least."""
-    given_zeta = drawn(criterion.estimator, zeta)
-    target = {"expected": None, "fresh": zeta, "shared": noise}[criterion.estimator]
+@given(schedules_with_skips(), taus, shapes, seeds, st.sampled_from(ESTIMATORS), st.booleans())
+def test_loss_gradient_and_terms_are_the_papers(given_skips, tau, shape, seed, how, normalize):
+    """Of which the loss leaves out the least, and the normalised one the weight A."""
+    schedule, skips = given_skips
+    if float(schedule.log_alphas_cumprod[-1]) < -25:
+        return  # no digits are left in the least of the two terms
+    t = timesteps(schedule.num_train_timesteps, shape[0], seed)
+    eps_hat, noise, xi = (normal(*shape, seed=seed + i) for i in range(3))
+    options = {"tau": tau, "estimator": how, "max_c2": math.inf, "normalize": normalize}
+    criterion = SkipStepLoss(schedule, skips, reduction="none", **options)
+    zeta = {"expected": None, "fresh": xi, "shared": noise}[how]
 
     def paper(x):
-        return two_terms(x, noise, t, target, criterion.schedule, skips, criterion.tau)
+        return two_terms(x, noise, t, zeta, schedule, skips, tau)
 
-    found = loss_and_gradient(lambda x: criterion.from_output(x, noise, t, **given_zeta), eps_hat)
-    for value, expected in zip(found, excess_over_least(paper, eps_hat), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
-    terms = criterion.terms(eps_hat, noise, t, **given_zeta)
+    *expected, big_a = excess_over_least(paper, eps_hat)
+    if normalize:
+        expected = expected[0] / big_a, expected[1] / beside(big_a, eps_hat)
+    given = drawn(how, xi)
+    found = loss_and_gradient(lambda x: criterion.from_output(x, noise, t, **given), eps_hat)
+    same(found, expected, rtol=1e-9, atol=1e-11)
+    terms = criterion.terms(eps_hat, noise, t, **given)
     torch.testing.assert_close(terms.total, paper(eps_hat), rtol=1e-10, atol=1e-12)
     skipped = t >= min(skips)
-    assert terms.tau.tolist() == [criterion.tau if some else 1.0 for some in skipped]
+    assert terms.tau.tolist() == [tau if some else 1.0 for some in skipped]
     assert (terms.skip[~skipped] == 0).all()
     total = terms.tau * terms.simple + (1 - terms.tau) * terms.skip
     torch.testing.assert_close(total, terms.total, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@given(schedules_with_skip(), taus, shapes, seeds)
-def test_one_skip(estimator, schedule_and_skip, tau, shape, seed):
-    schedule, k = schedule_and_skip
-    if float(schedule.log_alphas_cumprod[-1]) < -25:
-        return  # no digits are left in the least of the two terms
-    t = timesteps(schedule.num_train_timesteps, shape[0], seed)
-    options = {"tau": tau, "estimator": estimator, "max_c2": math.inf, "reduction": "none"}
-    criterion = SkipStepLoss(schedule, k, **options)
-    check(
-        criterion,
-        *(normal(*shape, seed=seed + i) for i in range(2)),
-        t,
-        normal(*shape, seed=seed + 2),
-        [k],
-    )
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@given(schedules(min_size=5, max_size=300), seeds)
-def test_several_skips_are_the_mean_of_each(estimator, schedule, seed):
-    count = schedule.num_train_timesteps
-    if float(schedule.log_alphas_cumprod[-1]) < -25:
-        return
-    skips = sorted(set((timesteps(count - 1, 3, seed) + 1).tolist()))
-    t = timesteps(count, 6, seed + 1)
-    t[0], t[1] = 0, count - 1
-    criterion = SkipStepLoss(
-        schedule, skips, estimator=estimator, reduction="none", max_c2=math.inf
-    )
-    eps_hat, noise, zeta = (normal(6, 3, seed=seed + i) for i in range(3))
-    check(criterion, eps_hat, noise, t, zeta, skips)
-
-
 @pytest.mark.parametrize("k", [9, 99])
 def test_fresh_averaged_over_its_noise_is_expected(k):
-    t = torch.tensor([0, k - 1, k, 500, 999])
-    eps_hat, noise = normal(5, 4, seed=0), normal(5, 4, seed=1)
-    count, generator = 4000, torch.Generator().manual_seed(2)
-    fresh, expected = (
-        SkipStepLoss(LINEAR, k, tau=0.9, estimator=name, reduction="none")
-        for name in ("fresh", "expected")
-    )
-    samples = []
-    for _ in range(count):
-        zeta = torch.randn(noise.shape, dtype=noise.dtype, generator=generator)
-        _, gradient = loss_and_gradient(
-            lambda x, zeta=zeta: fresh.from_output(x, noise, t, skip_noise=zeta), eps_hat
-        )
-        samples.append((fresh.terms(eps_hat, noise, t, skip_noise=zeta).total, gradient))
-    means = (
-        expected.terms(eps_hat, noise, t).total,
-        loss_and_gradient(lambda x: expected.from_output(x, noise, t), eps_hat)[1],
-    )
-    for values, mean in zip(zip(*samples, strict=True), means, strict=True):
-        stacked = torch.stack(values)
-        error = stacked.std(0) / count**0.5
+    times, count = torch.tensor([0, k - 1, k, 500, 999]), 4000
+    eps_hat, noise = (x.repeat_interleave(count, 0) for x in normals(2, 5, 4))
+    t, zeta = times.repeat_interleave(count), normal(5 * count, 4, seed=2)
+
+    def found(estimator):
+        criterion = SkipStepLoss(LINEAR, k, tau=0.9, estimator=estimator, reduction="none")
+        given = drawn(estimator, zeta)
+        total = criterion.terms(eps_hat, noise, t, **given).total
+        loss = loss_and_gradient(lambda x: criterion.from_output(x, noise, t, **given), eps_hat)
+        return total.view(5, count), loss[1].view(5, count, 4)
+
+    for values, mean in zip(found("fresh"), found("expected"), strict=True):
+        error = values.std(1) / count**0.5
         # Below t = k there is no draw: the error is 0 and the values are equal to rounding.
-        assert ((stacked.mean(0) - mean).abs() <= 4 * error + 1e-12).all()
+        assert ((values.mean(1) - mean[:, 0]).abs() <= 4 * error + 1e-12).all()
         assert (error[2:] > 1e-6).all()
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@given(schedules_with_skip(), shapes, seeds)
-def test_tau_one_is_mse_loss(estimator, dtype, schedule_and_skip, shape, seed):
-    schedule, k = schedule_and_skip
-    t = timesteps(schedule.num_train_timesteps, shape[0], seed)
-    eps_hat, noise = (normal(*shape, seed=seed + i, dtype=dtype) for i in range(2))
-    criterion = SkipStepLoss(schedule, k, tau=1.0, estimator=estimator)
-    loss, gradient = loss_and_gradient(lambda x: criterion.from_output(x, noise, t), eps_hat)
-    plain, plain_gradient = loss_and_gradient(lambda x: F.mse_loss(x, noise), eps_hat)
-    rounding = 4e-6 if dtype == torch.float32 else 1e-13
-    torch.testing.assert_close(loss, plain, rtol=rounding, atol=0)
-    torch.testing.assert_close(gradient, plain_gradient, rtol=rounding, atol=1e-30)
 
 
 @given(st.integers(2, 6), seeds, st.sampled_from(ESTIMATORS))
 def test_times_meet_only_the_batch_axis(size, seed, estimator):
     """With every axis as long as the batch, a wrong broadcast would pass unseen."""
-    batch = [normal(size, size, size, size, seed=seed + i) for i in range(3)]
+    data = [normal(size, size, size, size, seed=seed + i) for i in range(3)]
     t = timesteps(1000, size, seed)
     criterion = SkipStepLoss(LINEAR, 49, estimator=estimator, reduction="none")
 
     def loss_of(index):
-        eps_hat, noise, zeta = (values[index] for values in batch)
+        eps_hat, noise, zeta = (values[index] for values in data)
         return criterion.from_output(eps_hat, noise, t[index], **drawn(estimator, zeta))
 
     loss = loss_of(slice(None))
@@ -169,10 +156,9 @@ def test_times_meet_only_the_batch_axis(size, seed, estimator):
 
 def least_zero(eps_hat, noise, t, k=9):
     """A mse(ε̂, s ε) of each sample with the estimator "expected", from ᾱ in float64."""
-    bar = LINEAR.alphas_cumprod
-    c2 = torch.where(t >= k, bar[(t - k).clamp(min=0)] / bar[t] - 1, 0.0)
-    weight = torch.where(t >= k, 0.99 + 0.01 * c2, 1.0)
-    s = torch.where(t >= k, 0.99 / weight, 1.0).reshape(-1, *[1] * (noise.ndim - 1))
+    c2, valid = c2_of(t, k)
+    weight = torch.where(valid, 0.99 + 0.01 * c2, 1.0)
+    s = beside(torch.where(valid, 0.99 / weight, 1.0), noise)
     return weight * (eps_hat.double() - s * noise.double()).square().flatten(1).mean(1)
 
 
@@ -180,10 +166,7 @@ def least_zero(eps_hat, noise, t, k=9):
 @pytest.mark.parametrize(
     "dtypes",
     [
-        *(
-            (dtype, dtype)
-            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        ),
+        *((dtype, dtype) for dtype in (torch.half, torch.bfloat16, torch.float32, torch.float64)),
         (torch.bfloat16, torch.float32),  # as trainers under autocast have
         (torch.float32, torch.float64),
     ],
@@ -195,8 +178,7 @@ def test_any_rank_and_any_float_type(shape, dtypes):
     criterion = SkipStepLoss(LINEAR, 9)
     loss, gradient = loss_and_gradient(lambda x: criterion.from_output(x, noise, t), eps_hat)
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    assert loss.dtype == wide
-    assert gradient.dtype == eps_hat.dtype
+    assert (loss.dtype, gradient.dtype) == (wide, eps_hat.dtype)
     exact = least_zero(eps_hat, noise, t).mean()
     assert loss.item() == pytest.approx(exact.item(), rel=1e-12 if wide == torch.float64 else 1e-6)
 
@@ -204,7 +186,7 @@ def test_any_rank_and_any_float_type(shape, dtypes):
 @pytest.mark.parametrize("weights", [None, [0.0, 1.0, 2.0, 0.5, 3.0]])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_reductions_and_weights(reduction, weights):
-    eps_hat, noise = normal(5, 3, 2, seed=0), normal(5, 3, 2, seed=1)
+    eps_hat, noise = normals(2, 5, 3, 2)
     t, criterion = torch.tensor([0, 9, 100, 500, 999]), SkipStepLoss(LINEAR, 9, reduction=reduction)
     weights = None if weights is None else torch.tensor(weights)
 
@@ -212,46 +194,14 @@ def test_reductions_and_weights(reduction, weights):
         losses = least_zero(x, noise, t) * (1 if weights is None else weights.double())
         return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
 
-    found = loss_and_gradient(
-        lambda x: criterion.from_output(x, noise, t, weights=weights), eps_hat
-    )
-    for value, wanted in zip(found, loss_and_gradient(expected, eps_hat), strict=True):
-        torch.testing.assert_close(value, wanted)
+    def found(x):
+        return criterion.from_output(x, noise, t, weights=weights)
 
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_normalized_it_is_mse_to_the_target(estimator):
-    """The loss over A: the gradient is 1/A times the loss's."""
-    eps_hat, noise, zeta = (normal(4, 3, seed=i) for i in range(3))
-    t = torch.tensor([3, 99, 600, 999])
-    (_, gradient), (normalized, normalized_gradient) = (
-        loss_and_gradient(
-            lambda x, normalize=normalize: SkipStepLoss(
-                LINEAR, 99, estimator=estimator, reduction="none", normalize=normalize
-            ).from_output(x, noise, t, **drawn(estimator, zeta)),
-            eps_hat,
-        )
-        for normalize in (False, True)
-    )
-    bar = LINEAR.alphas_cumprod
-    c2 = torch.where(t >= 99, bar[(t - 99).clamp(min=0)] / bar[t] - 1, 0.0)
-    a = torch.where(t >= 99, 0.99 + 0.01 * c2, 1.0)
-    torch.testing.assert_close(normalized_gradient, gradient / a[:, None], rtol=1e-10, atol=1e-14)
-    # mse(ε̂, target) with target = ε̂ - gradient · D / 2
-    torch.testing.assert_close(normalized, (normalized_gradient * 3 / 2).square().mean(1))
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_not_a_number_stays_one(estimator):
-    eps_hat = normal(4, 3, seed=0)
-    eps_hat[2, 1] = math.nan
-    criterion = SkipStepLoss(LINEAR, 9, estimator=estimator, reduction="none")
-    loss = criterion.from_output(eps_hat, normal(4, 3, seed=1), T)
-    assert loss.isnan().tolist() == [False, False, True, False]
+    same(loss_and_gradient(found, eps_hat), loss_and_gradient(expected, eps_hat))
 
 
 def test_fresh_draws_from_its_generator_alone():
-    eps_hat, noise = normal(4, 3, seed=0), normal(4, 3, seed=1)
+    eps_hat, noise = normals(2, 4, 3)
     criterion = SkipStepLoss(LINEAR, 9, estimator="fresh")
     state = torch.get_rng_state()
     losses = [
@@ -264,16 +214,15 @@ def test_fresh_draws_from_its_generator_alone():
     assert losses[0] == criterion.from_output(eps_hat, noise, T, skip_noise=xi)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@EACH_ESTIMATOR
 def test_terms_of_half_types_are_lifted(estimator):
-    halves = [normal(4, 3, seed=seed, dtype=torch.bfloat16) for seed in range(3)]
+    halves = normals(3, 4, 3, dtype=torch.bfloat16)
     criterion = SkipStepLoss(LINEAR, 9, estimator=estimator)
     lifted, exact = (
         criterion.terms(eps_hat, noise, T, **drawn(estimator, xi))
         for eps_hat, noise, xi in (halves, [half.float() for half in halves])
     )
-    for found, expected in zip(lifted, exact, strict=True):
-        assert torch.equal(found, expected)
+    assert all(torch.equal(*pair) for pair in zip(lifted, exact, strict=True))
 
 
 class TestStep:
@@ -300,58 +249,32 @@ class TestStep:
         expected = criterion.from_output(x_t * 0.5, noise, t, skip_noise=zeta)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
-    @pytest.mark.parametrize("kind", ["tensor", "tuple", "list", "sample"])
-    def test_everything_given_and_what_models_return(self, kind):
-        x0, noise, t = normal(3, 2, seed=0), normal(3, 2, seed=1), torch.tensor([0, 50, 999])
+    def test_everything_given_and_what_models_return(self):
+        (x0, noise), t = normals(2, 3, 2), torch.tensor([0, 50, 999])
 
         class Output:
             def __init__(self, sample):
                 self.sample = sample
 
-        wrap = {"tensor": lambda x: x, "tuple": lambda x: (x, None), "list": lambda x: [x]}
-        state = torch.get_rng_state()
-        criterion = SkipStepLoss(LINEAR, 9)
-        loss = criterion(lambda x_t, t: wrap.get(kind, Output)(0.3 * x_t), x0, t=t, noise=noise)
-        assert torch.equal(torch.get_rng_state(), state)
+        state, criterion = torch.get_rng_state(), SkipStepLoss(LINEAR, 9)
         bar = LINEAR.alphas_cumprod[t][:, None]
         x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * noise
-        assert torch.allclose(loss, criterion.from_output(0.3 * x_t, noise, t), rtol=1e-12)
-
-    @pytest.mark.parametrize(
-        "schedule", [ContinuousSchedule.vp(), ContinuousSchedule.flow()], ids=repr
-    )
-    def test_continuous_time(self, schedule):
-        x0, noise, seen = normal(64, 3, seed=0).float(), normal(64, 3, seed=1).float(), []
-        criterion = SkipStepLoss(schedule, 0.05, tau=0.9, reduction="none", normalize=True)
-        loss = criterion(
-            lambda x_t, t: seen.append(t) or torch.zeros_like(x_t),
-            x0,
-            noise=noise,
-            generator=torch.Generator().manual_seed(0),
-        )
-        t = seen[0]
-        assert t.dtype == torch.float32
-        assert ((t >= 0) & (t <= 1)).all()
-        assert (t < 0.05).any()
-        # ε̂ = 0: s² mean ε², with c² = snr(t-δ) (1 + 1/snr(t)) / (1 + snr(t-δ)) - 1 from a and b
-        (a, b), (a_then, b_then) = (schedule.alpha_sigma(x) for x in (t, (t - 0.05).clamp(min=0)))
-        bar, bar_then = a**2 / (a**2 + b**2), a_then**2 / (a_then**2 + b_then**2)
-        c2 = (bar_then / bar - 1).clamp(max=100)
-        s = torch.where(t >= 0.05, 0.9 / (0.9 + 0.1 * c2), 1.0)
-        expected = (s.square() * noise.square().mean(1)).float()
-        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+        expected = criterion.from_output(0.3 * x_t, noise, t)
+        for wrap in (lambda x: x, lambda x: (x, None), lambda x: [x], Output):
+            loss = criterion(lambda x_t, t, wrap=wrap: wrap(0.3 * x_t), x0, t=t, noise=noise)
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        assert torch.equal(torch.get_rng_state(), state)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_half_data_gives_the_model_half_inputs(self, dtype):
         x0, seen = normal(4, 3, seed=0, dtype=dtype), []
         loss = SkipStepLoss(LINEAR, 9)(lambda x, t: seen.append(x) or x, x0)
-        assert seen[0].dtype == dtype
-        assert loss.dtype == torch.float32
+        assert (seen[0].dtype, loss.dtype) == (dtype, torch.float32)
 
-    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow", "score"])
+    @KINDS
     def test_a_model_may_overwrite_what_it_is_given(self, kind):
         criterion = SkipStepLoss(LINEAR, 99, prediction_type=kind, reduction="none", tau=0.5)
-        x0, noise, t = normal(3, 5, seed=0), normal(3, 5, seed=1), torch.tensor([300, 500, 999])
+        (x0, noise), t = normals(2, 3, 5), torch.tensor([300, 500, 999])
 
         def spoils(x_t, t):
             t.sub_(200)
@@ -364,58 +287,298 @@ class TestStep:
         assert not torch.allclose(found, earlier)
 
     def test_weights_that_a_draw_returns_are_multiplied_by_the_callers(self):
-        x0, t = normal(4, 3, seed=0), torch.tensor([0, 9, 500, 999])
+        (x0, noise), t = normals(2, 4, 3), torch.tensor([0, 9, 500, 999])
         of_draw, of_caller = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 0.0, 1.0, 1.0])
-        options = {"noise": normal(4, 3, seed=1)}
         criterion = SkipStepLoss(LINEAR, 9, timesteps=lambda count, **_: (t, of_draw))
-        plain = SkipStepLoss(LINEAR, 9, reduction="none")(lambda x, t: 0 * x, x0, t, **options)
+        each = SkipStepLoss(LINEAR, 9, reduction="none")(lambda x, t: 0 * x, x0, t, noise=noise)
         for given_weights, weights in ((None, of_draw), (of_caller, of_draw * of_caller)):
-            found = criterion(lambda x, t: 0 * x, x0, weights=given_weights, **options)
-            torch.testing.assert_close(found, (plain * weights).mean())
-        torch.testing.assert_close(criterion(lambda x, t: 0 * x, x0, t, **options), plain.mean())
+            found = criterion(lambda x, t: 0 * x, x0, weights=given_weights, noise=noise)
+            torch.testing.assert_close(found, (each * weights).mean())
+        torch.testing.assert_close(criterion(lambda x, t: 0 * x, x0, t, noise=noise), each.mean())
 
 
-class TestModule:
-    def test_leaves_no_trace_in_a_state_dict(self):
-        criterion = SkipStepLoss(LINEAR, 9)
-        assert criterion.state_dict() == {}
-        assert list(criterion.parameters()) == list(criterion.buffers()) == []
+def test_repr_says_what_it_is():
+    assert repr(SkipStepLoss(LINEAR, 49)) == (
+        "SkipStepLoss(NoiseSchedule.linear(1000), SkipSet(49), tau=0.99, estimator='expected')"
+    )
+    options = {"reduction": "sum", "prediction_type": "flow", "normalize": True, "max_c2": 4.0}
+    options |= {"tau": 0.5, "estimator": "fresh", "timesteps": "stratified"}
+    assert repr(SkipStepLoss(LINEAR, [1, 9], **options)) == (
+        "SkipStepLoss(NoiseSchedule.linear(1000), SkipSet([1, 9]), tau=0.5, estimator='fresh',"
+        " reduction='sum', prediction_type='flow', normalize=True, max_c2=4.0,"
+        " timesteps='stratified')"
+    )
 
-    @pytest.mark.parametrize("schedule", [LINEAR, ContinuousSchedule.sub_vp()], ids=repr)
-    def test_copies_and_pickles(self, schedule):
-        skip = 9 if schedule is LINEAR else 0.01
-        criterion = SkipStepLoss(schedule, skip, tau=0.9, estimator="shared", reduction="none")
-        eps_hat, noise = normal(4, 3, seed=0), normal(4, 3, seed=1)
-        t = schedule.draw_timesteps(4, device=torch.device("cpu"))
-        stream = io.BytesIO()
-        torch.save(criterion, stream)
-        stream.seek(0)
-        for again in (
-            copy.deepcopy(criterion),
-            pickle.loads(pickle.dumps(criterion)),  # noqa: S301 - our own bytes
-            torch.load(stream, weights_only=False),
-        ):
-            assert repr(again) == repr(criterion)
-            losses = (loss.from_output(eps_hat, noise, t) for loss in (again, criterion))
-            assert torch.equal(*losses)
 
-    def test_repr_says_what_it_is(self):
-        assert repr(SkipStepLoss(LINEAR, 49)) == (
-            "SkipStepLoss(NoiseSchedule.linear(1000), SkipSet(49), tau=0.99, estimator='expected')"
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tables_follow_the_tensors_to_a_gpu():
+    criterion, data = SkipStepLoss(LINEAR, 9), (*normals(2, 4, 3), T)
+    on_gpu = criterion.from_output(*(x.cuda() for x in data))
+    torch.testing.assert_close(on_gpu.cpu(), criterion.from_output(*data))
+
+
+# On every output
+
+
+def times_of(schedule):
+    """Every time, but the first: there, on a path without noise, the score is infinite."""
+    if schedule.timesteps is not None:
+        return schedule.timesteps[1:]
+    return torch.linspace(0, 1, 41, dtype=torch.float64)[1:]
+
+
+def sizes(gradient):
+    return gradient.flatten(1).norm(dim=1)
+
+
+@KINDS
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_tau_one_is_the_plain_loss_of_the_output(name, kind):
+    schedule, skip = SCHEDULES[name]
+    t = times_of(schedule)
+    output, target, x_t, x0, eps = batch(schedule, t, kind)
+    options = {"tau": 1.0, "prediction_type": kind, "estimator": ESTIMATORS[TYPES.index(kind) % 3]}
+    criterion = SkipStepLoss(schedule, skip, **options)
+    plain, plain_gradient = loss_and_gradient(lambda o: F.mse_loss(o, target), output)
+    for way in (
+        lambda o: criterion.from_output(o, target, t, x_t),
+        lambda o: criterion(lambda x_t, t, **_: o, x0, t, noise=eps),
+    ):
+        loss, gradient = loss_and_gradient(way, output)
+        assert abs(loss - plain) <= 1e-12 * plain
+        # Each sample's gradient against its own size, since a score's grows without end.
+        assert (sizes(gradient - plain_gradient) <= 1e-12 * sizes(plain_gradient)).all()
+    target, x_t = target.float(), x_t.float()
+    changed = criterion.regression_target(target, t, x_t)
+    assert torch.equal(changed.target, target)
+    assert torch.equal(changed.weight, torch.ones(len(t)))
+
+
+@KINDS
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_finite_at_every_time_and_near_the_plain_gradient(name, kind):
+    """At τ = 0.99 A is at most 1.99 and s at least 0.49, whatever the schedule's end."""
+    schedule, skip = SCHEDULES[name]
+    t = times_of(schedule)
+    output, target, x_t, *_ = batch(schedule, t, kind)
+    criterion = SkipStepLoss(schedule, skip, prediction_type=kind, reduction="none")
+    loss, gradient = loss_and_gradient(lambda o: criterion.from_output(o, target, t, x_t), output)
+    _, plain = loss_and_gradient(lambda o: (o - target).square().mean((1, 2)), output)
+    assert loss.isfinite().all()
+    low, high = (0.9, 1.1) if name == "linear" else (0.8, 2.0)  # the released loss's is as near
+    ratio = sizes(gradient) / sizes(plain)
+    assert low < ratio.min() <= ratio.max() < high
+    if name == "linear" or (name, kind) == ("cosine", "v_prediction"):
+        # As weights of 1 / ratio² on ε̂ the latter had 2,000 times the plain gradient.
+        assert 0.98 < gradient.norm() / plain.norm() < 1.02
+
+
+@EACH_ESTIMATOR
+@KINDS
+@pytest.mark.parametrize("name", ["linear", "zero terminal SNR", "flow"])
+def test_every_way_in_is_the_same_loss(name, kind, estimator):
+    """The whole step and a trainer's own loss of the changed target; 0 where the two are equal."""
+    schedule, skip = SCHEDULES[name]
+    t = times_of(schedule)[::37] if schedule.timesteps is None else torch.tensor([1, 9, 400, 999])
+    output, target, x_t, x0, eps = batch(schedule, t, kind)
+    options = {"estimator": estimator, "prediction_type": kind, "reduction": "none"}
+    criterion = SkipStepLoss(schedule, skip, **options)
+    given = drawn(estimator, normal(*x0.shape, seed=9))
+    changed = criterion.regression_target(target, t, x_t, **given)
+    assert changed.weight.shape == t.shape
+    expected, *others = (
+        loss_and_gradient(way, output)
+        for way in (
+            lambda o: criterion.from_output(o, target, t, x_t, **given),
+            lambda o: criterion(lambda x_t, t: o, x0, t, noise=eps, **given),
+            lambda o: changed.weight * (o - changed.target).square().mean((1, 2)),
         )
-        options = {"reduction": "sum", "prediction_type": "flow", "normalize": True, "max_c2": 4.0}
-        criterion = SkipStepLoss(
-            LINEAR, [1, 9], tau=0.5, estimator="fresh", timesteps="stratified", **options
-        )
-        assert repr(criterion) == (
-            "SkipStepLoss(NoiseSchedule.linear(1000), SkipSet([1, 9]), tau=0.5, estimator='fresh',"
-            " reduction='sum', prediction_type='flow', normalize=True, max_c2=4.0,"
-            " timesteps='stratified')"
-        )
+    )
+    for found in others:
+        same(found, expected, rtol=1e-9, atol=1e-12)
+    at_target = criterion.from_output(changed.target, target, t, x_t, **given)
+    assert (at_target <= 1e-24 * changed.target.square().mean((1, 2))).all()
+    lifted = criterion.regression_target(target.bfloat16(), t, x_t.bfloat16(), **given)
+    assert lifted.target.dtype == lifted.weight.dtype == torch.float32
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    def test_tables_follow_the_tensors_to_a_gpu(self):
-        criterion = SkipStepLoss(LINEAR, 9)
-        eps_hat, noise = normal(4, 3, seed=0), normal(4, 3, seed=1)
-        on_gpu = criterion.from_output(eps_hat.cuda(), noise.cuda(), T.cuda())
-        torch.testing.assert_close(on_gpu.cpu(), criterion.from_output(eps_hat, noise, T))
+
+@pytest.mark.parametrize("weighting", [None, "min_snr", "truncated_snr"])
+@KINDS
+def test_the_gain_that_is_reported_is_the_one_that_is_taught(kind, weighting):
+    """Late times too, where the bound on c² w acts: the ε̂ at which the gradient is 0, over ε."""
+    options = {"prediction_type": kind, "weighting": weighting, "reduction": "none"}
+    criterion = SkipStepLoss(LINEAR, 99, **options)
+    t = torch.tensor([50, 300, 700, 900, 999])
+    output, target, x_t, _, eps = batch(LINEAR, t, kind)
+    at_0, at_1 = (
+        loss_and_gradient(lambda leaf: criterion.from_output(leaf, target, t, x_t), values)[1]
+        for values in (torch.zeros_like(output), torch.ones_like(output))
+    )
+    best = at_0 / (at_0 - at_1)  # the gradient is linear in the output
+    found = epsilon_from_output(best, x_t, t, LINEAR, kind)
+    s = criterion.coefficients_at(t).gain
+    torch.testing.assert_close(found, beside(s, eps) * eps, rtol=1e-8, atol=1e-8)
+    c2 = float(c2_of(t, 99)[0][1])  # where no bound acts
+    assert s[:2].tolist() == pytest.approx([1, 0.99 / (0.99 + 0.01 * c2)], rel=1e-12)
+
+
+@EACH_ESTIMATOR
+@pytest.mark.parametrize("max_c2", [0.0, 0.5, 4.0, math.inf])
+@KINDS
+def test_the_bounds_on_c_and_c2(kind, max_c2, estimator):
+    """c² <= max_c2 · min(1, ratio²) and c <= √max_c2 · min(1, ratio²), against 40 digits."""
+    bars = [0.9, 0.36, 0.01]
+    pairs = [oracle.vp_pair(mpf(bar)) for bar in bars]
+    t, xi = torch.tensor([1, 2]), normal(2, 3, 2, seed=9)
+    options = {"tau": 0.9, "max_c2": max_c2, "prediction_type": kind, "estimator": estimator}
+    schedule = NoiseSchedule.from_alphas_cumprod(bars)
+    criterion = SkipStepLoss(schedule, 1, reduction="none", **options)
+    output, target, x_t, x0, eps = batch(schedule, t, kind)
+    found = criterion.from_output(output, target, t, x_t, **drawn(estimator, xi))
+    for i in range(2):
+        at = oracle.scales(pairs[i + 1], [pairs[i]], 0.9, max_c2, kind=kind)
+        expected = at.loss(output[i], x0[i], eps[i], xi[i], estimator)
+        torch.testing.assert_close(found[i], expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample", "flow"])
+def test_where_the_schedule_ends_in_noise_every_target_goes_to_the_trainers_own(kind):
+    """At the last t of a cosine schedule "shared" and "fresh" kept c / ratio = √max_c2.
+
+    The target of v was moved by (1-τ) √max_c2 / τ = 0.101 ε there; that of "expected" is not moved
+    by the bound on c alone, and stays the mean of "fresh".
+    """
+    t, zero = torch.tensor([999]), torch.zeros(1, 1, dtype=torch.float64)
+    one = zero + 1
+    a, b = (scale[:, None] for scale in COSINE.alpha_sigma(t))
+    target = targets_of(zero, one, a, b)[kind]  # of ε = 1 and x_0 = 0
+
+    def regressed(estimator, target, x_t, xi):
+        criterion = SkipStepLoss(COSINE, 9, estimator=estimator, prediction_type=kind)
+        return criterion.regression_target(target, t, x_t, **drawn(estimator, xi)).target
+
+    moved = {
+        estimator: (regressed(estimator, target, b, zero) - target).item()
+        for estimator in ESTIMATORS
+    }
+    ratio = abs(float(oracle.scales((mpf(float(a)), mpf(float(b))), [], 1, kind=kind).ratio))
+    assert ratio < 5e-5
+    assert moved["fresh"] == moved["expected"]
+    # s - 1 = -(1-τ) c² / A with c² = 100 ratio², over ratio
+    assert abs(moved["expected"]) == pytest.approx(ratio / 0.99, rel=1e-5)
+    assert abs(moved["shared"]) == pytest.approx(0.9 * ratio / 0.99, rel=1e-5)
+    of_xi = regressed("fresh", zero, zero, one)
+    assert abs(of_xi.item()) == pytest.approx(0.1 * ratio / 0.99, rel=1e-5)
+    expected, fresh = (
+        coefficients(COSINE, 9, estimator=name, prediction_type=kind) for name in ESTIMATORS[:2]
+    )
+    assert torch.equal(expected.weight, fresh.weight)
+    assert torch.equal(expected.gain, fresh.gain)
+
+
+@EACH_ESTIMATOR
+@pytest.mark.parametrize("max_c2", [100.0, math.inf])
+@KINDS
+def test_where_nothing_is_left_of_the_data(kind, max_c2, estimator):
+    """An output other than ε and score is compared with its own target, at the weight τ.
+
+    Without a bound the loss of ε and score is infinite there (c² is), and not NaN, which 0 · ∞ is.
+    """
+    t = torch.tensor([500, 999])
+    output, target, x_t, *_ = batch(ZERO_SNR, t, kind)
+    options = {"estimator": estimator, "prediction_type": kind, "max_c2": max_c2}
+    criterion = SkipStepLoss(ZERO_SNR, 9, reduction="none", **options)
+    given = drawn(estimator, normal(2, 3, 2, seed=9))
+    loss, gradient = loss_and_gradient(
+        lambda o: criterion.from_output(o, target, t, x_t, **given), output
+    )
+    assert loss[0].isfinite()
+    assert gradient[0].isfinite().all()
+    if kind in ("epsilon", "score"):
+        assert (loss[1] == math.inf) == (max_c2 == math.inf)
+        assert not gradient.isnan().any()
+    else:
+        plain = loss_and_gradient(lambda o: 0.99 * (o - target).square().mean((1, 2)), output)
+        same((loss[1], gradient[1]), (plain[0][1], plain[1][1]))
+    if kind == "epsilon" and max_c2 == math.inf:
+        assert criterion.terms(output, target, t, **given).total[1] == math.inf
+    unbounded = SkipStepLoss(ZERO_SNR, 9, tau=1.0, **options)
+    found = unbounded.from_output(output, target, t, x_t, **given)
+    torch.testing.assert_close(found, (output - target).square().mean())
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
+def test_a_score_without_noise(weighting):
+    """It is infinite there: refused, but with a weighting, which leaves nothing of its error."""
+    bars = torch.cat([torch.ones(1, dtype=torch.float64), LINEAR.alphas_cumprod[:-1]])
+    schedule = NoiseSchedule.from_alphas_cumprod(bars)
+    with pytest.raises(ValueError, match=r"'score' must have noise.*none at t = 0, .*a weighting"):
+        SkipStepLoss(schedule, 9, prediction_type="score")
+    t, (x0, noise, output) = torch.tensor([0, 300, 999]), normals(3, 3, 4)
+    b = schedule.alpha_sigma(t)[1][:, None]
+    (loss, gradient), (_, wanted) = (
+        loss_and_gradient(
+            lambda o, kind=kind, scale=scale: SkipStepLoss(
+                schedule, 9, prediction_type=kind, weighting=weighting, reduction="none"
+            )(lambda x_t, t: scale * o, x0, t=t, noise=noise),
+            output,
+        )
+        for kind, scale in (("score", 1), ("epsilon", -b))
+    )
+    assert loss.isfinite().all()
+    torch.testing.assert_close(gradient[1:], wanted[1:], rtol=1e-5, atol=1e-7)
+    assert gradient[0].abs().max() < 1e-6
+
+
+@KINDS
+def test_x_t_is_asked_for_where_the_target_holds_data(kind):
+    t, criterion = torch.tensor([9, 500]), SkipStepLoss(LINEAR, 9, prediction_type=kind)
+    output, target, x_t, *_ = batch(LINEAR, t, kind)
+    for call in (
+        lambda *x_t: criterion.from_output(output, target, t, *x_t),
+        lambda *x_t: criterion.regression_target(target, t, *x_t).target,
+    ):
+        if kind in ("epsilon", "score"):
+            assert torch.equal(call(), call(x_t))
+        else:
+            with pytest.raises(ValueError, match=rf"x_t must be given for .*{kind}.*holds data"):
+                call()
+        with pytest.raises(ValueError, match="x_t must have the shape of target"):
+            call(x_t[:, :1])
+
+
+# What a network learns
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@EACH_ESTIMATOR
+def test_a_network_learns_s_times_the_conditional_mean(estimator, normalize):
+    """On x_0 ~ N(0, v) E[ε | x_t] = b x_t / (a² v + b²): one weight for each t holds it exactly."""
+    times, k, tau, variance, count = torch.tensor([5, 98, 99, 400, 700, 999]), 99, 0.9, 0.6, 64
+    # Moments exact in the sample, so that no sampling error is left.
+    q, _ = torch.linalg.qr(normal(count, 3, seed=0))
+    x0, noise, zeta = ((x * count**0.5).repeat(len(times))[:, None] for x in q.unbind(1))
+    x0, t = x0 * variance**0.5, times.repeat_interleave(count)
+    bar = LINEAR.alphas_cumprod[t][:, None]
+    x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * noise
+    criterion = SkipStepLoss(LINEAR, k, tau=tau, estimator=estimator, normalize=normalize)
+    slopes = [
+        loss_and_gradient(
+            lambda weights: criterion.from_output(
+                weights.repeat_interleave(count)[:, None] * x_t, noise, t, **drawn(estimator, zeta)
+            ),
+            torch.full((len(times),), start, dtype=torch.float64),
+        )[1]
+        for start in (0.0, 1.0)
+    ]
+    learned = slopes[0] / (slopes[0] - slopes[1])  # where the slope is 0
+
+    c2, valid = c2_of(times, k)
+    share = (1 - tau) * valid.double()
+    s = 1 - share + (share * c2.sqrt() if estimator == "shared" else 0)
+    s = s / (1 - share + share * c2)
+    assert s[:2].tolist() == [1, 1]
+    assert (s[2:] - 1).abs().min() > 1e-3  # far above the tolerance below
+    bar = LINEAR.alphas_cumprod[times]
+    mean = (1 - bar).sqrt() / (bar * variance + 1 - bar)
+    torch.testing.assert_close(learned, s * mean, rtol=1e-9, atol=0)

@@ -11,23 +11,30 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
+from s2dm_loss import ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss
+from tests.strategies import ESTIMATORS, FLOW, LINEAR
 
-LINEAR, FLOW = NoiseSchedule.linear(1000), ContinuousSchedule.flow()
 SCHEDULES = {
     "discrete": (LINEAR, 49),
     "continuous": (FLOW, 0.1),
     "sampled": (FLOW, SkipSet.from_timesteps([0.0, 0.5, 1.0])),
 }
-ESTIMATORS = ["expected", "fresh", "shared"]
+KINDS = ("epsilon", "v_prediction", "score")
 SHAPE = (4, 3, 8, 8)
+# Every two of schedule, estimator and prediction type together, and every three once in three.
+CASES = pytest.mark.parametrize(
+    ("name", "estimator", "kind"),
+    [
+        pytest.param(name, estimator, KINDS[(i + j) % 3], marks=[pytest.mark.slow] if i else [])
+        for i, name in enumerate(SCHEDULES)
+        for j, estimator in enumerate(ESTIMATORS)
+    ],
+)
 
 
 def times(schedule, device):
-    if schedule is LINEAR:
-        return torch.zeros(4, dtype=torch.long, device=device)
-    return torch.zeros(4, device=device)
+    return torch.zeros(4, dtype=torch.long if schedule is LINEAR else None, device=device)
 
 
 def losses_of(kind, schedule, skip, estimator):
@@ -55,30 +62,38 @@ def calls_of(losses, x, t, leaf):
         yield skip_loss(leaf, x, t, x)
 
 
-CASES = pytest.mark.parametrize(
-    ("name", "estimator", "kind"),
-    [
-        (name, estimator, kind)
-        for name in SCHEDULES
-        for estimator in ESTIMATORS
-        for kind in ("epsilon", "v_prediction", "score")
-    ],
-)
+class CopiesToDevice(TorchDispatchMode):
+    """Which operators take a tensor of the CPU and return one of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
+        of_cpu = any(tensor.device.type == "cpu" and tensor.ndim > 0 for tensor in tensors)
+        if of_cpu and isinstance(result, torch.Tensor) and result.device.type == "meta":
+            self.found.append(str(function))
+        return result
 
 
 @CASES
-def test_forward_and_backward_read_no_value(name, estimator, kind):
+def test_a_step_reads_no_value_and_copies_nothing_to_the_device_twice(name, estimator, kind):
+    """A copy from memory that is not pinned is a wait, and a CUDA graph cannot hold one."""
     schedule, skip = SCHEDULES[name]
-    x = torch.empty(SHAPE, device="meta")
-    leaf = torch.empty(SHAPE, device="meta", requires_grad=True)
-    count = 0
-    losses = losses_of(kind, schedule, skip, estimator)
-    for loss in calls_of(losses, x, times(schedule, "meta"), leaf):
+    losses, t = losses_of(kind, schedule, skip, estimator), times(schedule, "meta")
+    x, leaf = torch.empty(2, *SHAPE, device="meta")
+    leaf.requires_grad_()
+    found = list(calls_of(losses, x, t, leaf))
+    assert len(found) >= 3
+    for loss in found:
         (gradient,) = torch.autograd.grad(loss, leaf)
         assert loss.device.type == gradient.device.type == "meta"
         assert gradient.shape == SHAPE
-        count += 1
-    assert count >= 3
+    with CopiesToDevice() as copies:
+        list(calls_of(losses, x, t, x))
+    assert copies.found == []
 
 
 @CASES
@@ -93,44 +108,11 @@ def test_forward_stays_on_a_fake_gpu(name, estimator, kind):
         assert shrunk.rescale(x, x, times(LINEAR, "cuda")).device.type == "cuda"
 
 
-class CopiesToDevice(TorchDispatchMode):
-    """Which operators take a tensor of the CPU and return one of the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        of_cpu = any(
-            tensor.device.type == "cpu" and tensor.ndim > 0
-            for tensor in args
-            if isinstance(tensor, torch.Tensor)
-        )
-        if of_cpu and isinstance(result, torch.Tensor) and result.device.type == "meta":
-            self.found.append(str(function))
-        return result
-
-
-@CASES
-def test_nothing_is_copied_to_the_device_twice(name, estimator, kind):
-    """A copy from memory that is not pinned is a wait, and a CUDA graph cannot hold one."""
-    schedule, skip = SCHEDULES[name]
-    losses = losses_of(kind, schedule, skip, estimator)
-    x = torch.empty(SHAPE, device="meta")
-    t = times(schedule, "meta")
-    list(calls_of(losses, x, t, x))
-    with CopiesToDevice() as copies:
-        list(calls_of(losses, x, t, x))
-    assert copies.found == []
-    with CopiesToDevice() as copies:
-        torch.ones(3).to("meta")
-    assert len(copies.found) == 1
-
-
-def test_a_value_would_be_noticed():
-    """The same tensors, in a loss that does ask for one."""
+def test_a_value_or_a_copy_would_be_noticed():
     with pytest.raises(RuntimeError, match="meta"):
         bool((torch.empty(2, device="meta") > 0).any())
     with FakeTensorMode(), pytest.raises(RuntimeError, match="local_scalar"):
         torch.empty(2, device="cuda").sum().item()
+    with CopiesToDevice() as copies:
+        torch.ones(3).to("meta")
+    assert len(copies.found) == 1

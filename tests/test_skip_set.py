@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, gain
+from s2dm_loss import NoiseSchedule, SkipSet, gain
+from tests.strategies import FLOW, VP
 
 SCHEDULE = NoiseSchedule.linear(100)
 
@@ -26,24 +27,23 @@ def latest_before(timesteps, t):
 
 @given(st.sets(st.integers(1, 99), min_size=1, max_size=4))
 def test_offsets(offsets):
-    skip_set = SkipSet(offsets)
-    expected = {t: sorted(t - k for k in offsets if t >= k) for t in range(100)}
-    assert pairs(skip_set) == expected
+    assert pairs(SkipSet(offsets)) == {
+        t: sorted(t - k for k in offsets if t >= k) for t in range(100)
+    }
 
 
-@given(st.integers(2, 100))
-@example(2)
-@example(100)
-def test_for_sampling_steps_is_the_stride(steps):
-    assert pairs(SkipSet.for_sampling_steps(steps)) == pairs(SkipSet(100 // steps))
+def test_for_sampling_steps_is_the_stride():
+    for steps in range(2, 101):
+        assert pairs(SkipSet.for_sampling_steps(steps)) == pairs(SkipSet(100 // steps))
 
 
-@given(st.lists(st.integers(0, 99), min_size=1, max_size=30))
+@given(st.lists(st.integers(0, 99) | st.floats(0, 99), min_size=1, max_size=30))
 def test_from_timesteps_pairs_with_the_latest_sampled_before(timesteps):
-    # Lists in any order and with repeats, as PNDM's are.
-    expected = {t: latest_before(timesteps, t) for t in range(100)}
+    """Of lists in any order and with repeats, as PNDM's are, and of fractions, as Euler's."""
+    visited = {round(t) for t in timesteps}
+    expected = {t: latest_before(visited, t) for t in range(100)}
     assert pairs(SkipSet.from_timesteps(timesteps)) == expected
-    skipped = sorted(set(range(100)) - set(timesteps))
+    skipped = sorted(set(range(100)) - visited)
     if skipped:
         assert pairs(SkipSet.from_skipped(skipped, 100)) == expected
 
@@ -53,57 +53,27 @@ def test_a_sampler_that_skips_nothing():
         assert pairs(SkipSet.from_skipped(nothing, 100)) == pairs(SkipSet(1))
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [5, 7, 20])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "DDIMScheduler",
-        "PNDMScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepScheduler",
-        "EulerDiscreteScheduler",
-    ],
-)
-def test_from_timesteps_of_diffusers_schedulers(name, steps, spacing):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = getattr(diffusers, name)(num_train_timesteps=100, timestep_spacing=spacing)
-    scheduler.set_timesteps(steps)
-    visited = {round(float(t)) for t in scheduler.timesteps}
-    expected = {t: latest_before(visited, t) for t in range(100)}
-    assert pairs(SkipSet.from_timesteps(scheduler.timesteps)) == expected
-
-
 def test_continuous_offsets():
-    schedule = ContinuousSchedule.vp()
     t = torch.tensor([0.0, 0.05, 0.1, 0.7], dtype=torch.float64)
-    earlier, valid = SkipSet([0.05, 0.2]).earlier(t, schedule)
+    earlier, valid = SkipSet([0.05, 0.2]).earlier(t, VP)
     assert valid.tolist() == [[False, True, True, True], [False, False, False, True]]
-    np.testing.assert_allclose(earlier[0].numpy(), [0.0, 0.0, 0.05, 0.65])
-    np.testing.assert_allclose(earlier[1].numpy(), [0.0, 0.05, 0.1, 0.5])
-    earlier, _ = SkipSet.for_sampling_steps(20).earlier(t, schedule)
-    np.testing.assert_allclose(earlier[0].numpy(), [0.0, 0.0, 0.05, 0.65])
-
-
-def test_continuous_timesteps():
-    schedule = ContinuousSchedule.flow()
-    t = torch.tensor([0.1, 0.25, 0.3, 1.0])
-    earlier, valid = SkipSet.from_timesteps([1.0, 0.25, 0.2]).earlier(t, schedule)
-    assert valid.tolist() == [[False, True, True, True]]
-    np.testing.assert_allclose(earlier[0, 1:].numpy(), [0.2, 0.25, 0.25])
+    expected = [[0.0, 0.0, 0.05, 0.65], [0.0, 0.05, 0.1, 0.5]]
+    np.testing.assert_allclose(earlier.numpy(), expected)
+    earlier, _ = SkipSet.for_sampling_steps(20).earlier(t, VP)
+    np.testing.assert_allclose(earlier.numpy(), expected[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_sampled_time_in_float32_is_not_after_itself(dtype):
     """float32 has no 0.1; widened again it is a little above it, or below."""
     times = [i / 10 for i in range(11)]
-    t = torch.tensor(times, dtype=dtype).double()
-    earlier, valid = SkipSet.from_timesteps(times).earlier(t, ContinuousSchedule.vp())
-    assert valid.tolist() == [[False] + [True] * 10]
-    np.testing.assert_allclose(earlier[0, 1:].numpy(), times[:-1], atol=1e-15)
+    t, skips = torch.tensor(times, dtype=dtype).double(), SkipSet.from_timesteps(times[:0:-1])
+    earlier, valid = skips.earlier(t, VP)
+    assert valid.tolist() == [[False] * 2 + [True] * 9]
+    np.testing.assert_allclose(earlier[0, 2:].numpy(), times[1:-1], atol=1e-15)
     # A time between two is after the first of them.
-    earlier, _ = SkipSet.from_timesteps(times).earlier(t[:-1] + 0.01, ContinuousSchedule.vp())
-    np.testing.assert_allclose(earlier[0].numpy(), times[:-1], atol=1e-15)
+    earlier, _ = skips.earlier(t[1:-1] + 0.01, VP)
+    np.testing.assert_allclose(earlier[0].numpy(), times[1:-1], atol=1e-15)
 
 
 def accumulated(steps):
@@ -126,15 +96,13 @@ def accumulated(steps):
     ],
     ids=["accumulated", "float32", "float16", "bfloat16"],
 )
-@pytest.mark.parametrize("schedule", [ContinuousSchedule.vp(), ContinuousSchedule.flow()], ids=repr)
+@pytest.mark.parametrize("schedule", [VP, FLOW], ids=repr)
 def test_a_samplers_times_have_their_gain_however_they_are_rounded(schedule, times_of, steps):
     """Against the gain of the exact times, which the closed form of c² gives."""
     exact = [(steps - i) / steps for i in range(steps)]
     t = torch.tensor(exact, dtype=torch.float64)
-    ratio = (
-        schedule.log_alphas_cumprod_at(t - 1 / steps) - schedule.log_alphas_cumprod_at(t)
-    ).exp()
-    expected = 0.99 / (0.99 + 0.01 * (ratio - 1).clamp(max=100))
+    at_earlier, at_t = (schedule.log_alphas_cumprod_at(x) for x in (t - 1 / steps, t))
+    expected = 0.99 / (0.99 + 0.01 * ((at_earlier - at_t).exp() - 1).clamp(max=100))
     skip_set = SkipSet.from_timesteps([i / steps for i in range(steps + 1)])
     rounded = times_of(steps)
     earlier, valid = skip_set.earlier(rounded, schedule)
@@ -149,36 +117,29 @@ def test_a_samplers_times_have_their_gain_however_they_are_rounded(schedule, tim
 def test_a_skip_of_the_whole_time_in_float32_is_valid():
     """float32's 0.04 is a little less than 0.04, of which the skip is all."""
     t = torch.tensor([0.02, 0.04, 0.08])
-    earlier, valid = SkipSet.for_sampling_steps(25).earlier(t, ContinuousSchedule.vp())
+    earlier, valid = SkipSet.for_sampling_steps(25).earlier(t, VP)
     assert valid.tolist() == [[False, True, True]]
     np.testing.assert_allclose(earlier[0, 1:].numpy(), [0.0, 0.04], atol=1e-8)
     assert (earlier >= 0).all()
 
 
-def test_numbers_of_numpy_count():
-    assert repr(SkipSet(np.int64(9))) == "SkipSet(9)"
-    assert repr(SkipSet(np.array([9, 1]))) == "SkipSet([1, 9])"
-    assert repr(SkipSet(np.float64(0.5))) == "SkipSet(0.5)"
+SAMPLED = "SkipSet.from_timesteps"
+REPRS = {
+    "SkipSet(9)": SkipSet(np.int64(9)),
+    "SkipSet([1, 9, 49])": SkipSet(np.array([49, 1, 9])),
+    "SkipSet(0.5)": SkipSet(np.float64(0.5)),
+    "SkipSet.for_sampling_steps(50)": SkipSet.for_sampling_steps(50),
+    f"{SAMPLED}([10, 20, 30])": SkipSet.from_timesteps([30, 10, 20]),
+    f"{SAMPLED}([0, 1, 2, 3, 4, 5])": SkipSet.from_timesteps(range(6)),
+    f"{SAMPLED}([0, 1, 2, ..., 5, 6])": SkipSet.from_timesteps(range(7)),
+    f"{SAMPLED}([0, 10, 20, ..., 80, 90])": SkipSet.from_timesteps(range(0, 100, 10)),
+}
 
 
-@pytest.mark.parametrize(
-    ("skip_set", "text"),
-    [
-        (SkipSet(9), "SkipSet(9)"),
-        (SkipSet([49, 1, 9]), "SkipSet([1, 9, 49])"),
-        (SkipSet(0.01), "SkipSet(0.01)"),
-        (SkipSet.for_sampling_steps(50), "SkipSet.for_sampling_steps(50)"),
-        (SkipSet.from_timesteps([30, 10, 20]), "SkipSet.from_timesteps([10, 20, 30])"),
-        (SkipSet.from_timesteps(range(6)), "SkipSet.from_timesteps([0, 1, 2, 3, 4, 5])"),
-        (SkipSet.from_timesteps(range(7)), "SkipSet.from_timesteps([0, 1, 2, ..., 5, 6])"),
-        (
-            SkipSet.from_timesteps(range(0, 100, 10)),
-            "SkipSet.from_timesteps([0, 10, 20, ..., 80, 90])",
-        ),
-    ],
-)
-def test_repr(skip_set, text):
-    assert repr(skip_set) == text
+@pytest.mark.parametrize("text", REPRS)
+def test_repr(text):
+    """Numbers of NumPy's count as well."""
+    assert repr(REPRS[text]) == text
 
 
 EQUAL = [

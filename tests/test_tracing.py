@@ -1,6 +1,5 @@
 """torch.compile, torch.export and `python -O`."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -9,30 +8,38 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
-from tests.strategies import drawn, normal
+from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
+from tests.strategies import FLOW, LINEAR, VP, drawn, loss_and_gradient, normals
 
-LINEAR = NoiseSchedule.linear(1000)
 T = torch.tensor([0, 98, 99, 999])
 needs_compiler = pytest.mark.skipif(
-    shutil.which("c++") is None, reason="torch.compile on a CPU needs a C++ compiler"
+    shutil.which("c++") is None, reason="inductor needs one for C++"
 )
-ESTIMATORS = ["expected", "fresh", "shared"]
+TURNED = ContinuousSchedule.vp(data_at=1)
 
 
-@needs_compiler
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_compiles_without_a_graph_break(estimator):
-    """For two shapes, with a gradient of the target in one of them."""
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "backend"),
+    [
+        *(("expected", "aot_eager"), ("shared", "aot_eager")),
+        pytest.param("fresh", "inductor", marks=[pytest.mark.slow, needs_compiler]),
+    ],
+)
+def test_compiles_without_a_graph_break(estimator, backend):
+    """For two shapes, with a gradient of the target in one of them."""
     criterion = SkipStepLoss(LINEAR, 99, estimator=estimator)
 
     def run(eps_hat, noise, xi):
         return criterion.from_output(eps_hat, noise, T, **drawn(estimator, xi))
 
-    compiled = torch.compile(run, fullgraph=True)
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
     for shape in ((4, 3, 8, 8), (4, 4, 5)):
-        eps_hat, noise, xi = (normal(*shape, seed=seed).float() for seed in range(3))
+        eps_hat, noise, xi = normals(3, *shape, dtype=torch.float32)
         noise.requires_grad_(len(shape) == 3)
         results = []
         for function in (run, compiled):
@@ -43,44 +50,47 @@ def test_compiles_without_a_graph_break(estimator):
             torch.testing.assert_close(fast, eager, rtol=1e-5, atol=1e-9)
 
 
-@needs_compiler
-@pytest.mark.parametrize("schedule", [LINEAR, ContinuousSchedule.flow()], ids=repr)
-def test_forward_compiles_with_its_model(schedule):
-    torch.compiler.reset()
-    skip = 99 if schedule is LINEAR else 0.1
-    criterion = SkipStepLoss(schedule, skip)
-    model = torch.nn.Linear(5, 5)
-    x0, noise = normal(4, 5, seed=0).float(), normal(4, 5, seed=1).float()
-    t = T if schedule is LINEAR else torch.tensor([0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("schedule", "skip", "t"),
+    [
+        (LINEAR, 99, T),
+        pytest.param(FLOW, 0.1, torch.tensor([0.0, 0.05, 0.5, 1.0]), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_forward_compiles_with_its_model(schedule, skip, t):
+    criterion, model = SkipStepLoss(schedule, skip), torch.nn.Linear(5, 5)
+    x0, noise = normals(2, 4, 5, dtype=torch.float32)
 
     def step(x0, t, noise):
         return criterion(lambda x_t, t: model(x_t), x0, t=t, noise=noise)
 
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x0, t, noise), step(x0, t, noise), rtol=1e-5, atol=0)
 
 
-@needs_compiler
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow", "velocity"])
 @pytest.mark.parametrize(
-    "skip_set",
-    [SkipSet(0.1), SkipSet.from_timesteps([0.0, 0.25, 0.75]), SkipSet.for_sampling_steps(20)],
-    ids=repr,
+    ("schedule", "skip_set", "kind"),
+    [
+        (FLOW, SkipSet(0.1), "flow"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (TURNED, SkipSet.from_timesteps([0.0, 0.25, 0.75]), "velocity"),
+                (VP, SkipSet.for_sampling_steps(20), "v_prediction"),
+                (TURNED, SkipSet([0.02, 0.25]), "epsilon"),
+            ]
+        ),
+    ],
+    ids=str,
 )
-def test_continuous_time_compiles_with_every_skip_set(skip_set, kind):
-    torch.compiler.reset()
-    schedule = ContinuousSchedule.flow() if kind == "flow" else ContinuousSchedule.vp()
+def test_continuous_time_compiles_with_every_skip_set(schedule, skip_set, kind):
     criterion = SkipStepLoss(schedule, skip_set, prediction_type=kind)
-    output, target, x_t = (normal(4, 5, seed=seed).float() for seed in range(3))
+    output, target, x_t = normals(3, 4, 5, dtype=torch.float32)
     compiled = torch.compile(criterion.from_output, fullgraph=True, backend="aot_eager")
     arguments = output, target, torch.tensor([0.01, 0.3, 0.5, 0.9]), x_t
-    torch.testing.assert_close(
-        compiled(*arguments), criterion.from_output(*arguments), rtol=1e-5, atol=0
-    )
-
-
-def derivative(loss, eps_hat):
-    return torch.autograd.grad(loss(eps_hat), eps_hat)[0]
+    found, expected = compiled(*arguments), criterion.from_output(*arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 # What a compiled function may do around the loss, which is itself made in two parts there.
@@ -89,38 +99,26 @@ AROUND_THE_LOSS = {
     "a checkpoint": lambda loss: (
         lambda eps_hat: checkpoint(lambda x: loss(2 * x), eps_hat, use_reentrant=False)
     ),
-    "its own backward": lambda loss: lambda eps_hat: derivative(loss, eps_hat),
+    "its own backward": lambda loss: lambda x: torch.autograd.grad(loss(x), x)[0],
 }
 
 
 @pytest.mark.parametrize("around", AROUND_THE_LOSS)
 def test_compiled_with_something_around_it(around):
-    torch.compiler.reset()
     criterion = SkipStepLoss(LINEAR, 99)
-    eps_hat, noise = (normal(4, 5, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    eps_hat, noise = normals(2, 4, 5, dtype=torch.float32)
     eps_hat.requires_grad_()
     run = AROUND_THE_LOSS[around](lambda x: criterion.from_output(x, noise, T))
     compiled = torch.compile(run, backend="aot_eager")
-    values = compiled(eps_hat), run(eps_hat)
-    torch.testing.assert_close(*values)
     if around == "a checkpoint":
-        torch.testing.assert_close(*(torch.autograd.grad(v, eps_hat)[0] for v in values))
+        values = loss_and_gradient(compiled, eps_hat), loss_and_gradient(run, eps_hat)
+    else:
+        values = compiled(eps_hat), run(eps_hat)
+    torch.testing.assert_close(*values)
 
 
-def test_exports():
-    class Loss(SkipStepLoss):
-        def forward(self, eps_hat, noise, t):
-            return self.from_output(eps_hat, noise, t)
-
-    criterion = Loss(LINEAR, 99)
-    arguments = normal(4, 5, seed=0).float(), normal(4, 5, seed=1).float(), T
-    exported = torch.export.export(criterion, arguments, strict=True).module()
-    torch.testing.assert_close(exported(*arguments), criterion(*arguments))
-
-
-def test_errors_are_the_same_under_python_optimize():
-    code = """
-import torch
+ERRORS = """
+import sys, torch
 from s2dm_loss import NoiseSchedule, SkipStepLoss
 criterion = SkipStepLoss(NoiseSchedule.linear(10), 2)
 x = torch.zeros(2, 3)
@@ -134,32 +132,32 @@ for call in (
 ):
     try:
         call()
-        print("no error")
     except (TypeError, ValueError) as error:
         print(type(error).__name__, error)
 """
-    environment = {**os.environ, "PYTHONOPTIMIZE": ""}
-    outputs = [
-        subprocess.run(  # noqa: S603 - our own interpreter and code
-            [sys.executable, *flags, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=environment,
-        ).stdout
-        for flags in ([], ["-O"])
-    ]
-    assert outputs[0] == outputs[1]
-    assert outputs[0].count("Error") == 6
 
 
-@pytest.mark.parametrize("estimator", ["expected", "fresh"])
+@pytest.mark.slow
+def test_errors_are_the_same_under_python_optimize(capsys):
+    exec(ERRORS, {})  # noqa: S102
+    here = capsys.readouterr().out
+    done = subprocess.run(  # noqa: S603 - our own interpreter and code
+        [sys.executable, "-O", "-c", ERRORS], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == here
+    assert here.count("Error") == 6
+
+
 @pytest.mark.parametrize(
-    ("schedule", "skip"), [(LINEAR, 9), (ContinuousSchedule.vp(), 0.01)], ids=str
+    ("schedule", "skip", "estimator"),
+    [
+        (LINEAR, 9, "fresh"),
+        pytest.param(VP, 0.01, "expected", marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_compiled_step_that_draws_takes_a_shorter_last_batch(schedule, skip, estimator):
     """torch takes no symbolic size beside `generator=None`, so that word must not be said."""
-    torch.compiler.reset()
     criterion = SkipStepLoss(schedule, skip, estimator=estimator).to("cpu")
     net = torch.nn.Linear(3, 3)
     step = torch.compile(lambda x: criterion(lambda x_t, t: net(x_t), x), backend="eager")
@@ -168,9 +166,15 @@ def test_a_compiled_step_that_draws_takes_a_shorter_last_batch(schedule, skip, e
 
 
 def test_a_fresh_loss_draws_under_a_dynamic_batch():
-    torch.compiler.reset()
     criterion = SkipStepLoss(LINEAR, 9, estimator="fresh").to("cpu")
     call = torch.compile(criterion.from_output, backend="eager", dynamic=True)
     for count in (4, 7):
         t = torch.randint(1000, (count,))
         assert bool(call(torch.randn(count, 3), torch.randn(count, 3), t).isfinite())
+
+
+def test_compiled_times_outside_the_table_are_no_other_times():
+    criterion = SkipStepLoss(LINEAR, 9, reduction="none")
+    compiled = torch.compile(criterion.from_output, backend="aot_eager", fullgraph=True)
+    loss = compiled(*normals(2, 4, 3), torch.tensor([-1, 0, 999, 1000]))
+    assert loss.isnan().tolist() == [True, False, False, True]

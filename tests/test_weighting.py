@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, gain
+from s2dm_loss import SkipStepLoss
 from s2dm_loss.prediction import PathPoint
 from s2dm_loss.weighting import (
     WEIGHTINGS,
@@ -18,13 +18,23 @@ from s2dm_loss.weighting import (
     soft_min_snr,
     weights_at,
 )
-from tests.strategies import drawn, loss_and_gradient, normal, targets_of
-from tests.test_from_output import TYPES, batch
+from tests.strategies import (
+    COSINE,
+    ESTIMATORS,
+    FLOW,
+    LINEAR,
+    TYPES,
+    VP,
+    ZERO_SNR,
+    batch,
+    drawn,
+    loss_and_gradient,
+    normal,
+    normals,
+)
 
-LEFT_OUT = "weighting .* is below 1e-06 at the last timestep"
-pytestmark = pytest.mark.filterwarnings(f"ignore:{LEFT_OUT}")
-LINEAR = NoiseSchedule.linear(1000)
-ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
+pytestmark = pytest.mark.filterwarnings("ignore:weighting .* is below 1e-06 at the last timestep")
+BELOW_ONE = ["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]
 
 # What each paper multiplies the error of ε by.
 ON_NOISE = {
@@ -46,10 +56,6 @@ OUTPUT_OVER_NOISE = {
 }
 
 
-def test_every_name_is_known_here():
-    assert set(WEIGHTINGS) == set(ON_NOISE)
-
-
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_formula_on_every_output(name, kind):
@@ -66,40 +72,7 @@ def test_formula_on_every_output(name, kind):
         assert found[i].item() == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
-def test_the_same_name_is_the_same_loss_of_the_noise(name):
-    """With S²-DM as well: the gradient with respect to ε̂, whichever way the output says it."""
-    t = torch.tensor([0, 9, 100, 500, 600])
-    x0, eps, eps_hat = (normal(5, 3, seed=seed) for seed in range(3))
-    a, b = (scale[:, None] for scale in LINEAR.alpha_sigma(t))
-    x_t = a * x0 + b * eps
-
-    gradients = []
-    for kind in TYPES:
-        criterion = SkipStepLoss(LINEAR, 49, prediction_type=kind, weighting=name)
-        target = targets_of(x0, eps, a, b)[kind]
-
-        def loss(e, kind=kind, criterion=criterion, target=target):
-            output = targets_of((x_t - b * e) / a, e, a, b)[kind]
-            return criterion.from_output(output, target, t, x_t)
-
-        gradients.append(loss_and_gradient(loss, eps_hat)[1])
-    for gradient in gradients[1:]:
-        torch.testing.assert_close(gradient, gradients[0], rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("schedule", [LINEAR, NoiseSchedule.cosine(1000), ZERO_SNR])
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("name", ["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"])
-def test_one_that_is_nowhere_above_1_leaves_what_is_learned_as_it_is(name, kind, schedule):
-    """So the gain without training, which knows no weighting, is that of training with one."""
-    t = schedule.timesteps
-    criterion = SkipStepLoss(schedule, 99, prediction_type=kind, weighting=name)
-    found = criterion.coefficients_at(t).gain
-    torch.testing.assert_close(found, gain(schedule, 99, prediction_type=kind), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("schedule", [NoiseSchedule.cosine(1000), ZERO_SNR])
+@pytest.mark.parametrize("schedule", [COSINE, ZERO_SNR], ids=repr)
 def test_the_gradient_of_an_output_stays_near_the_plain_one(schedule):
     """At late t the ε̂ that was asked of v was 1e4 times the plain target away."""
     t = schedule.timesteps[-200:]
@@ -107,22 +80,17 @@ def test_the_gradient_of_an_output_stays_near_the_plain_one(schedule):
     norms = []
     for tau in (1.0, 0.99):
         options = {"tau": tau, "prediction_type": "v_prediction", "weighting": "min_snr"}
-        criterion = SkipStepLoss(schedule, 9, **options)
-
-        def loss(leaf, criterion=criterion):
-            return criterion.from_output(leaf, target, t, x_t)
-
-        norms.append(loss_and_gradient(loss, output)[1].flatten(1).norm(dim=1))
+        loss = SkipStepLoss(schedule, 9, **options).from_output
+        _, gradient = loss_and_gradient(lambda o, loss=loss: loss(o, target, t, x_t), output)
+        norms.append(gradient.flatten(1).norm(dim=1))
     ratio = (norms[1] / norms[0])[norms[0] > 0]
     assert len(ratio) >= 199
-    assert ratio.min() > 0.5
-    assert ratio.max() < 2.5
+    assert 0.5 < ratio.min() <= ratio.max() < 2.5
 
 
-@pytest.mark.parametrize("estimator", ["expected", "fresh", "shared"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_it_multiplies_the_loss_and_the_papers_terms(estimator):
-    t = torch.tensor([0, 9, 500, 999])
-    eps_hat, noise, xi = (normal(4, 3, seed=i) for i in range(3))
+    t, (eps_hat, noise, xi) = torch.tensor([0, 9, 500, 999]), normals(3, 4, 3)
     bar = LINEAR.alphas_cumprod[t]
     weights = (bar / (1 - bar)).clamp(max=3) / (bar / (1 - bar))
     plain, weighted = (
@@ -140,17 +108,14 @@ def test_it_multiplies_the_loss_and_the_papers_terms(estimator):
 
 
 def test_a_function_of_ones_own_and_weights_beside_it():
-    t = torch.tensor([3, 500, 999])
-    eps_hat, noise = normal(3, 2, seed=0), normal(3, 2, seed=1)
-    by_function = SkipStepLoss(LINEAR, 9, weighting=lambda log_snr: 5 / (5 + log_snr.exp()))
-    by_name = SkipStepLoss(LINEAR, 9, weighting=soft_min_snr(5))
-    weights = torch.tensor([1.0, 0.0, 2.0])
-    torch.testing.assert_close(
-        by_function.from_output(eps_hat, noise, t, weights=weights),
-        by_name.from_output(eps_hat, noise, t, weights=weights),
-        rtol=1e-12,
-        atol=0,
+    data = *normals(2, 3, 2), torch.tensor([3, 500, 999])
+    found, expected = (
+        SkipStepLoss(LINEAR, 9, weighting=weighting).from_output(
+            *data, weights=torch.tensor([1.0, 0.0, 2.0])
+        )
+        for weighting in (lambda log_snr: 5 / (5 + log_snr.exp()), soft_min_snr(5))
     )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 class Learned(torch.nn.Module):
@@ -169,9 +134,8 @@ class Learned(torch.nn.Module):
 
 def test_a_weight_without_bound_where_no_time_is_drawn():
     """√snr of x_0 where β ∫ is 0.1 t: 1e3 at the smallest t that is drawn, without bound at 0."""
-    criterion = SkipStepLoss(
-        ContinuousSchedule.vp(), 0.01, prediction_type="sample", weighting="debiased", tau=1.0
-    )
+    options = {"prediction_type": "sample", "weighting": "debiased", "tau": 1.0}
+    criterion = SkipStepLoss(VP, 0.01, **options)
     output, target, x_t = normal(3, 1, 5, seed=0).unbind(0)
     found = criterion.from_output(output, target, torch.tensor([1e-5], dtype=torch.float64), x_t)
     integral = 0.1 * 1e-5 + 0.5 * (20 - 0.1) * 1e-10
@@ -181,18 +145,22 @@ def test_a_weight_without_bound_where_no_time_is_drawn():
     assert math.sqrt(snr) > 900
 
 
-@pytest.mark.parametrize("name", ["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"])
+@pytest.mark.parametrize("name", BELOW_ONE)
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("schedule", [ZERO_SNR, ContinuousSchedule.flow()], ids=repr)
-def test_finite_at_both_ends(schedule, kind, name):
-    if schedule is not ZERO_SNR and (kind, name) == ("sample", "uniform"):
+@pytest.mark.parametrize(
+    ("schedule", "skip", "t"),
+    [
+        (ZERO_SNR, 9, torch.tensor([1, 998, 999])),
+        (FLOW, 0.01, torch.tensor([1e-6, 0.5, 1.0])),
+    ],
+    ids=["zero terminal SNR", "flow"],
+)
+def test_finite_at_both_ends(schedule, skip, t, kind, name):
+    if schedule is FLOW and (kind, name) == ("sample", "uniform"):
         pytest.skip("the noise's error is 1 / σ² times that of x_0, which is refused; see errors")
-    discrete = schedule is ZERO_SNR
-    t = torch.tensor([1, 998, 999]) if discrete else torch.tensor([1e-6, 0.5, 1.0])
     output, target, x_t, *_ = batch(schedule, t, kind)
-    criterion = SkipStepLoss(
-        schedule, 9 if discrete else 0.01, prediction_type=kind, weighting=name, reduction="none"
-    )
+    options = {"prediction_type": kind, "weighting": name, "reduction": "none"}
+    criterion = SkipStepLoss(schedule, skip, **options)
     loss, gradient = loss_and_gradient(lambda o: criterion.from_output(o, target, t, x_t), output)
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
@@ -217,8 +185,8 @@ def test_min_snr_of_v_at_zero_terminal_snr():
         (ZERO_SNR, "v_prediction", None, False),
         (ZERO_SNR, "epsilon", "min_snr", False),
         (LINEAR, "v_prediction", "min_snr", False),
-        (NoiseSchedule.cosine(1000), "v_prediction", "min_snr", False),
-        (ContinuousSchedule.flow(), "flow", "min_snr", False),  # its end is drawn by nobody
+        (COSINE, "v_prediction", "min_snr", False),
+        (FLOW, "flow", "min_snr", False),  # its end is drawn by nobody
     ],
 )
 def test_a_last_timestep_that_is_never_trained_is_said_once(schedule, kind, weighting, warns):
@@ -274,47 +242,35 @@ def test_a_weighting_is_a_value():
         min_snr().numbers = (1.0,)
 
 
+def weighted(weighting, schedule=LINEAR, skip=9, **options):
+    return SkipStepLoss(schedule, skip, weighting=weighting, **options)
+
+
+TOO_LARGE = r"weighting must lie in \[0, 1e\+06\].*"
 ERRORS = {
     ValueError: [
-        (lambda: SkipStepLoss(LINEAR, 9, weighting="minsnr"), "weighting must be.*'min_s"),
+        (lambda: weighted("minsnr"), "weighting must be.*'min_s"),
         (lambda: min_snr(0.0), r"gamma must lie in \(0.0, inf\)"),
         (lambda: soft_min_snr(0.0), r"gamma must lie in \(0.0, inf\)"),
         (lambda: p2(0.0), r"k must lie in \(0.0, inf\)"),
         (lambda: p2(1, -1), r"gamma must lie in \[0.0, inf\]"),
         (lambda: sigmoid(math.inf), r"bias must lie in \(-inf, inf\)"),
+        (lambda: weighted("debiased", ZERO_SNR), TOO_LARGE + "index 999 of 1000.*no bound"),
         (
-            lambda: SkipStepLoss(ZERO_SNR, 9, weighting="debiased"),
-            r"weighting must lie in \[0, 1e\+06\].*index 999 of 1000.*no bound",
+            lambda: weighted("uniform", FLOW, 0.01, prediction_type="sample"),
+            TOO_LARGE + "index 0 of 17.* no noise, snr has no bound",
         ),
         (
-            lambda: SkipStepLoss(
-                ContinuousSchedule.flow(), 0.01, prediction_type="sample", weighting="uniform"
-            ),
-            r"weighting must lie in \[0, 1e\+06\].*index 0 of 17.* no noise, snr has no bound",
+            lambda: weighted("debiased", FLOW, 0.01),
+            TOO_LARGE + "index 16 of 17.* no signal, 1 / snr has no b",
         ),
-        (
-            lambda: SkipStepLoss(ContinuousSchedule.flow(), 0.01, weighting="debiased"),
-            r"weighting must lie in \[0, 1e\+06\].*index 16 of 17.* no signal, 1 / snr has no b",
-        ),
-        (
-            lambda: SkipStepLoss(LINEAR, 9, weighting=Learned()),
-            r"weighting must be fixed, got Learned\(\) with parameters to train",
-        ),
-        (
-            lambda: SkipStepLoss(LINEAR, 9, weighting=lambda log_snr: -log_snr),
-            "weighting must lie in",
-        ),
-        (
-            lambda: SkipStepLoss(LINEAR, 9, weighting=lambda log_snr: log_snr.mean()),
-            "of the shape of log SNR",
-        ),
+        (lambda: weighted(Learned()), r"weighting must be fixed, got Learned\(\) with parameters"),
+        (lambda: weighted(lambda log_snr: -log_snr), "weighting must lie in"),
+        (lambda: weighted(lambda log_snr: log_snr.mean()), "of the shape of log SNR"),
     ],
     TypeError: [
-        (lambda: SkipStepLoss(LINEAR, 9, weighting=5.0), "weighting must be .* got 5.0"),
-        (
-            lambda: SkipStepLoss(LINEAR, 9, weighting=lambda log_snr: 1.0),
-            "weighting must return a tensor, got 1.0",
-        ),
+        (lambda: weighted(5.0), "weighting must be .* got 5.0"),
+        (lambda: weighted(lambda log_snr: 1.0), "weighting must return a tensor, got 1.0"),
     ],
 }
 

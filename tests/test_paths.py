@@ -1,0 +1,433 @@
+"""Paths in continuous time: derivatives against closed forms, velocity, and data at t = 1."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
+from s2dm_loss.coefficients import coefficients
+from s2dm_loss.continuous import check_velocity
+from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
+from s2dm_loss.schedule import check_schedule
+from tests.strategies import FLOW, LINEAR, normals, same
+
+T = torch.linspace(0, 1, 41, dtype=torch.float64)
+INNER = T[1:-1]
+ENDS = torch.tensor([0.0, 1.0])
+HALF_PI = math.pi / 2
+DATA_AT = pytest.mark.parametrize("data_at", [0, 1])
+
+
+def gvp(t):
+    """SiT's GVP, TrigFlow: alpha = cos(π t / 2), sigma = sin(π t / 2)."""
+    return torch.cos(HALF_PI * t), torch.sin(HALF_PI * t)
+
+
+def polynomial(t):
+    return (1 - t) ** 3, t**2
+
+
+def closed_forms(name, t):
+    """(alpha, sigma, dalpha/dt, dsigma/dt), by hand."""
+    if name in ("vp", "sub_vp"):
+        alpha = np.exp(-0.25 * t**2 * 19.9 - 0.05 * t)
+        slope = -0.5 * (0.1 + 19.9 * t) * alpha
+        if name == "sub_vp":
+            return alpha, 1 - alpha**2, slope, -2 * alpha * slope
+        sigma = np.sqrt(-np.expm1(-0.5 * t**2 * 19.9 - 0.1 * t))
+        return alpha, sigma, slope, -alpha * slope / sigma
+    if name == "cosine":
+        u, start = (t + 0.008) / 1.008 * HALF_PI, 0.008 / 1.008 * HALF_PI
+        alpha, slope = np.cos(u) / np.cos(start), -np.sin(u) / np.cos(start) * HALF_PI / 1.008
+        sigma = np.sqrt(np.sin(u - start) * np.sin(u + start)) / np.cos(start)
+        return alpha, sigma, slope, -alpha * slope / sigma
+    u = HALF_PI * t
+    return {
+        "flow": (1 - t, t, 0 * t - 1, 0 * t + 1),
+        "gvp": (np.cos(u), np.sin(u), -HALF_PI * np.sin(u), HALF_PI * np.cos(u)),
+        "polynomial": ((1 - t) ** 3, t**2, -3 * (1 - t) ** 2, 2 * t),
+        "ve": (0 * t + 1, 80 * t, 0 * t, 0 * t + 80),
+    }[name]
+
+
+def own(path, data_at=0):
+    turned = (lambda t: path(1 - t)) if data_at else path
+    return ContinuousSchedule.from_alpha_sigma(turned, data_at=data_at)
+
+
+MAKERS = {
+    "vp": lambda data_at: ContinuousSchedule.vp(data_at=data_at),
+    "sub_vp": lambda data_at: ContinuousSchedule.sub_vp(data_at=data_at),
+    "cosine": lambda data_at: ContinuousSchedule.cosine(data_at=data_at, min_time=1e-4),
+    "flow": lambda data_at: ContinuousSchedule.flow(data_at=data_at),
+    "gvp": lambda data_at: own(gvp, data_at),
+    "polynomial": lambda data_at: own(polynomial, data_at),
+    "ve": lambda data_at: own(lambda t: (torch.ones_like(t), 80 * t), data_at),
+}
+
+
+@DATA_AT
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_path_and_its_derivatives_are_the_closed_forms(name, data_at):
+    schedule = MAKERS[name](data_at)
+    schedule.check_derivatives()
+    times = torch.cat([INNER, torch.tensor([0.001, 0.999], dtype=torch.float64)])
+    alpha, sigma, *slopes = closed_forms(name, times.numpy())
+    t, sign = (1 - times, -1) if data_at else (times, 1)
+    for found, expected in zip(schedule.alpha_sigma(t), (alpha, sigma), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-11)
+    log_bar = np.log(alpha**2 / (alpha**2 + sigma**2))
+    np.testing.assert_allclose(schedule.log_alphas_cumprod_at(t), log_bar, rtol=1e-9, atol=1e-12)
+    for found, expected in zip(schedule.derivatives(t), slopes, strict=True):
+        np.testing.assert_allclose(sign * found.numpy(), expected, rtol=1e-12, atol=1e-12)
+        assert found.dtype == torch.float64
+
+
+@DATA_AT
+@pytest.mark.parametrize("name", MAKERS)
+def test_velocity_gives_what_the_v_of_the_normalised_path_gives(name, data_at):
+    """By closed forms: u = λ x_t + μ v, so the loss on u is μ² times that on v."""
+    schedule = MAKERS[name](data_at)
+    t = 1 - INNER if data_at else INNER
+    a, b, p, q = (torch.as_tensor(x)[:, None, None] for x in closed_forms(name, INNER.numpy()))
+    if data_at:
+        p, q = -p, -q
+    x0, noise, error = normals(3, len(INNER), 3, 4)
+    x_t, norm = a * x0 + b * noise, (a**2 + b**2).sqrt()
+    rate, mu = (a * p + b * q) / norm**2, (a * q - b * p) / norm
+    v, velocity = (a * noise - b * x0) / norm, p * x0 + q * noise
+    torch.testing.assert_close(velocity, rate * x_t + mu * v, rtol=1e-11, atol=1e-11)
+    for kind, output in (("velocity", velocity), ("v_prediction", v)):
+        found = epsilon_from_output(output, x_t, t, schedule, kind)
+        back = output_from_epsilon(noise, x_t, t, schedule, kind)
+        same((found, back), (noise, output), rtol=1e-10, atol=1e-10)
+
+    of_v = v + 0.1 * error
+    # Small enough that no bound on c² acts, which depend on the scale of the output.
+    options = {"tau": 0.9, "reduction": "none", "max_c2": 1e30}
+    found, expected = (
+        SkipStepLoss(schedule, 1e-3, prediction_type=kind, **options).from_output(*pair, t, x_t)
+        for kind, pair in (
+            ("velocity", (rate * x_t + mu * of_v, velocity)),
+            ("v_prediction", (of_v, v)),
+        )
+    )
+    torch.testing.assert_close(found, mu.flatten() ** 2 * expected, rtol=1e-9, atol=0)
+
+
+@DATA_AT
+def test_on_the_straight_path_velocity_is_flow(data_at):
+    schedule, sign = ContinuousSchedule.flow(data_at=data_at), -1 if data_at else 1
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    output, target, x_t = normals(3, 9, 5)
+    losses = [
+        SkipStepLoss(schedule, 0.05, prediction_type=kind, reduction="none").from_output(
+            factor * output, factor * target, t, x_t
+        )
+        for kind, factor in (("velocity", sign), ("flow", 1))
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+
+
+def test_a_v_network_on_a_table_of_sigmas_has_the_gain_of_the_loss():
+    """On x_0 + σ ε, v is (ε - σ x_0) / √(1+σ²), as in k-diffusion and diffusers' Euler.
+
+    By hand: c² = (1 + 2²) / (1 + 1²) - 1 = 1.5 at t = 2, s = 0.99 / (0.99 + 0.01 · 1.5).
+    """
+    schedule = NoiseSchedule.from_sigmas([0.01, 1.0, 2.0, 4.0, 8.0])
+    criterion = SkipStepLoss(schedule, 1, prediction_type="v_prediction")
+    (x0, noise), t = normals(2, 1, 6), torch.tensor([2])
+    v, x_t = (noise - 2 * x0) / math.sqrt(5), x0 + 2 * noise
+    regressed = criterion.regression_target(v, t, x_t).target
+    # ε̂ = (σ x_t + √(1+σ²) v) / (1+σ²) of v itself is the noise, of the target s times it.
+    read = (2 * x_t + math.sqrt(5) * regressed) / 5
+    torch.testing.assert_close(read, 0.98507462686567 * noise, rtol=1e-12, atol=1e-12)
+    assert float(criterion.coefficients_at(t).gain) == pytest.approx(0.98507462686567, rel=1e-12)
+
+
+def test_a_velocity_that_vanishes_at_the_noise_end_has_tau_times_the_plain_loss_there():
+    """x_t = t² x_0 + (1 - t²) ε: at t = 0 both rates are 0, and ε̂ would be 0 / 0."""
+    path = ContinuousSchedule.from_alpha_sigma(lambda t: (t**2, 1 - t**2), data_at=1)
+    criterion = SkipStepLoss(path, 0.05, prediction_type="velocity", reduction="none")
+    (output, x_t), t = normals(2, 2, 5), torch.tensor([0.0, 1e-9], dtype=torch.float64)
+    found = criterion.from_output(output, torch.zeros_like(output), t, x_t)
+    torch.testing.assert_close(found, 0.99 * output.square().mean(1), rtol=1e-6, atol=0)
+
+
+def test_the_ends_have_one_sided_limits():
+    """0 times infinity where the path is given by its logarithms."""
+    logarithms = (
+        (lambda t: (torch.log1p(-t), t.log()), (-1.0, -1.0), (1.0, 1.0)),
+        (lambda t: (3 * torch.log1p(-t), 2 * t.log()), (-3.0, 0.0), (0.0, 2.0)),
+        (lambda t: tuple(x.log() for x in gvp(t)), (0.0, -HALF_PI), (HALF_PI, 0.0)),
+    )
+    for path, *slopes in logarithms:
+        schedule = ContinuousSchedule(path)
+        schedule.check_derivatives()
+        np.testing.assert_allclose(torch.stack(schedule.derivatives(ENDS)), slopes, atol=1e-9)
+    for data_at, sign in ((0, 1.0), (1, -1.0)):
+        found = ContinuousSchedule.flow(data_at=data_at).derivatives(ENDS)
+        assert torch.stack(found).tolist() == [[-sign, -sign], [sign, sign]]
+    found = ContinuousSchedule.sub_vp().derivatives(ENDS[:1])
+    np.testing.assert_allclose(found, [[-0.05], [0.1]], rtol=1e-12)
+
+
+INFINITE = {
+    "vp": (ContinuousSchedule.vp(min_time=0), r"dsigma/dt must be finite, got inf at t = 0 on"),
+    "vp, data at 1": (
+        ContinuousSchedule.vp(data_at=1, min_time=0),
+        r"dsigma/dt must be finite, got -inf at t = 1 on",
+    ),
+    "cosine": (ContinuousSchedule.cosine(), r"dsigma/dt .*min_time above 0"),
+    "circle": (
+        ContinuousSchedule.from_alpha_sigma(lambda t: ((1 - t**2).sqrt(), t), name="circle"),
+        r"dalpha/dt must be finite, got -inf at t = 1 on circle.*the noise end",
+    ),
+    "vp by its logarithms": (
+        ContinuousSchedule(
+            lambda t: (-0.05 * t, 0.5 * (-(-0.1 * t).expm1()).log()), name="logarithms"
+        ),
+        "dsigma/dt must be finite, got inf at t = 0 on logarithms",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INFINITE)
+def test_an_infinite_derivative_is_refused_by_name(case):
+    schedule, message = INFINITE[case]
+    with pytest.raises(ValueError, match=message):
+        SkipStepLoss(schedule, 0.05, prediction_type="velocity")
+    with pytest.raises(ValueError, match=message):
+        schedule.derivatives(torch.tensor([0.0, 0.5, 1.0]))
+    schedule.derivatives(torch.tensor([0.2, 0.5]))
+    # Where it cannot be read it is infinite.
+    assert torch.func.vmap(lambda t: torch.stack(schedule.derivatives(t)))(ENDS).isinf().any()
+
+
+def looked_up(t):
+    table = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    return 1 - t, table[(t * 1000).round().long().clamp(0, 1000)]
+
+
+def rounded(t):
+    return 1 - t, (t * 7).round() / 7
+
+
+def by_numpy(t):
+    sigma = torch.from_numpy(np.interp(t.numpy(), [0.0, 1.0], [0.0, 1.0]))
+    return 1 - sigma, sigma
+
+
+NO_DERIVATIVE = {
+    looked_up: "dsigma/dt on .* must be the slope of sigma.*looks up a table",
+    rounded: "dsigma/dt on .* must be the slope of sigma",
+    by_numpy: "must be made of operators that PyTorch can differentiate, got RuntimeError",
+    lambda t: ((1 - t).detach(), t): "dalpha/dt on .* must be the slope .* a change of 0 for -",
+}
+
+
+@pytest.mark.parametrize("path", NO_DERIVATIVE)
+def test_a_path_without_derivatives_serves_all_but_velocity(path):
+    schedule = own(path)
+    assert schedule.alpha_sigma(T[20:21])[1].item() == pytest.approx(0.5, abs=0.1)
+    with pytest.raises(ValueError, match=NO_DERIVATIVE[path]):
+        check_velocity(schedule)
+
+
+def test_an_interpolated_table_has_derivatives():
+    def interpolated(t):
+        table = torch.linspace(0, 1, 101, dtype=torch.float64).square()
+        row = (t * 100).floor().long().clamp(0, 99)
+        return 1 - t, table[row] + (t * 100 - row) * (table[row + 1] - table[row])
+
+    check_velocity(own(interpolated))
+
+
+def test_what_has_no_time_has_no_velocity():
+    with pytest.raises(
+        ValueError, match=r"'velocity' takes a schedule with derivatives, got Noise"
+    ):
+        SkipStepLoss(NoiseSchedule.linear(10), 1, prediction_type="velocity")
+
+
+def test_flow_on_a_path_that_is_not_straight_is_said_once():
+    for schedule, said in (
+        (own(gvp), "'flow' is noise minus data"),
+        (ContinuousSchedule.vp(data_at=1), "vp(0.1, 20.0, data_at=1) is not the velocity"),
+        *((ContinuousSchedule.flow(data_at=data_at), None) for data_at in (0, 1)),
+        *((own(lambda t: (1 - t, t), data_at), None) for data_at in (0, 1)),
+        (LINEAR, None),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            skip = 0.05 if schedule.timesteps is None else 9
+            SkipStepLoss(schedule, skip, prediction_type="flow")
+        assert len(caught) == bool(said)
+        if said:
+            assert said in str(caught[0].message)
+            assert "prediction_type='velocity'" in str(caught[0].message)
+            assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", ["vp", "gvp"])
+def test_derivatives_wherever_alpha_sigma_works(name):
+    schedule, t = MAKERS[name](1), torch.tensor([0.2, 0.9])
+    expected = torch.stack(schedule.derivatives(t))
+
+    def rates(t):
+        return torch.stack(schedule.derivatives(t))
+
+    torch.testing.assert_close(torch.func.vmap(rates, out_dims=1)(t), expected)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(rates(t), expected)
+    with torch.autograd.forward_ad.dual_level():
+        torch.testing.assert_close(rates(t), expected)
+    found, tangent = torch.func.jvp(rates, (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(found, expected)
+    assert not tangent.any()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert rates(torch.rand(3)).shape == (2, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vp", "gvp"])
+def test_compiled_derivatives(name):
+    schedule, t = MAKERS[name](1), torch.tensor([0.2, 0.9])
+    torch.compiler.reset()
+    compiled = torch.compile(schedule.derivatives, fullgraph=True, backend="aot_eager")
+    same(compiled(t), schedule.derivatives(t), rtol=1e-12, atol=0)
+    assert torch.stack(compiled(torch.tensor([0.2, 1.1])))[:, 1].isnan().all()
+
+
+def test_no_gradient_flows_through_a_path():
+    """Neither to t, where it was NaN at the ends, nor to what the path is made of."""
+    t = torch.tensor([0.0, 0.5, 1.0], requires_grad=True)
+    at_t = coefficients(FLOW, SkipSet(0.1), t=t)
+    slope = torch.nn.Parameter(torch.tensor(0.5))
+
+    def learned(t):
+        return 1 - t, t + slope * t * (1 - t)
+
+    with pytest.raises(ValueError, match=r"must be fixed, got values that require a gradient"):
+        own(learned)
+    slope.requires_grad_(False)
+    later = own(learned)
+    slope.requires_grad_(True)
+    values = [at_t.gain, at_t.weight]
+    for path in (FLOW, later):
+        values += [*path.alpha_sigma(t), *path.derivatives(t), path.log_alphas_cumprod_at(t)]
+    assert not any(value.requires_grad for value in values)
+    grad = torch.func.grad(lambda t: sum(FLOW.alpha_sigma(t)).square().sum())(t.detach())
+    assert grad.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_time_that_rounding_puts_beyond_an_end_is_the_end(dtype):
+    ulp = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    t = torch.tensor([1 + ulp, -ulp], dtype=dtype)
+    for data_at in (0, 1):
+        schedule = ContinuousSchedule.flow(data_at=data_at)
+        expected = torch.tensor([[data_at, 1 - data_at], [1 - data_at, data_at]])
+        assert torch.equal(torch.stack(schedule.alpha_sigma(t)), expected.double())
+        assert schedule.log_alphas_cumprod_at(t).exp().tolist() == expected[0].tolist()
+        found = torch.func.vmap(lambda t, s=schedule: s.alpha_sigma(t)[0])(t)
+        assert torch.equal(found, expected[0].double())
+    for farther in (1 + 4 * ulp, -4 * ulp):
+        with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
+            FLOW.alpha_sigma(torch.tensor([farther], dtype=dtype))
+
+
+def test_the_first_sigma_of_flowmatch_with_shift_132_is_the_end():
+    """It is 1 + 1 ulp. There an output says nothing of ε: the loss is τ times the plain one."""
+    shift = 1.32
+    sigma = torch.tensor([1.0])
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)  # as diffusers' FlowMatch makes it
+    assert float(sigma) == 1 + torch.finfo(torch.float32).eps
+    criterion = SkipStepLoss(FLOW, 0.02, prediction_type="flow")
+    zero, one = torch.zeros(1, 4), torch.ones(1, 4)
+    assert float(criterion.from_output(one, zero, t=sigma, x_t=zero)) == pytest.approx(0.99)
+
+
+# Data at t = 1
+
+
+@pytest.mark.parametrize("name", ["vp", "sub_vp", "cosine", "flow"])
+def test_skips_on_a_path_turned_by_hand(name):
+    """With t' = 1 - t; only lists of times have a clock of their own."""
+    ours, by_hand = MAKERS[name](1), MAKERS[name](0)
+    t = torch.tensor([0, 0.013, 0.37, 0.5, 0.749, 0.75, 0.9, 0.98, 0.99, 1]).double()
+    visited = [0.0, 0.1, 0.35, 0.75, 1.0]
+    alike = (SkipSet(0.02), SkipSet([0.02, 0.25]), SkipSet.for_sampling_steps(4))
+    lists = SkipSet.from_timesteps(visited), SkipSet.from_timesteps([1 - x for x in visited])
+    for skips, turned in (*zip(alike, alike, strict=True), lists):
+        earlier, valid = skips.earlier(t, ours)
+        expected, expected_valid = turned.earlier(1 - t, by_hand)
+        assert torch.equal(valid, expected_valid)
+        expected = torch.where(valid, 1 - expected, t)
+        torch.testing.assert_close(earlier, expected, rtol=1e-12, atol=1e-12)
+        found, expected = coefficients(ours, skips, t=t), coefficients(by_hand, turned, t=1 - t)
+        same((found.c2, found.gain), (expected.c2, expected.gain), rtol=1e-12, atol=1e-12)
+
+
+def test_a_path_of_ones_own_is_in_its_own_clock():
+    path = ContinuousSchedule.from_alpha_sigma(lambda t: (t, 1 - t), data_at=1, min_time=0.2)
+    same(path.alpha_sigma(T), (T, 1 - T), rtol=1e-14, atol=0)
+    for rate, expected in zip(path.derivatives(T), (1.0, -1.0), strict=True):
+        assert rate.tolist() == [expected] * len(T)
+    with pytest.raises(ValueError, match=r"rises from t = 1 on.*say data_at=0"):
+        ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t), data_at=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_skip_is_valid_to_the_rounding_of_one_minus_t(dtype):
+    """float32's 0.98 leaves a little less than 0.02, and 1 - float32(0.3) more or less than 0.7."""
+    path = ContinuousSchedule.flow(data_at=1)
+    for skip in (0.02, 0.1, 0.3, 0.7, 0.98):
+        for t in (torch.tensor([1 - skip], dtype=dtype), 1 - torch.tensor([skip], dtype=dtype)):
+            earlier, valid = SkipSet(skip).earlier(t, path)
+            assert valid.all()
+            assert 1 - 1e-6 < float(earlier) <= 1
+    later = torch.tensor([0.9801, 1.0], dtype=dtype)
+    assert not SkipSet(0.02).earlier(later, path)[1].any()
+    # A skip that is smaller than the rounding is none at the data.
+    assert not SkipSet(1e-4).earlier(torch.ones(1, dtype=torch.bfloat16), path)[1].any()
+
+
+def test_times_are_drawn_min_time_from_the_data():
+    for make in (ContinuousSchedule.vp, ContinuousSchedule.flow):
+        ours, by_hand = (make(data_at=data_at, min_time=0.2) for data_at in (1, 0))
+        assert ours.min_time == 0.2
+        draws = [
+            schedule.draw_timesteps(
+                1000, device=torch.device("cpu"), generator=torch.Generator().manual_seed(0)
+            )
+            for schedule in (ours, by_hand)
+        ]
+        assert torch.equal(draws[0], 1 - draws[1])
+        assert 0 <= float(draws[0].min()) < 0.01
+        assert 0.79 < float(draws[0].max()) <= 0.8
+
+
+def test_what_says_and_what_refuses_data_at():
+    own_path = ContinuousSchedule.from_alpha_sigma(lambda t: (t, 1 - t), data_at=1)
+    for schedule, said in (
+        (ContinuousSchedule.flow(data_at=1), "flow(data_at=1)"),
+        (
+            ContinuousSchedule.vp(data_at=1, min_time=1e-3),
+            "vp(0.1, 20.0, data_at=1, min_time=0.001)",
+        ),
+        (own_path, "from_alpha_sigma(..., data_at=1)"),
+    ):
+        assert repr(schedule) == f"ContinuousSchedule.{said}"
+    for wrong in (2, True, "1", None):
+        with pytest.raises(ValueError, match="data_at must be 0 or 1, the time at which the data"):
+            ContinuousSchedule.flow(data_at=wrong)
+    discrete = NoiseSchedule.linear(10)
+    discrete.data_at = 1
+    with pytest.raises(ValueError, match=r"data_at=1 is for continuous time.*flip\(0\)"):
+        check_schedule(discrete)
