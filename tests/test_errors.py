@@ -11,6 +11,8 @@ from s2dm_loss.coefficients import coefficients
 from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
 from tests.strategies import FLOW, LINEAR
 
+BETA = torch.linspace(1e-4, 0.02, 1000)
+BAR = (1 - BETA).cumprod(0)
 X, T, NAN = torch.zeros(4, 3, 8, 8), torch.tensor([0, 9, 500, 999]), math.nan
 ONE = X[:, :1]
 SIX, NINE = (torch.zeros(4, channels, 8, 8) for channels in (6, 9))
@@ -31,8 +33,9 @@ def of_v(*arguments):
     return loss(*arguments, prediction_type="v_prediction")
 
 
-BARS, BETAS, LOG_SNR = (
-    getattr(NoiseSchedule, f"from_{name}") for name in ("alphas_cumprod", "betas", "log_snr")
+BARS, BETAS, LOG_SNR, SIGMAS = (
+    getattr(NoiseSchedule, f"from_{name}")
+    for name in ("alphas_cumprod", "betas", "log_snr", "sigmas")
 )
 SAMPLED = SkipSet.from_timesteps
 CASES = {
@@ -107,7 +110,15 @@ CASES = {
         (lambda: BARS([0.1, 0.1, 0.2]), r"decrease strictly with t, got 0\.1 at index 1"),
         (lambda: BARS([1.1, 0.9]), r"alphas_cumprod must lie in \[0, 1\], got 1.1 at index 0"),
         (lambda: BARS([0.9, -0.1]), r"alphas_cumprod must lie in \[0, 1\], got -0.1"),
-        (lambda: LOG_SNR([0.0, 1.0]), r"log_snr must decrease strictly.*increases: turn it round"),
+        (lambda: BETAS(BAR), "from_alphas_cumprod takes them"),
+        (lambda: BARS(BETA), r"increases: .*flip\(0\).*use from_betas"),
+        (lambda: BARS(1 - BETA), r"1 - β .*cumprod\(0\)"),
+        (lambda: SIGMAS((1 - BAR).sqrt()), r"never exceed 1.*√\(1-ᾱ\)"),
+        (lambda: SIGMAS(torch.linspace(0.001, 1, 1000)), r"ContinuousSchedule.flow"),
+        (lambda: SIGMAS([80.0, 1.0, 0.1]), r"decreases.*`sigmas.flip\(0\)`"),
+        (lambda: SIGMAS([0.0, 1.0]), "sigmas must be positive and finite"),
+        (lambda: SIGMAS([1.0, 2.0]).rescale_zero_terminal_snr(), "variance-pres"),
+        (lambda: LOG_SNR([0.0, 1.0]), r"log_snr must decrease .*increases: .*`log_snr.flip\(0\)`"),
         (lambda: NoiseSchedule([0.1]), "log_alphas_cumprod must be at"),
         (lambda: NoiseSchedule([-2, -1]), "increase, got -1.0 at index 1"),
         (lambda: NoiseSchedule([-1.0, -math.inf, -math.inf]), "finite .* end, got -inf at index 1"),
@@ -180,5 +191,6 @@ CASES = {
     [(error, *case) for error, cases in CASES.items() for case in cases],
 )
 def test_error_names_what_came_and_what_was_expected(error, call, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         call()
+    assert len(str(caught.value)) < 400

@@ -140,35 +140,33 @@ def test_sums_begun_in_inference_mode_go_on_outside():
     assert by_noise.compute()["loss/all"] == 1.5
 
 
-@pytest.mark.parametrize(
-    ("t", "losses", "error", "message"),
-    [
-        (torch.ones(4), torch.ones(4), TypeError, "t must hold integer timesteps"),
-        (torch.ones(4).long(), torch.tensor(1.0), ValueError, 'reduction="none"'),
-        (torch.ones(4).long(), torch.ones(4, 1), ValueError, r"shape \(4,\), one loss for each t"),
-        (torch.ones(4, 1).long(), torch.ones(4, 1), ValueError, r"t must .* shape \(B,\)"),
-        (torch.ones(4).long(), torch.ones(4).long(), TypeError, "floating-point"),
-        (torch.ones(4).long(), 0.3, TypeError, "floating-point"),
-        (torch.ones(4, requires_grad=True), torch.ones(4), ValueError, "the times come first"),
-        (torch.tensor([1000]), torch.ones(1), ValueError, r"t must lie in \[0, 1000\)"),
-    ],
-)
-def test_wrong_arguments_are_named(t, losses, error, message):
-    with pytest.raises(error, match=message):
-        LossByNoise(LINEAR).update(t, losses)
+FOUR = torch.ones(4).long()
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "message"),
+    ("call", "error", "message"),
     [
+        *(
+            (lambda t=t, losses=losses: LossByNoise(LINEAR).update(t, losses), error, message)
+            for t, losses, error, message in [
+                (torch.ones(4), torch.ones(4), TypeError, "t must hold integer timesteps"),
+                (FOUR, torch.tensor(1.0), ValueError, 'reduction="none"'),
+                (FOUR, torch.ones(4, 1), ValueError, r"shape \(4,\), one loss for each t"),
+                (FOUR[:, None], torch.ones(4, 1), ValueError, r"t must .* shape \(B,\)"),
+                (FOUR, FOUR, TypeError, "floating-point"),
+                (FOUR, 0.3, TypeError, "floating-point"),
+                (torch.ones(4).requires_grad_(), torch.ones(4), ValueError, "times come first"),
+                (torch.tensor([1000]), torch.ones(1), ValueError, r"t must lie in \[0, 1000\)"),
+            ]
+        ),
         (lambda: LossByNoise(LINEAR, bins=1), ValueError, "bins must be at least 2"),
         (lambda: LossByNoise(1000), TypeError, "schedule must be"),
         (lambda: LossByNoise(NoiseSchedule.from_log_snr([3.0])), ValueError, "two noise levels"),
     ],
 )
-def test_wrong_settings_are_named(make, error, message):
+def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
-        make()
+        call()
 
 
 def test_a_checkpoint_restores_the_sums():

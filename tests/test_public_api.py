@@ -15,35 +15,21 @@ import pytest
 import s2dm_loss
 import s2dm_loss.adapters
 
-ROOT = Path(__file__).parents[1]
-needs_docs = pytest.mark.skipif(
-    not (ROOT / "docs/api").is_dir(), reason="the pages are not beside these tests"
-)
+DOCS = Path(__file__).parents[1] / "docs/api"
 
 
-@needs_docs
-def test_every_public_name_is_documented():
-    """By itself, or with its module."""
-    text = "".join(path.read_text() for path in sorted((ROOT / "docs/api").glob("*.md")))
-    entries = set(re.findall(r"^::: (s2dm_loss[\w.]*)$", text, re.M))
-    for name in set(s2dm_loss.__all__) - {"__version__"}:
+@pytest.mark.skipif(not DOCS.is_dir(), reason="the pages are not beside these tests")
+def test_every_public_name_and_every_adapter_is_documented():
+    """By itself or with its module, and in the overview."""
+    pages = {path.stem: path.read_text() for path in DOCS.glob("*.md")}
+    entries = set(re.findall(r"^::: (s2dm_loss[\w.]*)$", "\n".join(pages.values()), re.M))
+    public = set(s2dm_loss.__all__) - {"__version__"}
+    for name in public:
         module = getattr(s2dm_loss, name).__module__
         assert entries & {f"s2dm_loss.{name}", f"{module}.{name}", module}, name
-
-
-@needs_docs
-def test_the_overview_of_the_api_links_every_public_name():
-    overview = (ROOT / "docs/api/index.md").read_text()
-    linked = set(re.findall(r"\[`(\w+)`\]\[s2dm_loss\.", overview))
-    assert set(s2dm_loss.__all__) - {"__version__"} <= linked
-
-
-@needs_docs
-def test_every_adapter_is_documented():
-    page = (ROOT / "docs/api/adapters.md").read_text()
-    documented = re.findall(r"^::: s2dm_loss\.adapters\.(\w+)$", page, re.M)
-    modules = pkgutil.iter_modules(s2dm_loss.adapters.__path__)
-    assert sorted(documented) == sorted(module.name for module in modules)
+    assert public <= set(re.findall(r"\[`(\w+)`\]\[s2dm_loss\.", pages["index"]))
+    adapters = pkgutil.iter_modules(s2dm_loss.adapters.__path__)
+    assert {f"s2dm_loss.adapters.{module.name}" for module in adapters} <= entries
 
 
 def test_all_is_sorted_and_what_a_star_import_brings():

@@ -8,16 +8,7 @@ import pytest
 import torch
 
 from s2dm_loss import SkipStepLoss
-from s2dm_loss.prediction import PathPoint
-from s2dm_loss.weighting import (
-    WEIGHTINGS,
-    check_weights,
-    min_snr,
-    p2,
-    sigmoid,
-    soft_min_snr,
-    weights_at,
-)
+from s2dm_loss.weighting import WEIGHTINGS, check_weights, min_snr, p2, sigmoid, soft_min_snr
 from tests.strategies import (
     COSINE,
     ESTIMATORS,
@@ -201,15 +192,6 @@ def test_a_last_timestep_that_is_never_trained_is_said_once(schedule, kind, weig
     for warning in caught:
         assert "samplers start there" in str(warning.message)
         assert warning.filename == __file__  # the line that made the loss
-
-
-def test_log_snr_stays_within_60():
-    path = PathPoint(
-        *(torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0.0, 0.6], [0.0, 1.0, 0.8])),
-        rates=lambda: pytest.fail("asked for"),
-    ).within_the_ends()
-    log_snr = weights_at(lambda log_snr: log_snr, path.a, path.b)
-    assert log_snr.tolist() == pytest.approx([60, -60, 2 * math.log(0.6 / 0.8)], rel=1e-14)
 
 
 def test_the_largest_weight_and_the_smallest():
