@@ -478,6 +478,9 @@ def test_a_column_that_lacks_cells(
     shutil.copytree(finished, root, ignore=shutil.ignore_patterns("*.png"))
     assert "| DDIM, 3 steps |" in write_report(preset, root)
     assert (root / "samples.png").exists() == shown
+    # With one seed there are loss curves, and a correction has none.
+    write_report(replace(preset, seeds=TINY.seeds[:1]), root)
+    assert not (root / "loss.png").exists()
 
 
 def test_the_command_line(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

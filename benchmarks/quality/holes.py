@@ -76,6 +76,14 @@ def change(run: str, method: str, *where: Any, digits: int = 1, **more: Any) -> 
     return percent(find_change(run, method, *where, **more), digits)
 
 
+def moved(run: str, method: str, *where: Any, digits: int = 1, **more: Any) -> str | None:
+    """Return the mean of `change` in words: "4.4 % nearer", or "10.3 % farther"."""
+    value = points(run, method, *where, **more)
+    if value is None:
+        return None
+    return f"{abs(value):.{digits}f} % {'nearer' if value > 0 else 'farther'}"
+
+
 def points(run: str, method: str, *where: Any, **more: Any) -> float | None:
     """Return the mean of `change` as a number, for a claim that a page makes on a condition."""
     found = find_change(run, method, *where, **more)
@@ -185,7 +193,8 @@ def table(
         line = [title]
         for _, run, measure in columns:
             text = (measured(run) and change(run, method, sampler, steps, measure)) or ""
-            if text and method.startswith("loss ") and measure == "frechet" and sampler is None:
+            is_loss = method.startswith("loss ") and "+" not in method
+            if text and is_loss and measure == "frechet" and sampler is None:
                 share = dose(run, float(method.split()[1]), steps)
                 text += f" (dose {share})" if share else ""
             line.append(text)
@@ -361,6 +370,7 @@ HOLES: dict[str, Any] = {
     "best_pair": best_pair,
     "cells_table": cells_table,
     "change": change,
+    "moved": moved,
     "claim": claim,
     "continuous_gap": continuous_gap,
     "distance": distance,

@@ -86,8 +86,10 @@ def write_report(preset: Preset, root: Path, data_folder: Path | None = None) ->
     )
     if skips:
         save_figure(coefficients_figure(skips), root / "coefficients.png")
-    if len(preset.seeds) == 1 and len(present) > 1:
-        save_figure(loss_figure(record, present), root / "loss.png")
+    # A correction of a trained network has no curve.
+    trained = [name for name in present if name in record["trainings"]]
+    if len(preset.seeds) == 1 and len(trained) > 1:
+        save_figure(loss_figure(record, trained), root / "loss.png")
     if common := [c for c in cells if all(results.values(name, c) for name in present)]:
         fewest, most = min(c.steps for c in common), max(c.steps for c in common)
         shown = [c for c in common if c.steps == fewest or c == Cell(results.base, most)]
