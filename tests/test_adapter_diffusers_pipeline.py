@@ -25,12 +25,12 @@ from s2dm_loss.sampling import (
 from s2dm_loss.sampling.corrections import NONE
 from tests.helpers.diffusers_parts import diffusers, make_scheduler, tiny_unet
 from tests.helpers.flow_pipelines import SD3, STEPS, Flux, Wan, make_pipeline
+from tests.helpers.small import Network
 
 LINEAR = NoiseSchedule.linear(1000)
 BAR = LINEAR.alphas_cumprod
 
-# What a scheduler visits (INTEGRATION.md, measured).
-
+# What a scheduler visits, measured: the distance of two timesteps.
 FAMILIES = {
     "DDIMScheduler": "ddim",
     "PNDMScheduler": "ddim",
@@ -50,15 +50,14 @@ DISTANCES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [10, 20, 30, 50, 100])
+@pytest.mark.parametrize("steps", [10, 30, 100])
 def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps):
     options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
     scheduler = make_scheduler(name, timestep_spacing=spacing, **options)
     scheduler.set_timesteps(steps)
     visited = scheduler.timesteps.unique()  # ascending; PNDM repeats one
     # DEIS, DPM++ and UniPC leave out the last interval, which ends at x_0 itself.
-    schedule = NoiseSchedule.linear(1000)
-    earlier, valid = SkipSet.from_timesteps(scheduler.timesteps).earlier(visited, schedule)
+    earlier, valid = SkipSet.from_timesteps(scheduler.timesteps).earlier(visited, LINEAR)
     assert valid.tolist() == [[False] + [True] * (len(visited) - 1)]
     assert torch.equal(earlier[0, 1:], visited[:-1])
 
@@ -69,7 +68,7 @@ def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps):
     if spacing == "leading":
         assert set(jumps.tolist()) == {distance}
         # The skip by the number of steps is what DDIM and PNDM jump; the others jump less.
-        by_steps, _ = SkipSet.for_sampling_steps(steps).earlier(torch.tensor([999]), schedule)
+        by_steps, _ = SkipSet.for_sampling_steps(steps).earlier(torch.tensor([999]), LINEAR)
         exact = FAMILIES[name] == "ddim"
         assert (999 - by_steps.item() == distance) == (exact or 1000 // steps == distance)
 
@@ -79,7 +78,7 @@ def test_steps_offset_is_followed(offset):
     scheduler = make_scheduler("DDIMScheduler", steps_offset=offset)
     scheduler.set_timesteps(10)
     skip_set = SkipSet.from_timesteps(scheduler.timesteps)
-    earlier, valid = skip_set.earlier(torch.tensor([offset, 150, 999]), NoiseSchedule.linear(1000))
+    earlier, valid = skip_set.earlier(torch.tensor([offset, 150, 999]), LINEAR)
     assert valid.tolist() == [[False, True, True]]
     assert earlier[0, 1:].tolist() == [100 + offset, 900 + offset]
 
@@ -101,8 +100,6 @@ SAMPLERS = {
     "LMSDiscreteScheduler": {},
     "HeunDiscreteScheduler": {},
 }
-
-
 # ∂ε̂/∂output squared, over which c² may be at most 100.
 RATIO_SQUARED = {
     "epsilon": torch.ones_like(BAR),
@@ -119,47 +116,38 @@ def s_of(t, kind="epsilon", k=99, tau=0.99):
     return 1 / (1 + (1 - tau) / tau * c2)
 
 
-class ByHand(nn.Module):
-    """A denoiser with s(t) on the noise in its output, put in by hand at the network itself."""
+def by_hand(network, kind):
+    """A denoiser with s(t) on the noise in its output, put in at the network itself."""
 
-    def __init__(self, unet, kind):
-        super().__init__()
-        self.unet, self.kind = unet, kind
+    def denoiser(x, t):
+        output, row = network(x, t), round(float(t))
+        a, b, s = float(BAR[row].sqrt()), float((1 - BAR[row]).sqrt()), s_of(row, kind)
+        if kind == "epsilon":
+            return s * output
+        if kind == "v_prediction":  # ε̂ = a v + b x, and v = (ε̂ - b x) / a
+            return (s * (a * output + b * x) - b * x) / a
+        return (x - s * (x - a * output)) / a  # ε̂ = (x - a x̂_0) / b
 
-    def forward(self, x, t, return_dict=True):
-        output = self.unet(x, t, return_dict=False)[0]
-        row = round(float(t))
-        a, b, s = float(BAR[row].sqrt()), float((1 - BAR[row]).sqrt()), s_of(row, self.kind)
-        if self.kind == "epsilon":
-            return (s * output,)
-        if self.kind == "v_prediction":  # ε̂ = a v + b x, and v = (ε̂ - b x) / a
-            return ((s * (a * output + b * x) - b * x) / a,)
-        return ((x - s * (x - a * output)) / a,)  # ε̂ = (x - a x̂_0) / b
+    return denoiser
 
 
+@torch.no_grad()
 def sample(denoiser, scheduler, steps=5):
     """A plain sampling loop, as each diffusers pipeline has it."""
     scheduler.set_timesteps(steps)
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     x = x * scheduler.init_noise_sigma
     torch.manual_seed(2)  # for samplers that draw
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(x, t)
-            prediction = denoiser(scaled, t, return_dict=False)[0]
-            x = scheduler.step(prediction, t, x, return_dict=False)[0]
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        x = scheduler.step(denoiser(scaled, t), t, x, return_dict=False)[0]
     return x
 
 
-@pytest.fixture(scope="module")
-def unet():
-    torch.manual_seed(0)
-    return tiny_unet().eval()
-
-
 @pytest.fixture
-def pipe(unet):
-    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
+def pipe():
+    torch.manual_seed(0)
+    pipe = diffusers.DDIMPipeline(unet=tiny_unet(), scheduler=make_scheduler("DDIMScheduler"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -175,19 +163,19 @@ NO_SAMPLE = {"PNDMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteSc
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(n, k) for n in SAMPLERS for k in RATIO_SQUARED if (k != "sample" or n not in NO_SAMPLE)],
+    [(n, k) for n in SAMPLERS for k in RATIO_SQUARED if k != "sample" or n not in NO_SAMPLE],
 )
-def test_gain_in_every_sampler(name, kind, unet, pipe):
+def test_gain_in_every_sampler(name, kind, pipe):
+    network = Network(1).eval()
     options = {"beta_start": 1e-4, "beta_end": 0.02, "prediction_type": kind, **SAMPLERS[name]}
     scheduler = with_scheduler(pipe, name, **options).scheduler
-    plain = sample(unet, scheduler)
-    expected = sample(ByHand(unet, kind), scheduler)
+    plain, expected = sample(network, scheduler), sample(by_hand(network, kind), scheduler)
     before = dict(scheduler.__dict__)
     with shrink_pipeline(pipe, skip_set=99) as handle:
         assert handle.active
-        torch.testing.assert_close(sample(unet, scheduler), expected, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(sample(network, scheduler), expected, rtol=2e-4, atol=2e-4)
     assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-3)
-    assert torch.equal(sample(unet, scheduler), plain)
+    assert torch.equal(sample(network, scheduler), plain)
     assert scheduler.__dict__.keys() == before.keys()
 
 
@@ -225,7 +213,7 @@ def images_of(pipe, handle=None):
         return pipe(2, generator, num_inference_steps=3, output_type="np", return_dict=False)[0]
 
 
-def test_a_whole_pipeline(unet, pipe):
+def test_a_whole_pipeline(pipe):
     plain = images_of(pipe)
     handle = shrink_pipeline(pipe, skip_set=99)
     shrunk = images_of(pipe)
@@ -239,8 +227,12 @@ def test_a_whole_pipeline(unet, pipe):
     for schedule in (LINEAR, theirs, schedule_of(pipe.scheduler)):
         corrected = images_of(pipe, correct_pipeline(pipe, SkipGain(schedule), 99))
         assert corrected == pytest.approx(shrunk, abs=1e-5)
-    # A compiled denoiser is no other.
-    pipe.unet = torch.compile(unet, backend="eager")
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_is_no_other(pipe):
+    shrunk = images_of(pipe, shrink_pipeline(pipe, skip_set=99))
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
     assert (images_of(pipe, shrink_pipeline(pipe, skip_set=99)) == shrunk).all()
 
 
@@ -265,20 +257,26 @@ def test_half_precision_frames_before_channels_and_arguments_in_another_order():
     assert found.dtype == expected.dtype
 
 
-# Flow matching.
+# Flow matching: each scheduler with a network in the shape of one pipeline.
 
+OF_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 FLOWS = {
-    "shift 1": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
-    "shift 3": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-    "dynamic": lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    "heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
-    "unipc": lambda: diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    "shift 1": (Flux, lambda: diffusers.FlowMatchEulerDiscreteScheduler()),
+    "shift 3": (SD3, lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    "dynamic": (
+        Wan,
+        lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     ),
-    "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    ),
+    "heun": (Flux, lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
+    "unipc": (SD3, lambda: diffusers.UniPCMultistepScheduler(**OF_FLOW)),
+    "dpm++": (Wan, lambda: diffusers.DPMSolverMultistepScheduler(**OF_FLOW)),
 }
+
+
+def flow_pipeline(name):
+    kind, scheduler = FLOWS[name]
+    noise = torch.randn(kind.shape, generator=torch.Generator().manual_seed(0))
+    return make_pipeline(kind, scheduler()), noise
 
 
 def flow_s_of(sigma, delta=0.1, tau=0.99):
@@ -312,11 +310,9 @@ def scaled_by_hand(pipe, scale, begin=0):
     handle.remove()
 
 
-@pytest.mark.parametrize("kind", [Flux, SD3, Wan])
 @pytest.mark.parametrize("name", FLOWS)
-def test_flow_pipelines(kind, name):
-    pipe = make_pipeline(kind, FLOWS[name]())
-    x = torch.randn(kind.shape, generator=torch.Generator().manual_seed(0))
+def test_flow_pipelines(name):
+    pipe, x = flow_pipeline(name)
     plain = pipe(x)
     with scaled_by_hand(pipe, flow_s_of):
         expected = pipe(x)
@@ -327,12 +323,8 @@ def test_flow_pipelines(kind, name):
     # The other corrections scale the ε̂ in a velocity, and not the velocity.
     flow = schedule_of(diffusers.FlowMatchEulerDiscreteScheduler())
     for correction, strength, scale in (
-        (EpsilonScaling, 1.02, lambda sigma: 1 / 1.02),
-        (
-            ScoreRescaling,
-            0.8,
-            lambda s: ((1 - s) ** 2 + s**2) / ((1 - s) ** 2 / 0.8 + s**2),
-        ),
+        (EpsilonScaling, 1.02, lambda _: 1 / 1.02),
+        (ScoreRescaling, 0.8, lambda s: ((1 - s) ** 2 + s**2) / ((1 - s) ** 2 / 0.8 + s**2)),
     ):
         with scaled_by_hand(pipe, scale):
             expected = pipe(x)
@@ -361,12 +353,10 @@ def test_a_flow_whose_data_lie_at_1():
     assert (expected - plain).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", [Flux, SD3, Wan])
-@pytest.mark.parametrize("name", ["shift 3", "heun", "unipc"])
-def test_image_to_image_and_the_callback(kind, name):
-    pipe = make_pipeline(kind, FLOWS[name]())
-    x, image = torch.randn(2, *kind.shape, generator=torch.Generator().manual_seed(0))
-    seen = []
+@pytest.mark.parametrize("name", ["shift 3", "dynamic", "heun", "unipc"])
+def test_image_to_image_and_the_callback(name):
+    pipe, x = flow_pipeline(name)
+    image, seen = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), []
 
     def callback(pipe, index, t, given):
         seen.append((index, float(t)))
@@ -374,16 +364,15 @@ def test_image_to_image_and_the_callback(kind, name):
 
     options = {"steps": 6, "image": image, "strength": 0.7, "callback_on_step_end": callback}
     pipe(x, **options)
-    plain, steps = seen.copy(), len(seen)
+    plain = seen.copy()
     begin = (6 - int(6 * 0.7)) * getattr(pipe.scheduler, "order", 1)
-    seen.clear()
     with scaled_by_hand(pipe, flow_s_of, begin=begin):
         expected = pipe(x, **options)
     seen.clear()
     with shrink_pipeline(pipe, skip_set=0.1):
         torch.testing.assert_close(pipe(x, **options), expected, rtol=1e-4, atol=1e-4)
     assert seen == plain
-    assert steps >= 4
+    assert len(plain) >= 4
 
 
 def test_an_epsilon_scaled_on_a_velocity_is_no_velocity_scaled():
@@ -395,9 +384,8 @@ def test_an_epsilon_scaled_on_a_velocity_is_no_velocity_scaled():
     for sigma, divided in ((0.3, 0.986), (0.7, 0.994), (0.9, 0.998)):
         scheduler.set_timesteps(sigmas=[sigma])
         x, u = (1 - sigma) * x0 + sigma * noise, noise - x0
-        with correct_pipeline(
-            pipe, EpsilonScaling(ContinuousSchedule.flow(), prediction_type="flow"), 1.02
-        ):
+        correction = EpsilonScaling(ContinuousSchedule.flow(), prediction_type="flow")
+        with correct_pipeline(pipe, correction, 1.02):
             end = scheduler.step(u, scheduler.timesteps[0], x).prev_sample
         changed = (x - end) / sigma  # one step to σ = 0
         torch.testing.assert_close(x + (1 - sigma) * changed, noise / 1.02, rtol=1e-4, atol=1e-4)
@@ -409,10 +397,9 @@ def test_an_epsilon_scaled_on_a_velocity_is_no_velocity_scaled():
 
 
 def test_two_pipelines_with_one_transformer_are_two():
-    first = make_pipeline(SD3, FLOWS["shift 3"]())
-    second = SD3(first.transformer, FLOWS["shift 3"]())
+    first, x = flow_pipeline("shift 3")
+    second = SD3(first.transformer, FLOWS["shift 3"][1]())
     shared = SD3(first.transformer, first.scheduler)
-    x = torch.randn(SD3.shape)
     plain = first(x)
     with shrink_pipeline(first, skip_set=0.1):
         once = first(x)
@@ -426,8 +413,7 @@ def test_two_pipelines_with_one_transformer_are_two():
 
 
 def test_an_exception_inside_the_block_leaves_nothing():
-    pipe = make_pipeline(SD3, FLOWS["shift 3"]())
-    x = torch.randn(SD3.shape)
+    pipe, x = flow_pipeline("shift 3")
     plain = pipe(x)
 
     def stop(pipe, index, t, given):
@@ -444,12 +430,8 @@ def test_an_exception_inside_the_block_leaves_nothing():
 
 def test_a_copy_of_the_scheduler_in_the_block_is_corrected_with_its_own_state():
     """LTX-2 copies its scheduler for the sound."""
-    pipe = make_pipeline(SD3, FLOWS["shift 3"]())
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(4)
-    t, (x, u) = scheduler.timesteps[0], torch.randn(2, *SD3.shape)
-    scheduler.set_timesteps(4)
-    plain = scheduler.step(u, t, x).prev_sample
+    pipe = make_pipeline(SD3, FLOWS["shift 3"][1]())
+    scheduler, (x, u) = pipe.scheduler, torch.randn(2, *SD3.shape)
     scheduler.set_timesteps(sigmas=[0.9, 0.5])
     t = scheduler.timesteps[0]
     plain = scheduler.step(u, t, x).prev_sample
@@ -514,11 +496,7 @@ class Composed(Correction):
         (SkipGain(LINEAR), 1000, "below 1000"),
         (SkipGain(LINEAR, prediction_type="v_prediction"), 49, "is for prediction_type 'v_pred"),
         (SkipGain(NoiseSchedule.scaled_linear(1000)), 49, r"is for NoiseSchedule.scaled_linear"),
-        (
-            SkipGain(NoiseSchedule.linear(999)),
-            49,
-            r"linear\(999\).*schedule_of",
-        ),
+        (SkipGain(NoiseSchedule.linear(999)), 49, r"linear\(999\).*schedule_of"),
         (SkipGain(ContinuousSchedule.vp()), 0.1, "is for ContinuousSchedule.vp"),
         (StartScaling(), 1.2, "draw the latents, and pass `latents=correction.correct_noise"),
         (Halved(), 0.5, "makes a Sequential of the network"),
@@ -526,10 +504,9 @@ class Composed(Correction):
     ],
 )
 def test_a_correction_that_is_none_for_the_pipeline_is_refused(correction, strength, said, pipe):
-    plain = images_of(pipe)
     with pytest.raises((TypeError, ValueError), match=said):
         correct_pipeline(pipe, correction, strength)
-    assert (images_of(pipe) == plain).all()
+    assert "step" not in pipe.scheduler.__dict__
 
 
 def test_a_table_of_sigmas_is_for_networks_that_predict_the_noise(pipe):
@@ -541,9 +518,9 @@ def test_a_table_of_sigmas_is_for_networks_that_predict_the_noise(pipe):
         correct_pipeline(pipe, EpsilonScaling(sigmas, prediction_type="sample"), 1.05)
 
 
-def test_what_is_refused(unet, pipe):
+def test_what_is_refused(pipe):
     with pytest.raises(TypeError, match="pipe must be a diffusers pipeline"):
-        shrink_pipeline(unet, skip_set=9)
+        shrink_pipeline(pipe.unet, skip_set=9)
     with pytest.raises(ValueError, match="a skip must be below 1000"):
         shrink_pipeline(pipe, skip_set=1000)
     with pytest.raises(ValueError, match="tau must lie in"):
@@ -599,8 +576,7 @@ def test_the_first_advice(options):
     before, kind = schedule_of(pipe.scheduler), pipe.scheduler.config.prediction_type
     x = torch.randn(SD3.shape)
     pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
-    after = schedule_of(pipe.scheduler)
-    assert torch.equal(after.alphas_cumprod, before.alphas_cumprod)
+    assert torch.equal(schedule_of(pipe.scheduler).alphas_cumprod, before.alphas_cumprod)
     assert pipe.scheduler.config.prediction_type == kind
     plain = pipe(x)
     with shrink_pipeline(pipe, 49):

@@ -18,7 +18,7 @@ from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.weighting import WEIGHTINGS, min_snr, p2, soft_min_snr
 from tests.helpers.diffusers_parts import compute_snr, make_scheduler, min_snr_weights
 from tests.helpers.packages import k_diffusion_layers
-from tests.helpers.sd_scripts_checkout import load_sd_scripts
+from tests.helpers.sd_scripts_parts import load_sd_scripts
 from tests.helpers.upstream import load, root_of, stubs
 
 SCHEDULE = NoiseSchedule.scaled_linear(1000)  # Stable Diffusion's

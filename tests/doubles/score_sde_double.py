@@ -1,21 +1,17 @@
 """A small double of score_sde_pytorch: the behaviour its users rely on, written anew.
 
 The repository has no package to test against. What is kept: the three SDEs and their tables, the
-labels its networks get, the losses with their order of random draws, defaults and weights, the
-training step (warm-up, clipping, the average of the weights), the loop of `run_lib.train` with its
-checkpoints, and a predictor-only sampler. Set S2DM_SCORE_SDE_ROOT to run the same tests on a real
-checkout.
+labels its networks get, the losses with their order of random draws, defaults and weights, and the
+training step (warm-up, clipping, the average of the weights). Set S2DM_SCORE_SDE_ROOT to run the
+same tests, and the trainer's own loop, on a real checkout.
 """
 
 # ruff: noqa: N801, N803 - the trainer's names
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-
-from s2dm_loss.adapters import score_sde as adapter
 
 
 def _column(values):
@@ -33,9 +29,6 @@ class SDE:
 
     def _beta(self, t):
         return self.beta_0 + t * (self.beta_1 - self.beta_0)
-
-    def prior_sampling(self, shape):
-        return torch.randn(*shape)
 
 
 class VPSDE(SDE):
@@ -83,9 +76,6 @@ class VESDE(SDE):
     def sde(self, x, t):
         sigma = self.marginal_prob(x, t)[1]
         return torch.zeros_like(x), sigma * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
-
-    def prior_sampling(self, shape):
-        return torch.randn(*shape) * self.sigma_max
 
 
 def get_score_fn(sde, model, train=False, continuous=False):
@@ -223,16 +213,6 @@ class ExponentialMovingAverage:
         for stored, parameter in zip(self.collected_params, parameters, strict=True):
             parameter.data.copy_(stored)
 
-    def state_dict(self):
-        return {
-            "decay": self.decay,
-            "num_updates": self.num_updates,
-            "shadow_params": self.shadow_params,
-        }
-
-    def load_state_dict(self, state):
-        vars(self).update(state)
-
 
 class _ScoreModel(nn.Module):
     def __init__(self, channels, width):
@@ -251,68 +231,9 @@ def create_model(config):
     return nn.DataParallel(_ScoreModel(config.data.num_channels, config.model.nf))
 
 
-def save_checkpoint(path, state):
-    saved = {name: state[name].state_dict() for name in ("optimizer", "model", "ema")}
-    torch.save({**saved, "step": state["step"]}, path)
-
-
-def restore_checkpoint(path, state, device):
-    loaded = torch.load(path, map_location=device)
-    for name in ("optimizer", "model", "ema"):
-        state[name].load_state_dict(loaded[name])
-    state["step"] = loaded["step"]
-    return state
-
-
 def make_sde(config):
     model = config.model
     if config.training.sde == "vesde":
         return VESDE(model.sigma_min, model.sigma_max, model.num_scales)
     kind = {"vpsde": VPSDE, "subvpsde": subVPSDE}[config.training.sde]
     return kind(model.beta_min, model.beta_max, model.num_scales)
-
-
-def train(config, workdir, images, *, swap=False):
-    """Train as `run_lib.train` does; return the training losses and the last checkpoint.
-
-    With `swap` its line is changed as the adapter's page says.
-    """
-    model = create_model(config)
-    ema = ExponentialMovingAverage(model.parameters(), decay=config.model.ema_rate)
-    optimizer = get_optimizer(config, model.parameters())
-    state = {"optimizer": optimizer, "model": model, "ema": ema, "step": 0}
-    sde = make_sde(config)
-    options = {
-        "optimize_fn": optimization_manager(config),
-        "reduce_mean": config.training.reduce_mean,
-        "continuous": config.training.continuous,
-        "likelihood_weighting": config.training.likelihood_weighting,
-    }
-    if swap:
-        train_step_fn = adapter.get_step_fn(sde, train=True, skip_set=9, **options)
-    else:
-        train_step_fn = get_step_fn(sde, train=True, **options)
-    eval_step_fn = get_step_fn(sde, train=False, **options)
-    losses = []
-    checkpoint = Path(workdir) / "checkpoint.pth"
-    for step in range(config.training.n_iters + 1):
-        losses.append(train_step_fn(state, next(images)).item())
-        if step % config.training.eval_freq == 0:
-            eval_step_fn(state, next(images))
-    save_checkpoint(checkpoint, state)
-    return losses, checkpoint
-
-
-def sample(config, sde, model):
-    """Euler-Maruyama on the reverse SDE, without a corrector."""
-    shape = (2, config.data.num_channels, config.data.image_size, config.data.image_size)
-    score_fn = get_score_fn(sde, model, continuous=config.training.continuous)
-    with torch.no_grad():
-        x = sde.prior_sampling(shape)
-        for t in torch.linspace(sde.T, 1e-3, sde.N):
-            vec_t = t.expand(shape[0])
-            drift, diffusion = sde.sde(x, vec_t)
-            drift = drift - _column(diffusion**2) * score_fn(x, vec_t)
-            mean = x - drift / sde.N
-            x = mean + _column(diffusion) * torch.randn_like(x) / math.sqrt(sde.N)
-    return mean

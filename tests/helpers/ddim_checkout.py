@@ -1,14 +1,35 @@
-"""A real checkout of ermongroup/ddim behind the names of its double."""
+"""A real checkout of ermongroup/ddim behind the names of its double, and its own loop."""
 
 import importlib
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 
 from tests.helpers.checkouts import checkout_on_path
 from tests.helpers.patches import patched
+from tests.helpers.small import tree
+
+# The fields of the trainer's configuration that its own code reads.
+CONFIG = tree({
+    "data": {"image_size": 8, "channels": 1, "num_workers": 0},
+    "model": {
+        "type": "simple", "in_channels": 1, "out_ch": 1, "ch": 32, "ch_mult": [1],
+        "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "var_type": "fixedlarge",
+        "ema": True, "ema_rate": 0.5, "resamp_with_conv": True,
+    },
+    "diffusion": {
+        "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
+        "num_diffusion_timesteps": 1000,
+    },
+    "training": {"batch_size": 32, "n_epochs": 1, "snapshot_freq": 20},
+    "optim": {
+        "optimizer": "Adam", "lr": 3e-3, "weight_decay": 0.0, "beta1": 0.9, "amsgrad": False,
+        "eps": 1e-8, "grad_clip": 1.0,
+    },
+    "sampling": {"batch_size": 8},
+    "device": torch.device("cpu"),
+})  # fmt: skip
 
 
 def _module(name, **attributes):
@@ -57,17 +78,15 @@ def _on_the_cpu():
         torch.Tensor.to = move
 
 
-def load_ddim(root: Path) -> SimpleNamespace:
+def load_ddim(root):
     """The checkout's loss and schedules, and its own runner with the documented swap."""
     with _runner_module(root) as module:
         registry = importlib.import_module("functions.losses").loss_registry
         get_beta_schedule = module.get_beta_schedule
 
     def runner(module, config, directory=None, **args):
-        args = SimpleNamespace(
-            resume_training=False, log_path=str(directory), use_pretrained=False, **args
-        )
-        return module.Diffusion(args, config, device=torch.device("cpu"))
+        given = {"resume_training": False, "log_path": str(directory), "use_pretrained": False}
+        return module.Diffusion(SimpleNamespace(**given, **args), config, device=config.device)
 
     def train(config, directory, images, *, swap=False):
         losses = []

@@ -6,11 +6,10 @@ is, and the loss line. With `skip_loss` the loss line is ours.
 """
 
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 with warnings.catch_warnings():
@@ -19,46 +18,20 @@ with warnings.catch_warnings():
     import diffusers
     from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
-# Schedulers with alphas_cumprod, as in INTEGRATION.md, less RePaint and UnCLIP, which take no
-# beta_schedule in common with the others.
+# Schedulers with alphas_cumprod, less RePaint and UnCLIP, which take no beta_schedule in common.
 SCHEDULERS = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
+    *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DEISMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"),
+    *("LMSDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler", "TCDScheduler"),
     "SASolverScheduler",
 )
 
 
-def make_scheduler(name: str = "DDPMScheduler", **config: Any) -> Any:
+def make_scheduler(name="DDPMScheduler", **config):
     return getattr(diffusers, name)(**config)
 
 
-class TinyModel(nn.Module):
-    """A small network that depends on t, with a call signature of diffusers' own."""
-
-    def __init__(self, channels: int = 2, out_channels: int | None = None) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1)
-        self.calls = 0
-
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Any = None) -> Any:
-        del encoder_hidden_states
-        self.calls += 1
-        scale = 1 + timestep.to(sample.dtype).reshape(-1, 1, 1, 1) / 1000
-        prediction = self.conv(sample) * scale
-        return diffusers.models.unets.unet_2d.UNet2DOutput(sample=prediction)
-
-
-@dataclass(frozen=True)
-class Script:
+class Script(NamedTuple):
     """The arguments of a script that change its loss."""
 
     prediction_type: str = "epsilon"
@@ -69,43 +42,45 @@ class Script:
     dtype: torch.dtype = torch.float32
 
 
-def script_step(script: Script, model: nn.Module, scheduler: Any, latents: Tensor, skip_loss=None):
+def script_step(script, model, scheduler, latents, skip_loss=None):
     """Return the loss of one step, by the script's line or by `skip_loss`."""
+
+    def unet(x_t, t, *_):
+        return SimpleNamespace(sample=model(x_t, t))
+
     noise = torch.randn_like(latents)
     if script.noise_offset:
         noise += script.noise_offset * torch.randn(latents.shape[0], latents.shape[1], 1, 1)
+    perturbed = noise
     if script.input_perturbation:
-        new_noise = noise + script.input_perturbation * torch.randn_like(noise)
+        perturbed = noise + script.input_perturbation * torch.randn_like(noise)
     timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (latents.shape[0],)).long()
-    noisy_latents = add_noise(
-        scheduler, latents, new_noise if script.input_perturbation else noise, timesteps
-    )
+    noisy_latents = add_noise(scheduler, latents, perturbed, timesteps)
     # The scripts set this in their loop, after the scheduler and any loss were built.
     scheduler.register_to_config(prediction_type=script.prediction_type)
-    if script.prediction_type == "epsilon":
-        target = noise
-    elif script.prediction_type == "v_prediction":
-        target = velocity(scheduler, latents, noise, timesteps)
-    else:
-        target = latents
+    target = {
+        "epsilon": noise,
+        "v_prediction": velocity(scheduler, latents, noise, timesteps),
+        "sample": latents,
+    }[script.prediction_type]
     if script.dream_training:
         noisy_latents, target = compute_dream_and_update_latents(
-            model, scheduler, timesteps, noise, noisy_latents, target, None, 1.0
+            unet, scheduler, timesteps, noise, noisy_latents, target, None, 1.0
         )
-    model_pred = model(noisy_latents, timesteps).sample.to(script.dtype)
+    model_pred = unet(noisy_latents, timesteps).sample.to(script.dtype)
 
-    weights = None
-    if script.snr_gamma is not None:
-        weights = min_snr_weights(scheduler, timesteps, script.snr_gamma)
+    weights = 1.0
     if script.prediction_type == "sample":
         alphas_cumprod = scheduler.alphas_cumprod[timesteps]
         weights = alphas_cumprod / (1 - alphas_cumprod)
+    elif script.snr_gamma is not None:
+        weights = min_snr_weights(scheduler, timesteps, script.snr_gamma)
     if skip_loss is None:
         loss = F.mse_loss(model_pred.float(), target.float(), reduction="none")
         loss = loss.mean(dim=list(range(1, loss.ndim)))
     else:
         loss = skip_loss(model_pred, target, timesteps, noisy_latents)
-    return (loss if weights is None else loss * weights).mean()
+    return (loss * weights).mean()
 
 
 # Their add_noise and get_velocity are those that the training scripts use. The others' take a
@@ -113,7 +88,7 @@ def script_step(script: Script, model: nn.Module, scheduler: Any, latents: Tenso
 TRAINING_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler")
 
 
-def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def add_noise(scheduler, latents, noise, timesteps):
     """The x_t that a model is given."""
     if type(scheduler).__name__ in TRAINING_SCHEDULERS:
         return scheduler.add_noise(latents, noise, timesteps)
@@ -121,14 +96,14 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor)
     return alphas_cumprod**0.5 * latents + (1 - alphas_cumprod) ** 0.5 * noise
 
 
-def velocity(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def velocity(scheduler, latents, noise, timesteps):
     if type(scheduler).__name__ in TRAINING_SCHEDULERS:
         return scheduler.get_velocity(latents, noise, timesteps)
     alphas_cumprod = scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
     return alphas_cumprod**0.5 * noise - (1 - alphas_cumprod) ** 0.5 * latents
 
 
-def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
+def min_snr_weights(scheduler, timesteps, gamma):
     """The weights of train_text_to_image.py's `--snr_gamma` branch."""
     snr = compute_snr(scheduler, timesteps)
     weights = torch.stack([snr, gamma * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
@@ -139,46 +114,32 @@ def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
     return weights
 
 
-def digits(count: int = 256) -> Tensor:
-    """scikit-learn's handwritten digits in [-1, 1], of shape [count, 1, 8, 8]."""
-    from sklearn.datasets import load_digits
-
-    images = torch.tensor(load_digits().images[:count], dtype=torch.float32)
-    return (images / 8 - 1).unsqueeze(1)
-
-
-def tiny_unet(**config: Any) -> Any:
+def tiny_unet():
     """diffusers' own U-Net, small enough for a test, for 8x8 images of one channel."""
     return diffusers.UNet2DModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 1,
-            "out_channels": 1,
-            "layers_per_block": 1,
-            "block_out_channels": (8, 16),
-            "down_block_types": ("DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D"),
-            "norm_num_groups": 4,
-            "add_attention": False,
-            **config,
-        }
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        add_attention=False,
     )
 
 
-def tiny_conditional_unet(**config: Any) -> Any:
+def tiny_conditional_unet():
     """The U-Net of text-to-image, for 8x8 latents of one channel and text of width 8."""
     return diffusers.UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 1,
-            "out_channels": 1,
-            "layers_per_block": 1,
-            "block_out_channels": (8, 16),
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "norm_num_groups": 4,
-            "cross_attention_dim": 8,
-            "attention_head_dim": 4,
-            **config,
-        }
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
     )

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.helpers.diffusers_parts import diffusers, digits, make_scheduler, tiny_unet
+from tests.helpers.diffusers_parts import diffusers, make_scheduler, tiny_unet
+from tests.helpers.small import digits
 
 
 def make(pipeline: str, pictures: str, count: int = 200) -> None:

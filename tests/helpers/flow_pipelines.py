@@ -4,10 +4,7 @@ Their loops are those of diffusers' pipelines in our words, less the text encode
 what the network is called with (σ, or 1000 σ), packed latents, guidance, `strength`, the callback.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from tests.helpers.diffusers_parts import diffusers
 
@@ -17,29 +14,17 @@ STEPS = 4
 class Shaped(diffusers.DiffusionPipeline):
     """One loop; a subclass has the transformer and calls it."""
 
-    shape: tuple[int, ...]
-
-    def __init__(self, transformer: Any, scheduler: Any) -> None:
+    def __init__(self, transformer, scheduler):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
 
-    def denoise(self, latents: Tensor, t: Tensor, guidance: float) -> Tensor:
-        raise NotImplementedError
-
     @torch.no_grad()
     def __call__(
-        self,
-        latents: Tensor,
-        steps: int = STEPS,
-        guidance: float = 3.0,
-        image: Tensor | None = None,
-        strength: float = 1.0,
-        callback_on_step_end: Any = None,
-    ) -> Tensor:
-        options: dict[str, Any] = {}
-        if self.scheduler.config.get("use_dynamic_shifting"):
-            options["mu"] = 0.8
-        self.scheduler.set_timesteps(steps, **options)
+        self, latents, steps=STEPS, guidance=3.0, image=None, strength=1.0,
+        callback_on_step_end=None,
+    ):  # fmt: skip
+        dynamic = self.scheduler.config.get("use_dynamic_shifting")
+        self.scheduler.set_timesteps(steps, **({"mu": 0.8} if dynamic else {}))
         timesteps = self.scheduler.timesteps
         if image is not None:
             begin = steps - min(int(steps * strength), steps)
@@ -62,9 +47,24 @@ class Flux(Shaped):
 
     shape = (2, 16, 4)
 
-    def denoise(self, latents: Tensor, t: Tensor, guidance: float) -> Tensor:
+    @staticmethod
+    def transformer_of():
+        return diffusers.FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=1,
+            joint_attention_dim=8,
+            pooled_projection_dim=4,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 2, 2),
+        )
+
+    def denoise(self, latents, t, guidance):
         count = len(latents)
-        grid = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1)
+        grid = torch.cartesian_prod(torch.arange(4), torch.arange(4))
         return self.transformer(
             hidden_states=latents,
             timestep=t.expand(count).to(latents.dtype) / 1000,
@@ -72,7 +72,7 @@ class Flux(Shaped):
             pooled_projections=torch.ones(count, 4),
             encoder_hidden_states=torch.ones(count, 3, 8),
             txt_ids=torch.zeros(3, 3),
-            img_ids=torch.cat([torch.zeros(16, 1), grid.reshape(16, 2)], 1),
+            img_ids=torch.cat([torch.zeros(16, 1), grid], 1),
             return_dict=False,
         )[0]
 
@@ -82,7 +82,23 @@ class SD3(Shaped):
 
     shape = (2, 2, 8, 8)
 
-    def denoise(self, latents: Tensor, t: Tensor, guidance: float) -> Tensor:
+    @staticmethod
+    def transformer_of():
+        return diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=2,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=1,
+            joint_attention_dim=8,
+            caption_projection_dim=8,
+            pooled_projection_dim=8,
+            out_channels=2,
+            pos_embed_max_size=8,
+        )
+
+    def denoise(self, latents, t, guidance):
         doubled = torch.cat([latents, latents])
         text = torch.cat([torch.zeros(len(latents), 3, 8), torch.ones(len(latents), 3, 8)])
         output = self.transformer(
@@ -101,7 +117,22 @@ class Wan(Shaped):
 
     shape = (2, 2, 1, 8, 8)
 
-    def denoise(self, latents: Tensor, t: Tensor, guidance: float) -> Tensor:
+    @staticmethod
+    def transformer_of():
+        return diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=1,
+            attention_head_dim=12,
+            in_channels=2,
+            out_channels=2,
+            text_dim=8,
+            freq_dim=8,
+            ffn_dim=8,
+            num_layers=1,
+            rope_max_seq_len=16,
+        )
+
+    def denoise(self, latents, t, guidance):
         plain, prompted = (
             self.transformer(
                 hidden_states=latents,
@@ -114,55 +145,9 @@ class Wan(Shaped):
         return plain + guidance * (prompted - plain)
 
 
-def make_pipeline(kind: type[Shaped], scheduler: Any) -> Shaped:
+def make_pipeline(kind, scheduler):
     torch.manual_seed(0)
-    transformer = {"Flux": _flux, "SD3": _sd3, "Wan": _wan}[kind.__name__]().eval()
+    transformer = kind.transformer_of().eval()
     for parameter in transformer.parameters():  # some are made as zeros, and all are small
         torch.nn.init.normal_(parameter, std=0.15)
     return kind(transformer, scheduler)
-
-
-def _flux() -> Any:
-    return diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=1,
-        joint_attention_dim=8,
-        pooled_projection_dim=4,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 2, 2),
-    )
-
-
-def _sd3() -> Any:
-    return diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=2,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=1,
-        joint_attention_dim=8,
-        caption_projection_dim=8,
-        pooled_projection_dim=8,
-        out_channels=2,
-        pos_embed_max_size=8,
-    )
-
-
-def _wan() -> Any:
-    return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=1,
-        attention_head_dim=12,
-        in_channels=2,
-        out_channels=2,
-        text_dim=8,
-        freq_dim=8,
-        ffn_dim=8,
-        num_layers=1,
-        rope_max_seq_len=16,
-    )

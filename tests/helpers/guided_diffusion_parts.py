@@ -1,97 +1,75 @@
-"""guided-diffusion's own parts for the tests, and the worker of its two-process test."""
+"""guided-diffusion's own parts for the tests, those of its kin, and a worker of two processes."""
 
 import sys
 import types
 
 import guided_diffusion.gaussian_diffusion as gd
-import torch
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
-from torch import Tensor, nn
-from torch.nn.functional import dropout
+import guided_diffusion.respace
 from torch.nn.parallel import DistributedDataParallel
 
 from s2dm_loss.adapters.guided_diffusion import skip_step
+from tests.helpers.small import Network
+from tests.helpers.upstream import load_below, root_of
+
+KIN = {
+    "improved-diffusion": ("S2DM_IMPROVED_DIFFUSION_ROOT", "improved_diffusion"),
+    "DiT": ("S2DM_DIT_ROOT", "diffusion"),
+}
 
 
-class _SingleProcess:
-    """What guided-diffusion asks of MPI, as one process answers it."""
-
-    def Get_rank(self) -> int:  # noqa: N802 - MPI's name
-        return 0
-
-    def Get_size(self) -> int:  # noqa: N802 - MPI's name
-        return 1
-
-    def bcast(self, value, root=0):
-        return value
-
-
-def stub_mpi4py(monkeypatch) -> None:
-    """Let `train_util` import where mpi4py is not installed.
-
-    mpi4py needs an MPI on the machine to build. It only finds ranks, and shares a checkpoint
-    between them: with one process both are trivial, and the training itself uses torch.distributed.
-    """
-    try:
-        import mpi4py  # noqa: F401
-    except ModuleNotFoundError:
-        module = types.ModuleType("mpi4py")
-        module.MPI = types.SimpleNamespace(COMM_WORLD=_SingleProcess())
-        monkeypatch.setitem(sys.modules, "mpi4py", module)
-
-
-class TinyModel(nn.Module):
-    """A small network that depends on t, draws random numbers, and remembers its calls."""
-
-    def __init__(self, channels: int, out_channels: int, *, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.dropout = dropout
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        self.seen.append(t)
-        hidden = dropout(x, self.dropout)
-        return self.conv(hidden) * (1 + t.reshape(-1, 1, 1, 1) / 1000)
+def modules_of(trainer="guided-diffusion"):
+    """`gaussian_diffusion` and `respace` of the installed package, or of a copy in a checkout."""
+    if trainer not in KIN:
+        return gd, guided_diffusion.respace
+    variable, package = KIN[trainer]
+    return load_below(root_of(variable), package, "gaussian_diffusion", "respace")
 
 
 def make_diffusion(
-    *,
-    steps=1000,
-    schedule="linear",
-    mean="EPSILON",
-    variance="FIXED_LARGE",
-    loss="MSE",
-    respacing=None,
-    rescale=False,
-    spaced=True,
-):
-    """Return one of guided-diffusion's diffusions, chosen by its own names."""
+    *, steps=1000, schedule="linear", mean="EPSILON", variance="FIXED_LARGE", loss="MSE",
+    respacing=None, rescale=False, spaced=True, trainer="guided-diffusion",
+):  # fmt: skip
+    """One of guided-diffusion's diffusions, chosen by its own names."""
+    gd, respace = modules_of(trainer)
     options = {
         "betas": gd.get_named_beta_schedule(schedule, steps),
         "model_mean_type": gd.ModelMeanType[mean],
         "model_var_type": gd.ModelVarType[variance],
         "loss_type": gd.LossType[loss],
-        "rescale_timesteps": rescale,
+        **({"rescale_timesteps": True} if rescale else {}),  # DiT knows no such thing
     }
     if not spaced:
         return gd.GaussianDiffusion(**options)
-    return SpacedDiffusion(use_timesteps=space_timesteps(steps, respacing or [steps]), **options)
+    kept = respace.space_timesteps(steps, respacing or [steps])
+    return respace.SpacedDiffusion(use_timesteps=kept, **options)
 
 
-def ddp_gradients(rank: int, world_size: int, batch: dict[str, Tensor]) -> dict[str, object]:
+def stub_mpi4py(monkeypatch):
+    """Let `train_util` import where mpi4py, which needs an MPI to build, is not installed.
+
+    It only finds ranks and shares a checkpoint between them, which is trivial for one process.
+    """
+    alone = types.SimpleNamespace(
+        Get_rank=lambda: 0, Get_size=lambda: 1, bcast=lambda value, root=0: value
+    )
+    module = types.ModuleType("mpi4py")
+    module.MPI = types.SimpleNamespace(COMM_WORLD=alone)
+    try:
+        import mpi4py  # noqa: F401
+    except ModuleNotFoundError:
+        monkeypatch.setitem(sys.modules, "mpi4py", module)
+
+
+def ddp_gradients(rank, world_size, batch):
     """Gradients of one rank's share of a batch, and how often the wrapped model was called."""
-    torch.manual_seed(0)
-    model = TinyModel(1, 2, dropout=0.0)
+    model = Network(1, 2, dropout=0.0)
     diffusion = skip_step(make_diffusion(variance="LEARNED_RANGE"), 9)
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
-    calls = []
-    wrapped.register_forward_hook(lambda *_: calls.append(1))
     share = {name: values.chunk(world_size)[rank] for name, values in batch.items()}
     losses = diffusion.training_losses(wrapped, share["x"], share["t"], noise=share["noise"])
     losses["loss"].mean().backward()
     return {
         "gradients": [parameter.grad for parameter in model.parameters()],
         "loss": losses["loss"].detach(),
-        "calls": len(calls),
+        "calls": len(model.seen),
     }

@@ -15,70 +15,29 @@ class Trainer(NamedTuple):
     variable: str
 
 
+_KNOWN = """
+openai/guided-diffusion 22e0df8183507e13a7813f8d38d51b072ca1e67c S2DM_GUIDED_DIFFUSION_ROOT
+openai/improved-diffusion 1bc7bbbdc414d83d4abf2ad8cc1446dc36c4e4d5 S2DM_IMPROVED_DIFFUSION_ROOT
+facebookresearch/DiT ed81ce2229091fd4ecc9a223645f95cf379d582b S2DM_DIT_ROOT
+huggingface/diffusers 58eb52c0803ea9af3abec60841c2a093bdf1f951 S2DM_DIFFUSERS_ROOT
+kohya-ss/sd-scripts 48d368fa557731ad0488c07304dfeba8c07910eb S2DM_SD_SCRIPTS_ROOT
+NVlabs/edm 008a4e5316c8e3bfe61a62f874bddba254295afb S2DM_EDM_ROOT
+NVlabs/edm2 4bf8162f601bcc09472ce8a32dd0cbe8889dc8fc S2DM_EDM2_ROOT
+yang-song/score_sde_pytorch cb1f359f4aadf0ff9a5e122fe8fffc9451fd6e44 S2DM_SCORE_SDE_ROOT
+ermongroup/ddim e8df66cf02e457719930748b5c26e37e3126dfdd S2DM_DDIM_ROOT
+Nerogar/OneTrainer 23df3832e8f213d64c337e39f9365ba46e99fed0 S2DM_ONETRAINER_ROOT
+willisma/SiT 947f95bd3a510e9af441d38c1e9f72e0eee873c5 S2DM_SIT_ROOT
+sihyun-yu/REPA 67f714503e3892f993844aab088ffc5791c92613 S2DM_REPA_ROOT
+atong01/conditional-flow-matching cacd4dc8a5b6f50de63780e8f73754c9371f15db S2DM_TORCHCFM_ROOT
+facebookresearch/flow_matching 11568d37f8d5a080e12aa7b5305d9c35ae07d136 S2DM_FLOW_MATCHING_ROOT
+kohya-ss/musubi-tuner 30c658c4f4b0bf05038b3346eff9670259b10fc7 S2DM_MUSUBI_TUNER_ROOT
+ostris/ai-toolkit 27a03a91f23eb1b757d5ec2e80ee3e129cfcc350 S2DM_AI_TOOLKIT_ROOT
+bghira/SimpleTuner bc8e6ab7738ce457a2ed8eb2d26cadd91c6442cb S2DM_SIMPLETUNER_ROOT
+huggingface/lerobot 7427f31801f944f5ec9ce53cda02862ce7d1638b S2DM_LEROBOT_ROOT
+real-stanford/diffusion_policy 5ba07ac6661db573af695b419a7947ecb704690f S2DM_DIFFUSION_POLICY_ROOT
+"""
 TRAINERS = {
-    "guided-diffusion": Trainer(
-        "openai/guided-diffusion",
-        "22e0df8183507e13a7813f8d38d51b072ca1e67c",
-        "S2DM_GUIDED_DIFFUSION_ROOT",
-    ),
-    "improved-diffusion": Trainer(
-        "openai/improved-diffusion",
-        "1bc7bbbdc414d83d4abf2ad8cc1446dc36c4e4d5",
-        "S2DM_IMPROVED_DIFFUSION_ROOT",
-    ),
-    "DiT": Trainer(
-        "facebookresearch/DiT", "ed81ce2229091fd4ecc9a223645f95cf379d582b", "S2DM_DIT_ROOT"
-    ),
-    "diffusers": Trainer(
-        "huggingface/diffusers", "58eb52c0803ea9af3abec60841c2a093bdf1f951", "S2DM_DIFFUSERS_ROOT"
-    ),
-    "sd-scripts": Trainer(
-        "kohya-ss/sd-scripts", "48d368fa557731ad0488c07304dfeba8c07910eb", "S2DM_SD_SCRIPTS_ROOT"
-    ),
-    "edm": Trainer("NVlabs/edm", "008a4e5316c8e3bfe61a62f874bddba254295afb", "S2DM_EDM_ROOT"),
-    "edm2": Trainer("NVlabs/edm2", "4bf8162f601bcc09472ce8a32dd0cbe8889dc8fc", "S2DM_EDM2_ROOT"),
-    "score_sde_pytorch": Trainer(
-        "yang-song/score_sde_pytorch",
-        "cb1f359f4aadf0ff9a5e122fe8fffc9451fd6e44",
-        "S2DM_SCORE_SDE_ROOT",
-    ),
-    "ddim": Trainer(
-        "ermongroup/ddim", "e8df66cf02e457719930748b5c26e37e3126dfdd", "S2DM_DDIM_ROOT"
-    ),
-    "OneTrainer": Trainer(
-        "Nerogar/OneTrainer", "23df3832e8f213d64c337e39f9365ba46e99fed0", "S2DM_ONETRAINER_ROOT"
-    ),
-    "SiT": Trainer("willisma/SiT", "947f95bd3a510e9af441d38c1e9f72e0eee873c5", "S2DM_SIT_ROOT"),
-    "REPA": Trainer("sihyun-yu/REPA", "67f714503e3892f993844aab088ffc5791c92613", "S2DM_REPA_ROOT"),
-    "conditional-flow-matching": Trainer(
-        "atong01/conditional-flow-matching",
-        "cacd4dc8a5b6f50de63780e8f73754c9371f15db",
-        "S2DM_TORCHCFM_ROOT",
-    ),
-    "flow_matching": Trainer(
-        "facebookresearch/flow_matching",
-        "11568d37f8d5a080e12aa7b5305d9c35ae07d136",
-        "S2DM_FLOW_MATCHING_ROOT",
-    ),
-    "musubi-tuner": Trainer(
-        "kohya-ss/musubi-tuner",
-        "30c658c4f4b0bf05038b3346eff9670259b10fc7",
-        "S2DM_MUSUBI_TUNER_ROOT",
-    ),
-    "ai-toolkit": Trainer(
-        "ostris/ai-toolkit", "27a03a91f23eb1b757d5ec2e80ee3e129cfcc350", "S2DM_AI_TOOLKIT_ROOT"
-    ),
-    "SimpleTuner": Trainer(
-        "bghira/SimpleTuner", "bc8e6ab7738ce457a2ed8eb2d26cadd91c6442cb", "S2DM_SIMPLETUNER_ROOT"
-    ),
-    "lerobot": Trainer(
-        "huggingface/lerobot", "7427f31801f944f5ec9ce53cda02862ce7d1638b", "S2DM_LEROBOT_ROOT"
-    ),
-    "diffusion_policy": Trainer(
-        "real-stanford/diffusion_policy",
-        "5ba07ac6661db573af695b419a7947ecb704690f",
-        "S2DM_DIFFUSION_POLICY_ROOT",
-    ),
+    line.split()[0].partition("/")[2]: Trainer(*line.split()) for line in _KNOWN.split("\n")[1:-1]
 }
 
 

@@ -120,7 +120,7 @@ def k_diffusion(package: Any) -> Iterator[tuple[str, Run]]:
 
 
 def sd_scripts(package: Any) -> Iterator[tuple[str, Run]]:
-    from tests.test_adapter_sd_scripts import OPTIONS, step
+    from tests.helpers.sd_scripts_parts import OPTIONS, step
 
     kind = package.NetworkTrainer
     for name, options in OPTIONS.items():
@@ -165,7 +165,7 @@ def _real_k_diffusion() -> Any:
 
 
 def _real_sd_scripts() -> Any:
-    from tests.helpers.sd_scripts_checkout import load_sd_scripts
+    from tests.helpers.sd_scripts_parts import load_sd_scripts
 
     return load_sd_scripts("train_network")[0]
 

@@ -10,6 +10,39 @@ import torch
 
 from tests.helpers.checkouts import checkout_on_path
 from tests.helpers.patches import patched
+from tests.helpers.small import tree
+
+# The fields of the trainer's configuration that its own code reads.
+CONFIG = {
+    "training": {
+        "sde": "vpsde", "continuous": True, "reduce_mean": True, "likelihood_weighting": False,
+        "n_iters": 20, "batch_size": 32, "log_freq": 1, "eval_freq": 10, "snapshot_freq": 10**6,
+        "snapshot_freq_for_preemption": 10**6, "snapshot_sampling": False,
+    },
+    "sampling": {
+        "method": "pc", "predictor": "euler_maruyama", "corrector": "none", "snr": 0.16,
+        "n_steps_each": 1, "probability_flow": False, "noise_removal": True,
+    },
+    "data": {
+        "image_size": 8, "num_channels": 1, "centered": True, "uniform_dequantization": False,
+    },
+    "model": {
+        "name": "ddpm", "beta_min": 0.1, "beta_max": 20.0, "sigma_min": 0.01, "sigma_max": 50.0,
+        "num_scales": 50, "ema_rate": 0.999, "scale_by_sigma": False, "nonlinearity": "swish",
+        "normalization": "GroupNorm", "nf": 32, "ch_mult": (1,), "num_res_blocks": 1,
+        "attn_resolutions": (), "resamp_with_conv": True, "conditional": True, "dropout": 0.0,
+    },
+    "optim": {
+        "optimizer": "Adam", "lr": 3e-3, "beta1": 0.9, "eps": 1e-8, "weight_decay": 0.0,
+        "warmup": 5, "grad_clip": 1.0,
+    },
+    "device": torch.device("cpu"),
+}  # fmt: skip
+
+
+def make_config(sde="vpsde", *, continuous=True):
+    training = {**CONFIG["training"], "sde": sde, "continuous": continuous}
+    return tree({**CONFIG, "training": training})
 
 
 class _Writer:

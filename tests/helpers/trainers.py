@@ -1,0 +1,577 @@
+"""Every trainer that has an adapter or a patch, as one loss of `(model, tau)`, and what it must be.
+
+`tests/test_adapters.py` holds each to two things: at τ = 1 the loss is the trainer's own, and below
+it is the core's, times the trainer's own weight of each sample. A real trainer comes from a
+checkout, or the test of it is skipped.
+"""
+
+import contextlib
+import functools
+import importlib
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
+from s2dm_loss.adapters import ddim as ddim_adapter
+from s2dm_loss.adapters import denoising_diffusion_pytorch as lucid_adapter
+from s2dm_loss.adapters import edm as edm_adapter
+from s2dm_loss.adapters import guided_diffusion as guided_adapter
+from s2dm_loss.adapters import score_sde as score_sde_adapter
+from s2dm_loss.adapters import sd_scripts as sd_scripts_adapter
+from s2dm_loss.adapters.diffusers import SkipLoss
+from tests.doubles import (
+    ddim_double,
+    denoising_diffusion_pytorch_double,
+    edm_double,
+    score_sde_double,
+    sd_scripts_double,
+)
+from tests.helpers import packages, trainers_of_today
+from tests.helpers.checkouts import checkout_on_path
+from tests.helpers.ddim_checkout import load_ddim
+from tests.helpers.diffusers_parts import make_scheduler
+from tests.helpers.guided_diffusion_parts import KIN, make_diffusion, modules_of
+from tests.helpers.patches import patched
+from tests.helpers.score_sde_checkout import load_score_sde
+from tests.helpers.sd_scripts_parts import (
+    AT_THE_END,
+    OPTIONS,
+    REAL_OPTIONS,
+    is_sdxl,
+    load_sd_scripts,
+    make_batch,
+    step,
+)
+from tests.helpers.small import every_pair
+from tests.helpers.upstream import root_of, stubs
+
+SEED = 3  # of all random numbers in one call of a loss
+
+
+class Case(NamedTuple):
+    """A trainer's loss with some of its options."""
+
+    name: str
+    loss: Callable[..., Any]
+    """Of the model, τ (None: the trainer's own) and options of `SkipStepLoss`."""
+    schedule: Any = None
+    """What x_t is made with, as the papers say it."""
+    skips: Any = 9
+    predicts: str = "epsilon"
+    reference: Callable[..., Any] | None = None
+    """Of x_t, t and the output: the core's output, target and t, and a weight of each element.
+    None: no squared error of the output alone."""
+    rtol: float = 0.0
+    """Of the comparison at τ = 1; 0 is bit for bit."""
+    channels: int = 2
+    """Of x_t; 0 where the network is not called with images."""
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] | None = None
+    """Those of `SkipStepLoss` that a patch sets itself: it takes no other but τ."""
+
+
+def column(values):
+    return values.reshape(-1, 1, 1, 1)
+
+
+def noise_in(schedule, x_t, x0, t):
+    a, b = map(column, schedule.alpha_sigma(t))
+    return (x_t - a * x0) / b
+
+
+def of_each(name, real, double):
+    """A trainer's double, and its own code: (label, what returns it)."""
+    return [(f"{name} double", lambda: double), (f"{name} real", functools.cache(real))]
+
+
+def made_with(betas):
+    return NoiseSchedule.from_betas(torch.as_tensor(betas, dtype=torch.float64))
+
+
+# ermongroup/ddim: the noise and t are given.
+
+DDIM = of_each("ddim", lambda: load_ddim(root_of("S2DM_DDIM_ROOT")), ddim_double)
+
+
+def ddim_betas(trainer, schedule, steps):
+    return trainer.get_beta_schedule(
+        schedule, beta_start=1e-4, beta_end=0.02, num_diffusion_timesteps=steps
+    )
+
+
+def ddim(label, trainer, schedule, steps, reduction, keepdim):
+    x0, e = torch.randn(2, 6, 2, 5, 5, generator=torch.Generator().manual_seed(5)).unbind(0)
+    t = torch.tensor([steps - 1, 3, steps // 2, 0, 9, 8])  # both sides of the skip, interleaved
+
+    def loss(model, tau=None, **options):
+        b = torch.from_numpy(ddim_betas(trainer(), schedule, steps)).float()
+        if tau is None:
+            summed = trainer().noise_estimation_loss(model, x0, t, e, b, keepdim)
+            return summed if reduction == "sum" else summed / x0[0].numel()
+        ours = ddim_adapter.ddim_loss(9, tau=tau, data_reduction=reduction, **options)
+        return ours(model, x0, t, e, b, keepdim)
+
+    return Case(
+        f"{label} {schedule} {reduction}",
+        loss,
+        made_with(ddim_betas(ddim_double, schedule, steps)),
+        reference=lambda x_t, _, output: (output, e, t),
+        rtol=2e-6,
+    )
+
+
+# lucidrains/denoising-diffusion-pytorch: the noise is drawn, with an offset.
+
+LUCID = of_each(
+    "denoising-diffusion-pytorch",
+    lambda: packages.denoising_diffusion_pytorch()[0],
+    denoising_diffusion_pytorch_double,
+)
+TIMES = torch.tensor([0, 8, 9, 300, 700, 999])
+OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+
+
+def lucid(label, package, objective, schedule, min_snr):
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    x0 = 2 * images - 1
+    betas = getattr(denoising_diffusion_pytorch_double, f"_{schedule}")(1000).float()
+    path = made_with(betas)
+
+    def loss(model, tau=None, **options):
+        vars(model).update(channels=3, out_dim=3, self_condition=False)
+        diffusion = package().GaussianDiffusion(
+            model,
+            image_size=8,
+            objective=objective,
+            beta_schedule=schedule,
+            min_snr_loss_weight=min_snr,
+            offset_noise_strength=0.1,
+        )
+        if tau is not None:
+            diffusion = lucid_adapter.skip_step(diffusion, 9, tau=tau, **options)
+        return diffusion(images, times=TIMES, loss_reduction="none")
+
+    def reference(x_t, _, output):
+        noise = noise_in(path, x_t, x0, TIMES)
+        a, b = map(column, path.alpha_sigma(TIMES))
+        targets = {"pred_noise": noise, "pred_x0": x0, "pred_v": a * noise - b * x0}
+        return output, targets[objective], TIMES
+
+    name = f"{label} {objective} {schedule} min_snr={min_snr}"
+    return Case(name, loss, path, 9, OBJECTIVES[objective], reference, channels=3)
+
+
+def lucid_sibling(file, kind="GaussianDiffusion", size=(8, 8), **given):
+    """Files of the package with a class of the same name, or of one dimension."""
+    x0 = 2 * torch.rand(6, 3, *size, generator=torch.Generator().manual_seed(5)) - 1
+    shape = {"image_size": 8} if kind == "GaussianDiffusion" else {"seq_length": size[0]}
+
+    def loss(model, tau=None, **options):
+        model.channels = model.out_dim = 3
+        model.random_or_learned_sinusoidal_cond = model.self_condition = False
+        module = packages.denoising_diffusion_pytorch(file)[1]
+        diffusion = getattr(module, kind)(model, timesteps=1000, **shape)
+        if tau is not None:
+            diffusion = lucid_adapter.skip_step(diffusion, 9, tau=tau, **options)
+        return diffusion.p_losses(x0, TIMES, **given)
+
+    return Case(f"denoising-diffusion-pytorch real {file}", loss, channels=3 * (len(size) == 2))
+
+
+# NVlabs/edm and edm2: σ and the noise are drawn.
+
+RAMP = [sigma ** (1 / 7) for sigma in (0.002, 80)]
+
+
+@contextlib.contextmanager
+def edms_own(variable, module, name):
+    """A class of a checkout, while it can be pickled: each pickles itself where it is made."""
+    with checkout_on_path(root_of(variable), stubs("psutil", "requests")):
+        yield getattr(importlib.import_module(module), name)
+
+
+EDM = {
+    "double EDMLoss": lambda: contextlib.nullcontext(edm_double.EDMLoss),
+    "double EDM2Loss": lambda: contextlib.nullcontext(edm_double.EDM2Loss),
+    **{
+        name: functools.partial(edms_own, "S2DM_EDM_ROOT", "training.loss", name)
+        for name in ("EDMLoss", "VPLoss", "VELoss")
+    },
+    "EDM2Loss": functools.partial(edms_own, "S2DM_EDM2_ROOT", "training.training_loop", "EDM2Loss"),
+}
+
+
+def as_net(model, log_u=None):
+    """The model behind the call of a denoiser."""
+
+    def net(x_t, sigma, labels=None, augment_labels=None, return_logvar=False):
+        output = model(x_t, sigma)
+        head = torch.linspace(-1, 1, len(x_t)) if log_u is None else log_u
+        return (output, column(head)) if return_logvar else output
+
+    return net
+
+
+def edm(name, kind):
+    images = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(5)) / 2
+
+    def loss(model, tau=None, **options):
+        with kind() as made:
+            plain = made(-1.2, 2.0) if "EDM" in name else made()  # reaches both ends
+            if tau is not None:
+                plain = edm_adapter.skip_step(plain, 1 / 17, tau=tau, **options)
+            return plain(net=as_net(model), images=images, labels=None)
+
+    def reference(x_t, sigma, output):
+        ramp = (sigma.flatten().double() ** (1 / 7) - RAMP[0]) / (RAMP[1] - RAMP[0])
+        return output, images, ramp.clamp(0, 1)
+
+    path = ContinuousSchedule.from_alpha_sigma(
+        lambda t: (torch.ones_like(t), (RAMP[0] + t * (RAMP[1] - RAMP[0])) ** 7)
+    )
+    return Case(name, loss, path, 1 / 17, "sample", reference, channels=3)
+
+
+# openai/guided-diffusion and its kin.
+
+
+def guided(trainer, **config):
+    def loss(model, tau=None, **options):
+        plain = make_diffusion(trainer=trainer, **config)
+        last = plain.num_timesteps - 1
+        x, t, more = batch(last)
+
+        def network(x_t, t):  # the channels of a learned variance are given
+            output = model(x_t, t)
+            learned = config["variance"].startswith("LEARNED")
+            return torch.cat([output, more], 1) if learned else output
+
+        ours = plain if tau is None else guided_adapter.skip_step(plain, 9, tau=tau, **options)
+        return ours.training_losses(network, x, t, {})["loss"]
+
+    def batch(last):
+        drawn = torch.randn(2, 6, 2, 6, 6, generator=torch.Generator().manual_seed(5))
+        return drawn[0], torch.tensor([0, 8, 9, 10, last // 2, last]), drawn[1]
+
+    gd, respace = modules_of()
+    levels = (1 - gd.get_named_beta_schedule(config["schedule"], 1000)).cumprod(0)
+    kept = sorted(respace.space_timesteps(1000, config["respacing"] or [1000]))
+    path = NoiseSchedule.from_alphas_cumprod(torch.from_numpy(levels[kept]))
+
+    def reference(x_t, _, output):
+        x, t, _ = batch(len(kept) - 1)
+        predicts_noise = config["mean"] == "EPSILON"
+        return output, noise_in(path, x_t, x, t) if predicts_noise else x, t
+
+    predicts = {"EPSILON": "epsilon", "START_X": "sample"}[config["mean"]]
+    name = " ".join(str(value) for value in (trainer, *config.values()) if value is not None)
+    return Case(name, loss, path, 9, predicts, reference)
+
+
+GUIDED = every_pair(
+    lambda each: each["spaced"] or each["respacing"] is None,
+    mean=("EPSILON", "START_X"),
+    variance=("FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"),
+    loss=("MSE", "RESCALED_MSE"),
+    schedule=("linear", "cosine"),
+    respacing=(None, "ddim50", "250", [10, 15, 20]),
+    rescale=(False, True),
+    spaced=(False, True),
+)
+GUIDED_KIN = every_pair(
+    mean=("EPSILON", "START_X"),
+    variance=("FIXED_LARGE", "LEARNED_RANGE"),
+    loss=("MSE", "RESCALED_MSE"),
+    schedule=("linear",),
+    respacing=(None, "ddim50"),
+)
+
+
+# yang-song/score_sde_pytorch: t and the noise are drawn, t first.
+
+SCORE_SDE = of_each(
+    "score_sde", lambda: load_score_sde(root_of("S2DM_SCORE_SDE_ROOT")), score_sde_double
+)
+DISCRETE = {"VPSDE": "get_ddpm_loss_fn", "VESDE": "get_smld_loss_fn"}
+
+
+def vp(t):
+    return torch.exp(-(t**2) * 19.9 / 4 - t * 0.1 / 2)
+
+
+SDE_PATHS = {
+    "VPSDE": lambda t: (vp(t), (1 - vp(t) ** 2).sqrt()),
+    "subVPSDE": lambda t: (vp(t), 1 - vp(t) ** 2),
+    "VESDE": lambda t: (torch.ones_like(t), 0.01 * 5000**t),
+}
+DDPM = NoiseSchedule.linear(1000)
+
+
+def score_sde(label, trainer, kind, discrete, *flags):
+    """In continuous time the flags are train, reduce_mean, continuous and likelihood_weighting."""
+    data = torch.Generator().manual_seed(5)
+    batch = torch.randn(32, 2, 5, 5, generator=data, dtype=torch.float64)
+    name = DISCRETE[kind] if discrete else "get_sde_loss_fn"
+
+    def loss(model, tau=None, **options):
+        sde = getattr(trainer(), kind)()
+        if tau is None:
+            return getattr(trainer(), name)(sde, *flags)(model, batch)
+        if not discrete:
+            options["allow_ve"] = kind == "VESDE"
+        make = getattr(score_sde_adapter, name)
+        return make(sde, *flags, skip_set=300, tau=tau, **options)(model, batch)
+
+    if discrete:
+        path = DDPM if kind == "VPSDE" else NoiseSchedule.from_sigmas(0.01 * 5000 ** (STEPS / 999))
+    else:
+        path = ContinuousSchedule.from_alpha_sigma(SDE_PATHS[kind])
+
+    def reference(x_t, labels, output):
+        torch.manual_seed(SEED)
+        if discrete:
+            t = torch.randint(1000, (32,))
+            t = t if kind == "VPSDE" else 999 - t  # its σ descend
+        else:
+            t = torch.rand(32) * (1 - 1e-5) + 1e-5
+        noise, sigma = torch.randn_like(batch), column(path.alpha_sigma(t)[1])
+        scale = -sigma if kind == "VESDE" else 1
+        if kind == "VPSDE" and not (
+            discrete or flags[2]
+        ):  # the noise has σ(t), the score a table's
+            scale = sigma / column(DDPM.alpha_sigma((999 * t).long())[1])
+        return scale * output, noise, t if discrete else t.double()
+
+    skips = 300 if discrete else 0.3
+    label = " ".join(map(str, (label, kind, name, *flags)))
+    return Case(label, loss, path, skips, "epsilon", reference, 1e-6, dtype=torch.float64)
+
+
+STEPS = torch.arange(1000, dtype=torch.float64)
+BOTH = (True, False)
+FLAGS = every_pair(train=BOTH, reduce_mean=BOTH, continuous=BOTH, likelihood=BOTH)
+
+
+# kohya-ss/sd-scripts: the noise and t are drawn.
+
+SD_SCRIPTS = {
+    "sd-scripts double": lambda: sd_scripts_double.NetworkTrainer,
+    "sd-scripts real": lambda: _sd_scripts()[0].NetworkTrainer,
+    "sd-scripts real sdxl": lambda: _sd_scripts()[1].SdxlNetworkTrainer,
+}
+NO_SQUARE = ("ip noise", "huber", "masked", *REAL_OPTIONS)
+
+
+@functools.cache
+def _sd_scripts():
+    return load_sd_scripts("train_network", "sdxl_train_network")
+
+
+def sd_scripts(label, kind, name):
+    options = {**OPTIONS, **REAL_OPTIONS, "at the end": AT_THE_END}[name]
+    path = NoiseSchedule.scaled_linear(1000)
+    if options.get("zero_terminal_snr"):
+        path = path.rescale_zero_terminal_snr()
+    v = options.get("v_parameterization", False)
+
+    def loss(model, tau=None, **ours):
+        trainer = kind()()
+        if tau is not None:
+            trainer = sd_scripts_adapter.skip_step(trainer, 9, tau=tau, **ours)
+        return step(trainer, kind(), model, options)
+
+    def reference(x_t, t, output):
+        x0 = (0.13025 if is_sdxl(kind()) else 0.18215) * make_batch(kind())["latents"]
+        noise = noise_in(path, x_t, x0, t)
+        a, b = map(column, path.alpha_sigma(t))
+        return output, a * noise - b * x0 if v else noise, t
+
+    below = None if name in NO_SQUARE else reference
+    predicts = "v_prediction" if v else "epsilon"
+    return Case(f"{label} {name}", loss, path, 9, predicts, below, channels=4)
+
+
+# diffusers: the middle of a training script.
+
+
+DIFFUSERS_BETAS = {
+    "linear": lambda start, end: torch.linspace(start, end, 1000, dtype=torch.float64),
+    "scaled_linear": lambda start, end: DIFFUSERS_BETAS["linear"](start**0.5, end**0.5) ** 2,
+    "squaredcos_cap_v2": lambda *_: denoising_diffusion_pytorch_double._cosine(1000),
+}
+
+
+def diffusers_script(prediction_type, beta_schedule, zero_snr):
+    t = torch.tensor([0, 8, 9, 300, 700, 998, 999])
+    latents = torch.randn(7, 2, 4, 4, generator=torch.Generator().manual_seed(5))
+    scheduler = make_scheduler(
+        beta_schedule=beta_schedule,
+        rescale_betas_zero_snr=zero_snr,
+        prediction_type=prediction_type,
+    )
+    path = made_with(DIFFUSERS_BETAS[beta_schedule](1e-4, 0.02))
+    path = path.rescale_zero_terminal_snr() if zero_snr else path
+
+    def loss(model, tau=None, **options):
+        noise = torch.randn_like(latents)
+        noisy = scheduler.add_noise(latents, noise, t)
+        v = scheduler.get_velocity(latents, noise, t)
+        target = {"epsilon": noise, "v_prediction": v, "sample": latents}[prediction_type]
+        model_pred = model(noisy, t)
+        if tau is None:
+            return F.mse_loss(model_pred.float(), target.float(), reduction="mean")
+        named = "sample" if prediction_type == "sample" else None
+        make = SkipLoss.from_scheduler
+        skip_loss = make(scheduler, 9, tau=tau, prediction_type=named, **options)
+        return skip_loss(model_pred, target, t, noisy)
+
+    def reference(x_t, _, output):
+        torch.manual_seed(SEED)
+        noise = torch.randn_like(latents)
+        a, b = map(column, path.alpha_sigma(t))
+        v = a * noise - b * latents
+        return output, {"epsilon": noise, "v_prediction": v, "sample": latents}[prediction_type], t
+
+    name = f"diffusers {prediction_type} {beta_schedule} zero_snr={zero_snr}"
+    return Case(name, loss, path, 9, prediction_type, reference, 1e-6)
+
+
+def diffusers_flow(prediction_type):
+    """SD3 preconditions by default: the output becomes a prediction of x_0, and so the target."""
+    scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    sigmas = column(torch.tensor([0.0, 0.005, 0.2, 0.7, 0.9, 0.999]))
+    drawn = torch.Generator().manual_seed(5)
+    latents, weighting = torch.randn(6, 2, 4, 4, generator=drawn), torch.rand(6, generator=drawn)
+
+    def loss(model, tau=None, **options):
+        noise = torch.randn_like(latents)
+        noisy = (1 - sigmas) * latents + sigmas * noise
+        model_pred, target = model(noisy, 1000 * sigmas.flatten()), noise - latents
+        if prediction_type == "sample":
+            model_pred, target = model_pred * (-sigmas) + noisy, latents
+        if tau is None:
+            return (weighting * (model_pred - target).square().mean((1, 2, 3))).mean()
+        make = SkipLoss.from_scheduler
+        skip_loss = make(scheduler, 0.05, tau=tau, prediction_type=prediction_type, **options)
+        return skip_loss(model_pred, target, sigmas.flatten(), noisy, weights=weighting)
+
+    def reference(x_t, _, output):
+        torch.manual_seed(SEED)
+        target = torch.randn_like(latents) - latents
+        if prediction_type == "sample":
+            output, target = output * (-sigmas) + x_t, latents
+        return output, target, sigmas.flatten()
+
+    path = ContinuousSchedule.flow()
+    return Case(
+        f"diffusers flow {prediction_type}", loss, path, 0.05, prediction_type, reference, 1e-6
+    )
+
+
+# The flow and robotics trainers, by their patches: docs/adapters/flow.md and robotics.md.
+
+
+def of_today(case):
+    today, seen = trainers_of_today, {}
+    # The libraries have no loop of their own to patch: the page's stands for it.
+    library = case.file in (today.TORCHCFM, today.FLOW_MATCHING)
+
+    def loss(model, tau=None):
+        source = today.source_of(*case.file)
+        if tau is not None and not library:
+            source = patched(*case.file, source)
+        return case.loss(source, model, seen, tau, **case.options)
+
+    def reference(x_t, _, output):
+        if case.file == today.KOHYA_SD3:  # it preconditions
+            output = output * -column(seen["t"]) + x_t
+        return output, seen["target"], seen["t"], seen.get("weight", 1.0)
+
+    schedule, predicts = path_of_today(case)
+    normalizes = case.file in (today.MUSUBI, today.AI_TOOLKIT, today.SIMPLE_TUNER)
+    return Case(
+        case.name,
+        loss,
+        schedule,
+        SkipSet.for_sampling_steps(20),
+        predicts,
+        reference,
+        1e-4,
+        channels=0,
+        options={"normalize": normalizes},
+    )
+
+
+def path_of_today(case):
+    """What a trainer's loss has to be, said without its patch: schedule and prediction type."""
+    today, options, half_pi = trainers_of_today, case.options, math.pi / 2
+    turned = ContinuousSchedule.from_alpha_sigma(lambda t: (t, 1 - t), data_at=1)
+    if "prediction_type" in options:  # the policies, on the scheduler's own β
+        betas = today.policy_scheduler("epsilon").betas
+        return made_with(betas), options["prediction_type"]
+    if case.file == today.SIT:
+        gvp = ContinuousSchedule.from_alpha_sigma(
+            lambda t: (torch.sin(half_pi * t), torch.cos(half_pi * t)), data_at=1
+        )
+        kind = {"NOISE": "epsilon"}.get(options["model_type"], options["model_type"].lower())
+        paths = {"LINEAR": turned, "GVP": gvp, "VP": ContinuousSchedule.vp(data_at=1)}
+        return paths[options["path_type"]], kind
+    if case.file == today.FLOW_MATCHING:
+        path = today.SCHEDULERS[options["scheduler"]]
+        return ContinuousSchedule.from_alpha_sigma(path, data_at=1, min_time=1e-5), "velocity"
+    if case.file == today.TORCHCFM:
+        return turned, "velocity"
+    if options.get("path_type") == "cosine":
+        cosine = ContinuousSchedule.from_alpha_sigma(
+            lambda t: (torch.cos(half_pi * t), torch.sin(half_pi * t))
+        )
+        return cosine, "velocity"
+    return ContinuousSchedule.flow(), "sample" if case.file == today.KOHYA_SD3 else "flow"
+
+
+def _cases():
+    yield from (
+        ddim(*which, *case)
+        for which, case in itertools.product(
+            DDIM,
+            [
+                *(("linear", 1000, "sum", False), ("quad", 50, "mean", True)),
+                *(("const", 1000, "sum", True), ("jsd", 1000, "mean", False)),
+                ("sigmoid", 50, "sum", False),
+            ],
+        )
+    )
+    grid = every_pair(
+        objective=OBJECTIVES, schedule=("linear", "cosine", "sigmoid"), min_snr=(False, True)
+    )
+    yield from (lucid(*which, **case) for which in LUCID for case in grid)
+    yield lucid_sibling("classifier_free_guidance", classes=torch.arange(6))
+    yield from (lucid_sibling(file) for file in ("repaint", "guided_diffusion"))
+    yield lucid_sibling("denoising_diffusion_pytorch_1d", "GaussianDiffusion1D", (16,))
+    yield from (edm(name, kind) for name, kind in EDM.items())
+    yield from (guided("guided-diffusion", **config) for config in GUIDED)
+    yield from (guided(trainer, **config) for trainer in KIN for config in GUIDED_KIN)
+    for label, trainer in SCORE_SDE:
+        for kind, flags in itertools.product(SDE_PATHS, FLAGS):
+            yield score_sde(label, trainer, kind, False, *flags.values())
+        for kind, train in itertools.product(DISCRETE, (True, False)):
+            yield score_sde(label, trainer, kind, True, train, train)
+    for label, kind in SD_SCRIPTS.items():
+        names = () if "double" in label else REAL_OPTIONS
+        yield from (sd_scripts(label, kind, name) for name in (*OPTIONS, "at the end", *names))
+    for case in every_pair(
+        prediction_type=("epsilon", "v_prediction", "sample"),
+        beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"),
+        zero_snr=(False, True),
+    ):
+        yield diffusers_script(**case)
+    yield from map(diffusers_flow, ("flow", "sample"))
+    yield from map(of_today, trainers_of_today.CASES)
+
+
+CASES = list(_cases())
