@@ -64,7 +64,7 @@ def data():
         (Zeta(0.6, 0.8, 0), lambda x, eps, xi: (x - 0.6 * eps - 0.8 * xi).square()),
         (Zeta(0.5, 0, 0.75), lambda x, eps, xi: (x - 0.5 * eps).square() + 0.75),
     ],
-    ids=str,
+    ids=["expected", "fresh", "shared", "turned", "correlated", "half"],
 )
 def test_an_estimator_is_one_row(monkeypatch, data, kind, row, skip_term):
     """Eq. 13 on ε̂, at the weight that the trainer's own loss has: mse(output, target)."""
