@@ -191,7 +191,7 @@ def chosen_base(preset: str) -> str:
 def test_pages_are_ready_for_the_results_to_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("cifar10-16", "cifar10-16-flow")
+    names = ("cifar10-16",)
     known = {**records(), **{name: a_record_to_come(name) for name in names}}
     monkeypatch.setattr(committed, "records", lambda folder=None: known)
     committed.results.cache_clear()
