@@ -56,7 +56,7 @@ def test_compiles_without_a_graph_break(estimator, backend):
         (LINEAR, 99, T),
         pytest.param(FLOW, 0.1, torch.tensor([0.0, 0.05, 0.5, 1.0]), marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=["discrete", "continuous"],
 )
 def test_forward_compiles_with_its_model(schedule, skip, t):
     criterion, model = SkipStepLoss(schedule, skip), torch.nn.Linear(5, 5)
