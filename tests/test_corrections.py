@@ -79,6 +79,13 @@ def test_the_standard_ones_go_both_ways(schedule):
             assert correction.schedule is schedule
 
 
+def test_no_letter_stands_for_a_skip_and_for_a_strength():
+    assert [c.label(c.strengths[0]) for c in standard_corrections(LINEAR)] == [
+        *("gain k = -99", "epsilon scaling λ = 0.97"),
+        *("start noise times 0.9", "score rescaling r = 0.75"),
+    ]
+
+
 def test_the_skips_of_a_scan_and_those_between_are_integers_where_skips_are():
     assert SkipGain(NoiseSchedule.linear(20)).strengths == (-1, 1, 2, 3)
     assert SkipGain(FLOW).strengths[-1] == 0.2
@@ -104,6 +111,16 @@ def test_a_scaled_model_scales_the_noise(kind, schedule):
     model = ScaledModel(nn.Identity(), schedule, half, prediction_type=kind)
     scaled = epsilon_from_output(model.rescale(output, x_t, t), x_t, t, schedule, kind)
     torch.testing.assert_close(scaled, 0.5 * epsilon, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_pure_noise_stays_as_it_is(kind):
+    (output, x_t), t = normals(2, 2, 3), torch.tensor([999, 500])
+    model = ScaledModel(nn.Identity(), ZERO_SNR, half, prediction_type=kind)
+    scaled = model.rescale(output, x_t, t)
+    assert torch.equal(scaled[0], output[0])
+    assert scaled.isfinite().all()
+    assert not torch.equal(scaled[1], output[1])
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "score"])

@@ -121,6 +121,7 @@ def test_few_calls_until_the_arithmetic(kind, calls):
     assert len({name.partition(".")[0] for name in seen}) <= 7, seen
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile on a CPU needs a compiler")
 def test_compiled_it_moves_no_more_than_mse_loss():
     output, noise = (normal(*SHAPE, seed=seed).float() for seed in (0, 1))

@@ -374,15 +374,6 @@ def test_skips_on_a_path_turned_by_hand(name):
         same((found.c2, found.gain), (expected.c2, expected.gain), rtol=1e-12, atol=1e-12)
 
 
-def test_a_path_of_ones_own_is_in_its_own_clock():
-    path = ContinuousSchedule.from_alpha_sigma(lambda t: (t, 1 - t), data_at=1, min_time=0.2)
-    same(path.alpha_sigma(T), (T, 1 - T), rtol=1e-14, atol=0)
-    for rate, expected in zip(path.derivatives(T), (1.0, -1.0), strict=True):
-        assert rate.tolist() == [expected] * len(T)
-    with pytest.raises(ValueError, match=r"rises from t = 1 on.*say data_at=0"):
-        ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t), data_at=1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_skip_is_valid_to_the_rounding_of_one_minus_t(dtype):
     """float32's 0.98 leaves a little less than 0.02, and 1 - float32(0.3) more or less than 0.7."""
@@ -427,6 +418,8 @@ def test_what_says_and_what_refuses_data_at():
     for wrong in (2, True, "1", None):
         with pytest.raises(ValueError, match="data_at must be 0 or 1, the time at which the data"):
             ContinuousSchedule.flow(data_at=wrong)
+    with pytest.raises(ValueError, match=r"rises from t = 1 on.*say data_at=0"):
+        ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t), data_at=1)
     discrete = NoiseSchedule.linear(10)
     discrete.data_at = 1
     with pytest.raises(ValueError, match=r"data_at=1 is for continuous time.*flip\(0\)"):

@@ -133,14 +133,6 @@ def test_it_recommends_none_where_none_helps():
     assert result(model, noise) == (model, noise)
 
 
-def test_a_better_gain_within_the_noise_is_not_recommended():
-    # 9 is the truth, but it shrinks by 2 % only, which 40 samples cannot tell from nothing.
-    result = search_of(data=data_for(9), skips=[9], num_samples=40, seed=1).recommend()
-    assert result.best.strength == 9
-    assert result.best.high >= 0
-    assert not result.improves
-
-
 @pytest.mark.parametrize("skip", [-34, 124])
 def test_the_scan_goes_both_ways_and_refines(skip):
     # The coarse scan has -49, -19, 99, 149, …; what lies halfway is tried about the best of it.
@@ -808,6 +800,8 @@ def test_what_it_keeps_can_be_read_without_the_data(result):
     assert (values["searched"]["seed"], values["searched"]["data"]) == (0, [600, 3])
     kinds = [correction["type"] for correction in values["searched"]["corrections"]]
     assert kinds == ["SkipGain", "StartScaling", "ScoreRescaling"]
+    kept = {"type", "name", "strengths", "prediction_type", "tau", "max_c2"}
+    assert set(values["searched"]["corrections"][0]) == kept
     assert values["torch"] == torch.__version__
     assert values["recommended"] == [result.sampler, result.recommended.label]
     # With its schedule it does what the search's own does, options and all.

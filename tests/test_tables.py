@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2dm_loss import ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.tables import TimeTable
@@ -242,6 +243,13 @@ def test_what_is_moved_has_its_tables_ready_there(monkeypatch, make, tables):
     asked.clear()
     assert module.to("cpu").to("meta") is module
     assert asked == [torch.device("cpu")] * tables
+
+
+def test_no_fake_copy_is_kept():
+    table, t = TimeTable(lambda t: (t.double() / 4,), torch.arange(4)), torch.tensor([1, 3])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        table.at(t, torch.float16)
+    assert table.at(t, torch.float16).tolist() == [[0.25, 0.75]]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
