@@ -37,13 +37,15 @@ from tests.doubles import (
     score_sde_double,
     sd_scripts_double,
 )
+from tests.helpers import more_trainers, trainers
 from tests.helpers.guided_diffusion_parts import make_diffusion
 from tests.helpers.records import Probe
 from tests.helpers.released_loss import CASES as RELEASED
 from tests.helpers.released_loss import released_constant, released_tensor
 from tests.helpers.small import Network
-from tests.helpers.trainers import CASES, DDPM, SEED, ddim_betas
+from tests.helpers.trainers import DDPM, SEED, ddim_betas
 
+CASES = trainers.CASES + more_trainers.CASES
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -58,11 +60,12 @@ def test_the_swap(case):
 def test_tau_one_is_the_trainers_own_step(case):
     """With a network of ours: what it sees, its gradient, and both random streams after it."""
     runs = []
-    for tau, options in ((None, {}), (1.0, {"estimator": "shared"})):
+    options = {"estimator": "shared"} if case.options is None else {}
+    for tau, given in ((None, {}), (1.0, options)):
         model = Network(case.channels, dtype=case.dtype)
         torch.manual_seed(SEED)
         random.seed(SEED)
-        loss = case.loss(model, tau, **options)
+        loss = case.loss(model, tau, **given)
         gradients = torch.autograd.grad(loss.sum(), list(model.parameters()))
         runs.append((loss.detach(), gradients, model.seen))
         runs[-1] += (torch.get_rng_state(), random.getstate())

@@ -7,48 +7,46 @@ inputs, losses and gradients of our own runs, and no code. The doubles are held 
 our loss on today's trainers, also where there is no checkout.
 """
 
-from __future__ import annotations
-
+import itertools
 import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
-from tests.helpers import trainers_of_today
+from tests.doubles import k_diffusion_double
+from tests.helpers import trainers, trainers_of_today
+from tests.helpers.packages import k_diffusion_layers
 from tests.helpers.patches import TRAINERS
-from tests.helpers.upstream import root_of
+from tests.helpers.sd_scripts_parts import OPTIONS, step
 
 FILE = Path(__file__).parents[1] / "data" / "trainers.json"
 DATE = "2026-11-28"
 SMALL = {"IMAGES": (4, 1, 2, 2), "ACTIONS": (4, 4, 2)}
-Run = Callable[[nn.Module], Tensor]
 
 
 class Probe(nn.Module):
     """A network whose output is a leaf: a function of x_t and t that any torch computes alike."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        self.seen: dict[str, Tensor] = {}
+        self.seen = {}
 
-    def forward(self, x_t: Tensor, t: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, x_t, t, *_, **__):
         scale = 1 + t.detach().double().reshape(-1, *[1] * (x_t.ndim - 1)) % 7
         output = torch.sin(3 * x_t.detach().double() + scale).to(x_t.dtype).requires_grad_()
         self.seen = {"x_t": x_t.detach(), "t": t.detach(), "output": output}
         return output
 
 
-def summary(run: Run) -> dict[str, list[float]]:
+def summary(run):
     """What a trainer's own step sees and gives: of each sample its t, and sums over its values."""
     torch.manual_seed(0)
     random.seed(0)
@@ -65,144 +63,105 @@ def summary(run: Run) -> dict[str, list[float]]:
     return {name: rounded(part) for name, part in parts.items()}
 
 
-def rounded(values: Tensor) -> list[float]:
+def rounded(values):
     """Eight digits: what float32 has."""
     return [float(f"{value:.8g}") for value in values.detach().double().flatten().tolist()]
 
 
-def ddim(package: Any) -> Iterator[tuple[str, Run]]:
-    x0, noise = torch.randn(2, 6, 2, 3, 3, generator=torch.Generator().manual_seed(5)).unbind(0)
+def ddim(package):
+    x0, noise = torch.randn(2, 6, 2, 3, 3, generator=seeded()).unbind(0)
     t = torch.tensor([999, 3, 500, 0, 49, 48])
     for schedule in ("linear", "quad", "const", "jsd", "sigmoid"):
-        betas = package.get_beta_schedule(
-            schedule, beta_start=1e-4, beta_end=0.02, num_diffusion_timesteps=1000
-        )
-        b = torch.from_numpy(betas).float()
+        b = torch.from_numpy(trainers.ddim_betas(package, schedule, 1000)).float()
         for keepdim in (False, True):
-            arguments = (x0, t, noise, b, keepdim)
+            rest = (x0, t, noise, b, keepdim)
             name = f"{schedule}, keepdim={keepdim}"
-            yield name, lambda model, a=arguments: package.noise_estimation_loss(model, *a)
+            yield name, lambda model, rest=rest: package.noise_estimation_loss(model, *rest)
 
 
-def denoising_diffusion_pytorch(package: Any) -> Iterator[tuple[str, Run]]:
-    images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+def denoising_diffusion_pytorch(package):
+    images = torch.rand(6, 3, 4, 4, generator=seeded())
     times = torch.tensor([0, 48, 49, 300, 700, 999])
-    for objective in ("pred_noise", "pred_x0", "pred_v"):
-        for schedule in ("linear", "cosine", "sigmoid"):
-            for min_snr in (False, True):
-                options = {
-                    "objective": objective,
-                    "beta_schedule": schedule,
-                    "min_snr_loss_weight": min_snr,
-                    "offset_noise_strength": 0.1,
-                }
+    grid = itertools.product(trainers.OBJECTIVES, ("linear", "cosine", "sigmoid"), (False, True))
+    for objective, schedule, min_snr in grid:
 
-                def run(model: nn.Module, options: dict[str, Any] = options) -> Tensor:
-                    vars(model).update(channels=3, out_dim=3, self_condition=False)
-                    diffusion = package.GaussianDiffusion(model, image_size=4, **options)
-                    return diffusion(images, times=times, loss_reduction="none")
+        def run(model, options=(objective, schedule, min_snr)):
+            vars(model).update(channels=3, out_dim=3, self_condition=False)
+            names = ("objective", "beta_schedule", "min_snr_loss_weight")
+            more = dict(zip(names, options, strict=True))
+            given = {"image_size": 4, "offset_noise_strength": 0.1}
+            diffusion = package.GaussianDiffusion(model, **given, **more)
+            return diffusion(images, times=times, loss_reduction="none")
 
-                yield f"{objective}, {schedule}, min_snr={min_snr}", run
+        yield f"{objective}, {schedule}, min_snr={min_snr}", run
 
 
-def k_diffusion(package: Any) -> Iterator[tuple[str, Run]]:
-    x0, noise = torch.randn(2, 5, 2, 3, 3, generator=torch.Generator().manual_seed(5)).unbind(0)
+def k_diffusion(package):
+    x0, noise = torch.randn(2, 5, 2, 3, 3, generator=seeded()).unbind(0)
     sigma = torch.tensor([0.011, 0.3, 2.0, 11.0, 80.0])
-    for weighting in ("karras", "snr", "soft-min-snr"):
-        for sigma_data in (0.5, 1.0):
-            options = {"weighting": weighting, "sigma_data": sigma_data}
-            yield (
-                f"{weighting}, sigma_data={sigma_data}",
-                lambda model, options=options: package.Denoiser(model, **options).loss(
-                    x0, noise, sigma
-                ),
-            )
+    for weighting, sigma_data in itertools.product(("karras", "snr", "soft-min-snr"), (0.5, 1.0)):
+        options = {"weighting": weighting, "sigma_data": sigma_data}
+        yield (
+            f"{weighting}, sigma_data={sigma_data}",
+            lambda model, options=options: package.Denoiser(model, **options).loss(
+                x0, noise, sigma
+            ),
+        )
 
 
-def sd_scripts(package: Any) -> Iterator[tuple[str, Run]]:
-    from tests.helpers.sd_scripts_parts import OPTIONS, step
-
-    kind = package.NetworkTrainer
+def sd_scripts(kind):
     for name, options in OPTIONS.items():
         yield name, lambda model, options=options: step(kind(), kind, model, options)
 
 
-def score_sde(package: Any) -> Iterator[tuple[str, Run]]:
-    batch = torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(5))
+def score_sde(package):
+    batch = torch.randn(6, 2, 3, 3, generator=seeded())
     for kind in ("VPSDE", "subVPSDE", "VESDE"):
         sde = getattr(package, kind)()
         for continuous in (True, False) if kind != "subVPSDE" else (True,):
             for likelihood in (True, False):
-                arguments = (sde, True, True, continuous, likelihood)
+                rest = (sde, True, True, continuous, likelihood)
                 yield (
                     f"{kind}, continuous={continuous}, likelihood_weighting={likelihood}",
-                    lambda model, a=arguments: package.get_sde_loss_fn(*a)(model, batch),
+                    lambda model, rest=rest: package.get_sde_loss_fn(*rest)(model, batch),
                 )
         if kind != "subVPSDE":
-            name = "get_smld_loss_fn" if kind == "VESDE" else "get_ddpm_loss_fn"
+            make = getattr(package, trainers.DISCRETE[kind])
             yield (
-                f"{kind}, {name}",
-                lambda model, sde=sde, name=name: getattr(package, name)(sde, True)(model, batch),
+                f"{kind}, {trainers.DISCRETE[kind]}",
+                lambda model, sde=sde, make=make: make(sde, True)(model, batch),
             )
 
 
-def _real_ddim() -> Any:
-    from tests.helpers.ddim_checkout import load_ddim
-
-    return load_ddim(root_of("S2DM_DDIM_ROOT"))
-
-
-def _real_denoising_diffusion_pytorch() -> Any:
-    from tests.helpers.packages import denoising_diffusion_pytorch
-
-    return denoising_diffusion_pytorch()[0]
-
-
-def _real_k_diffusion() -> Any:
-    from tests.helpers.packages import k_diffusion_layers
-
-    return k_diffusion_layers()
-
-
-def _real_sd_scripts() -> Any:
-    from tests.helpers.sd_scripts_parts import load_sd_scripts
-
-    return load_sd_scripts("train_network")[0]
-
-
-def _real_score_sde() -> Any:
-    from tests.helpers.score_sde_checkout import load_score_sde
-
-    return load_score_sde(root_of("S2DM_SCORE_SDE_ROOT"))
+def seeded():
+    return torch.Generator().manual_seed(5)
 
 
 DOUBLED = {
-    "ddim": ("ermongroup/ddim", ddim, _real_ddim, "ddim_double"),
+    "ddim": ("ermongroup/ddim", ddim, trainers.DDIM),
     "denoising-diffusion-pytorch": (
         "lucidrains/denoising-diffusion-pytorch",
         denoising_diffusion_pytorch,
-        _real_denoising_diffusion_pytorch,
-        "denoising_diffusion_pytorch_double",
+        trainers.LUCID,
     ),
-    "k-diffusion": ("crowsonkb/k-diffusion", k_diffusion, _real_k_diffusion, "k_diffusion_double"),
-    "sd-scripts": ("kohya-ss/sd-scripts", sd_scripts, _real_sd_scripts, "sd_scripts_double"),
-    "score_sde_pytorch": (
-        "yang-song/score_sde_pytorch",
-        score_sde,
-        _real_score_sde,
-        "score_sde_double",
+    "k-diffusion": (
+        "crowsonkb/k-diffusion",
+        k_diffusion,
+        trainers.of_each("k-diffusion", k_diffusion_layers, k_diffusion_double),
     ),
+    "sd-scripts": ("kohya-ss/sd-scripts", sd_scripts, list(trainers.SD_SCRIPTS.items())),
+    "score_sde_pytorch": ("yang-song/score_sde_pytorch", score_sde, trainers.SCORE_SDE),
 }
-"""Of each trainer that has a double: its repository, its cases, its real code and the double."""
+"""Of each trainer that has a double: its repository, its cases, and the double and its own code."""
 
 
-def of_today(case: trainers_of_today.Case) -> dict[str, Any]:
+def of_today(case):
     """Everything that one of today's trainers compares, and what comes of it, in small."""
     sizes = {name: getattr(trainers_of_today, name) for name in SMALL}
     vars(trainers_of_today).update(SMALL)
     try:
         torch.manual_seed(0)
-        seen: dict[str, Tensor] = {}
+        seen = {}
         loss = case.loss(trainers_of_today.source_of(*case.file), Probe(), seen, **case.options)
     finally:
         vars(trainers_of_today).update(sizes)
@@ -214,7 +173,7 @@ def of_today(case: trainers_of_today.Case) -> dict[str, Any]:
     return {"shape": list(gradient.shape), "loss": rounded(loss)[0], **values}
 
 
-def commits() -> dict[str, tuple[str, str]]:
+def commits():
     """Repository and commit of each trainer on record."""
     known = {name: (each.repository, each.commit) for name, each in TRAINERS.items()}
     pins = (FILE.parents[2] / ".ci" / "trainers.txt").read_text(encoding="utf-8").splitlines()
@@ -224,46 +183,41 @@ def commits() -> dict[str, tuple[str, str]]:
     }
 
 
-def criterion_of(case: trainers_of_today.Case, tau: float) -> Any:
+def criterion_of(case, tau):
     """The loss that a trainer's patch makes, for what this case trains."""
-    options, made, predicts = case.options, trainers_of_today.made, "velocity"
+    today, options, predicts = trainers_of_today, case.options, "velocity"
+    names = {}
     if "prediction_type" in options:
-        scheduler = trainers_of_today.policy_scheduler(options["prediction_type"])
-        names = {"noise_scheduler": scheduler, "config": SimpleNamespace(**options)}
-        return made(*case.file, tau, **names)
-    if case.file == trainers_of_today.REPA:
-        linear, half_pi = options["path_type"] == "linear", math.pi / 2
-        return made(
-            *case.file,
-            tau,
-            interpolant=lambda t: (
-                (1 - t, t) if linear else (torch.cos(half_pi * t), torch.sin(half_pi * t))
-            ),
-        )
-    if case.file == trainers_of_today.SIT:
-        return made(
-            *case.file,
-            tau,
-            PathType=SimpleNamespace(LINEAR="LINEAR", GVP="GVP", VP="VP"),
-            path_type=options["path_type"],
-            model_type=SimpleNamespace(name=options["model_type"]),
-            th=torch,
-        )
-    if case.file == trainers_of_today.FLOW_MATCHING:
-        path = trainers_of_today.SCHEDULERS[options["scheduler"]]
+        names = {"noise_scheduler": today.policy_scheduler(options["prediction_type"])}
+        names["config"] = SimpleNamespace(**options)
+    elif case.file == today.REPA:
+        angle = math.pi / 2
+        names["interpolant"] = {
+            "linear": lambda t: (1 - t, t),
+            "cosine": lambda t: (torch.cos(angle * t), torch.sin(angle * t)),
+        }[options["path_type"]]
+    elif case.file == today.SIT:
+        names = {
+            "PathType": SimpleNamespace(LINEAR="LINEAR", GVP="GVP", VP="VP"),
+            "path_type": options["path_type"],
+            "model_type": SimpleNamespace(name=options["model_type"]),
+            "th": torch,
+        }
+    elif case.file == today.FLOW_MATCHING:
+        path = today.SCHEDULERS[options["scheduler"]]
         schedule = ContinuousSchedule.from_alpha_sigma(path, data_at=1, min_time=1e-5)
-    elif case.file == trainers_of_today.TORCHCFM:
+    elif case.file == today.TORCHCFM:
         schedule = ContinuousSchedule.flow(data_at=1)
-    elif "kind" in options and case.file[0] == "sd-scripts":
+    elif case.file[0] == "sd-scripts":
         schedule = ContinuousSchedule.flow()
-        predicts = "flow" if options["kind"] == trainers_of_today.KOHYA_FLUX else "sample"
-    else:
-        return made(*case.file, tau)
+        predicts = "flow" if case.file == today.KOHYA_FLUX else "sample"
+    if case.file[0] not in ("flow_matching", "conditional-flow-matching", "sd-scripts"):
+        return today.made(*case.file, tau, **names)
     skips = SkipSet.for_sampling_steps(20)
     return SkipStepLoss(schedule, skips, tau=tau, prediction_type=predicts)
 
 
-def ours(case: trainers_of_today.Case, tau: float) -> tuple[float, Tensor]:
+def ours(case, tau):
     """Our loss on what the trainer compared, and its gradient."""
     record = read()[case.file[0]]["losses"][case.name]
     names = ("output", "target", "x_t", "weight")
@@ -279,16 +233,16 @@ def ours(case: trainers_of_today.Case, tau: float) -> tuple[float, Tensor]:
     return loss.item(), torch.autograd.grad(loss, output)[0]
 
 
-def ratios(case: trainers_of_today.Case) -> Tensor:
+def ratios(case):
     """Each sample's gradient at τ = 0.99 next to the trainer's own."""
     gradients = [ours(case, tau)[1].flatten(1).norm(dim=1) for tau in (0.99, 1.0)]
     return gradients[0] / gradients[1]
 
 
-def table(trainers: list[str]) -> list[tuple[str, str, int, float, float]]:
+def table(names):
     """What a page of docs/adapters says of these trainers: commit, losses, least and most ratio."""
     rows = []
-    for trainer in trainers:
+    for trainer in names:
         cases = [case for case in trainers_of_today.CASES if case.file[0] == trainer]
         values = torch.cat([ratios(case) for case in cases])
         commit = TRAINERS[trainer].commit[:7]
@@ -297,22 +251,22 @@ def table(trainers: list[str]) -> list[tuple[str, str, int, float, float]]:
 
 
 @lru_cache(maxsize=1)
-def read() -> dict[str, Any]:
+def read():
     return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
 
 
-def main() -> None:
+def main():
     """Write the records again, those whose trainers are at hand."""
-    records: dict[str, Any] = read()
+    records = read()
     whence = commits()
 
-    def keep(trainer: str, part: str, cases: dict[str, Any]) -> None:
+    def keep(trainer, part, cases):
         repository, commit = whence[trainer]
         record = records.setdefault(trainer, {})
         record |= {"repository": repository, "commit": commit, "date": DATE, part: cases}
 
-    for trainer, (_, cases, real, _) in DOUBLED.items():
-        keep(trainer, "steps", {name: summary(run) for name, run in cases(real())})
+    for trainer, (_, cases, which) in DOUBLED.items():
+        keep(trainer, "steps", {name: summary(run) for name, run in cases(which[1][1]())})
     for trainer in dict.fromkeys(case.file[0] for case in trainers_of_today.CASES):
         ours = [case for case in trainers_of_today.CASES if case.file[0] == trainer]
         keep(trainer, "losses", {case.name: of_today(case) for case in ours})

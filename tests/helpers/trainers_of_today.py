@@ -13,7 +13,7 @@ import math
 import random
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,27 +35,26 @@ from tests.helpers.patches import TRAINERS, patch_of
 from tests.helpers.upstream import root_of, stubs
 from tests.test_docs_blocks import blocks_of
 
-Loss = Callable[[str, Callable[..., Tensor], dict[str, Tensor]], Tensor]
 IMAGES, ACTIONS = (8, 4, 8, 8), (8, 6, 4)
 
 
 class Anything:
     """Settings that are off unless said."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings):
         vars(self).update(settings)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return None
+        return
 
 
-def source_of(trainer: str, path: str) -> str:
+def source_of(trainer, path):
     return (root_of(TRAINERS[trainer].variable) / path).read_text(encoding="utf-8")
 
 
-def taken(source: str, name: str, namespace: dict[str, Any]) -> Any:
+def taken(source, name, namespace):
     """A function or class of a source, by its name or as `Class.name`, defined in a namespace."""
     within, _, name = name.rpartition(".")
     places = _nodes(source)
@@ -71,11 +70,11 @@ def taken(source: str, name: str, namespace: dict[str, Any]) -> Any:
 
 
 @lru_cache(maxsize=32)
-def _nodes(source: str) -> list[ast.AST]:
+def _nodes(source):
     return list(ast.walk(ast.parse(source)))
 
 
-def maker(trainer: str, path: str) -> str:
+def maker(trainer, path):
     """The lines of a patch that make the loss."""
     for hunk in patch_of(trainer, path).hunks:
         added = [line[1:] for line in hunk if line[0] == "+"]
@@ -84,7 +83,7 @@ def maker(trainer: str, path: str) -> str:
     raise LookupError(f"{path} makes no loss")
 
 
-def made(trainer: str, path: str, tau: float, **names: Any) -> SkipStepLoss | SkipLoss:
+def made(trainer, path, tau, **names):
     """The loss that a patch makes, at this τ."""
     owner = SimpleNamespace(**names)
     namespace = {
@@ -100,8 +99,35 @@ def made(trainer: str, path: str, tau: float, **names: Any) -> SkipStepLoss | Sk
     return namespace.get("SKIP_LOSS") or owner.skip_loss
 
 
-def watched(model: Callable[..., Tensor], seen: dict[str, Tensor]) -> Callable[..., Tensor]:
-    def call(x_t: Tensor, t: Tensor) -> Tensor:
+def names_of(file, tau, **names):
+    """What a trainer's module has at hand, and the loss that its patch makes at this τ."""
+    return {"F": F, "torch": torch, "SKIP_LOSS": tau is not None and made(*file, tau), **names}
+
+
+def bound(source, owner, methods, namespace, trainer):
+    """Methods of a class of the source, on a trainer of ours."""
+    for name in methods:
+        function = taken(source, f"{owner}.{name}", namespace)
+        setattr(trainer, name, types.MethodType(function, trainer))
+    return trainer
+
+
+def straight():
+    """Latents and noise, and x_t between them at σ."""
+    latents, noise = torch.randn(2, *IMAGES).unbind(0)
+    sigmas = torch.rand(len(latents)).reshape(-1, 1, 1, 1)
+    return latents, noise, sigmas, (1 - sigmas) * latents + sigmas * noise
+
+
+def drawn_again(state, draw):
+    """What came first from a state of the random stream, which stays where it is."""
+    with torch.random.fork_rng():
+        torch.set_rng_state(state)
+        return draw()
+
+
+def watched(model, seen):
+    def call(x_t, t):
         seen.update(x_t=x_t.detach().clone(), t=t.detach().clone())
         seen["output"] = model(x_t, t)
         return seen["output"]
@@ -123,89 +149,49 @@ POLICY_LOWDIM, POLICY_IMAGE = (
 )
 
 
-def musubi_tuner(
-    source: str,
-    model: Callable[..., Tensor],
-    seen: dict[str, Tensor],
-    tau: float | None = None,
-    sampling: str = "shift",
-    scheme: str = "none",
-) -> Tensor:
+def musubi_tuner(source, model, seen, tau=None, sampling="shift"):
     """`process_batch`: the draw of t, the call and the loss."""
-    times: dict[str, Any] = {"torch": torch, "math": math}
+    times = {"torch": torch, "math": math}
     text = source_of(MUSUBI[0], "src/musubi_tuner/training/timesteps.py")
-    for name in (
-        "compute_density_for_timestep_sampling",
-        "get_sigmas",
-        "compute_loss_weighting_for_sd3",
-    ):
+    sampled = ("compute_density_for_timestep_sampling", "get_sigmas")
+    for name in (*sampled, "compute_loss_weighting_for_sd3"):
         taken(text, name, times)
-    namespace = {**times, "SKIP_LOSS": tau is not None and made(*MUSUBI, tau)}
     methods = ("process_batch", "compute_loss", "get_noisy_model_input_and_timesteps")
-    trainer = Anything()
-    for name in methods:
-        function = taken(source, f"NetworkTrainer.{name}", namespace)
-        setattr(trainer, name, types.MethodType(function, trainer))
+    namespace = names_of(MUSUBI, tau, **times)
+    trainer = bound(source, "NetworkTrainer", methods, namespace, Anything())
     latents, noise = torch.randn(2, *IMAGES).unbind(0)
 
-    def call_dit(
-        args: Any, accelerator: Any, dit: Any, latents: Any, batch: Any, noise: Any, *more: Any
-    ) -> Any:
-        x_t, timesteps, _ = more
+    def call_dit(args, accelerator, dit, latents, batch, noise, x_t, timesteps, _):
         # The network is called with timesteps / 1000 in some architectures, past 1 by 0.001.
         return SimpleNamespace(pred=dit(x_t, timesteps), target=noise - latents)
 
     trainer.call_dit = call_dit
     settings = Anything(
         timestep_sampling=sampling,
-        weighting_scheme=scheme,
+        weighting_scheme="none",
         discrete_flow_shift=3.0,
         sigmoid_scale=1.0,
-        logit_mean=0.0,
-        logit_std=1.0,
-        mode_scale=1.29,
     )
     scheduler = SimpleNamespace(sigmas=torch.linspace(1, 0.001, 1000))
     scheduler.timesteps = scheduler.sigmas * 1000
     scheduler.config = SimpleNamespace(num_train_timesteps=1000)
-    loss, _ = trainer.process_batch(
-        settings,
-        SimpleNamespace(device="cpu"),
-        watched(model, seen),
-        None,
-        {"timesteps": None},
-        latents,
-        noise,
-        scheduler,
-        torch.float32,
-        torch.float32,
-        None,
-        0,
-    )
+    dit, given = watched(model, seen), {"timesteps": None}
+    rest = scheduler, torch.float32, torch.float32, None, 0
+    accelerator = SimpleNamespace(device="cpu")
+    loss, _ = trainer.process_batch(settings, accelerator, dit, None, given, latents, noise, *rest)
     sigmas = seen["t"] / 1000 if sampling == "sigma" else (seen["t"] - 1) / 1000
     seen.update(t=sigmas.clamp(0, 1), target=noise - latents)
     return loss
 
 
-def ai_toolkit(
-    source: str,
-    model: Callable[..., Tensor],
-    seen: dict[str, Tensor],
-    tau: float | None = None,
-    masked: bool = False,
-) -> Tensor:
+def ai_toolkit(source, model, seen, tau=None, masked=False):
     """`calculate_loss`, given a prediction and all that it was made of."""
-    namespace = {
-        "F": torch.functional,
-        "SKIP_LOSS": tau is not None and made(*AI_TOOLKIT, tau),
-        "get_torch_dtype": lambda _: torch.float32,
-        "torch": torch,
-    }
+    namespace = names_of(
+        AI_TOOLKIT, tau, F=torch.functional, get_torch_dtype=lambda _: torch.float32
+    )
     function = taken(source, "SDTrainer.calculate_loss", namespace)
-    latents, noise = torch.randn(2, *IMAGES).unbind(0)
-    timesteps = 1000 * torch.rand(len(latents))
-    t = (timesteps / 1000).reshape(-1, 1, 1, 1)
-    x_t = (1 - t) * latents + t * noise
+    latents, noise, sigmas, x_t = straight()
+    timesteps = 1000 * sigmas.flatten()
     trainer = Anything(
         train_config=Anything(pred_scaler=1.0, target_noise_multiplier=1.0, loss_type="mse"),
         sd=SimpleNamespace(
@@ -220,50 +206,24 @@ def ai_toolkit(
         loss_multiplier_list=[1.0] * len(latents),
     )
     mask = torch.rand(len(latents), 1, *latents.shape[2:]) if masked else torch.ones(1, 1, 1, 1)
-    loss = function(
-        trainer,
-        watched(model, seen)(x_t, timesteps),
-        noise,
-        x_t,
-        timesteps,
-        batch,
-        mask_multiplier=mask,
-    )
+    output = watched(model, seen)(x_t, timesteps)
+    loss = function(trainer, output, noise, x_t, timesteps, batch, mask_multiplier=mask)
     seen.update(t=timesteps / 1000, target=noise - latents, weight=mask.expand(latents.shape))
     return loss
 
 
-def simple_tuner(
-    source: str,
-    model: Callable[..., Tensor],
-    seen: dict[str, Tensor],
-    tau: float | None = None,
-    direction: float = 1.0,
-) -> Tensor:
+def simple_tuner(source, model, seen, tau=None):
     """`loss` of the foundation that all its flow models extend."""
-    namespace: dict[str, Any] = {
-        "Enum": Enum,
-        "F": F,
-        "SKIP_LOSS": tau is not None and made(*SIMPLE_TUNER, tau),
-        "random": random,
-        "torch": torch,
-    }
+    namespace = names_of(SIMPLE_TUNER, tau, Enum=Enum, random=random)
     types_ = taken(source, "PredictionTypes", namespace)
     foundation = Anything(config=Anything(loss_type="l2"), PREDICTION_TYPE=types_.FLOW_MATCHING)
-    for name in (
-        "loss",
-        "get_prediction_target",
-        "get_flow_matching_target",
-        "flow_matching_target",
-        "noiseward_flow_to_prediction",
-        "prediction_to_noiseward_flow",
-    ):
-        function = taken(source, f"ModelFoundation.{name}", namespace)
-        setattr(foundation, name, types.MethodType(function, foundation))
-    foundation.flow_matching_target_direction = lambda: direction
-    latents, noise = torch.randn(2, *IMAGES).unbind(0)
-    sigmas = torch.rand(len(latents)).reshape(-1, 1, 1, 1)
-    x_t = (1 - sigmas) * latents + sigmas * noise
+    methods = (
+        *("loss", "get_prediction_target", "get_flow_matching_target", "flow_matching_target"),
+        *("noiseward_flow_to_prediction", "prediction_to_noiseward_flow"),
+    )
+    bound(source, "ModelFoundation", methods, namespace, foundation)
+    foundation.flow_matching_target_direction = lambda: 1.0
+    latents, noise, sigmas, x_t = straight()
     batch = {
         "latents": latents,
         "noise": noise,
@@ -276,51 +236,34 @@ def simple_tuner(
     return foundation.loss(batch, {"model_prediction": output})
 
 
-def kohya(
-    source: str,
-    model: Callable[..., Tensor],
-    seen: dict[str, Tensor],
-    tau: float | None = None,
-    kind: tuple[str, str] = KOHYA_FLUX,
-    prediction: str = "raw",
-    scheme: str = "none",
-) -> Tensor:
+def kohya(source, model, seen, tau=None, kind=KOHYA_FLUX, scheme="none"):
     """`get_noise_pred_and_target`, and the loss lines of `process_batch` for it.
 
     The patch wraps the trainer; here one with this function alone.
     """
     flux = kind == KOHYA_FLUX
-    helpers: dict[str, Any] = {"torch": torch, "math": math, "einops": einops}
-    library = {
-        name: source_of("sd-scripts", f"library/{name}.py")
-        for name in ("flux_train_utils", "flux_utils", "sd3_train_utils")
-    }
+    helpers = {"torch": torch, "math": math, "einops": einops}
     parts = SimpleNamespace()
     names = {
-        "flux_utils": ("prepare_img_ids", "unpack_latents", "pack_latents"),
-        "sd3_train_utils": (
+        "flux_utils": ["prepare_img_ids", "unpack_latents", "pack_latents"],
+        "sd3_train_utils": [
             "compute_density_for_timestep_sampling",
             "compute_loss_weighting_for_sd3",
-            *(() if flux else ("get_noisy_model_input_and_timesteps",)),
-        ),
-        "flux_train_utils": (
-            "get_lin_function",
-            "apply_model_prediction_type",
-            *(("get_noisy_model_input_and_timesteps",) if flux else ()),
-        ),
+        ],
+        "flux_train_utils": ["get_lin_function", "apply_model_prediction_type"],
     }
+    names["flux_train_utils" if flux else "sd3_train_utils"].append(
+        "get_noisy_model_input_and_timesteps"
+    )
     for name, wanted in names.items():
+        library = source_of("sd-scripts", f"library/{name}.py")
         for each in wanted:
-            setattr(parts, each, taken(library[name], each, helpers))
+            setattr(parts, each, taken(library, each, helpers))
+    encodings = SimpleNamespace(concat_encodings=lambda *_: (None, None))
+    strategy = SimpleNamespace(get_strategy=lambda: encodings)
     namespace = {
-        "flux_train_utils": parts,
-        "flux_utils": parts,
-        "sd3_train_utils": parts,
-        "strategy_base": SimpleNamespace(
-            TextEncodingStrategy=SimpleNamespace(
-                get_strategy=lambda: SimpleNamespace(concat_encodings=lambda *_: (None, None))
-            )
-        ),
+        **dict.fromkeys(names, parts),
+        "strategy_base": SimpleNamespace(TextEncodingStrategy=strategy),
         "torch": torch,
     }
     owner = "FluxNetworkTrainer" if flux else "Sd3NetworkTrainer"
@@ -337,10 +280,10 @@ def kohya(
     height, width = latents.shape[2] // 2, latents.shape[3] // 2
 
     class Unet:
-        def get_mod_vectors(self, **_: Any) -> None:
+        def get_mod_vectors(self, **_):
             return None
 
-        def __call__(self, *args: Tensor, **kwargs: Any) -> Tensor:
+        def __call__(self, *args, **kwargs):
             if not flux:
                 return call(*args)
             x_t = parts.unpack_latents(kwargs["img"], height, width)
@@ -353,7 +296,7 @@ def kohya(
         sigmoid_scale=1.0,
         training_shift=3.0,
         guidance_scale=1.0,
-        model_prediction_type=prediction,
+        model_prediction_type="raw",
         weighting_scheme=scheme,
         logit_mean=0.0,
         logit_std=1.0,
@@ -364,23 +307,10 @@ def kohya(
     if tau is not None:
         trainer = skip_step(trainer, SkipSet.for_sampling_steps(20), tau=tau)
         trainer.get_noise_scheduler(settings, "cpu")
-    output, target, timesteps, weighting = trainer.get_noise_pred_and_target(
-        settings,
-        accelerator,
-        scheduler,
-        latents,
-        {},
-        (None,) * (4 if flux else 6),
-        Unet(),
-        None,
-        torch.float32,
-        True,
-        is_train=True,
-    )
-    after = torch.get_rng_state()
-    torch.set_rng_state(before)
-    noise = torch.randn_like(latents)  # the function's first draw
-    torch.set_rng_state(after)
+    conds, rest = (None,) * (4 if flux else 6), (Unet(), None, torch.float32, True)
+    given = (settings, accelerator, scheduler, latents, {}, conds, *rest)
+    output, target, timesteps, weighting = trainer.get_noise_pred_and_target(*given, is_train=True)
+    noise = drawn_again(before, lambda: torch.randn_like(latents))
     loss = F.mse_loss(output.float(), target.float(), reduction="none")
     if weighting is not None:
         loss = loss * weighting
@@ -392,14 +322,7 @@ def kohya(
     return loss.mean([1, 2, 3]).mean()
 
 
-def lerobot_diffusion(
-    source: str,
-    model: Callable[..., Tensor],
-    seen: dict[str, Tensor],
-    tau: float | None = None,
-    prediction_type: str = "epsilon",
-    masked: bool = False,
-) -> Tensor:
+def lerobot_diffusion(source, model, seen, tau=None, prediction_type="epsilon", masked=False):
     """`compute_loss` of the diffusion policy, on its own scheduler: T = 100, cosine."""
     names = ("ACTION", "OBS_STATE", "OBS_IMAGES", "OBS_ENV_STATE")
     namespace = {"F": F, "torch": torch, **dict(zip(names, names, strict=True)), "ACTION": "action"}
@@ -430,8 +353,7 @@ def lerobot_diffusion(
         "action_is_pad": is_pad,
     }
     loss = function(policy, batch)
-    torch.set_rng_state(state)
-    noise = torch.randn(ACTIONS)
+    noise = drawn_again(state, lambda: torch.randn(ACTIONS))
     seen.update(target=noise if prediction_type == "epsilon" else actions)
     if masked:
         weight = (~is_pad).float()[..., None].expand(ACTIONS)
@@ -439,7 +361,7 @@ def lerobot_diffusion(
     return loss
 
 
-def policy_scheduler(prediction_type: str) -> Any:
+def policy_scheduler(prediction_type):
     return make_scheduler(
         num_train_timesteps=100,
         beta_schedule="squaredcos_cap_v2",
@@ -447,21 +369,10 @@ def policy_scheduler(prediction_type: str) -> Any:
     )
 
 
-def vla(
-    source: str,
-    model: Callable[..., Tensor],
-    seen: dict[str, Tensor],
-    tau: float | None = None,
-    kind: tuple[str, str] = SMOLVLA,
-) -> Tensor:
+def vla(source, model, seen, tau=None, kind=SMOLVLA):
     """`forward` of π0's and SmolVLA's flow-matching model; the network is ours."""
-    namespace = {
-        "F": F,
-        "SKIP_LOSS": tau is not None and made(*kind, tau),
-        "make_att_2d_masks": lambda *_: None,
-        "prepare_attention_masks_4d": lambda _: None,
-        "torch": torch,
-    }
+    masks = dict.fromkeys(("make_att_2d_masks", "prepare_attention_masks_4d"), lambda *_: None)
+    namespace = names_of(kind, tau, **masks)
     owner = "VLAFlowMatching" if kind == SMOLVLA else "PI0Pytorch"
     function = taken(source, f"{owner}.forward", namespace)
     actions, noise = torch.randn(2, *ACTIONS).unbind(0)
@@ -469,12 +380,12 @@ def vla(
     mask = torch.ones(len(actions), ACTIONS[1])
     call = watched(model, seen)
 
-    def embed_suffix(*inputs: Any) -> Any:
+    def embed_suffix(*inputs):
         x_t, t = inputs[-2:]
         more = () if kind == SMOLVLA else (None,)
         return (call(x_t, t), mask, mask, *more)
 
-    def forward(inputs_embeds: Any, **_: Any) -> Any:
+    def forward(inputs_embeds, **_):
         return (None, inputs_embeds[1]), None
 
     layer = SimpleNamespace(
@@ -496,14 +407,7 @@ def vla(
     return each.mean()
 
 
-def diffusion_policy(
-    source: str,
-    model: Callable[..., Tensor],
-    seen: dict[str, Tensor],
-    tau: float | None = None,
-    kind: tuple[str, str] = POLICY_LOWDIM,
-    prediction_type: str = "epsilon",
-) -> Tensor:
+def diffusion_policy(source, model, seen, tau=None, kind=POLICY_LOWDIM, prediction_type="epsilon"):
     """`compute_loss` of diffusion_policy, with observations inpainted: their part is masked."""
     namespace = {"F": F, "reduce": einops.reduce, "torch": torch}
     namespace["dict_apply"] = lambda data, function: {k: function(v) for k, v in data.items()}
@@ -519,7 +423,7 @@ def diffusion_policy(
     class Normalizer:
         normalize = staticmethod(lambda data: data)
 
-        def __getitem__(self, _: str) -> Any:
+        def __getitem__(self, _):
             return self
 
     policy = Anything(
@@ -535,8 +439,8 @@ def diffusion_policy(
     state = torch.get_rng_state()
     batch = {"action": actions, "obs": observed if lowdim else {"state": observed}}
     loss = function(policy, batch)
-    torch.set_rng_state(state)
-    noise, whole = torch.randn(ACTIONS), torch.cat([actions, observed], dim=-1)
+    noise = drawn_again(state, lambda: torch.randn(ACTIONS))
+    whole = torch.cat([actions, observed], dim=-1)
     seen.update(target=noise if prediction_type == "epsilon" else whole, weight=(~mask).float())
     return loss
 
@@ -544,15 +448,7 @@ def diffusion_policy(
 SIT, REPA = ("SiT", "transport/transport.py"), ("REPA", "loss.py")
 
 
-def sit(
-    source: str,
-    model: Callable[..., Tensor],
-    seen: dict[str, Tensor],
-    tau: float | None = None,
-    path_type: str = "LINEAR",
-    model_type: str = "VELOCITY",
-    loss_type: str = "NONE",
-) -> Tensor:
+def sit(source, model, seen, tau=None, path_type="LINEAR", model_type="VELOCITY"):
     """`Transport.training_losses`."""
     root = root_of("S2DM_SIT_ROOT")
     package = types.ModuleType("transport")
@@ -570,16 +466,13 @@ def sit(
     transport = module.Transport(
         model_type=module.ModelType[model_type],
         path_type=module.PathType[path_type],
-        loss_type=module.WeightType[loss_type],
+        loss_type=module.WeightType["NONE"],
         train_eps=away,
         sample_eps=away,
     )
     x1, before = torch.randn(IMAGES), torch.get_rng_state()
     loss = transport.training_losses(watched(model, seen), x1)["loss"].mean()
-    after = torch.get_rng_state()
-    torch.set_rng_state(before)
-    x0 = torch.randn_like(x1)
-    torch.set_rng_state(after)
+    x0 = drawn_again(before, lambda: torch.randn_like(x1))
     plan = transport.path_sampler
     t, _, ut = plan.plan(seen["t"], x0, x1)
     sigma = plan.compute_sigma_t(t.reshape(-1, 1, 1, 1))[0]
@@ -590,15 +483,9 @@ def sit(
     return loss
 
 
-def repa(
-    source: str,
-    model: Callable[..., Tensor],
-    seen: dict[str, Tensor],
-    tau: float | None = None,
-    path_type: str = "linear",
-) -> Tensor:
+def repa(source, model, seen, tau=None, path_type="linear"):
     """`SILoss`: its denoising loss; the projection loss is another term."""
-    namespace: dict[str, Any] = {}
+    namespace = {}
     exec(compile(source, "loss.py", "exec"), namespace)  # noqa: S102
     if tau is not None:
         namespace["SkipStepLoss"] = partial(SkipStepLoss, tau=tau)
@@ -606,7 +493,7 @@ def repa(
     images, before = torch.randn(IMAGES), torch.get_rng_state()
     features = [torch.ones(len(images), 3, 5)]
 
-    def network(x_t: Tensor, t: Tensor) -> Any:
+    def network(x_t, t):
         return watched(model, seen)(x_t, t), features
 
     denoising, _ = loss(network, images, zs=features)
@@ -632,34 +519,26 @@ SCHEDULERS = {
 """flow_matching's schedulers, in our words: α and σ, with data at t = 1."""
 
 
-def page_blocks(requires: str) -> dict[str, Any]:
+def page_blocks(requires):
     """The names of docs/adapters/flow.md's blocks, those that need this package among them."""
-    namespace: dict[str, Any] = {}
+    namespace = {}
     for line, needs, code in blocks_of(PAGES / "flow.md"):
         if needs in (None, requires):
             exec(compile("\n" * line + code, "flow.md", "exec"), namespace)  # noqa: S102
     return namespace
 
 
-@contextlib.contextmanager
-def torchcfm_at_hand() -> Iterator[None]:
-    package = types.ModuleType("torchcfm")
-    package.__path__ = [str(root_of("S2DM_TORCHCFM_ROOT") / "torchcfm")]
-    with checkout_on_path(root_of("S2DM_TORCHCFM_ROOT"), {"torchcfm": package, **stubs("ot")}):
-        yield
-
-
-def torchcfm(
-    source: str, model: Callable[..., Tensor], seen: dict[str, Tensor], tau: float | None = None
-) -> Tensor:
+def torchcfm(source, model, seen, tau=None):
     """The loop of the library's examples, and the page's."""
-    with torchcfm_at_hand():
+    package, root = types.ModuleType("torchcfm"), root_of("S2DM_TORCHCFM_ROOT")
+    package.__path__ = [str(root / "torchcfm")]
+    with checkout_on_path(root, {"torchcfm": package, **stubs("ot")}):
         page = page_blocks("torchcfm")
     x0, x1 = torch.randn(2, *IMAGES).unbind(0)
     before = torch.get_rng_state()
     call = watched(model, seen)
 
-    def network(t: Tensor, x_t: Tensor) -> Tensor:
+    def network(t, x_t):
         return call(x_t, t)
 
     t, xt, ut = page["matcher"].sample_location_and_conditional_flow(x0, x1)
@@ -673,13 +552,7 @@ def torchcfm(
     return (network(t, xt) - ut).square().mean()
 
 
-def flow_matching(
-    source: str,
-    model: Callable[..., Tensor],
-    seen: dict[str, Tensor],
-    tau: float | None = None,
-    scheduler: str = "CondOTScheduler",
-) -> Tensor:
+def flow_matching(source, model, seen, tau=None, scheduler="CondOTScheduler"):
     """The loop of the library's image example, and the page's."""
     with checkout_on_path(root_of("S2DM_FLOW_MATCHING_ROOT"), stubs("torchdiffeq")):
         page = page_blocks("flow_matching")
@@ -706,12 +579,12 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
     @property
-    def name(self) -> str:
+    def name(self):
         label = f"{self.file[0]} {Path(self.file[1]).stem}"
         return " ".join([label, *(f"{k}={v}" for k, v in self.options.items() if k != "kind")])
 
 
-def _cases() -> list[Case]:
+def _cases():
     cases = [Case(REPA, repa, {"path_type": kind}) for kind in ("linear", "cosine")]
     for path_type in ("LINEAR", "GVP", "VP"):
         for model_type in ("VELOCITY", "NOISE", "SCORE"):
