@@ -54,7 +54,10 @@ def trainers(session: nox.Session) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     session.install("--no-deps", "--target", str(folder), "-r", ".ci/trainers.txt")
     names = ("S2DM_K_DIFFUSION_ROOT", "S2DM_DENOISING_DIFFUSION_PYTORCH_ROOT")
-    files = ("k_diffusion", "records", "weighting_trainers", "adapter_denoising_diffusion_pytorch")
+    files = (
+        *("adapters", "k_diffusion", "records", "weighting_trainers"),
+        "adapter_denoising_diffusion_pytorch",
+    )
     session.run(
         "pytest",
         *("-n", "auto", *ALL),

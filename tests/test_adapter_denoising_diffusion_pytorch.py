@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from s2dm_loss.adapters.denoising_diffusion_pytorch import _ATTRIBUTES, skip_step
 from tests.doubles import denoising_diffusion_pytorch_double as double
-from tests.helpers.packages import denoising_diffusion_pytorch
 from tests.helpers.small import Network, digits
 from tests.helpers.trainers import LUCID, OBJECTIVES, TIMES
+from tests.helpers.upstream import denoising_diffusion_pytorch
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 

@@ -20,8 +20,17 @@ from s2dm_loss import SkipSet
 from s2dm_loss.adapters.diffusers import SkipLoss
 from s2dm_loss.testing import check_swap
 from tests.helpers.diffusers_parts import compute_snr, diffusers, make_scheduler
-from tests.helpers.docs_diff import PAGES, changed_by, docs_diff, hunks_of
-from tests.helpers.patches import FOLDER, PATCHES, TRAINERS, patch_of, patched
+from tests.helpers.patches import (
+    FOLDER,
+    PAGES,
+    PATCHES,
+    TRAINERS,
+    docs_diff,
+    hunks_of,
+    patch_of,
+    patched,
+)
+from tests.helpers.trainers_of_today import Anything
 from tests.helpers.upstream import root_of
 from tests.test_docs_blocks import COLUMNS, columns_of
 
@@ -66,14 +75,10 @@ def test_a_diff_of_a_page_is_its_patch(page, title):
     for line in removed:
         cut = line.removesuffix("…")
         assert any(theirs.startswith(cut) if cut != line else theirs == line for theirs in whole)
-
-
-@pytest.mark.parametrize(("page", "title"), SHOWN)
-def test_a_diff_shows_its_payload_without_scrolling_and_its_import_first(page, title):
-    diff = docs_diff(page, title)
-    assert max(map(columns_of, diff.splitlines())) <= COLUMNS
-    added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
-    assert added[0].startswith("from ")
+    # It shows its payload without scrolling, and its import first.
+    lines = docs_diff(page, title).splitlines()
+    assert max(map(columns_of, lines)) <= COLUMNS
+    assert next(line for line in lines if line[0] == "+").startswith("+from ")
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=ids)
@@ -93,42 +98,37 @@ def test_git_applies_a_patch_to_the_trainers_file(patch, tmp_path):
     assert result == patched(patch.trainer, patch.path, source)
     for page, title in SHOWN:
         if title in patch.titles and page == patch.page:
-            assert result == changed_by(docs_diff(page, title), source, title)
+            place = 0
+            for line in itertools.chain(*hunks_of(docs_diff(page, title))):
+                if line[1:].strip() and line[0] != "+":  # what stands there, in its order
+                    place = source.index(line[1:].strip().removesuffix("…"), place) + 1
 
 
 # The loss lines of diffusers' scripts, as they are and after the patch.
 
-SNR, TYPES, PRIOR = [None, 5.0], ["epsilon", "v_prediction"], [False, True]
-SD = {"snr_gamma": SNR, "prediction_type": TYPES}
-SD3 = {"precondition_outputs": [0, 1]}
+SNR = {"snr_gamma": [None, 5.0], "prediction_type": ["epsilon", "v_prediction"]}
+PRIOR, SD3 = {"with_prior_preservation": [False, True]}, {"precondition_outputs": [0, 1]}
 SCRIPTS = {
-    "text_to_image/train_text_to_image": SD,
-    "text_to_image/train_text_to_image_lora": SD,
-    "text_to_image/train_text_to_image_lora_sdxl": SD,
-    "dreambooth/train_dreambooth": {**SD, "with_prior_preservation": PRIOR},
-    "dreambooth/train_dreambooth_lora": {
-        "prediction_type": TYPES,
-        "with_prior_preservation": PRIOR,
-    },
-    "dreambooth/train_dreambooth_lora_sdxl": {**SD, "with_prior_preservation": PRIOR},
+    **{f"text_to_image/train_text_to_image{kind}": SNR for kind in ("", "_lora", "_lora_sdxl")},
+    **{f"dreambooth/train_dreambooth{kind}": SNR | PRIOR for kind in ("", "_lora_sdxl")},
+    "dreambooth/train_dreambooth_lora": {"prediction_type": SNR["prediction_type"], **PRIOR},
+    **{f"dreambooth/train_dreambooth{kind}_sd3": SD3 | PRIOR for kind in ("", "_lora")},
+    **{f"dreambooth/train_dreambooth{kind}_flux": PRIOR for kind in ("", "_lora")},
+    "controlnet/train_controlnet_sd3": SD3,
     "unconditional_image_generation/train_unconditional": {
         "prediction_type": ["epsilon", "sample"]
     },
-    "dreambooth/train_dreambooth_sd3": {**SD3, "with_prior_preservation": PRIOR},
-    "dreambooth/train_dreambooth_lora_sd3": {**SD3, "with_prior_preservation": PRIOR},
-    "dreambooth/train_dreambooth_flux": {"with_prior_preservation": PRIOR},
-    "dreambooth/train_dreambooth_lora_flux": {"with_prior_preservation": PRIOR},
-    "controlnet/train_controlnet_sd3": SD3,
 }
+COMBINATIONS = [
+    (script, dict(zip(options, values, strict=True)))
+    for script, options in SCRIPTS.items()
+    for values in itertools.product(*options.values())
+]
 
 
-def combinations():
-    for script, options in SCRIPTS.items():
-        for values in itertools.product(*options.values()):
-            chosen = dict(zip(options, values, strict=True))
-            if chosen.get("with_prior_preservation") and chosen.get("snr_gamma"):
-                continue  # the script's weights have the length of both halves, its loss of one
-            yield pytest.param(script, chosen, id=f"{script} {chosen}")
+def applies(options):
+    """The weights of the scripts have the length of both halves, the loss of one."""
+    return not (options.get("with_prior_preservation") and options.get("snr_gamma"))
 
 
 def block(source, first, last):
@@ -138,7 +138,7 @@ def block(source, first, last):
     return textwrap.dedent(source[start : source.rindex("\n", 0, source.index(last))])
 
 
-@pytest.mark.parametrize(("script", "options"), list(combinations()))
+@pytest.mark.parametrize(("script", "options"), [each for each in COMBINATIONS if applies(each[1])])
 def test_the_loss_lines_of_a_script(script, options):
     """At τ = 1 the script's own value and gradient; below it, finite and near at every sample."""
     path = f"examples/{script}.py"
@@ -146,22 +146,9 @@ def test_the_loss_lines_of_a_script(script, options):
     swapped = patched("diffusers", path, plain)
     flow = "flux" in script or "sd3" in script
     unconditional = "unconditional" in script
-    args = SimpleNamespace(
-        **{
-            "debug_loss": False,
-            "do_edm_style_training": False,
-            "dream_training": False,
-            "gradient_accumulation_steps": 1,
-            "precondition_outputs": 0,
-            "prior_loss_weight": 0.7,
-            "snr_gamma": None,
-            "train_batch_size": 6,
-            "weighting_scheme": "sigma_sqrt",
-            "with_prior_preservation": False,
-            "prediction_type": None,
-            **options,
-        }
-    )
+    given = {"precondition_outputs": 0, "prior_loss_weight": 0.7, "weighting_scheme": "sigma_sqrt"}
+    given |= {"gradient_accumulation_steps": 1, "train_batch_size": 6}
+    args = Anything(**{**given, **options})
     prediction_type = args.prediction_type or "epsilon"
     if flow:
         scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)

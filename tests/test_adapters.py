@@ -106,7 +106,7 @@ def test_below_tau_one_it_is_the_cores_loss(case, estimator):
     plain, gradient, seen = theirs()
     xi = torch.randn(seen["x_t"].shape, dtype=case.dtype)  # after all that the trainer draws
     ours, ours_gradient, seen = theirs(**options)
-    x_t = seen["x_t"].double()
+    x_t = case.unscaled(seen["x_t"].double(), seen["t"])
     tiny, axes = torch.finfo(torch.float64).tiny, tuple(range(1, x_t.ndim))
 
     def cores(tau):

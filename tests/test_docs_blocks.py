@@ -56,7 +56,21 @@ def blocks_of(page: Path) -> list[Block]:
 PAGES = [page for page in ALL_PAGES if blocks_of(page)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+# They train, or search over samplers.
+HEAVY = ("README.md", "correct.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=str(page.relative_to(ROOT)),
+            marks=pytest.mark.slow if page.name in HEAVY else (),
+        )
+        for page in PAGES
+    ],
+)
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -73,18 +87,13 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
         pytest.skip(f"the rest ran; not installed: {', '.join(sorted(set(missing)))}")
 
 
-def test_every_python_fence_is_found():
-    """A fence that the pattern above misses would go unrun in silence."""
-    for page in ALL_PAGES:
-        fences = re.findall(r"^\s*(?:```+|~~~+) *\{?\.?py", page.read_text(encoding="utf-8"), re.M)
-        assert len(fences) == len(BLOCK.findall(page.read_text(encoding="utf-8"))), page
-
-
-def test_no_page_uses_doctest_prompts_in_a_fence():
-    """`>>>` in a python fence is text to the test above, not code that is checked."""
-    for page in PAGES:
-        for block in blocks_of(page):
-            assert not block.code.lstrip().startswith(">>>"), (page, block.line)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_python_fence_is_found_and_is_no_doctest(page):
+    """A fence that the pattern above misses would go unrun, and `>>>` in one is text to it."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"^\s*(?:```+|~~~+) *\{?\.?py", text, re.M)
+    assert len(fences) == len(BLOCK.findall(text))
+    assert not any(block.code.lstrip().startswith(">>>") for block in blocks_of(page))
 
 
 def columns_of(line: str) -> int:

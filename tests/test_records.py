@@ -5,8 +5,7 @@ import re
 import pytest
 import torch
 
-from tests.helpers.docs_diff import PAGES
-from tests.helpers.patches import TRAINERS
+from tests.helpers.patches import PAGES, TRAINERS
 from tests.helpers.records import DOUBLED, commits, of_today, ours, ratios, read, summary, table
 from tests.helpers.trainers_of_today import CASES
 

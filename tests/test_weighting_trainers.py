@@ -19,10 +19,10 @@ from tests.doubles import k_diffusion_double
 from tests.doubles.denoising_diffusion_pytorch_double import GaussianDiffusion
 from tests.helpers import more_trainers
 from tests.helpers.diffusers_parts import compute_snr, make_scheduler, min_snr_weights
-from tests.helpers.packages import k_diffusion_layers
 from tests.helpers.sd_scripts_parts import load_sd_scripts
 from tests.helpers.small import Network
 from tests.helpers.trainers import OBJECTIVES
+from tests.helpers.upstream import k_diffusion_layers
 
 SCHEDULE = NoiseSchedule.scaled_linear(1000)  # Stable Diffusion's
 SNR = SCHEDULE.log_snr.exp()

@@ -6,9 +6,9 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from tests.helpers.checkouts import checkout_on_path
 from tests.helpers.patches import patched
 from tests.helpers.small import tree
+from tests.helpers.upstream import checkout_on_path
 
 # The fields of the trainer's configuration that its own code reads.
 CONFIG = tree({

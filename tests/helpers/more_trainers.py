@@ -1,23 +1,22 @@
-"""CompVis' stable-diffusion and OneTrainer with the snippets of docs/adapters/more_trainers.md.
-
-`S2DM_STABLE_DIFFUSION_ROOT` and `S2DM_ONETRAINER_ROOT` name checkouts; Lightning is stubbed.
-"""
+"""k-diffusion, CompVis' and OneTrainer, with the snippets of docs/adapters/more_trainers.md."""
 
 import contextlib
+import sys
 import warnings
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
-from tests.helpers.checkouts import checkout_on_path
+from tests.doubles import k_diffusion_double
 from tests.helpers.diffusers_parts import make_scheduler
-from tests.helpers.docs_diff import PAGES
+from tests.helpers.patches import PAGES
 from tests.helpers.small import every_pair
-from tests.helpers.trainers import SEED, Case, column, noise_in
+from tests.helpers.trainers import SEED, Case, column, noise_in, of_each
 from tests.helpers.trainers_of_today import Anything
-from tests.helpers.upstream import load, root_of, stubs
+from tests.helpers.upstream import checkout_on_path, k_diffusion_layers, load, root_of, stubs
 from tests.test_docs_blocks import blocks_of
 
 PAGE = PAGES / "more_trainers.md"
@@ -190,7 +189,65 @@ def of_onetrainer(prediction_type, weight, strength="mse_strength", masked=False
     )
 
 
+def k_diffusions(package):
+    """The names of the page's block on k-diffusion, with this package in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "k_diffusion", package)
+        return snippet("k_diffusion")
+
+
+K_DIFFUSION = of_each("k-diffusion", lambda: _with_layers(k_diffusion_layers()), k_diffusion_double)
+
+
+def _with_layers(layers):
+    package = ModuleType("k_diffusion")
+    package.layers, package.Denoiser = layers, layers.Denoiser
+    return package
+
+
+def k_diffusion(label, package, weighting, sigma_data):
+    """The loss is on F in D = c_skip x + c_out F, and the network sees c_in x."""
+    drawn, sigma = torch.Generator().manual_seed(5), torch.tensor([0.011, 0.3, 2.0, 11.0, 80.0])
+    x0, noise = torch.randn(2, 5, 2, 6, 6, generator=drawn, dtype=torch.float64).unbind(0)
+    sigma = sigma.double()
+    total = column((sigma**2 + sigma_data**2).sqrt())
+    low, high = 0.01 ** (1 / 7), 80 ** (1 / 7)
+
+    def loss(model, tau=None):
+        denoiser = package().Denoiser(model, sigma_data=sigma_data, weighting=weighting)
+        if tau is None:
+            return denoiser.loss(x0, noise, sigma)
+        names = k_diffusions(package())
+        names["criterion"] = names["make_criterion"](tau=tau)
+        return names["skip_loss"](denoiser, x0, noise, sigma)
+
+    def reference(x_t, _, output):
+        ramp = (sigma ** (1 / 7) - low) / (high - low)
+        c_out = column(sigma) * sigma_data / total
+        return c_out * output + (sigma_data / total) ** 2 * x_t, x0, ramp.clamp(0, 1)
+
+    return Case(
+        f"{label} {weighting} {sigma_data}",
+        loss,
+        ContinuousSchedule.from_alpha_sigma(
+            lambda t: (torch.ones_like(t), (low + t * (high - low)) ** 7)
+        ),
+        SkipSet.for_sampling_steps(20),
+        "sample",
+        reference,
+        rtol=1e-9,
+        dtype=torch.float64,
+        options={},
+        unscaled=lambda x, _: x * total,
+    )
+
+
 CASES = [
+    k_diffusion(*which, weighting, sigma_data)
+    for which in K_DIFFUSION
+    for weighting, sigma_data in (("karras", 0.5), ("snr", 1.0), ("soft-min-snr", 0.5))
+]
+CASES += [
     compvis(parameterization, **options)
     for parameterization in ("eps", "x0")
     for options in ({}, {"original_elbo_weight": 0.1, "l_simple_weight": 0.7, "logvar_init": 0.3})

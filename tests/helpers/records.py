@@ -22,9 +22,9 @@ from torch import nn
 from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
 from tests.doubles import k_diffusion_double
 from tests.helpers import trainers, trainers_of_today
-from tests.helpers.packages import k_diffusion_layers
 from tests.helpers.patches import TRAINERS
 from tests.helpers.sd_scripts_parts import OPTIONS, step
+from tests.helpers.upstream import k_diffusion_layers
 
 FILE = Path(__file__).parents[1] / "data" / "trainers.json"
 DATE = "2026-11-28"

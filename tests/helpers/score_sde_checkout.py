@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from tests.helpers.checkouts import checkout_on_path
 from tests.helpers.patches import patched
 from tests.helpers.small import tree
+from tests.helpers.upstream import checkout_on_path
 
 # The fields of the trainer's configuration that its own code reads.
 CONFIG = {

@@ -31,8 +31,7 @@ from tests.doubles import (
     score_sde_double,
     sd_scripts_double,
 )
-from tests.helpers import packages, trainers_of_today
-from tests.helpers.checkouts import checkout_on_path
+from tests.helpers import trainers_of_today, upstream
 from tests.helpers.ddim_checkout import load_ddim
 from tests.helpers.diffusers_parts import make_scheduler
 from tests.helpers.guided_diffusion_parts import KIN, make_diffusion, modules_of
@@ -48,7 +47,7 @@ from tests.helpers.sd_scripts_parts import (
     step,
 )
 from tests.helpers.small import every_pair
-from tests.helpers.upstream import root_of, stubs
+from tests.helpers.upstream import checkout_on_path, root_of, stubs
 
 SEED = 3  # of all random numbers in one call of a loss
 
@@ -73,6 +72,8 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     options: dict[str, Any] | None = None
     """Those of `SkipStepLoss` that a patch sets itself: it takes no other but τ."""
+    unscaled: Callable[..., Any] = lambda x, _: x
+    """x_t itself, of what the network sees of it and t."""
 
 
 def column(values):
@@ -129,7 +130,7 @@ def ddim(label, trainer, schedule, steps, reduction, keepdim):
 
 LUCID = of_each(
     "denoising-diffusion-pytorch",
-    lambda: packages.denoising_diffusion_pytorch()[0],
+    lambda: upstream.denoising_diffusion_pytorch()[0],
     denoising_diffusion_pytorch_double,
 )
 TIMES = torch.tensor([0, 8, 9, 300, 700, 999])
@@ -174,7 +175,7 @@ def lucid_sibling(file, kind="GaussianDiffusion", size=(8, 8), **given):
     def loss(model, tau=None, **options):
         model.channels = model.out_dim = 3
         model.random_or_learned_sinusoidal_cond = model.self_condition = False
-        module = packages.denoising_diffusion_pytorch(file)[1]
+        module = upstream.denoising_diffusion_pytorch(file)[1]
         diffusion = getattr(module, kind)(model, timesteps=1000, **shape)
         if tau is not None:
             diffusion = lucid_adapter.skip_step(diffusion, 9, tau=tau, **options)

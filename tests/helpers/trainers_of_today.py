@@ -28,11 +28,9 @@ from torch.nn import functional as F
 from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss
 from s2dm_loss.adapters.sd_scripts import skip_step
-from tests.helpers.checkouts import checkout_on_path
 from tests.helpers.diffusers_parts import make_scheduler
-from tests.helpers.docs_diff import PAGES
-from tests.helpers.patches import TRAINERS, patch_of
-from tests.helpers.upstream import root_of, stubs
+from tests.helpers.patches import PAGES, TRAINERS, patch_of
+from tests.helpers.upstream import checkout_on_path, root_of, stubs
 from tests.test_docs_blocks import blocks_of
 
 IMAGES, ACTIONS = (8, 4, 8, 8), (8, 6, 4)

@@ -1,30 +1,28 @@
-"""Trainers' own code from checkouts of their repositories, named by environment variables.
+"""Trainers' own code, from checkouts and unpacked packages that environment variables name.
 
 What a trainer imports for data, pictures and metrics, and what its loss does not use, is stubbed.
+Two trainers are on PyPI:
+
+    pip install --no-deps --target FOLDER -r .ci/trainers.txt
+
+makes a folder that the variables of both can name, as `.ci/run` and `nox -s trainers` do.
 """
 
 import importlib
 import os
+import sys
 import warnings
-from collections.abc import Mapping
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import MappingProxyType, ModuleType
 
 import pytest
 
-from tests.helpers.checkouts import checkout_on_path
+NONE = MappingProxyType({})
 
 
-class _Anything:
-    """Stands for a class or function that is imported and not used."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-
-def stub(name: str, **attributes: Any) -> ModuleType:
+def stub(name, **attributes):
     """A module in which every public name can be imported."""
     module = ModuleType(name)
     module.__path__ = []
@@ -34,13 +32,14 @@ def stub(name: str, **attributes: Any) -> ModuleType:
     return module
 
 
-def _public(name: str) -> Any:
+def _public(name):
     if name.startswith("_"):
         raise AttributeError(name)
-    return _Anything
+    # A class or function that is imported and not used.
+    return type(name, (), {"__init__": lambda self, *_, **__: None})
 
 
-def stubs(*names: str) -> dict[str, ModuleType]:
+def stubs(*names):
     """Stubs by their dotted names, each the attribute of its parent that Python would make it."""
     modules = {name: stub(name) for name in names}
     for name, module in modules.items():
@@ -50,7 +49,7 @@ def stubs(*names: str) -> dict[str, ModuleType]:
     return modules
 
 
-def root_of(variable: str) -> Path:
+def root_of(variable):
     """The checkout that an environment variable names, or skip."""
     root = os.environ.get(variable)
     if root is None:
@@ -58,17 +57,62 @@ def root_of(variable: str) -> Path:
     return Path(root)
 
 
-def load(root: Path, *names: str, stubbed: Mapping[str, ModuleType] = {}) -> list[ModuleType]:
+@contextmanager
+def checkout_on_path(root, stubbed=NONE):
+    """Let the flat modules of `root` be imported, and stubs stand for what is not installed.
+
+    Trainers call their modules `models`, `utils` or `datasets`, names that others use as well: on
+    leaving, every module that came in is dropped and every one that gave way is back.
+    """
+    names = {path.stem for path in root.iterdir() if path.suffix == ".py" or path.is_dir()}
+    names |= {name.split(".")[0] for name in stubbed}
+
+    def taken_out():
+        found = {n: module for n, module in sys.modules.items() if n.split(".")[0] in names}
+        for name in found:
+            del sys.modules[name]
+        return found
+
+    before = taken_out()
+    sys.modules.update(stubbed)
+    sys.path.insert(0, str(root))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(root))
+        taken_out()
+        sys.modules.update(before)
+
+
+def load(root, *names, stubbed=NONE):
     """Import modules of a checkout."""
     with checkout_on_path(root, stubbed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainers' own
         return [importlib.import_module(name) for name in names]
 
 
-def load_below(
-    root: Path, package: str, *names: str, stubbed: Mapping[str, ModuleType] = {}
-) -> list[ModuleType]:
+def load_below(root, package, *names, stubbed=NONE):
     """Import modules of a package without running the `__init__` of the package."""
     bare = ModuleType(package)
     bare.__path__ = [str(root / package)]
     return load(root, *(f"{package}.{name}" for name in names), stubbed={package: bare, **stubbed})
+
+
+def denoising_diffusion_pytorch(*names):
+    """The package and modules of it."""
+    package, root = "denoising_diffusion_pytorch", root_of("S2DM_DENOISING_DIFFUSION_PYTORCH_ROOT")
+    stubbed = stubs(
+        *("torchvision", "torchvision.transforms", "torchvision.utils"),
+        *("ema_pytorch", "pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception"),
+    )
+    return load(root, package, *(f"{package}.{name}" for name in names), stubbed=stubbed)
+
+
+def k_diffusion_layers():
+    """`k_diffusion.layers`, without the rest of the package."""
+    stubbed = stubs(
+        *("dctorch", "dctorch.functional", "safetensors", "torchdiffeq", "torchsde"),
+        *("torchvision", "torchvision.transforms", "torchvision.transforms.functional"),
+    )
+    root = root_of("S2DM_K_DIFFUSION_ROOT")
+    return load_below(root, "k_diffusion", "layers", stubbed=stubbed)[0]
