@@ -10,7 +10,7 @@ truth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,6 +51,8 @@ CELLS = {
 }
 """What is measured for each number of axes."""
 POOL = 65_536
+TAILS = {"normal": None, "Student's t, 5 degrees": 5, "Student's t, 3 degrees": 3}
+"""Degrees of freedom: with 3 a value has no fourth moment, so a variance's estimate has none."""
 
 
 def scales() -> Tensor:
@@ -71,6 +73,7 @@ class Population:
         ring: The mixture of the first two axes; None where all are Gaussian.
         pool: The sampler's output there, ``[K, POOL, 2]``.
         data_scale: Factor on the data.
+        degrees: Of Student's t, scaled to the variances, in place of the Gaussian axes' law.
     """
 
     variances: Tensor
@@ -78,6 +81,7 @@ class Population:
     ring: Mixture | None = None
     pool: Tensor | None = None
     data_scale: float = 1.0
+    degrees: int | None = None
 
     def distances(self, data_scale: float | None = None) -> Tensor:
         """Return the true Fréchet distances, ``[K]``."""
@@ -96,7 +100,7 @@ class Population:
         """
         spread, overlap = self._parts()
         scale = (spread[index] - spread[0]) / (2 * (overlap[index] - overlap[0]))
-        return Population(self.variances, self.outputs, self.ring, self.pool, float(scale))
+        return replace(self, data_scale=float(scale))
 
     def _parts(self) -> tuple[Tensor, Tensor]:
         """Return |μ|² + tr C and tr (C_x C_y)^½ of every strength, for data of mean 0."""
@@ -112,13 +116,18 @@ class Population:
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return data ``[count, D + 1]`` and paired samples ``[K, count, D + 1]``."""
-        size = len(self.variances)
+        size, degrees = len(self.variances), self.degrees
 
-        def normal() -> Tensor:
-            return torch.randn(count, size, generator=generator, dtype=torch.float64)
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, count, size, generator=generator, dtype=torch.float64)
 
-        data = [normal() * self.variances.sqrt()]
-        samples = [normal() * self.outputs.sqrt()[:, None]]
+        def unit() -> Tensor:
+            if degrees is None:
+                return normal()
+            return normal() / (normal(degrees).square().sum(0) / (degrees - 2)).sqrt()
+
+        data = [unit() * self.variances.sqrt()]
+        samples = [unit() * self.outputs.sqrt()[:, None]]
         if self.ring is not None and self.pool is not None:
             data.insert(0, self.ring.draw(count, generator))
             rows = torch.randint(self.pool.shape[1], (count,), generator=generator)
@@ -215,6 +224,18 @@ def coverage(bar: Any, law: str) -> dict[str, Any]:
             boundary = drawn.at_the_boundary(1 + STRENGTHS.index(9))
             row["boundary"] = repeated(boundary, count, repeats, seed=seed + 5_000)
         rows.append(row)
+    return {"strengths": STRENGTHS, "data": "as many as samples", "rows": rows}
+
+
+def tails(bar: Any, repeats: int = 400) -> dict[str, Any]:
+    """Joint coverage where the values have heavy tails, in 16 dimensions with 10 steps."""
+    gaussian = population("gaussian", 16, 10)
+    cells = [(law, count) for law in TAILS for count in (512, 1024, 4096)]
+    rows = []
+    for law, count in bar(cells):
+        drawn = replace(gaussian, degrees=TAILS[law])
+        row = {"law": law, "size": 16, "steps": 10, "count": count, "repeats": repeats}
+        rows.append(row | repeated(drawn, count, repeats, seed=9_000_000))
     return {"strengths": STRENGTHS, "data": "as many as samples", "rows": rows}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.files import load_json, save_json
-from benchmarks.lab.coverage import coverage, whole_search
+from benchmarks.lab.coverage import coverage, tails, whole_search
 from benchmarks.lab.flow import spread
 from benchmarks.lab.linear import Imperfection, frechet, output_variances
 from benchmarks.quality import data as datasets
@@ -258,6 +258,7 @@ STUDIES: dict[str, Callable[[Bar], Json]] = {
     "flow": flow,
     "coverage_gaussian": partial(coverage, law="gaussian"),
     "coverage_mixture": partial(coverage, law="mixture"),
+    "coverage_tails": tails,
     "whole_search": whole_search,
     "digits": digits,
 }
