@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -202,10 +203,12 @@ def test_what_the_page_says_of_euler():
     assert max(row["gain"]["0.3"] for row in rows if row["steps"] == 50) > 1.03
 
 
-@pytest.mark.parametrize("law", ["gaussian", "mixture"])
-def test_the_truth_of_the_coverage_study(law):
+@pytest.mark.parametrize(
+    ("law", "degrees"), [("gaussian", None), ("mixture", None), ("gaussian", 5)]
+)
+def test_the_truth_of_the_coverage_study(law, degrees):
     pool = coverage.ring_pool(5, 4096)
-    drawn = coverage.population(law, 4, 5, pool)
+    drawn = replace(coverage.population(law, 4, 5, pool), degrees=degrees)
     truth = drawn.distances()
     data, samples = drawn.draw(200_000, draw())
     assert samples.shape == (1 + len(coverage.STRENGTHS), 200_000, 5)

@@ -52,7 +52,7 @@ CELLS = {
 """What is measured for each number of axes."""
 POOL = 65_536
 TAILS = {"normal": None, "Student's t, 5 degrees": 5, "Student's t, 3 degrees": 3}
-"""Degrees of freedom: with 3 a value has no fourth moment, so a variance's estimate has none."""
+"""Degrees of freedom: with 3, values have no fourth moment and estimated variances no variance."""
 
 
 def scales() -> Tensor:
@@ -73,7 +73,8 @@ class Population:
         ring: The mixture of the first two axes; None where all are Gaussian.
         pool: The sampler's output there, ``[K, POOL, 2]``.
         data_scale: Factor on the data.
-        degrees: Of Student's t, scaled to the variances, in place of the Gaussian axes' law.
+        degrees: Of the multivariate Student's t, scaled to the variances, that the axes have in
+            place of a Gaussian's.
     """
 
     variances: Tensor
@@ -119,12 +120,14 @@ class Population:
         size, degrees = len(self.variances), self.degrees
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, count, size, generator=generator, dtype=torch.float64)
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         def unit() -> Tensor:
-            if degrees is None:
-                return normal()
-            return normal() / (normal(degrees).square().sum(0) / (degrees - 2)).sqrt()
+            values = normal(count, size)
+            if degrees is not None:
+                # One divisor a sample: a sample that is far out is so along all axes.
+                values /= (normal(degrees, count, 1).square().sum(0) / (degrees - 2)).sqrt()
+            return values
 
         data = [unit() * self.variances.sqrt()]
         samples = [unit() * self.outputs.sqrt()[:, None]]
