@@ -204,7 +204,7 @@ def test_what_the_page_says_of_euler():
 
 
 @pytest.mark.parametrize(
-    ("law", "degrees"), [("gaussian", None), ("mixture", None), ("gaussian", 5)]
+    ("law", "degrees"), [("gaussian", None), ("mixture", None), ("gaussian", 9)]
 )
 def test_the_truth_of_the_coverage_study(law, degrees):
     pool = coverage.ring_pool(5, 4096)
@@ -217,7 +217,7 @@ def test_the_truth_of_the_coverage_study(law, degrees):
         overlap = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.sqrt().sum()
         distance = (rows.mean(0) - data[:, :-1].mean(0)).square().sum() - 2 * overlap
         distance = distance + sum(c.trace() for c in covariances)
-        assert float(distance) == pytest.approx(float(expected), rel=0.02)
+        assert float(distance) == pytest.approx(float(expected), rel=0.05 if degrees else 0.02)
 
 
 def test_the_boundary_is_where_the_smallest_gain_changes_nothing():
