@@ -61,7 +61,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from s2dm_loss.checks import check_choice, check_number, check_rows, describe
-from s2dm_loss.prediction import PREDICTION_TYPES, PathPoint, PredictionType, output_scales
+from s2dm_loss.prediction import PathPoint, PredictionType, output_scales
 from s2dm_loss.schedule import Schedule, check_schedule, wide_dtype
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.weighting import weights_at
@@ -191,7 +191,6 @@ def coefficients(
     tau = check_number("tau", tau, 0.0, 1.0)
     max_c2 = check_number("max_c2", max_c2, 0.0, math.inf)
     check_choice("estimator", estimator, ESTIMATORS)
-    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if t is None:
         t = schedule.timesteps
         if t is None:

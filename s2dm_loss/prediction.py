@@ -127,6 +127,8 @@ class OutputScales(NamedTuple):
 
 def output_scales(prediction_type: PredictionType, path: PathPoint) -> OutputScales:
     """Return the scales of an output on a path, each of the shape of t."""
+    # Checked here, not by callers: torch 2.4 cannot compile what reads the table in two modules.
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     p, q = PREDICTION_TYPES[prediction_type](path)
     if p is None:
         return OutputScales(None, q, 1 / q, q, None)
