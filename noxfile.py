@@ -19,9 +19,9 @@ OLDEST = ("torch==2.4.0", "einops==0.8.0", "typing-extensions==4.8.0", "numpy==1
 OLDEST_PYTHON = PYTHONS[0]
 # The tests that need no trainer and no part of benchmarks/.
 CORE = (
-    *("coefficients", "corrections", "errors", "fuzz", "golden", "loss", "numerics"),
-    *("prediction", "public_api", "schedule", "scaled_model", "search", "search_frechet"),
-    *("skip_set", "tables", "testing", "tracing", "weighting"),
+    *("coefficients", "corrections", "errors", "fuzz", "golden", "head", "loss", "numerics"),
+    *("paths", "prediction", "public_api", "schedule", "scaled_model", "search"),
+    *("search_frechet", "skip_set", "tables", "testing", "tracing", "weighting"),
 )
 ALL = ("-m", "")  # the slow tests too
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")

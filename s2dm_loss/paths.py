@@ -175,12 +175,17 @@ def derivatives_of(path: PathFunction, times: Tensor) -> tuple[Tensor, Tensor]:
 
     eps = torch.finfo(times.dtype).eps
     near, far = (times.clamp(eps**share, 1 - eps**share) for share in (0.75, 0.375))
-    alpha_rates, sigma_rates = _derivatives(own or of_logarithms, torch.stack([times, near, far]))
+    function = of_logarithms if own is None else own
+    alpha_rates, sigma_rates = _derivatives(function, torch.stack([times, near, far]))
     return _with_limits(alpha_rates), _with_limits(sigma_rates)
 
 
 def _derivatives(path: PathFunction, times: Tensor) -> tuple[Tensor, Tensor]:
     """Return the derivatives of a path's two values, each a function of its own time alone."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        # Where torch 2.4 returns 0.
+        with torch.inference_mode(False):
+            return _derivatives(path, times.clone())
     if in_forward_mode():  # which cannot be nested
         pull: Any = torch.func.vjp(path, times)[1]
         one, zero = torch.ones_like(times), torch.zeros_like(times)
