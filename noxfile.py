@@ -20,8 +20,9 @@ OLDEST_PYTHON = PYTHONS[0]
 # The tests that need no trainer and no part of benchmarks/.
 CORE = (
     *("coefficients", "corrections", "errors", "fuzz", "golden", "head", "loss", "numerics"),
-    *("paths", "prediction", "public_api", "schedule", "scaled_model", "search"),
-    *("search_frechet", "skip_set", "tables", "testing", "tracing", "weighting"),
+    *("paths", "prediction", "public_api", "rows", "schedule", "scaled_model"),
+    *("search", "search_frechet", "skip_set", "tables", "testing", "timesteps", "tracing"),
+    "weighting",
 )
 ALL = ("-m", "")  # the slow tests too
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")
