@@ -106,7 +106,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         max_c2: float = DEFAULT_MAX_C2,
         timesteps: Timesteps = "uniform",
     ) -> None:
-        """Make the loss's table.
+        """Make the loss.
 
         Args:
             schedule: The noise schedule that the model trains on.
