@@ -214,13 +214,13 @@ def summary(case: str, found: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Judge each case, or the digits of a folder, print it, and keep it for the pages."""
     cases = {"digits, 10 steps": digits(Path(sys.argv[1]))} if sys.argv[1:] else CASES
-    path = RESULTS / "pairs.json"
+    path, made_with = RESULTS / "pairs.json", versions()
     for name, case in cases.items():
         found = study(case)
         sys.stdout.write("\n".join([*summary(name, found), ""]))
         sys.stdout.flush()
         known = load_json(path) if path.exists() else {}
-        save_json(path, {**known, name: {**found, "versions": versions()}})
+        save_json(path, {**known, name: {**found, "versions": made_with}})
 
 
 if __name__ == "__main__":
