@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
 
 from benchmarks.quality.budget import Budget
 from benchmarks.quality.corrections import Gain
+from benchmarks.quality.data import load_digits
 from benchmarks.quality.features import ClassifierFeatures
 from benchmarks.quality.networks import MLPSpec
-from benchmarks.quality.objectives import Plain, SkipStep
+from benchmarks.quality.objectives import Objective, Plain, SkipStep
+from benchmarks.quality.paths import EpsilonPath
 from benchmarks.quality.presets import DIGITS, arm
+from benchmarks.quality.training import train
 
 TINY = replace(
     DIGITS,
@@ -46,3 +54,16 @@ KILLED = replace(
     seeds=(0,),
     columns=("skip9-fresh", "plain"),
 )
+
+
+def a_run(folder: Path, objective: Objective, seed: int = 3, **changes: Any) -> nn.Module:
+    """Train the tiny network."""
+    settings: dict[str, Any] = {
+        "data": load_digits(),
+        "path": EpsilonPath(),
+        "network": TINY.network,
+        "budget": TINY.budget,
+        "folder": folder,
+        "accelerator": Accelerator(cpu=True),
+    }
+    return train(objective, seed, **{**settings, **changes})

@@ -127,17 +127,24 @@ def test_many_steps_of_the_exact_model_are_exact():
     assert float(frechet(torch.zeros(1, 2).double(), variances)) == 1
 
 
-def test_an_independent_error_adds_its_variance():
-    # One DDIM step from t = 0: x_0 = (x - √(1-ᾱ) (ε̂ + error)) / √ᾱ.
-    variances = torch.tensor([0.5], dtype=torch.float64)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_independent_error_adds_its_variance(steps):
+    # A DDIM step takes x to on_x · x + on_error · error; variances of independent errors add up.
+    variances, added = torch.tensor([0.5], dtype=torch.float64), 0.0
     plain, noisy = (
         output_variances(
-            variances, studies.gains([0]), LINEAR, "ddim", 1, Imperfection(noise=noise)
+            variances, studies.gains([0]), LINEAR, "ddim", steps, Imperfection(noise=noise)
         )
         for noise in (0.0, 3.0)
     )
-    a = LINEAR.alphas_cumprod[0]
-    assert float(noisy - plain) == pytest.approx(float(9 * (1 - a) / a), rel=1e-3)
+    times = [1000 // steps * n for n in reversed(range(steps))]
+    for t, before in zip(times, [*times[1:], None], strict=True):
+        a = float(LINEAR.alphas_cumprod[t])
+        b = 1.0 if before is None else float(LINEAR.alphas_cumprod[before])
+        on_error = (1 - b) ** 0.5 - (b * (1 - a) / a) ** 0.5
+        on_x = (b / a) ** 0.5 + on_error * (1 - a) ** 0.5 / (a * 0.5 + 1 - a)
+        added = on_x**2 * added + 9 * on_error**2
+    assert float(noisy - plain) == pytest.approx(added, rel=1e-3)
 
 
 def test_what_the_page_says_of_the_exact_model():

@@ -38,6 +38,3 @@ def test_a_study(monkeypatch):
         assert len(rows) == 2
         assert all(-0.01 <= row["left"] < 0.3 for row in rows)
     assert found["cost"]["several"] <= 2 * found["cost"]["one"]
-    first, *lines = pairs.summary("case", found)
-    assert first.startswith("case: DDIM 0.0")
-    assert [line.split(":")[0] for line in lines] == ["  several", "  one"]

@@ -15,15 +15,17 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.overhead import __main__ as command
-from benchmarks.overhead import against, holes, plan
+from benchmarks.overhead import holes, plan
+from benchmarks.overhead.against import other_loss
 from benchmarks.overhead.contenders import contenders, released_loss
-from benchmarks.overhead.levels import KNOWN, Settings
+from benchmarks.overhead.levels import KNOWN, Settings, eager
 from benchmarks.overhead.measure import gradient_error
-from benchmarks.overhead.plan import Part
 from s2dm_loss import NoiseSchedule
+from tests.helpers.released_loss import CASES as RELEASED
+from tests.helpers.released_loss import released_tensor
+from tests.strategies import loss_and_gradient
 
 CPU = torch.device("cpu")
-GOLDEN = Path(__file__).parent / "data" / "released_loss.json"
 
 
 def device(tmp_path: Path, name: str = "cuda", **changed: Any) -> holes.Device:
@@ -37,22 +39,17 @@ def device(tmp_path: Path, name: str = "cuda", **changed: Any) -> holes.Device:
 # What is compared has to be what it says.
 
 
-def test_the_released_contender_gives_the_released_values() -> None:
-    cases = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]
-    assert len(cases) > 1
-    for case in cases:
-        shape = case["shape"]
-        eps_hat, noise, zeta = (
-            torch.tensor(case[name], dtype=torch.float64).view(shape)
-            for name in ("model_output", "noise", "skip_noise")
-        )
-        eps_hat.requires_grad_()
-        t = torch.tensor(case["timesteps"])
-        loss = released_loss(CPU, case["skip"], case["tau"])(eps_hat, noise, t, zeta)
-        loss.backward()
-        assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
-        gradient = torch.tensor(case["grad_model_output"], dtype=torch.float64).view(shape)
-        torch.testing.assert_close(eps_hat.grad, gradient, rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize("case", RELEASED, ids=lambda case: f"k{case['skip']}-{case['dtype']}")
+def test_the_released_contender_gives_the_released_values(case: dict[str, Any]) -> None:
+    eps_hat, noise, zeta = (
+        released_tensor(case, name) for name in ("model_output", "noise", "skip_noise")
+    )
+    loss = released_loss(CPU, case["skip"], case["tau"])
+    t = torch.tensor(case["timesteps"])
+    found, gradient = loss_and_gradient(lambda x: loss(x, noise, t, zeta), eps_hat)
+    assert found.item() == pytest.approx(case["loss"], rel=1e-6)
+    expected = released_tensor(case, "grad_model_output")
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_the_min_snr_contender_weighs_by_min_snr() -> None:
@@ -90,20 +87,19 @@ def test_another_version_is_loaded_beside_this_one(tmp_path: Path) -> None:
         "class NoiseSchedule:\n linear = classmethod(lambda cls: None)\n"
         "class SkipStepLoss:\n"
         " def __init__(self, schedule, skip): pass\n"
+        " def to(self, device): return self\n"
         " def from_prediction(self, eps_hat, noise, t): return (eps_hat - noise).square().mean()\n"
     )
     before = {name: module for name, module in sys.modules.items() if name.startswith("s2dm_loss")}
-    version, loss = against.other_loss(tmp_path)
+    found = other_loss(tmp_path, CPU)
     after = {name: module for name, module in sys.modules.items() if name.startswith("s2dm_loss")}
-    assert (version, after) == ("0", before)
-    settings = Settings(CPU, 0.01, 12, 12, 0, 0.0, cache_bytes=1)
-    single, half = against.against(settings, loss)
-    assert single["shape"] == (1, 4, 32, 32)
-    assert half["dtype"] == "bfloat16"
-    assert single["operators"]["old"] > single["operators"]["mse"]
-    assert set(single["ratios"]) == {"old/mse", "new/mse"}
-    with pytest.raises(ValueError, match="against: expected a checkout with a folder s2dm_loss"):
-        against.other_loss(tmp_path / "nowhere")
+    assert (list(found), after) == (["version 0"], before)
+    settings = Settings(CPU, 0.01, 14, 1, 0.0, small=True, other=found)
+    cell = next(eager(settings, torch.bfloat16))
+    assert {"version 0/mse", "expected/mse"} < set(cell["ratios"])
+    call = ["run", "--against", str(package), "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(command.main, call)
+    assert "against: expected a checkout with a folder s2dm_loss" in said.output
 
 
 # Time.
@@ -112,7 +108,7 @@ def test_another_version_is_loaded_beside_this_one(tmp_path: Path) -> None:
 def test_cells_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    settings = Settings(CPU, 2.0, 14, 14, 1, 9.0, 1, deadline=110.0)
+    settings = Settings(CPU, 2.0, 14, 1, 9.0, deadline=110.0)
     shares = []
     for cell, seconds in settings.in_time("abcd"):
         shares.append((cell, seconds))
@@ -124,7 +120,7 @@ def test_cells_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("budget", [None, 1e6])
 def test_what_people_train_on_comes_first(budget: float | None) -> None:
     deadline = float("inf") if budget is None else time.monotonic() + budget
-    settings = Settings(CPU, 2.0, 14, 28, 128, 60.0, 1, deadline=deadline)
+    settings = Settings(CPU, 2.0, 28, 128, 60.0, deadline=deadline)
     names = [name for (name, _), _ in settings.in_time(list(settings.shapes.items()))]
     assert [name.split(", ")[-1] for name in names[:5]] == list(KNOWN)
     assert names[5:] == ["2^28", "2^26", "2^24", "2^22", "2^18", "2^16", "2^14"]
@@ -133,8 +129,8 @@ def test_what_people_train_on_comes_first(budget: float | None) -> None:
 
 
 def test_the_plan_takes_eight_minutes_at_most() -> None:
-    assert 450 < plan.SECONDS <= 8 * 60 - 5
-    planned = [level for part in plan.PARTS for level in part.levels]
+    assert 450 < sum(plan.PARTS.values()) <= 8 * 60 - 5
+    planned = [level for part in plan.PARTS for level in part]
     assert sorted(planned) == sorted(command.LEVELS)
 
 
@@ -147,13 +143,13 @@ def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path: Path) -> None:
         "fails": "raise SystemExit(3)",
         "last": "pass",
     }
-    parts = [Part((name,), 1.0) for name in scripts]
+    parts = {(name,): 1.0 for name in scripts}
     said: list[str] = []
     asked = []
 
-    def script(part: Part, seconds: float) -> list[str]:
+    def script(part: plan.Levels, seconds: float) -> list[str]:
         asked.append(seconds)
-        return [sys.executable, "-c", scripts[part.levels[0]]]
+        return [sys.executable, "-c", scripts[part[0]]]
 
     began = time.monotonic()
     plan.follow(script, 4.0, said.append, parts)
@@ -167,12 +163,12 @@ def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path: Path) -> None:
     assert not (tmp_path / "alive").exists()
 
 
-def test_a_part_is_measured_by_the_command_itself(tmp_path: Path) -> None:
-    options = ["--out", str(tmp_path), "--seconds", "0.1", "--small", "--device", "cpu"]
-    said: list[str] = []
-    part = Part(("bandwidth",), 60)
-    plan.follow(plan.run_command(options), 60, said.append, [part])
-    assert said[-1].startswith("bandwidth: done"), said
+def test_a_part_is_measured_by_the_command_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan.follow, "__defaults__", ({("bandwidth",): 60.0},))
+    said = CliRunner().invoke(command.main, ["gpu", "--rehearse", "--out", str(tmp_path)])
+    assert "bandwidth: done" in said.output
     (found,) = json.loads((tmp_path / "cpu.json").read_text())["bandwidth"]["figures"]
     low, middle, high = found["copy_bytes_per_second"]
     assert 1e8 < low <= middle <= high
@@ -207,7 +203,7 @@ def test_a_rehearsal_measures_what_a_gpu_would(
     monkeypatch.setattr(torch._dynamo, "explain", lambda loss: lambda *arguments: explained)
     monkeypatch.setattr("benchmarks.overhead.levels.inductor_bytes", lambda loss, arguments: 1)
     call = ["run", "--device", "cpu", "--small", "--seconds", "0.01", "--step-seconds", "0.01"]
-    call += ["--smallest", "8", "--largest", "8", "--step-batch", "1", "--out", str(tmp_path)]
+    call += ["--largest", "14", "--step-batch", "1", "--out", str(tmp_path)]
     said = CliRunner().invoke(command.main, call)
     assert said.exit_code == 0, said.output
     results = json.loads((tmp_path / "cpu.json").read_text())

@@ -119,12 +119,20 @@ def test_kernels_are_the_events_on_the_device(gpu, monkeypatch):
     assert gpu.diary == ["synchronize", "work", "synchronize"]
 
 
-def test_inputs_lie_on_the_gpu():
+def test_inputs_lie_on_the_gpu_and_take_turns():
     with FakeTensorMode():
-        inputs = measure.Inputs((4, 3), torch.float16, CUDA, 0)
-        for tensor in inputs():
-            assert tensor.device == CUDA
-    assert len(inputs.sets) == 3
+        inputs = measure.inputs_in_turn((4, 3), torch.float16, CUDA, 0)
+        first, *others = (next(inputs) for _ in range(4))
+    assert {tensor.device for tensor in first} == {CUDA}
+    assert [other[0] is first[0] for other in others] == [False, False, True]
+
+
+def test_only_the_inputs_in_use_hold_a_gradient():
+    inputs = measure.inputs_in_turn((4, 3), torch.float32, torch.device("cpu"), 0)
+    first = next(inputs)
+    first[0].square().sum().backward()
+    next(inputs)
+    assert first[0].grad is None
 
 
 def test_what_is_captured_runs_before_and_is_replayed(gpu):
@@ -224,7 +232,7 @@ PROFILER = types.SimpleNamespace(
 
 
 def test_a_whole_run_on_a_gpu(gpu_there, tmp_path):
-    call = ["run", "--seconds", "0.01", "--smallest", "22", "--largest", "22", "--step-batch", "4"]
+    call = ["run", "--seconds", "0.01", "--largest", "14", "--step-batch", "4"]
     said = CliRunner().invoke(command.main, [*call, "--step-seconds", "0.01", "--out", tmp_path])
     assert said.exit_code == 0, said.output
     results = json.loads((tmp_path / "cuda.json").read_text())
@@ -260,16 +268,16 @@ def test_a_whole_run_on_a_gpu(gpu_there, tmp_path):
 
 
 def test_a_card_that_is_too_small_leaves_one_cell_out(gpu_there, tmp_path, monkeypatch):
-    whole = Settings.interleave_heads
+    whole = levels.interleave_heads
 
-    def too_large(self, losses, shape, *rest):
+    def too_large(settings, losses, shape, *rest):
         if shape == (8, 4, 2, 2):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return whole(self, losses, shape, *rest)
+        return whole(settings, losses, shape, *rest)
 
-    monkeypatch.setattr(Settings, "interleave_heads", too_large)
+    monkeypatch.setattr(levels, "interleave_heads", too_large)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gpu_there.diary.append("emptied"))
-    call = ["run", "--seconds", "0.01", "--smallest", "22", "--largest", "22", "--out", tmp_path]
+    call = ["run", "--seconds", "0.01", "--largest", "14", "--out", tmp_path]
     said = CliRunner().invoke(command.main, [*call, "--level", "float32"])
     assert said.exit_code == 0, said.output
     cells = json.loads((tmp_path / "cuda.json").read_text())["float32"]["figures"]
@@ -311,5 +319,5 @@ def test_a_step_computes_where_it_is_told_to(small, monkeypatch):
         return losses
 
     monkeypatch.setattr(step, "contenders", without_masks)
-    (found,) = step.step(Settings(META, 0.01, 8, 8, 4, 0.01, 1))
+    (found,) = step.step(Settings(META, 0.01, 8, 4, 0.01), ["eager"])
     assert set(found["peak_bytes"]) == {*without_masks(META), "sa_dpm"}

@@ -139,7 +139,14 @@ def test_a_table_says_doses_and_leaves_out_what_nobody_measured() -> None:
 
 def test_holms_correction_is_over_the_rows_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     logs = {"a": [-1.0, -1.01, -0.99], "b": [-0.1, -0.2, 0.0], "c": [-0.5, -0.55, -0.45]}
-    monkeypatch.setattr(holes, "_logs", lambda run, method, sampler, steps: logs[method])
+    monkeypatch.setattr(
+        holes,
+        "compared",
+        lambda run, method, *where: (
+            {seed: math.exp(log) for seed, log in enumerate(logs[method])},
+            dict.fromkeys(range(3), 1.0),
+        ),
+    )
     found = holes.together("any", [(name.upper(), name, None) for name in logs])
     assert (found.compared, found.held, found.missed) == (3, "A and C", "B")
     # By hand: t = 0.1 / (0.1 / √3) = √3 with 2 degrees of freedom, p = 1 - √(3/5).

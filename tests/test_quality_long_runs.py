@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -108,6 +109,14 @@ def test_a_run_killed_at_twenty_random_moments_makes_the_same(tmp_path: Path) ->
         assert not list(root.glob("cells/*/*/*/"))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of ONE_ARM that nobody stopped."""
+    root = tmp_path_factory.mktemp("whole")
+    run(ONE_ARM, root)
+    return root
+
+
 def stopped_at(preset: Any, root: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Train up to a step, as far as a run that is stopped there gets; return the model's folder."""
     with monkeypatch.context() as patched:
@@ -132,21 +141,19 @@ def stopped_at(preset: Any, root: Path, step: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text"])
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    damage: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    root = tmp_path / "damaged"
-    folder = stopped_at(ONE_ARM, root, 11, monkeypatch)
+    folder = stopped_at(ONE_ARM, tmp_path, 11, monkeypatch)
     newest, before = folder / NEWEST, folder / BEFORE
     assert (load_tensors(newest)["step"], load_tensors(before)["step"]) == (10, 5)
     content = newest.read_bytes()
     newest.write_bytes({"half": content[: len(content) // 2], "empty": b"", "text": b"x"}[damage])
-    assert plan(ONE_ARM, root).network_steps == 12 - 5
-    run(ONE_ARM, root)
+    assert plan(ONE_ARM, tmp_path).network_steps == 12 - 5
+    run(ONE_ARM, tmp_path)
     said = capsys.readouterr().out
     assert f"{newest} cannot be read (" in said
     assert f"Going on from {before}, step 5." in said
-    run(ONE_ARM, tmp_path / "whole")
-    assert what_was_made(ONE_ARM, root) == what_was_made(ONE_ARM, tmp_path / "whole")
+    assert what_was_made(ONE_ARM, tmp_path) == what_was_made(ONE_ARM, whole)
     assert not list(folder.glob("checkpoint*"))
 
 
@@ -178,7 +185,7 @@ cli.main(["run", "digits", "--workers", "1", "--out", sys.argv[1]])
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits on the size of files")
 def test_a_full_disk_ends_a_run_in_one_line_and_keeps_the_last_good_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A limit on the size of files stands for the disk: a checkpoint no longer fits."""
     folder = stopped_at(ONE_ARM, tmp_path, 6, monkeypatch)
@@ -200,8 +207,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_keeps_the_last_good_state(
     assert (folder / NEWEST).read_bytes() == good
     assert not list(tmp_path.rglob(".[0-9]*"))
     run(ONE_ARM, tmp_path)  # once there is room
-    run(ONE_ARM, tmp_path / "whole")
-    assert what_was_made(ONE_ARM, tmp_path) == what_was_made(ONE_ARM, tmp_path / "whole")
+    assert what_was_made(ONE_ARM, tmp_path) == what_was_made(ONE_ARM, whole)
 
 
 def test_torchs_own_complaint_about_the_disk_is_an_oserror(
@@ -256,8 +262,8 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "ran code" not in capsys.readouterr().out
 
 
-def test_a_run_killed_just_before_it_tidied_up_is_tidied_up(tmp_path: Path) -> None:
-    run(ONE_ARM, tmp_path)
+def test_a_run_killed_just_before_it_tidied_up_is_tidied_up(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     folder = Layout(tmp_path, tmp_path).model(Plain(), 0)
     (folder / NEWEST).write_bytes(b"left")
     (tmp_path / "cells/plain/seed0/ddim-2").mkdir()

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from quality_tools import TINY
+from quality_tools import TINY, a_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.quality import objectives
-from benchmarks.quality.data import load_digits
 from benchmarks.quality.objectives import (
     Batch,
     InputPerturbation,
@@ -26,8 +24,8 @@ from benchmarks.quality.paths import EpsilonPath, FlowPath
 from benchmarks.quality.paths import Path as NoisePath
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.streams import Stream
-from benchmarks.quality.training import train
 from s2dm_loss import NoiseSchedule, ScoreRescaling
+from s2dm_loss.coefficients import Estimator
 
 SCHEDULE = NoiseSchedule.linear(1000)
 PATH = EpsilonPath()
@@ -235,7 +233,7 @@ def test_random_numbers_are_common_to_all_objectives(
             return Recorder(build(self, path), kept[self.name])
 
         monkeypatch.setattr(type(one), "build", recorded)
-        a_run(one, tmp_path)
+        a_run(tmp_path / one.name, one)
     pairs = list(zip(kept["plain"], kept[objective.name], strict=True))
     assert len(pairs) == TINY.budget.steps
     for plain, other in pairs:
@@ -245,32 +243,23 @@ def test_random_numbers_are_common_to_all_objectives(
     assert not torch.equal(kept["plain"][0].noise, kept["plain"][1].noise)
 
 
-def a_run(objective: Objective, folder: Path, seed: int = 0) -> dict[str, Tensor]:
-    network = train(
-        objective,
-        seed,
-        data=load_digits(),
-        path=EpsilonPath(),
-        network=TINY.network,
-        budget=TINY.budget,
-        folder=folder / objective.name / str(seed),
-        accelerator=Accelerator(cpu=True),
-    )
-    return network.state_dict()
-
-
 @pytest.mark.parametrize("estimator", ["expected", "fresh", "shared"])
-def test_tau_one_trains_as_plain_does(estimator: str, tmp_path: Path) -> None:
-    plain = a_run(Plain(), tmp_path)
-    skip = a_run(SkipStep(9, estimator, tau=1.0), tmp_path)  # type: ignore[arg-type]
+def test_tau_one_trains_as_plain_does(estimator: Estimator, tmp_path: Path) -> None:
+    plain, skip, different = (
+        a_run(tmp_path / objective.name, objective).state_dict()
+        for objective in (
+            Plain(),
+            SkipStep(9, estimator, tau=1.0),
+            SkipStep(99, estimator, tau=0.5),
+        )
+    )
     for name, weights in plain.items():
         torch.testing.assert_close(skip[name], weights, rtol=1e-4, atol=1e-6)
-    different = a_run(SkipStep(99, estimator, tau=0.5), tmp_path)  # type: ignore[arg-type]
     assert any(not torch.allclose(different[n], w, rtol=1e-4, atol=1e-6) for n, w in plain.items())
 
 
 def test_seeds_differ(tmp_path: Path) -> None:
-    one, other = a_run(Plain(), tmp_path, 0), a_run(Plain(), tmp_path, 1)
+    one, other = (a_run(tmp_path / f"{seed}", Plain(), seed).state_dict() for seed in (0, 1))
     assert not torch.equal(one["inlet.weight"], other["inlet.weight"])
 
 

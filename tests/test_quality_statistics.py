@@ -104,9 +104,6 @@ def test_changes_are_paired_by_seed() -> None:
     solver = found.change("plain", Cell("unipc", 10), over=("plain", cell))
     assert solver is not None
     assert solver.mean == pytest.approx(50.0)
-    each = found.change({0: "skip", 1: "plain"}, cell, RAW_FRECHET)
-    assert each is not None
-    assert each.mean == pytest.approx(100 * (1 - 0.5**0.5))
     assert found.change("unknown", cell) is None
     assert found.methods == ["plain", "skip"]
     assert found.cells("plain") == [cell, Cell("unipc", 10)]

@@ -8,34 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from quality_tools import TINY
-from torch import Tensor, nn
+from quality_tools import TINY, a_run
+from torch import Tensor
 
 from benchmarks.files import load_json, load_tensors
 from benchmarks.quality.budget import Budget
-from benchmarks.quality.data import load_digits
 from benchmarks.quality.objectives import Batch, Loss, Objective, Plain, SkipStep
-from benchmarks.quality.paths import EpsilonPath, Noisy
+from benchmarks.quality.paths import Noisy
 from benchmarks.quality.presets import CIFAR10_16, CIFAR10_WIDE
 from benchmarks.quality.streams import Purpose, Stream, generator
-from benchmarks.quality.training import averaged_as_in, averaged_at, kept_state, train
+from benchmarks.quality.training import averaged_as_in, averaged_at, kept_state
 
 
 class KilledError(Exception):
     """Stands for a kill: nothing is tidied up."""
-
-
-def a_run(folder: Path, objective: Objective, **changes: Any) -> nn.Module:
-    settings: dict[str, Any] = {
-        "data": load_digits(),
-        "path": EpsilonPath(),
-        "network": TINY.network,
-        "budget": TINY.budget,
-        "folder": folder,
-        "accelerator": Accelerator(cpu=True),
-    }
-    return train(objective, 3, **{**settings, **changes})
 
 
 @pytest.mark.parametrize("killed_at", [3, 5, 8, 11])
@@ -60,20 +46,15 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     told: list[int] = []
     resumed = a_run(tmp_path / "killed", objective, budget=budget, progress=told.append)
     assert sum(told) == budget.steps - killed_at // 5 * 5  # nothing before the checkpoint again
-    for name, weights in resumed.state_dict().items():
-        assert torch.equal(weights, whole[name])
+    told.clear()  # and what is finished is loaded
+    loaded = a_run(tmp_path / "killed", objective, budget=budget, progress=told.append)
+    assert told == []
+    for found in (resumed, loaded):
+        assert all(torch.equal(found.state_dict()[name], whole[name]) for name in whole)
     curves = [load_json(tmp_path / n / "training.json")["curve"] for n in ("whole", "killed")]
     assert curves[0] == curves[1]
     assert [point["step"] for point in curves[0]] == [4, 8, 12]
     assert not (tmp_path / "killed/checkpoint.pt").exists()
-
-
-def test_a_finished_run_is_loaded(tmp_path: Path) -> None:
-    first = a_run(tmp_path, Plain())
-    told: list[int] = []
-    again = a_run(tmp_path, Plain(), progress=told.append)
-    assert told == []
-    assert torch.equal(first.state_dict()["inlet.weight"], again.state_dict()["inlet.weight"])
 
 
 class Adam(torch.optim.Adam):
@@ -101,6 +82,7 @@ def test_the_learning_rate_rises_over_the_warm_up(
 
 
 def test_states_are_kept_on_the_way_and_can_be_branched_from(tmp_path: Path) -> None:
+    """Weights, averages, optimiser and random streams all go on from the branching point."""
     budget = replace(TINY.budget, keep_at=(0.25, 0.75), flip=True, anneal=True)
     whole = a_run(tmp_path / "whole", Plain(), budget=budget).state_dict()
     kept = {path.name: path for path in (tmp_path / "whole").glob("*.pt")}
@@ -108,13 +90,17 @@ def test_states_are_kept_on_the_way_and_can_be_branched_from(tmp_path: Path) -> 
     for percent, step in ((25, 3), (75, 9)):
         assert load_tensors(kept[f"state-{percent}.pt"])["step"] == step
         # Whoever goes on from it ends where the run that it was taken from did.
-        branch = tmp_path / f"from-{percent}"
-        branch.mkdir()
-        shutil.copy(kept[f"state-{percent}.pt"], branch / "checkpoint.pt")
-        told: list[int] = []
-        ended = a_run(branch, Plain(), budget=budget, progress=told.append).state_dict()
-        assert sum(told) == 12 - step
-        assert all(torch.equal(ended[name], whole[name]) for name in whole)
+        resumed, branch = tmp_path / f"from-{percent}", kept_state(tmp_path / "whole", percent)
+        resumed.mkdir()
+        shutil.copy(kept[f"state-{percent}.pt"], resumed / "checkpoint.pt")
+        for folder, given in ((resumed, None), (tmp_path / f"branch-{percent}", branch)):
+            told: list[int] = []
+            options = {"budget": budget, "branch": given, "progress": told.append}
+            ended = a_run(folder, Plain(), **options).state_dict()
+            assert sum(told) == 12 - step
+            assert all(torch.equal(ended[name], whole[name]) for name in whole)
+        other = a_run(tmp_path / f"other-{percent}", SkipStep(99, tau=0.5), **options).state_dict()
+        assert any(not torch.equal(other[name], whole[name]) for name in whole)
 
 
 def test_training_learns(tmp_path: Path) -> None:
@@ -154,22 +140,6 @@ def test_streams_are_different() -> None:
         for part in range(3)
     ]
     assert len(set(seeds)) == len(seeds)
-
-
-def test_a_branch_of_the_same_loss_ends_where_the_run_ends(tmp_path: Path) -> None:
-    """Weights, averages, optimiser and random streams all go on from the branching point."""
-    budget = replace(TINY.budget, anneal=True, flip=True, keep_at=(0.5, 0.75))
-    whole = a_run(tmp_path / "whole", Plain(), budget=budget).state_dict()
-    told: list[int] = []
-    branch = kept_state(tmp_path / "whole", 75)
-    again = a_run(
-        tmp_path / "same", Plain(), budget=budget, branch=branch, progress=told.append
-    ).state_dict()
-    assert sum(told) == budget.steps // 4
-    for name, weights in whole.items():
-        torch.testing.assert_close(again[name], weights, rtol=0, atol=0)
-    other = a_run(tmp_path / "other", SkipStep(99, tau=0.5), budget=budget, branch=branch)
-    assert any(not torch.equal(w, whole[name]) for name, w in other.state_dict().items())
 
 
 @pytest.mark.parametrize("budget", [CIFAR10_WIDE.budget, CIFAR10_16.budget])

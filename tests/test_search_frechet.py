@@ -10,11 +10,7 @@ from s2dm_loss.sampling.frechet import (
     _Gaussian,
     _Pair,
 )
-
-
-def normal(count, size, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, size, generator=generator, dtype=torch.float64)
+from tests.strategies import normal
 
 
 def inside(values):
@@ -39,9 +35,9 @@ def plug_in(samples, data):
 def scaled_pair(size, count, seed, scale=1.3):
     """Samples N(0, scale² V) and data N(0, V) in a turned basis; the true distance."""
     deviations = torch.linspace(0.2, 1.5, size, dtype=torch.float64)
-    turn = torch.linalg.qr(normal(size, size, 99)).Q
-    samples = normal(count, size, seed) * deviations * scale
-    data = normal(count, size, seed + 10_000) * deviations
+    turn = torch.linalg.qr(normal(size, size, seed=99)).Q
+    samples = normal(count, size, seed=seed) * deviations * scale
+    data = normal(count, size, seed=seed + 10_000) * deviations
     return samples @ turn, data @ turn, float((scale - 1) ** 2 * deviations.square().sum())
 
 
@@ -64,7 +60,7 @@ def test_directions_that_one_side_does_not_have():
 
 def test_what_lies_outside_the_axes_counts_as_one_spread():
     samples, data, _ = scaled_pair(3, 300, 0)
-    away = normal(300, 1, 5).abs(), 2 * normal(300, 1, 6).abs()
+    away = normal(300, 1, seed=5).abs(), 2 * normal(300, 1, seed=6).abs()
     pair = _Pair(
         _Gaussian(torch.cat([samples, away[0]], 1)), _Gaussian(torch.cat([data, away[1]], 1))
     )
@@ -104,9 +100,9 @@ def test_the_bias_is_gone():
 
 def test_sorted_data_are_as_good_as_shuffled_ones():
     # Halves by order would be the two classes, each far from the samples.
-    classes = torch.cat([normal(500, 2, 0) - 3, normal(500, 2, 1) + 3])
+    classes = torch.cat([normal(500, 2, seed=0) - 3, normal(500, 2, seed=1) + 3])
     shuffled = classes[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
-    samples = torch.cat([normal(500, 2, 2) - 3, normal(500, 2, 3) + 3])
+    samples = torch.cat([normal(500, 2, seed=2) - 3, normal(500, 2, seed=3) + 3])
     (first,), (second,) = (
         compared(inside(data), inside(samples))[1] for data in (classes, shuffled)
     )
@@ -121,8 +117,8 @@ def test_intervals_hold_together():
     truth = truth - truth[0]
     held, repeats = 0, 150
     for seed in range(repeats):
-        noise = normal(256, 4, seed) * deviations
-        data = inside(normal(400, 4, seed + 500) * deviations)
+        noise = normal(256, 4, seed=seed) * deviations
+        data = inside(normal(400, 4, seed=seed + 500) * deviations)
         sets = (inside(scale * noise) for scale in scales)
         found = compared(data, *sets, seed=seed)[0].differences()
         held += bool(((found.low <= truth) & (truth <= found.high)).all())
@@ -160,8 +156,8 @@ def test_a_set_that_is_not_finite_takes_no_part(factor):
 
 def test_axes_lose_nothing():
     scale = torch.linspace(0, -6, 40).double().exp()
-    turn = torch.linalg.qr(normal(40, 40, 3)).Q
-    values = (normal(500, 40, 0) * scale) @ turn + 1.0
+    turn = torch.linalg.qr(normal(40, 40, seed=3)).Q
+    values = (normal(500, 40, seed=0) * scale) @ turn + 1.0
     axes = Axes(values, 8, seed=0)
     coordinates = axes(values)
     assert coordinates.shape == (500, 9)
@@ -173,7 +169,7 @@ def test_axes_lose_nothing():
 
 
 def test_few_dimensions_stay_as_they_are():
-    values = normal(50, 6, 0)
+    values = normal(50, 6, seed=0)
     coordinates = Axes(values, 6, seed=0)(values)
     assert torch.allclose(coordinates, inside(values - values.mean(0)))
 
@@ -208,7 +204,7 @@ def test_the_axes_leave_the_global_random_state_alone(monkeypatch):
     expected = torch.randn(2)
     torch.manual_seed(3)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # called, it would be an error
-    Axes(normal(100, 30, 0), 5, seed=1)
+    Axes(normal(100, 30, seed=0), 5, seed=1)
     assert torch.equal(torch.randn(2), expected)
 
 
@@ -239,7 +235,7 @@ def test_one_row_with_all_the_variance_makes_a_wide_interval(seed):
     data[:, 0] = 0
     data[0, 0] = 2048**0.5
     found = []
-    for turn in (torch.eye(8, dtype=torch.float64), torch.linalg.qr(normal(8, 8, seed)).Q):
+    for turn in (torch.eye(8, dtype=torch.float64), torch.linalg.qr(normal(8, 8, seed=seed)).Q):
         sets = (inside(samples * torch.tensor([s, *[1.0] * 7]) @ turn) for s in (1.0, 1.2))
         found.append(compared(inside(data @ turn), *sets, seed=seed)[0].differences())
     # With the row a factor of 1.2 is worse by 0.2² = 0.04, without it by 0.44.

@@ -84,14 +84,13 @@ class Population:
     data_scale: float = 1.0
     degrees: int | None = None
 
-    def distances(self, data_scale: float | None = None) -> Tensor:
+    def distances(self) -> Tensor:
         """Return the true Fréchet distances, ``[K]``."""
         spread, overlap = self._parts()
-        scale = self.data_scale if data_scale is None else data_scale
         total = self.variances.sum()
         if self.ring is not None:
             total = total + self.ring.covariance.trace()
-        return spread + scale**2 * total - 2 * scale * overlap
+        return spread + self.data_scale**2 * total - 2 * self.data_scale * overlap
 
     def at_the_boundary(self, index: int) -> Population:
         """Return the population whose data are scaled so that one strength changes nothing.

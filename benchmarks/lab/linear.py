@@ -9,13 +9,14 @@ axis, and the Fréchet distance (the squared 2-Wasserstein distance) to the data
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.quality.samplers import make_scheduler
+from benchmarks.quality.samplers import sample
 from s2dm_loss import NoiseSchedule
 
 
@@ -61,22 +62,23 @@ def output_variances(
     """
     wrong = imperfection or Imperfection()
     believed = wrong.believed(variances)
-    scheduler = make_scheduler(sampler, schedule)
-    scheduler.set_timesteps(steps)
-    alphas_cumprod = schedule.alphas_cumprod
-    # One row for each independent source of variance: the start, then the error of each call.
-    calls = len(scheduler.timesteps) if wrong.noise else 0
-    x = torch.zeros(len(gains), 1 + calls, len(variances), dtype=torch.float64)
-    x[:, 0] = float(scheduler.init_noise_sigma)
-    for call, t in enumerate(scheduler.timesteps):
-        a = alphas_cumprod[t]
+    calls = itertools.count(1)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        a = schedule.alphas_cumprod[t]
         epsilon = (1 - a).sqrt() * x / (a * believed + 1 - a) * wrong.scale
         if a < 0.05:
             epsilon = epsilon * wrong.late_scale
         if wrong.noise:
-            epsilon[:, 1 + call] += wrong.noise
-        x = scheduler.step(gains[:, t, None, None] * epsilon, t, x, return_dict=False)[0]
-    return x.square().sum(1)
+            epsilon[:, next(calls)] += wrong.noise
+        return gains[:, t, None, None] * epsilon
+
+    # One row for each independent source of variance: the start, then the error of each call, of
+    # which PNDM makes one more than it takes steps.
+    start = torch.zeros(len(gains), 2 + steps if wrong.noise else 1, len(variances))
+    start[:, 0] = 1
+    samples = sample(model, sampler, schedule, steps, start.double(), torch.Generator())
+    return samples.square().sum(1)
 
 
 def frechet(output: Tensor, variances: Tensor) -> Tensor:

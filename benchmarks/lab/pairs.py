@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ def digits(root: Path) -> Case:
     def draw(generator: torch.Generator) -> Tensor:
         return images[torch.randperm(len(images), generator=generator)[:DIGITS_DATA]]
 
-    model = bench.model(Plain(), 0, lambda _: None)
+    model = bench.model(Plain(), 0)
     return Case(model, flat.mean(0), flat.T.cov(), draw, bench.data.shape)
 
 
@@ -151,11 +152,10 @@ def study(case: Case, repeats: int = REPEATS) -> dict[str, Any]:
     rows: dict[str, list[Any]] = {"several": [], "one": []}
     for seed in range(repeats):
         data = case.draw(torch.Generator().manual_seed(10_000 + seed))
-        names = SAMPLERS
         for kind in rows:
             samplers = {
                 name: lambda model, noise, name=name: run(name, steps, model, noise)
-                for name in (names if kind == "several" else names[:1])
+                for name in (SAMPLERS if kind == "several" else SAMPLERS[:1])
             }
             search = CorrectionSearch(
                 case.model,
@@ -198,27 +198,13 @@ def _judged(found: Recommendation, judge: Judge, use: float, best: float) -> dic
     }
 
 
-def summary(case: str, found: dict[str, Any]) -> list[str]:
-    """Say what a study found, in three lines."""
-    lines = [f"{case}: DDIM {found['in use']:.4g}, best {found['best pair']}"]
-    for kind, rows in found["searches"].items():
-        left = torch.tensor([row["left"] for row in rows])
-        lines.append(
-            f"  {kind}: left of what could be won {left.mean():.1%}, median {left.median():.1%}, "
-            f"most {left.max():.1%}; intervals hold in {sum(row['holds'] for row in rows)} of "
-            f"{len(rows)}; {found['cost'][kind]} samples"
-        )
-    return lines
-
-
 def main() -> None:
     """Judge each case, or the digits of a folder, print it, and keep it for the pages."""
     cases = {"digits, 10 steps": digits(Path(sys.argv[1]))} if sys.argv[1:] else CASES
     path, made_with = RESULTS / "pairs.json", versions()
     for name, case in cases.items():
         found = study(case)
-        sys.stdout.write("\n".join([*summary(name, found), ""]))
-        sys.stdout.flush()
+        click.echo(f"{name}: DDIM {found['in use']:.4g}, best {found['best pair']}")
         known = load_json(path) if path.exists() else {}
         save_json(path, {**known, name: {**found, "versions": made_with}})
 

@@ -156,16 +156,6 @@ def flow(bar: Bar) -> Json:
     return {"tau": 0.99, "rows": rows}
 
 
-@torch.inference_mode()
-def feature_distance(bench: Bench, samples: Tensor) -> float:
-    """Return the Fréchet distance of classifier features, without the slower kernel distance."""
-    metric = bench.distances.frechet
-    metric.update(bench.distances.network(samples).float(), real=False)
-    distance = float(metric.compute())
-    metric.reset()
-    return distance
-
-
 def digits(
     bar: Bar,
     root: Path = Path("runs/digits-full"),
@@ -196,7 +186,7 @@ def digits(
 
 def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples: int) -> Json:
     images = datasets.to_model_range(bench.data.images)
-    model = bench.model(Plain(), seed, lambda _: None)
+    model = bench.model(Plain(), seed)
     fresh = torch.Generator().manual_seed(77 + seed)
     start = torch.randn(num_samples, *images.shape[1:], generator=fresh)
     corrections = standard_corrections(SCHEDULE)
@@ -209,7 +199,8 @@ def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples:
     ) -> dict[str, float]:
         samples = run(scaled, noise(start))
         saved = datasets.to_uint8(samples)
-        return {"raw": feature_distance(bench, samples), "images": feature_distance(bench, saved)}
+        compare = bench.distances.compare
+        return {"raw": compare(samples).frechet, "images": compare(saved).frechet}
 
     def bench_features(samples: Tensor) -> Tensor:
         return bench.distances.network(datasets.to_uint8(samples))
@@ -231,7 +222,7 @@ def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples:
         ).recommend()
         plain, best = found.candidates[0].distance, found.best
         searches[name] = {
-            "recommended": "none" if found.recommended is None else found.recommended.label,
+            "recommended": found.recommended.label,
             "relative": [best.difference / plain, best.low / plain, best.high / plain],
             "judged": judge(found.correct_model(model), found.correct_noise),
         }

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.files import save_json
-from benchmarks.provenance import ROOT, machine, versions
+from benchmarks.monitor.holes import RESULT
+from benchmarks.provenance import machine, versions
 from benchmarks.quality.data import load_digits, to_model_range
 from benchmarks.quality.networks import MLPSpec
 from s2dm_loss import NoiseSchedule, SkipStepLoss
 from s2dm_loss.monitor import LossByNoise, validation_loss
 from s2dm_loss.validation_result import ValidationLoss
 
-RESULT = ROOT / "benchmarks" / "results" / "monitor.json"
 SCHEDULE, SKIP = NoiseSchedule.linear(1000), 49
 HELD_OUT, BATCH = 256, 128
 CHECKED = (250, 500, 1000, 2000, 4000, 6000, 8000, 12_000)
@@ -160,11 +160,8 @@ def _cost() -> dict[str, float]:
     by_noise = LossByNoise(SCHEDULE)
 
     def best(call: Callable[[], object], number: int = 1000) -> float:
-        return (
-            1e6
-            * min(timeit.repeat(call, timer=time.process_time, number=number, repeat=7))
-            / number
-        )
+        repeats = timeit.repeat(call, timer=time.process_time, number=number, repeat=7)
+        return 1e6 * min(repeats) / number
 
     return {
         "update": best(lambda: by_noise.update(t, losses)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.files import load_json
@@ -53,43 +55,35 @@ def monitor() -> Run:
     return Run()
 
 
+def _draw(axes: Axes, means: Sequence[float], errors: Sequence[float], **style: Any) -> None:
+    """Draw values by noise level, with two standard errors."""
+    bars = [2 * error for error in errors]
+    axes.errorbar(Run().levels["log_snr"], means, yerr=bars, marker=".", linewidth=1, **style)
+    axes.set_xlabel("log SNR (left: noise, right: data)")
+
+
 def levels() -> Figure:
-    """Return the validation loss by level, with two standard errors."""
-    found = Run().levels
-    figure, axes = new_figure(2.9)
+    """Return the validation loss by level."""
+    figure, ((axes,),) = new_figure(2.9)
     for color, (kind, title) in enumerate(TITLES.items(), 1):
-        means, errors = zip(*found[kind], strict=True)
-        bars = [2 * error for error in errors]
-        axes[0, 0].errorbar(
-            found["log_snr"],
-            means,
-            yerr=bars,
-            marker=".",
-            linewidth=1,
-            color=COLORS[color],
-            label=title,
-        )
-    axes[0, 0].set(xlabel="log SNR (left: noise, right: data)", ylabel="loss", yscale="log")
-    axes[0, 0].legend()
+        _draw(axes, *zip(*Run().levels[kind], strict=True), color=COLORS[color], label=title)
+    axes.set(ylabel="loss", yscale="log")
+    axes.legend()
     return figure
 
 
 def compared() -> Figure:
-    """Return the paired difference by level in percent, with two standard errors."""
+    """Return the paired difference by level in percent."""
     found = Run().levels
-    figure, axes = new_figure(2.9)
-    means, errors = zip(*found["difference"], strict=True)
-    before = [after - mean for (after, _), mean in zip(found["plain"], means, strict=True)]
-    zero_line(axes[0, 0])
-    axes[0, 0].errorbar(
-        found["log_snr"],
-        [100 * mean / base for mean, base in zip(means, before, strict=True)],
-        yerr=[200 * error / base for error, base in zip(errors, before, strict=True)],
-        marker=".",
-        linewidth=1,
-        color=COLORS[1],
-    )
-    axes[0, 0].set(xlabel="log SNR (left: noise, right: data)", ylabel="difference, %")
+    figure, ((axes,),) = new_figure(2.9)
+    # Over what it was before.
+    rows = [
+        (100 * mean / (after - mean), 100 * error / (after - mean))
+        for (mean, error), (after, _) in zip(found["difference"], found["plain"], strict=True)
+    ]
+    zero_line(axes)
+    _draw(axes, *zip(*rows, strict=True), color=COLORS[1])
+    axes.set_ylabel("difference, %")
     return figure
 
 

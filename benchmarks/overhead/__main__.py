@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
 from benchmarks.files import load_json, save_json
-from benchmarks.overhead import against as other_version
-from benchmarks.overhead import levels, plan, step
+from benchmarks.overhead import levels, plan
+from benchmarks.overhead.against import other_loss
 from benchmarks.overhead.levels import Cell, Settings
-from benchmarks.pages.tables import markdown_table
+from benchmarks.overhead.step import step
 from benchmarks.provenance import git, machine
 from s2dm_loss import __version__
 
@@ -28,13 +27,11 @@ LEVELS: dict[str, Callable[[Settings], Iterator[Cell]]] = {
     "float32": partial(levels.eager, dtype=torch.float32),
     "bfloat16": partial(levels.eager, dtype=torch.bfloat16),
     "compiled": levels.compiled_heads,
-    "step": step.step,
-    "step-compiled": step.step_compiled,
-    "step-graph": step.step_graph,
+    "step": partial(step, modes=["eager"]),
+    "step-compiled": partial(step, modes=["compiled"]),
+    "step-graph": partial(step, modes=["graph", "compiled graph"]),
     "counts": levels.counts,
 }
-# What a head may take of `F.mse_loss`'s time on two threads, by log2 of its size; 0.8 beyond.
-GOALS = {"2^14": 1.65, "2^16": 1.35, "2^18": 0.95, "2^20": 0.85}
 
 OUT = click.option(
     "--out",
@@ -42,9 +39,6 @@ OUT = click.option(
     default=Path("runs/overhead"),
     show_default=True,
     help="Folder of the figures, DEVICE.json; benchmarks/results/overhead is the page's.",
-)
-THREADS = click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads of torch [its own choice]."
 )
 STEP_BATCH = click.option("--step-batch", type=int, help="Batch of the step [4; 128 on a GPU].")
 
@@ -58,25 +52,27 @@ def main() -> None:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[cuda where there is one]")
 @click.option("--level", "names", type=click.Choice(list(LEVELS)), multiple=True, help="[all]")
 @click.option("--seconds", default=2.0, show_default=True, help="Time for each cell of a table.")
-@click.option("--smallest", default=14, show_default=True, help="log2 of the smallest size; even.")
 @click.option("--largest", type=int, help="log2 of the largest size [26; 28 on a GPU].")
 @STEP_BATCH
 @click.option("--step-seconds", default=60.0, show_default=True, help="Time for each step.")
-@THREADS
 @click.option("--budget", type=float, help="Seconds after which nothing new is begun.")
 @click.option("--small", is_flag=True, help="For a rehearsal: one sample, a small network.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Checkout of another version, whose loss is measured too.",
+)
 @OUT
 def run(
     device: str | None,
     names: tuple[str, ...],
     seconds: float,
-    smallest: int,
     largest: int | None,
     step_batch: int | None,
     step_seconds: float,
-    threads: int | None,
     budget: float | None,
     small: bool,
+    against: Path | None,
     out: Path,
 ) -> None:
     """Measure, and write after each result; a level measured before is replaced."""
@@ -85,28 +81,27 @@ def run(
         raise click.ClickException("device: torch sees no GPU here")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device == "cuda"
-    if threads is not None:
-        torch.set_num_threads(threads)
     torch.manual_seed(0)
-    settings = Settings(
-        device=torch.device(device),
-        seconds=seconds,
-        smallest=smallest,
-        largest=largest or (28 if on_gpu else 26),
-        step_batch=step_batch or (128 if on_gpu else 4),
-        step_seconds=step_seconds,
-        # Several times the last cache of either: 50 MiB on an H100.
-        cache_bytes=(1 if small else 256) * 2**20,
-        deadline=began + (budget or float("inf")),
-        small=small,
-    )
-    for name in names or tuple(LEVELS):
-        click.echo(f"Measuring {name} on {device}:", err=True)
-        _measure(name, LEVELS[name](settings), settings, out / f"{device}.json")
+    try:
+        settings = Settings(
+            device=torch.device(device),
+            seconds=seconds,
+            largest=largest or (28 if on_gpu else 26),
+            step_batch=step_batch or (128 if on_gpu else 4),
+            step_seconds=step_seconds,
+            deadline=began + (budget or float("inf")),
+            small=small,
+            other=other_loss(against, torch.device(device)) if against else {},
+        )
+        for name in names or tuple(LEVELS):
+            click.echo(f"Measuring {name} on {device}:", err=True)
+            _measure(name, settings, out / f"{device}.json")
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
     click.echo(f"Wrote {out / device}.json.")
 
 
-def _measure(name: str, cells: Iterator[Cell], settings: Settings, path: Path) -> list[Cell]:
+def _measure(name: str, settings: Settings, path: Path) -> None:
     """Write a level's results to `path`, where other levels' stay, one after the other."""
     began, figures = time.monotonic(), []
     shown = {
@@ -120,7 +115,7 @@ def _measure(name: str, cells: Iterator[Cell], settings: Settings, path: Path) -
         "load_average_before": round(os.getloadavg()[0], 2),
     }
     try:
-        for cell in cells:
+        for cell in LEVELS[name](settings):
             figures.append(cell)
             click.echo(f"  {summary(cell)}", err=True)
             results = load_json(path) if path.exists() else {}
@@ -130,9 +125,6 @@ def _measure(name: str, cells: Iterator[Cell], settings: Settings, path: Path) -
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         click.echo(f"  {name}: the rest is left out: {str(error).splitlines()[0]}", err=True)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
-    return figures
 
 
 def summary(cell: Cell) -> str:
@@ -170,59 +162,17 @@ def gpu(minutes: float, rehearse: bool, step_batch: int | None, out: Path) -> No
     options = ["--out", str(out), "--seconds", "1", "--step-seconds", "25"]
     options += ["--device", "cpu" if rehearse else "cuda"]
     if rehearse:
-        options += ["--small", "--largest", "14", "--step-batch", str(step_batch or 1)]
-    elif step_batch is not None:
+        options += ["--small", "--largest", "14"]
+        step_batch = step_batch or 1
+    if step_batch is not None:
         options += ["--step-batch", str(step_batch)]
-    plan.follow(plan.run_command(options), 60 * minutes - 5, click.echo)
 
+    def command(part: plan.Levels, seconds: float) -> list[str]:
+        chosen = [word for level in part for word in ("--level", level)]
+        program = [sys.executable, "-m", "benchmarks.overhead", "run"]
+        return [*program, *chosen, "--budget", f"{seconds:.0f}", *options]
 
-@main.command()
-@click.option(
-    "--against",
-    "folder",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    required=True,
-    help="Checkout of the other version.",
-)
-@click.option("--seconds", default=10.0, show_default=True, help="Time for each size.")
-@click.option("--smallest", default=14, show_default=True, help="log2 of the smallest size; even.")
-@click.option("--largest", default=24, show_default=True, help="log2 of the largest size.")
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
-@OUT
-def head(
-    folder: Path, seconds: float, smallest: int, largest: int, threads: int, out: Path
-) -> None:
-    """Compare the loss with that of another version, forward and backward, in one run."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    try:
-        version, other = other_version.other_loss(folder)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
-    settings = Settings(
-        torch.device("cpu"), seconds, smallest, largest, 0, 0.0, cache_bytes=256 * 2**20
-    )
-    cells = other_version.against(settings, other)
-    found = _measure("head", cells, settings, out / "head.json")
-    results = load_json(out / "head.json")
-    results["head"]["against"] = version
-    save_json(out / "head.json", results)
-    click.echo(f"Old: {version}. New: {__version__}. Times over those of F.mse_loss.\n")
-    click.echo(against_table(found))
-
-
-def against_table(cells: list[Cell]) -> str:
-    """Return the ratios of both versions by size, with the goals."""
-    rows = []
-    for cell in cells:
-        goal = GOALS.get(cell["name"], 0.8) if cell["dtype"] == "float32" else 1.0
-        old, new = (cell["ratios"][f"{name}/mse"][1] for name in ("old", "new"))
-        numbers: list[Any] = [f"{old:.2f}", f"{new:.2f}", f"≤ {goal}"]
-        numbers.append("met" if new <= goal else "missed")
-        numbers += [f"{cell['operators'][name]}" for name in ("old", "new")]
-        rows.append([f"{cell['dtype']}, {cell['name']}", *numbers])
-    header = ["", "old", "new", "goal", "", "operators, old", "operators, new"]
-    return markdown_table(header, rows)
+    plan.follow(command, 60 * minutes - 5, click.echo)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ class Device:
         named = all("name" in cell for cell in found)
         return sorted(found, key=_order) if named else found
 
-    def known(self, level: str = "float32") -> list[tuple[str, Cell]]:
-        """Return the cells of the shapes people train on, by name."""
-        ends = {cell["name"].split(", ")[-1]: cell for cell in self.cells(level)}
+    def known(self) -> list[tuple[str, Cell]]:
+        """Return the float32 cells of the shapes people train on, by name."""
+        ends = {cell["name"].split(", ")[-1]: cell for cell in self.cells("float32")}
         return [(name, ends[name]) for name in KNOWN if name in ends]
 
     @property
@@ -148,12 +148,10 @@ class Device:
     @property
     def waits(self) -> int:
         """How often one of our losses makes the host wait, or breaks a graph."""
-        ours = [
-            r for r in self.cells("counts") if r["contender"] in ("expected", "fresh", "shared")
-        ]
         return sum(
-            r["sync_operators"] + (r.get("sync") is not None) + r.get("graph_breaks", 0)
-            for r in ours
+            row["sync_operators"] + (row.get("sync") is not None) + row.get("graph_breaks", 0)
+            for row in self.cells("counts")
+            if row["contender"] in ("expected", "fresh", "shared")
         )
 
     def losses(self, level: str, dtype: str) -> list[str]:
@@ -199,9 +197,9 @@ def useful_rate(cell: Cell, name: str) -> float:
     return 3 * size / (cell["microseconds"][name][1] / 1e6)
 
 
-def devices(folder: Path = RESULTS) -> list[Device]:
+def devices() -> list[Device]:
     """Return the devices that have results."""
-    paths = [folder / f"{name}.json" for name in DEVICES]
+    paths = [RESULTS / f"{name}.json" for name in DEVICES]
     return [Device(path) for path in paths if path.exists()]
 
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import click
 import torch
-from torch import Tensor
 
 from benchmarks.overhead.contenders import Loss, compiled, contenders
 from benchmarks.overhead.measure import (
-    Inputs,
     OperatorCount,
-    Prepare,
     copy_bandwidth,
     forward_backward,
     gradient_error,
     inductor_bytes,
+    inputs_in_turn,
     interleave,
     kernels,
     peak_memory,
+    some_arguments,
     summarise,
     syncs_forbidden,
 )
@@ -40,6 +39,8 @@ KNOWN = {
     "video latents": (4, 16, 13, 60, 90),
 }
 """What people train on, by the end of a cell's name."""
+SMALLEST = 14
+"""log2 of the smallest size."""
 # The losses that compute in the type they are given and draw nothing.
 SAME_IN_FLOAT64 = ("mse", "expected", "shared")
 ALLOCATIONS = 5
@@ -58,24 +59,27 @@ class Settings:
     Attributes:
         device: Where.
         seconds: Time for each cell of a table, compilation not counted.
-        smallest: log2 of the smallest size.
-        largest: log2 of the largest size.
+        largest: log2 of the largest size; even.
         step_batch: Batch of the training step.
         step_seconds: Time for each training step.
-        cache_bytes: What the input sets have to fill before they take turns again.
         deadline: When to stop, by `time.monotonic`; what comes later is left out.
         small: For a rehearsal: one sample of each known shape, and a small network.
+        other: The loss of another version, by that version.
     """
 
     device: torch.device
     seconds: float
-    smallest: int
     largest: int
     step_batch: int
     step_seconds: float
-    cache_bytes: int
     deadline: float = float("inf")
     small: bool = False
+    other: dict[str, Loss] = field(default_factory=dict)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What sets of inputs fill: several times the last cache, which is 50 MiB on an H100."""
+        return (1 if self.small else 256) * 2**20
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -84,7 +88,7 @@ class Settings:
             f"2^20, {name}" if shape == LATENTS else name: (1, *shape[1:]) if self.small else shape
             for name, shape in KNOWN.items()
         }
-        sizes = range(self.largest, self.smallest - 1, -2)
+        sizes = range(self.largest, SMALLEST - 1, -2)
         flat = {f"2^{log2}": flat_shape(log2) for log2 in sizes}
         return known | {name: shape for name, shape in flat.items() if shape != LATENTS}
 
@@ -103,27 +107,26 @@ class Settings:
             share = min(seconds or self.seconds, 0.6 * left / (len(cells) - done))
             yield cell, share
 
-    def interleave(
-        self, prepare: Mapping[str, Prepare], seconds: float, least_rounds: int = 20
-    ) -> dict[str, list[float]]:
-        """Time contenders in turn, as `measure.interleave` does."""
-        return interleave(prepare, self.device, seconds, least_rounds)
 
-    def interleave_heads(
-        self, losses: Mapping[str, Loss], shape: Shape, dtype: torch.dtype, seconds: float
-    ) -> dict[str, list[float]]:
-        """Time losses, forward and backward, on inputs that are allocated anew now and then.
+def interleave_heads(
+    settings: Settings,
+    losses: Mapping[str, Loss],
+    shape: Shape,
+    dtype: torch.dtype,
+    seconds: float,
+) -> dict[str, list[float]]:
+    """Time losses, forward and backward, on inputs that are allocated anew now and then.
 
-        Where the inputs happen to lie in memory moves a ratio by 5 % and more.
-        """
-        times: dict[str, list[float]] = {name: [] for name in losses}
-        for _ in range(ALLOCATIONS):
-            inputs = Inputs(shape, dtype, self.device, self.cache_bytes)
-            calls = {name: forward_backward(loss, inputs) for name, loss in losses.items()}
-            part = self.interleave(calls, seconds / ALLOCATIONS, 20 // ALLOCATIONS)
-            for name, values in part.items():
-                times[name] += values
-        return times
+    Where the inputs happen to lie in memory moves a ratio by 5 % and more.
+    """
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    for _ in range(ALLOCATIONS):
+        inputs = inputs_in_turn(shape, dtype, settings.device, settings.cache_bytes)
+        calls = {name: forward_backward(loss, inputs) for name, loss in losses.items()}
+        part = interleave(calls, settings.device, seconds / ALLOCATIONS, 20 // ALLOCATIONS)
+        for name, values in part.items():
+            times[name] += values
+    return times
 
 
 def bandwidth(settings: Settings) -> Iterator[Cell]:
@@ -135,7 +138,7 @@ def bandwidth(settings: Settings) -> Iterator[Cell]:
 
 def eager(settings: Settings, dtype: torch.dtype) -> Iterator[Cell]:
     """Forward and backward of the loss alone, eager, at every shape and size."""
-    losses = contenders(settings.device, dtype)
+    losses = contenders(settings.device, dtype) | settings.other
     for (name, shape), seconds in settings.in_time(list(settings.shapes.items())):
         yield from _timed(settings, losses, name, shape, dtype, "eager", seconds)
 
@@ -166,7 +169,7 @@ def _timed(
     seconds: float,
 ) -> Iterator[Cell]:
     try:
-        times = settings.interleave_heads(losses, shape, dtype, seconds)
+        times = interleave_heads(settings, losses, shape, dtype, seconds)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         click.echo(f"  {name}: more than the device's memory, left out", err=True)
@@ -191,7 +194,7 @@ def counts(settings: Settings) -> Iterator[Cell]:
         (shape, dtype, name, loss)
         for shape in order
         for dtype in (torch.float32, torch.bfloat16)
-        for name, loss in contenders(settings.device, dtype).items()
+        for name, loss in (contenders(settings.device, dtype) | settings.other).items()
     ]
     for (shape, dtype, name, loss), _ in settings.in_time(cells):
         row = {
@@ -205,16 +208,6 @@ def counts(settings: Settings) -> Iterator[Cell]:
             arguments = some_arguments(shape, dtype, settings.device)
             row["gradient_error"] = gradient_error(loss, arguments)
         yield row
-
-
-def some_arguments(
-    shape: Shape, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ε̂, ε and t, with timesteps on either side of the skip: both branches of Eq. 13."""
-    eps_hat = torch.randn(shape, device=device).to(dtype).requires_grad_()
-    noise = torch.randn(shape, device=device).to(dtype)
-    t = torch.arange(shape[0], device=device) * 7 % 1000
-    return eps_hat, noise, t
 
 
 def _count(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import random
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,53 +20,44 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Spread = tuple[float, float, float]  # first quartile, median, third quartile
 Prepare = Callable[[], Callable[[], object]]
 """Picks inputs, untimed, and returns the work to be timed."""
 
-
-def spread(values: list[float]) -> Spread:
-    """Return the quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+spread = partial(statistics.quantiles, n=4, method="inclusive")
+"""First quartile, median, third quartile."""
 
 
-class Inputs:
-    """Sets of (ε̂, ε, t) that take turns, so that none is found in a cache."""
-
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, bytes_in_turn: int
-    ) -> None:
-        """Draw sets until they fill `bytes_in_turn`: at least 3, at most 256."""
-        size = 2 * dtype.itemsize * torch.Size(shape).numel()
-        count = min(max(bytes_in_turn // size, 3), 256)
-        self.sets = [
-            (
-                torch.randn(shape, device=device).to(dtype).requires_grad_(),
-                torch.randn(shape, device=device).to(dtype),
-                torch.randint(1000, shape[:1], device=device),
-            )
-            for _ in range(count)
-        ]
-        self._turn = 0
-
-    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the next set, and free the gradient that the last one was left with."""
-        self.sets[self._turn][0].grad = None
-        self._turn = (self._turn + 1) % len(self.sets)
-        return self.sets[self._turn]
+def some_arguments(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ε̂, ε and t, the timesteps evenly over all 1,000."""
+    eps_hat = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    noise = torch.randn(shape, device=device).to(dtype)
+    return eps_hat, noise, torch.arange(shape[0], device=device) * 1000 // shape[0]
 
 
-def forward_backward(loss: Callable[..., Tensor], inputs: Inputs) -> Prepare:
+def inputs_in_turn(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, least_bytes: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield sets of (ε̂, ε, t) in turn for ever, and free the gradient of the last one.
+
+    So many sets, from 3 to 256, that they fill `least_bytes` and none is found in a cache.
+    """
+    size = 2 * dtype.itemsize * torch.Size(shape).numel()
+    count = min(max(least_bytes // size, 3), 256)
+    for arguments in itertools.cycle([some_arguments(shape, dtype, device) for _ in range(count)]):
+        yield arguments
+        arguments[0].grad = None
+
+
+def forward_backward(
+    loss: Callable[..., Tensor], inputs: Iterator[tuple[Tensor, Tensor, Tensor]]
+) -> Prepare:
     """Prepare a forward and a backward of one loss."""
 
     def prepare() -> Callable[[], None]:
-        eps_hat, noise, t = inputs()
-
-        def work() -> None:
-            loss(eps_hat, noise, t).backward()
-
-        return work
+        arguments = next(inputs)
+        return lambda: loss(*arguments).backward()
 
     return prepare
 
@@ -163,26 +155,27 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
 
 
-@dataclass
 class OperatorCount(TorchDispatchMode):
     """Counts operators and the bytes they read and write, below autograd; the same on every run.
 
     Views and allocations move nothing and are left out. What an operator does inside is not seen:
     `mse_loss` counts as one operator that writes a scalar.
 
+    Attributes:
+        operators: How many compute.
+        data_operators: How many read or write a tensor of at least `large` bytes.
+        bytes: Read and written.
+        new_bytes: Of new outputs of at least `large`.
+        syncs: How many operators make the host wait for the device.
+        names: What was counted, in order.
     """
 
-    large: int  # size in bytes from which an operator counts as one on data
-    operators: int = 0  # that compute
-    data_operators: int = 0  # that read or write a tensor of `large` bytes
-    bytes: int = 0  # read and written
-    new_bytes: int = 0  # of new outputs of at least `large`
-    syncs: int = 0  # operators that make the host wait for the device
-    names: list[str] = field(default_factory=list)  # what was counted, in order
-
-    def __post_init__(self) -> None:
-        """Set up the mode that this is."""
+    def __init__(self, large: int) -> None:
+        """Keep the size in bytes from which an operator counts as one on data."""
         super().__init__()
+        self.large = large
+        self.operators = self.data_operators = self.bytes = self.new_bytes = self.syncs = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -210,10 +203,6 @@ class OperatorCount(TorchDispatchMode):
         )
         return result
 
-    # A dataclass compares by value and is then not hashable, which the stack of modes needs.
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
-
 
 def _bytes(tensor: Tensor) -> int:
     """Bytes that lie in memory: an expanded axis is there once."""
@@ -231,8 +220,7 @@ def gradient_error(loss: Callable[..., Tensor], arguments: tuple[Tensor, Tensor,
         leaf = eps_hat.detach().to(dtype).requires_grad_()
         (gradient,) = torch.autograd.grad(loss(leaf, noise.to(dtype), t), leaf)
         gradients.append(gradient.double())
-    error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
-    return float(error)
+    return float((gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max())
 
 
 def kernels(work: Callable[[], object]) -> int:
@@ -241,8 +229,7 @@ def kernels(work: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
-    on_device = DeviceType.CUDA
-    return sum(event.device_type == on_device for event in profiler.events() or [])
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or [])
 
 
 @contextlib.contextmanager
@@ -283,20 +270,16 @@ def inductor_bytes(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -
         log.propagate = propagate
 
 
-def copy_bandwidth(device: torch.device, mebibytes: int, seconds: float) -> Spread:
+def copy_bandwidth(device: torch.device, mebibytes: int, seconds: float) -> list[float]:
     """Return bytes a second of `copy_` between tensors that exist already, read plus write."""
     count = mebibytes * 2**20 // 4
-    pairs = [
-        (torch.empty(count, device=device), torch.ones(count, device=device)) for _ in range(3)
-    ]
-    for target, _ in pairs:
-        target.zero_()  # so that no page is touched first inside the measurement
+    # Written once, so that no page is touched first inside the measurement.
+    pairs = [[torch.ones(count, device=device) for _ in range(2)] for _ in range(3)]
+    in_turn = itertools.cycle(pairs)
 
     def prepare_pair() -> Callable[[], object]:
-        target, source = pairs[0]
-        pairs.append(pairs.pop(0))
+        target, source = next(in_turn)
         return lambda: target.copy_(source)
 
     times = interleave({"copy": prepare_pair}, device, seconds)["copy"]
-    low, middle, high = spread([8 * count / value for value in times])
-    return low, middle, high
+    return spread([8 * count / value for value in times])

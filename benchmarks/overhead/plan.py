@@ -13,61 +13,48 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
+Levels = tuple[str, ...]
 
-@dataclass(frozen=True)
-class Part:
-    """Levels that are measured in one process.
-
-    Attributes:
-        levels: Their names.
-        seconds: Their time, start-up included, of `SECONDS` in all.
-    """
-
-    levels: tuple[str, ...]
-    seconds: float
-
-
-PARTS = (
-    Part(("bandwidth", "float32"), 75),
-    Part(("bfloat16",), 55),
-    Part(("compiled",), 110),
-    Part(("step",), 45),
-    Part(("step-compiled",), 110),
-    Part(("step-graph",), 40),
-    Part(("counts",), 40),
-)
-SECONDS = sum(part.seconds for part in PARTS)
+PARTS: dict[Levels, float] = {
+    ("bandwidth", "float32"): 75,
+    ("bfloat16",): 55,
+    ("compiled",): 110,
+    ("step",): 45,
+    ("step-compiled",): 110,
+    ("step-graph",): 40,
+    ("counts",): 40,
+}
+"""Levels that are measured in one process, and its seconds, start-up included."""
 START_UP = 10.0
 """Seconds of a part that are not for measuring: imports, and an end before it is ended."""
 
 
 def follow(
-    command: Callable[[Part, float], Sequence[str]],
+    command: Callable[[Levels, float], Sequence[str]],
     seconds: float,
     say: Callable[[str], object],
-    parts: Sequence[Part] = PARTS,
+    parts: Mapping[Levels, float] = PARTS,
 ) -> None:
     """Run the parts, all of them together within `seconds`.
 
     Args:
-        command: Returns the command of a part that is to stop by itself after the given seconds.
+        command: Returns the command for some levels, which is to stop by itself after the given
+            seconds.
         seconds: Time for all parts, divided as theirs are.
         say: Told what begins, and what did not end well.
         parts: What to run.
     """
-    end, scale = time.monotonic() + seconds, seconds / sum(part.seconds for part in parts)
-    for number, part in enumerate(parts):
-        names = ", ".join(part.levels)
-        reserved = scale * sum(later.seconds for later in parts[number + 1 :])
-        limit = end - time.monotonic() - reserved
-        say(f"{names}: at most {limit:.0f} s")
+    end, scale, later = time.monotonic() + seconds, seconds / sum(parts.values()), seconds
+    for levels, share in parts.items():
+        names = ", ".join(levels)
+        later -= scale * share
         began = time.monotonic()
-        status = _run(command(part, max(limit - START_UP, limit / 2)), limit)
+        limit = end - began - later
+        say(f"{names}: at most {limit:.0f} s")
+        status = _run(command(levels, max(limit - START_UP, limit / 2)), limit)
         if status is None:
             say(f"{names}: ended after {limit:.0f} s; what it had written is kept")
         elif status:
@@ -88,14 +75,3 @@ def _run(command: Sequence[str], seconds: float) -> int | None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def run_command(options: Sequence[str]) -> Callable[[Part, float], list[str]]:
-    """Return what `follow` needs: `python -m benchmarks.overhead run` with these options."""
-
-    def command(part: Part, seconds: float) -> list[str]:
-        levels = [word for level in part.levels for word in ("--level", level)]
-        program = [sys.executable, "-m", "benchmarks.overhead", "run"]
-        return [*program, *levels, "--budget", f"{seconds:.0f}", *options]
-
-    return command

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.overhead.contenders import Loss, compiled, contenders
-from benchmarks.overhead.levels import Cell, Settings, some_arguments
-from benchmarks.overhead.measure import Prepare, peak_memory, summarise
+from benchmarks.overhead.levels import Cell, Settings, interleave_heads
+from benchmarks.overhead.measure import interleave, peak_memory, some_arguments, summarise
 from s2dm_loss import NoiseSchedule
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -25,20 +24,23 @@ class Training:
 
     Args:
         settings: Device and sizes.
-        half: Compute in bfloat16 under autocast.
+        mode: "eager" in float32; any other in bfloat16 under autocast, "compiled" if it says so.
     """
 
-    def __init__(self, settings: Settings, *, half: bool) -> None:
+    def __init__(self, settings: Settings, mode: str) -> None:
         """Build the model with random weights."""
-        self.device, self.half = settings.device, half
-        self.model = (small_unet() if settings.small else cifar10_unet()).to(self.device)
-        self.network: nn.Module = self.model
+        self.device, self.half = settings.device, mode != "eager"
+        unet = cifar10_unet((32, 32), 1) if settings.small else cifar10_unet()
+        self.model = unet.to(self.device)
+        self.network: Callable[..., object] = self.model
+        if "compiled" in mode:
+            self.network = torch.compile(self.model)
         schedule = NoiseSchedule.linear()
         alpha, sigma = schedule.alpha_sigma(schedule.timesteps)
         self.alpha, self.sigma = alpha.float().to(self.device), sigma.float().to(self.device)
         side = 8 if settings.small else 32
         self.x0 = torch.randn(settings.step_batch, 3, side, side, device=self.device)
-        fast = half and self.device.type == "cuda"
+        fast = self.half and self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, fused=fast, capturable=fast
         )
@@ -47,7 +49,7 @@ class Training:
         """Return the model's answer to x_t."""
         wide = (-1, 1, 1, 1)
         x_t = self.alpha[t].view(wide) * self.x0 + self.sigma[t].view(wide) * noise
-        answer: Tensor = self.network(x_t, t).sample
+        answer: Tensor = self.network(x_t, t).sample  # type: ignore[attr-defined]
         return answer
 
     def objective(self, loss: Loss) -> Objective:
@@ -81,85 +83,66 @@ class Training:
 
         return step
 
-    def cell(self, mode: str, shown: Mapping[str, Any]) -> Cell:
-        """Return what a result begins with."""
-        return {
+
+def step(settings: Settings, modes: Sequence[str]) -> Iterator[Cell]:
+    """A training step of the CIFAR10 U-Net: "eager", "compiled", or either in a CUDA "graph"."""
+    if settings.device.type != "cuda":
+        modes = [mode for mode in modes if "graph" not in mode]
+    for mode, seconds in settings.in_time(modes, settings.step_seconds):
+        training, losses = Training(settings, mode), contenders(settings.device)
+        if "compiled" in mode:
+            losses = compiled(losses)
+        measured = _captured if "graph" in mode else _launched
+        yield {
             "mode": mode,
-            "dtype": "bfloat16" if self.half else "float32",
+            "dtype": "bfloat16" if training.half else "float32",
             "model": "UNet2DModel of google/ddpm-cifar10-32, random weights, AdamW",
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "shape": tuple(self.x0.shape),
-            **shown,
+            "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+            "shape": tuple(training.x0.shape),
+            **measured(settings, training, losses, seconds),
         }
 
 
-def step(settings: Settings) -> Iterator[Cell]:
-    """A training step of the CIFAR10 U-Net, eager, float32: every loss."""
-    training = Training(settings, half=False)
-    losses = contenders(settings.device)
+def _launched(
+    settings: Settings, training: Training, losses: Mapping[str, Loss], seconds: float
+) -> Cell:
+    """Return times and memory of steps that the host launches."""
     objectives = {name: training.objective(loss) for name, loss in losses.items()}
-    objectives["sa_dpm"] = training.sa_dpm
-    yield from _measured(settings, training, "eager", objectives, losses)
+    if not training.half:
+        objectives["sa_dpm"] = training.sa_dpm
+    steps = {name: partial(training.work, objective) for name, objective in objectives.items()}
+    times = interleave(steps, settings.device, seconds, LEAST_ROUNDS)
+    memory = {}
+    for name, prepare in steps.items():
+        work = prepare()
+        training.optimizer.zero_grad(set_to_none=True)  # each begins with no gradients held
+        memory[name] = peak_memory(work, settings.device)
+    training.optimizer.zero_grad(set_to_none=True)
+    # The head alone at this shape: what a step can gain or lose, without the step's noise.
+    dtype, shape = torch.bfloat16 if training.half else torch.float32, tuple(training.x0.shape)
+    least = min(seconds / 5, settings.seconds)
+    heads = summarise(interleave_heads(settings, losses, shape, dtype, least))
+    rounds = len(times["mse"])
+    return {"rounds": rounds, **summarise(times), "peak_bytes": memory, "head": heads}
 
 
-def step_compiled(settings: Settings) -> Iterator[Cell]:
-    """The same in bfloat16, the model and the losses compiled."""
-    training = Training(settings, half=True)
-    training.network = torch.compile(training.model)  # type: ignore[assignment]
-    losses = compiled(contenders(settings.device))
-    objectives = {name: training.objective(loss) for name, loss in losses.items()}
-    yield from _measured(settings, training, "compiled", objectives, losses)
-
-
-def _measured(
-    settings: Settings,
-    training: Training,
-    mode: str,
-    objectives: Mapping[str, Objective],
-    losses: Mapping[str, Loss],
-) -> Iterator[Cell]:
-    def prepared(objective: Objective) -> Prepare:
-        return lambda: training.work(objective)
-
-    steps = {name: prepared(objective) for name, objective in objectives.items()}
-    for _, seconds in settings.in_time([mode], settings.step_seconds):
-        times = settings.interleave(steps, seconds, LEAST_ROUNDS)
-        memory = {}
-        for name, prepare in steps.items():
-            work = prepare()
-            training.optimizer.zero_grad(set_to_none=True)  # each begins with no gradients held
-            memory[name] = peak_memory(work, settings.device)
-        training.optimizer.zero_grad(set_to_none=True)
-        # The head alone at this shape: what a step can gain or lose, without the step's noise.
-        dtype = torch.bfloat16 if training.half else torch.float32
-        shape = tuple(training.x0.shape)
-        heads = settings.interleave_heads(losses, shape, dtype, min(seconds / 5, settings.seconds))
-        shown = {"rounds": len(times["mse"]), **summarise(times), "peak_bytes": memory}
-        yield training.cell(mode, {**shown, "head": summarise(heads)})
-
-
-def step_graph(settings: Settings) -> Iterator[Cell]:
-    """The same in bfloat16, captured in a CUDA graph: eager, then compiled."""
-    if settings.device.type != "cuda":
-        return
-    for mode, seconds in settings.in_time(["graph", "compiled graph"], settings.step_seconds):
-        losses = contenders(settings.device)
-        training = Training(settings, half=True)
-        if mode == "compiled graph":
-            training.network = torch.compile(training.model)  # type: ignore[assignment]
-            losses = compiled(losses)
-        losses.pop("released", None)  # its masks make the host wait, which a graph cannot hold
-        captured, heads, falls = {}, {}, {}
-        for name, loss in losses.items():
-            replay, value = capture(training.work(training.objective(loss)))
-            captured[name] = partial(_same, replay)
-            values = [(replay(), value.item())[1] for _ in range(10)]
-            falls[name] = math.isfinite(values[-1]) and values[-1] < values[0]
-            heads[name] = partial(_same, _captured_head(loss, training))
-        times = settings.interleave(captured, seconds, LEAST_ROUNDS)
-        alone = settings.interleave(heads, min(seconds / 5, settings.seconds))
-        shown = {"rounds": len(times["mse"]), **summarise(times), "loss_falls": falls}
-        yield training.cell(mode, {**shown, "head": summarise(alone)})
+def _captured(
+    settings: Settings, training: Training, losses: Mapping[str, Loss], seconds: float
+) -> Cell:
+    """Return times of steps that are captured in a CUDA graph, and whether their loss falls."""
+    steps, heads, falls = {}, {}, {}
+    for name, loss in losses.items():
+        if name == "released":  # its masks make the host wait, which a graph cannot hold
+            continue
+        replay, value = capture(training.work(training.objective(loss)))
+        steps[name] = partial(_same, replay)
+        values = [(replay(), value.item())[1] for _ in range(10)]
+        falls[name] = math.isfinite(values[-1]) and values[-1] < values[0]
+        heads[name] = partial(_same, _captured_head(loss, training))
+    times = interleave(steps, settings.device, seconds, LEAST_ROUNDS)
+    alone = interleave(heads, settings.device, min(seconds / 5, settings.seconds))
+    rounds = len(times["mse"])
+    return {"rounds": rounds, **summarise(times), "loss_falls": falls, "head": summarise(alone)}
 
 
 def _same(work: Callable[[], None]) -> Callable[[], None]:
@@ -192,37 +175,21 @@ def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     return graph.replay, result
 
 
-def cifar10_unet() -> nn.Module:
-    """The ε-model of google/ddpm-cifar10-32: DDPM's for CIFAR10, 35.7 M parameters."""
-    return _unet((128, 256, 256, 256), layers=2)
-
-
-def small_unet() -> nn.Module:
-    """One that a rehearsal can afford."""
-    return _unet((32, 32), layers=1)
-
-
-def _unet(channels: tuple[int, ...], layers: int) -> nn.Module:
+def cifar10_unet(channels: tuple[int, ...] = (128, 256, 256, 256), layers: int = 2) -> nn.Module:
+    """The ε-model of google/ddpm-cifar10-32: DDPM's for CIFAR10, 35.7 M parameters; or smaller."""
     from diffusers import UNet2DModel
 
     # Attention at the second of the resolutions, as in DDPM's.
     down = ["AttnDownBlock2D" if level == 1 else "DownBlock2D" for level in range(len(channels))]
     return UNet2DModel(
         sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        center_input_sample=False,
-        time_embedding_type="positional",
         freq_shift=1,
         flip_sin_to_cos=False,
         down_block_types=tuple(down),
         up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
         block_out_channels=channels,
         layers_per_block=layers,
-        mid_block_scale_factor=1,
         downsample_padding=0,
-        act_fn="silu",
         attention_head_dim=None,
-        norm_num_groups=32,
         norm_eps=1e-6,
     )

@@ -6,6 +6,7 @@ is transparent, ink and colours are legible on both, and a figure is no wider th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,16 @@ STYLE: Any = {
 def new_figure(
     height: float, *shape: int, width: float = WIDTH, **options: Any
 ) -> tuple[Figure, Any]:
-    """Return a figure in the style of the pages, and its axes in an array of `shape`."""
+    """Return a figure and its axes in an array of `shape`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(*(shape or (1, 1)), squeeze=False, **options)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, the same file for the same figure."""
+def save_figure(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw a figure in the style of the pages and write it, always the same file."""
     metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
-    with mpl.rc_context(STYLE):  # the style's salt is read on saving
+    with mpl.rc_context(STYLE):
+        figure = draw()
         write_whole(path, lambda file: figure.savefig(file, metadata=metadata))
 
 

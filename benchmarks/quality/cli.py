@@ -253,5 +253,5 @@ def keep_command(preset: str, out: Path | None, seeds: str | None, folder: Path)
 
     options = {"--out": out, "--seeds": seeds, "--folder": folder}
     with _in_one_line(_again("keep", preset, options)):
-        for path in keep(_preset(preset, seeds), out or Path("runs") / preset, folder):
-            click.echo(f"Wrote {path}.")
+        path = keep(_preset(preset, seeds), out or Path("runs") / preset, folder)
+        click.echo(f"Wrote {path}.")

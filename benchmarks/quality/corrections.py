@@ -20,27 +20,17 @@ from s2dm_loss import sampling
 class Correction(Named, ABC):
     """What is put on a trained network, without training."""
 
-    @abstractmethod
     def apply(self, model: nn.Module, path: Path) -> nn.Module:
         """Return the corrected network, called as the network is."""
-
-
-class OfTheLibrary(Correction):
-    """A correction that the library has."""
+        return path.on_sampler(self.correct(path.on_schedule(model), path))
 
     @abstractmethod
-    def library(self, path: Path) -> tuple[sampling.Correction, float]:
-        """Return the library's correction, and its strength."""
-
-    @override
-    def apply(self, model: nn.Module, path: Path) -> nn.Module:
-        correction, strength = self.library(path)
-        corrected = correction.correct_model(path.on_schedule(model), strength)
-        return path.on_sampler(corrected)
+    def correct(self, model: nn.Module, path: Path) -> nn.Module:
+        """Return the same of a network that is called with the schedule's time."""
 
 
 @dataclass(frozen=True)
-class Gain(OfTheLibrary):
+class Gain(Correction):
     """s(t)·ε̂, with the gain s(t) that `SkipStep` would have taught; its inverse for k < 0."""
 
     label = "gain{skip:g}"
@@ -51,13 +41,14 @@ class Gain(OfTheLibrary):
     tau: float = 0.99
 
     @override
-    def library(self, path: Path) -> tuple[sampling.Correction, float]:
-        skip, kind = (self.skip,), path.prediction_type
-        return sampling.SkipGain(path.schedule, skip, tau=self.tau, prediction_type=kind), self.skip
+    def correct(self, model: nn.Module, path: Path) -> nn.Module:
+        kind = path.prediction_type
+        ours = sampling.SkipGain(path.schedule, (self.skip,), tau=self.tau, prediction_type=kind)
+        return ours.correct_model(model, self.skip)
 
 
 @dataclass(frozen=True)
-class EpsilonScaling(OfTheLibrary):
+class EpsilonScaling(Correction):
     """ε̂ / λ (arXiv 2308.15321)."""
 
     label = "scaling{factor:g}"
@@ -66,13 +57,14 @@ class EpsilonScaling(OfTheLibrary):
     factor: float
 
     @override
-    def library(self, path: Path) -> tuple[sampling.Correction, float]:
-        factor, kind = (self.factor,), path.prediction_type
-        return sampling.EpsilonScaling(path.schedule, factor, prediction_type=kind), self.factor
+    def correct(self, model: nn.Module, path: Path) -> nn.Module:
+        kind = path.prediction_type
+        theirs = sampling.EpsilonScaling(path.schedule, (self.factor,), prediction_type=kind)
+        return theirs.correct_model(model, self.factor)
 
 
 @dataclass(frozen=True)
-class ScoreRescaling(OfTheLibrary):
+class ScoreRescaling(Correction):
     """Temporal Score Rescaling (arXiv 2510.01184) with ψ = 1."""
 
     label = "rescaling{strength:g}"
@@ -81,9 +73,10 @@ class ScoreRescaling(OfTheLibrary):
     strength: float
 
     @override
-    def library(self, path: Path) -> tuple[sampling.Correction, float]:
-        strength, kind = (self.strength,), path.prediction_type
-        return sampling.ScoreRescaling(path.schedule, strength, prediction_type=kind), self.strength
+    def correct(self, model: nn.Module, path: Path) -> nn.Module:
+        kind = path.prediction_type
+        theirs = sampling.ScoreRescaling(path.schedule, (self.strength,), prediction_type=kind)
+        return theirs.correct_model(model, self.strength)
 
 
 @dataclass(frozen=True)
@@ -101,8 +94,8 @@ class StepPush(Correction):
     steps: int
 
     @override
-    def apply(self, model: nn.Module, path: Path) -> nn.Module:
-        return path.on_sampler(_Pushed(path.on_schedule(model), self.strength, self.steps))
+    def correct(self, model: nn.Module, path: Path) -> nn.Module:
+        return _Pushed(model, self.strength, self.steps)
 
 
 class _Pushed(nn.Module):

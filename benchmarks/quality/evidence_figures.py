@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.pages.figures import COLORS, STYLE, new_figure, zero_line
+from benchmarks.pages.figures import COLORS, new_figure, zero_line
 from benchmarks.quality.committed import measured, method_name, results
 from benchmarks.quality.statistics import FRECHET, KERNEL, RAW_FRECHET, SPREAD, Cell, log_ratios
 
@@ -36,45 +35,43 @@ LINES = {
 def seeds() -> Figure:
     """Draw the change at 10 steps of each seed, a panel for each network."""
     found = {run: title for run, title in NETWORKS.items() if measured(run)}
-    with mpl.rc_context(STYLE):
-        figure, (panels,) = new_figure(2.6, 1, len(found), sharey=True)
-        for axes, (run, title) in zip(panels, found.items(), strict=True):
-            table = results(run)
-            plain = {key: table.values("plain", Cell("ddim", 10), key) for key in (FRECHET, KERNEL)}
-            for row, (_, method, sampler) in enumerate(ROWS):
-                for shift, key, color in ((0.15, FRECHET, COLORS[1]), (-0.15, KERNEL, COLORS[3])):
-                    values = table.values(method_name(method), Cell(sampler, 10), key)
-                    changes = [-100 * math.expm1(log) for log in log_ratios(values, plain[key])]
-                    places = [shift - row] * len(changes)
-                    label = {FRECHET: "Fréchet", KERNEL: "kernel"}[key] if row == 0 else None
-                    axes.plot(changes, places, "o", color=color, ms=4, alpha=0.8, label=label)
-            zero_line(axes, vertical=True)
-            axes.set_title(title)
-        panels[0].set_yticks([-row for row in range(len(ROWS))], [title for title, *_ in ROWS])
-        figure.supxlabel("nearer than plain DDIM, %", fontsize="medium")
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper right", ncols=2)
+    figure, (panels,) = new_figure(2.6, 1, len(found), sharey=True)
+    for axes, (run, title) in zip(panels, found.items(), strict=True):
+        table = results(run)
+        plain = {key: table.values("plain", Cell("ddim", 10), key) for key in (FRECHET, KERNEL)}
+        for row, (_, method, sampler) in enumerate(ROWS):
+            for shift, key, color in ((0.15, FRECHET, COLORS[1]), (-0.15, KERNEL, COLORS[3])):
+                values = table.values(method_name(method), Cell(sampler, 10), key)
+                changes = [-100 * math.expm1(log) for log in log_ratios(values, plain[key])]
+                places = [shift - row] * len(changes)
+                label = {FRECHET: "Fréchet", KERNEL: "kernel"}[key] if row == 0 else None
+                axes.plot(changes, places, "o", color=color, ms=4, alpha=0.8, label=label)
+        zero_line(axes, vertical=True)
+        axes.set_title(title)
+    panels[0].set_yticks([-row for row in range(len(ROWS))], [title for title, *_ in ROWS])
+    figure.supxlabel("nearer than plain DDIM, %", fontsize="medium")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", ncols=2)
     return figure
 
 
 def by_steps(run: str) -> Figure:
     """Draw kernel distance and spread against the number of steps, with the base sampler."""
     table = results(run)
-    with mpl.rc_context(STYLE):
-        figure, ((left, right),) = new_figure(2.7, 1, 2)
-        for (method, label), color in zip(LINES[run], COLORS, strict=False):
-            name = method_name(method)
-            cells = sorted(c for c in table.cells(name) if c.sampler == table.base)
-            for axes, key, scale in ((left, KERNEL, 1e3), (right, SPREAD, 1.0)):
-                heights = [scale * table.mean(name, cell, key) for cell in cells]
-                axes.plot([c.steps for c in cells], heights, "o-", color=color, ms=4, label=label)
-        for axes, title in ((left, "kernel distance, thousandths"), (right, "spread over data's")):
-            axes.set(title=title, xlabel="sampling steps", xscale="log")
-            ticks = sorted({c.steps for c in table.cells("plain") if c.sampler == table.base})
-            axes.set_xticks(ticks, [str(tick) for tick in ticks])
-            axes.minorticks_off()
-        zero_line(right, 1.0)
-        left.legend()
+    figure, ((left, right),) = new_figure(2.7, 1, 2)
+    for (method, label), color in zip(LINES[run], COLORS, strict=False):
+        name = method_name(method)
+        cells = sorted(c for c in table.cells(name) if c.sampler == table.base)
+        for axes, key, scale in ((left, KERNEL, 1e3), (right, SPREAD, 1.0)):
+            heights = [scale * table.mean(name, cell, key) for cell in cells]
+            axes.plot([c.steps for c in cells], heights, "o-", color=color, ms=4, label=label)
+    for axes, title in ((left, "kernel distance, thousandths"), (right, "spread over data's")):
+        axes.set(title=title, xlabel="sampling steps", xscale="log")
+        ticks = sorted({c.steps for c in table.cells("plain") if c.sampler == table.base})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+    zero_line(right, 1.0)
+    left.legend()
     return figure
 
 
@@ -82,22 +79,21 @@ def skips() -> Figure:
     """Draw change and spread on the digits against the k of the gain, by DDIM's steps."""
     table = results("digits-full")
     ks = (1, 9, 49, 99, 149, 199)
-    with mpl.rc_context(STYLE):
-        figure, ((images, raw, spread),) = new_figure(2.7, 1, 3, width=7.2)
-        for steps, color in zip((10, 20, 50, 100), COLORS[1:], strict=False):
-            where = Cell("ddim", steps)
-            names = {k: f"plain+gain{k}" for k in ks if table.values(f"plain+gain{k}", where)}
-            for axes, key in ((images, FRECHET), (raw, RAW_FRECHET)):
-                changes = [one.mean for n in names.values() if (one := table.change(n, where, key))]
-                axes.plot(list(names), changes, "o-", color=color, ms=3, label=f"{steps} steps")
-            spreads = [table.mean(name, where, SPREAD) for name in names.values()]
-            spread.plot(list(names), spreads, "o-", color=color, ms=3)
-        for axes, title in ((images, "nearer, %, 8-bit"), (raw, "nearer, %, raw")):
-            axes.set(title=title, xlabel="k of the gain", ylim=(-60, 60))
-            zero_line(axes)
-        spread.set(title="spread over data's", xlabel="k of the gain")
-        zero_line(spread, 1.0)
-        raw.legend()
+    figure, ((images, raw, spread),) = new_figure(2.7, 1, 3, width=7.2)
+    for steps, color in zip((10, 20, 50, 100), COLORS[1:], strict=False):
+        where = Cell("ddim", steps)
+        names = {k: f"plain+gain{k}" for k in ks if table.values(f"plain+gain{k}", where)}
+        for axes, key in ((images, FRECHET), (raw, RAW_FRECHET)):
+            changes = [one.mean for n in names.values() if (one := table.change(n, where, key))]
+            axes.plot(list(names), changes, "o-", color=color, ms=3, label=f"{steps} steps")
+        spreads = [table.mean(name, where, SPREAD) for name in names.values()]
+        spread.plot(list(names), spreads, "o-", color=color, ms=3)
+    for axes, title in ((images, "nearer, %, 8-bit"), (raw, "nearer, %, raw")):
+        axes.set(title=title, xlabel="k of the gain", ylim=(-60, 60))
+        zero_line(axes)
+    spread.set(title="spread over data's", xlabel="k of the gain")
+    zero_line(spread, 1.0)
+    raw.legend()
     return figure
 
 

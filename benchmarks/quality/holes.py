@@ -10,7 +10,7 @@ sampler in as many steps, unless `over` names another.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,6 @@ from benchmarks.quality.statistics import (
     RAW_KERNEL,
     SPREAD,
     Cell,
-    Interval,
     Results,
     holm,
     log_ratios,
@@ -49,31 +48,33 @@ GRID = [Cell(sampler, n) for sampler in ("ddim", "pndm", "deis") for n in (10, 2
 """The cells of the digits' means."""
 
 
-def find_change(
+def compared(
     run: str,
     method: str,
     sampler: str | None = None,
     steps: int = 10,
     measure: str = "frechet",
     over: str | tuple[str, str | None, int] | None = None,
-) -> Interval | None:
-    """Return the interval of `change`."""
-    found, key = results(run), MEASURES[measure]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return a method's distances by seed, and those that they are compared with."""
+    found, key, where = results(run), MEASURES[measure], cell(run, sampler, steps)
     if method == "search":
-        return _searched(found, cell(run, sampler, steps)) if key == FRECHET else None
+        return _searches(found, where) if key == FRECHET else ({}, {})
     if isinstance(over, tuple):
         baseline = method_name(over[0]), cell(run, *over[1:])
     else:
         baseline = "plain", cell(run, over, steps)
-    names: str | Mapping[int, str] = method_name(method)
-    if method == "rescaling":
-        names = _rescaling(found, cell(run, None, steps))
-    return found.change(names, cell(run, sampler, steps), key, baseline)
+    theirs = found.values(*baseline, key)
+    if method != "rescaling":
+        return found.values(method_name(method), where, key), theirs
+    names = _rescaling(found, cell(run, None, steps))
+    by_seed = {seed: found.values(name, where, key) for seed, name in names.items()}
+    return {seed: values[seed] for seed, values in by_seed.items() if seed in values}, theirs
 
 
 def change(run: str, method: str, *where: Any, digits: int = 1, **more: Any) -> str | None:
     """Return by how many per cent a method's samples are nearer to the data than plain ones."""
-    return percent(find_change(run, method, *where, **more), digits)
+    return percent(ratio_change(*compared(run, method, *where, **more)), digits)
 
 
 def moved(run: str, method: str, *where: Any, digits: int = 1, **more: Any) -> str | None:
@@ -86,7 +87,7 @@ def moved(run: str, method: str, *where: Any, digits: int = 1, **more: Any) -> s
 
 def points(run: str, method: str, *where: Any, **more: Any) -> float | None:
     """Return the mean of `change` as a number, for a claim that a page makes on a condition."""
-    found = find_change(run, method, *where, **more)
+    found = ratio_change(*compared(run, method, *where, **more))
     return None if found is None else found.mean
 
 
@@ -98,7 +99,7 @@ def mean_change(run: str, method: str, measure: str = "frechet", over: str = "pl
 
 def verdict(run: str, method: str, *where: Any, **more: Any) -> str | None:
     """Return "better", "worse" or "no difference shown", by the interval over the seeds."""
-    found = find_change(run, method, *where, **more)
+    found = ratio_change(*compared(run, method, *where, **more))
     return (
         None if found is None else {1: "better", -1: "worse", 0: "no difference shown"}[found.sign]
     )
@@ -122,15 +123,10 @@ def spread(
     return f"{value:.{digits}f}"
 
 
-def find_dose(run: str, skip: float, steps: int = 10) -> Interval | None:
+def dose(run: str, skip: float, steps: int = 10) -> str | None:
     """Return the share of the way to its gain that the trained loss has come, by the spread."""
     names = (method_name(f"loss {skip:g}"), method_name(f"gain {skip:g}"))
-    return results(run).dose(*names, cell(run, None, steps))
-
-
-def dose(run: str, skip: float, steps: int = 10) -> str | None:
-    """Return `find_dose` as text."""
-    found = find_dose(run, skip, steps)
+    found = results(run).dose(*names, cell(run, None, steps))
     return None if found is None else f"{100 * found.mean:.0f} %"
 
 
@@ -146,20 +142,19 @@ def fact(run: str, name: str) -> str:
     record = found.record
     budget, trainings = record["settings"]["budget"], record["trainings"]
     plain = next(iter(trainings["plain"].values()))
+    loss_shares = [
+        next(iter(each.values()))["loss_share"]
+        for name, each in trainings.items()
+        if "skip" in name
+    ]
     number = {word: float(value) for word, value in re.findall(r"(steps|batch_size)=(\d+)", budget)}
-    seconds = sum(
-        run["seconds"] * (run.get("loss_share") or 1) for each in trainings.values()
-        for run in each.values()
-    )  # fmt: skip
     facts: dict[str, Callable[[], str]] = {
         "seeds": lambda: counted(found.table.index.unique("seed").size, "seed"),
         "samples": lambda: f"{record['settings']['samples']:,}",
         "images": lambda: f"{int(number['steps'] * number['batch_size']):,}",
         "parameters": lambda: f"{plain['parameters'] / 1e6:.2f}",
-        "hours": lambda: f"{seconds / 3600:.1f}",
         "floor": lambda: f"{found.floor:.1f}" if found.floor > 10 else f"{found.floor:.2f}",
         "features": lambda: str(record["floor"]["features"]),
-        "cells": lambda: str(len(record["rows"])),
         "device": lambda: str(plain["device"]),
         "versions": lambda: ", ".join(
             f"{key} {value}" for key, value in record["versions"].items()
@@ -169,7 +164,7 @@ def fact(run: str, name: str) -> str:
         "differed": lambda: (
             "differed" if record["versions"]["checkout_differed"] else "did not differ"
         ),
-        "loss share": lambda: f"{100 * _any_loss_share(found):.0f} %",
+        "loss share": lambda: f"{100 * loss_shares[0]:.0f} %",
     }  # fmt: skip
     return facts[name]()
 
@@ -229,22 +224,15 @@ def cells_table(
 def mean_table(run: str) -> str:
     """Return the methods of a grid: mean over its cells and DDIM at 10 steps, 8-bit and raw."""
     found = results(run)
-    names = [name for name in found.methods if set(GRID) <= set(found.cells(name))]
-    rows = [(found.title(name), name) for name in names if name != "plain"]
-    lines = [
-        [
-            title,
-            *(
-                text or ""
-                for measure in ("frechet", "raw frechet")
-                for text in (
-                    mean_change(run, method, measure),
-                    change(run, method, "ddim", 10, measure),
-                )
-            ),
-        ]
-        for title, method in rows
-    ]
+    lines = []
+    for method in found.methods:
+        if method == "plain" or not set(GRID) <= set(found.cells(method)):
+            continue
+        line = [found.title(method)]
+        for measure in ("frechet", "raw frechet"):
+            line.append(mean_change(run, method, measure) or "")
+            line.append(change(run, method, "ddim", 10, measure) or "")
+        lines.append(line)
     head = ["", "8-bit, mean", "8-bit, DDIM 10", "raw, mean", "raw, DDIM 10"]
     return markdown_table(head, lines).rstrip()
 
@@ -264,7 +252,7 @@ def together(run: str, rows: Sequence[tuple[str, str, str | None]], steps: int =
     """Return which rows of `table` differ from plain together, and which one just misses it."""
     p_values = {}
     for title, method, sampler in rows:
-        logs = _logs(run, method, sampler, steps)
+        logs = log_ratios(*compared(run, method, sampler, steps))
         if len(logs) > 1:
             p_values[title] = p_value(logs)
     adjusted = holm(p_values)
@@ -323,21 +311,6 @@ def archive_row(preset: str) -> list[str]:
     return [fact(preset, "images"), fact(preset, "seeds").split()[0], times_floor(preset), *gains]
 
 
-def _logs(run: str, method: str, sampler: str | None, steps: int) -> list[float]:
-    found, where = results(run), cell(run, sampler, steps)
-    plain = found.values("plain", cell(run, None, steps))
-    if method == "search":
-        searches = _searches(found, where)
-        return log_ratios(*searches) if searches[0] else []
-    names = (
-        _rescaling(found, where)
-        if method == "rescaling"
-        else dict.fromkeys(plain, method_name(method))
-    )
-    ours = {s: v[s] for s, name in names.items() if s in (v := found.values(name, where))}
-    return log_ratios(ours, plain)
-
-
 def _rescaling(found: Results, where: Cell) -> dict[int, str]:
     """Return for each seed the score rescaling that is best on the others, or the only one."""
     names = [name for name in found.methods if name.startswith("plain+rescaling")]
@@ -357,14 +330,6 @@ def _searches(found: Results, where: Cell) -> tuple[dict[int, float], dict[int, 
     return corrected, {one["seed"]: float(one["plain"]) for one in kept}
 
 
-def _searched(found: Results, where: Cell) -> Interval | None:
-    return ratio_change(*_searches(found, where))
-
-
-def _any_loss_share(found: Results) -> float:
-    return next(found.loss_share(name) for name in found.record["trainings"] if "skip" in name)
-
-
 HOLES: dict[str, Any] = {
     "archive_row": archive_row,
     "best_pair": best_pair,
@@ -376,7 +341,6 @@ HOLES: dict[str, Any] = {
     "distance": distance,
     "dose": dose,
     "fact": fact,
-    "listed": listed,
     "markdown_table": markdown_table,
     "mean_change": mean_change,
     "mean_table": mean_table,

@@ -6,7 +6,6 @@ computed once. The kernel distance is unbiased and over all samples: one matrix 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,21 +89,18 @@ class FeatureDistances:
         if cache is not None and cache.exists():
             features = load_tensors(cache)["features"]
         else:
-            features = torch.cat(list(self._features(reference)))
+            features = self._features(reference)
             if cache is not None:
                 save_tensors(cache, {"features": features})
-        self._update(features.split(batch_size), real=True)
-        self.reference = self._all(features.to(self.device))
+        features = features.to(self.device)
+        self.frechet.update(features, real=True)
+        self.reference = self._all(features)
         self.within_reference = kernel_mean(self.reference)
 
     @torch.inference_mode()
-    def _features(self, images: Tensor) -> Iterator[Tensor]:
-        for part in images.split(self.batch_size):
-            yield self.network(part.to(self.device)).float()
-
-    def _update(self, features: Iterable[Tensor], *, real: bool) -> None:
-        for part in features:
-            self.frechet.update(part.to(self.device), real=real)
+    def _features(self, images: Tensor) -> Tensor:
+        parts = images.split(self.batch_size)
+        return torch.cat([self.network(part.to(self.device)).float() for part in parts])
 
     def _all(self, features: Tensor) -> Tensor:
         """Return the features of all processes."""
@@ -114,8 +110,8 @@ class FeatureDistances:
 
     def compare(self, images: Tensor) -> Distances:
         """Return the distances of images `[N, C, H, W]` from the reference."""
-        features = torch.cat(list(self._features(images)))
-        self._update([features], real=False)
+        features = self._features(images)
+        self.frechet.update(features, real=False)
         frechet = float(self.frechet.compute())
         self.frechet.reset()
         mine = self._all(features)

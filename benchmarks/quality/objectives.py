@@ -9,7 +9,6 @@ page; a test fails as long as it has none.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,12 +20,10 @@ from typing_extensions import override
 from benchmarks.quality.corrections import Correction
 from benchmarks.quality.named import Named
 from benchmarks.quality.paths import STEPS, Noisy, Path
-from benchmarks.quality.samplers import TITLES, visited
+from benchmarks.quality.samplers import TITLES, Model, visited
 from benchmarks.quality.streams import Stream
 from s2dm_loss import SkipStepLoss
 from s2dm_loss.coefficients import Estimator
-
-Model = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The pictures of one run: samples side by side, loss curves, the loss's coefficients."""
+"""The pictures of one run: samples side by side, and loss curves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,13 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.files import load_tensors
-from benchmarks.pages.figures import COLORS, STYLE, new_figure, zero_line
+from benchmarks.pages.figures import COLORS, new_figure, zero_line
 from benchmarks.quality.layout import Layout
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.statistics import Cell, Results
-from s2dm_loss import NoiseSchedule
-from s2dm_loss.coefficients import coefficients
 
 TILE_COLUMNS, TILE_ROWS = 8, 2
 GAP_SHADE = 96
@@ -55,57 +52,39 @@ def samples_figure(
     """
     layout = Layout.of(preset, root)
     known = {arm.method.name: arm.method for arm in preset.arms}
-    with mpl.rc_context(STYLE):
-        height, width = 0.9 * (len(cells) + 1) + 0.3, 3.4 * len(methods) + 0.6
-        figure, grid = new_figure(height, len(cells) + 1, len(methods), width=width)
-        for column, name in enumerate(methods):
-            grid[0, column].set_title(known[name].title)
-            count = TILE_COLUMNS * TILE_ROWS
-            _show(grid[0, column], real[column * count : (column + 1) * count])
-            for row, cell in enumerate(cells, start=1):
-                path = layout.cell(known[name], preset.seeds[0], *cell).with_suffix(".pt")
-                _show(grid[row, column], load_tensors(path)["samples"])
-        labels = ["data", *(f"{TITLES[c.sampler]}\n{c.steps} steps" for c in cells)]
-        for row, label in enumerate(labels):
-            grid[row, 0].set_ylabel(label, rotation=0, ha="right", va="center")
+    height, width = 0.9 * (len(cells) + 1) + 0.3, 3.4 * len(methods) + 0.6
+    figure, grid = new_figure(height, len(cells) + 1, len(methods), width=width)
+    for column, name in enumerate(methods):
+        grid[0, column].set_title(known[name].title)
+        count = TILE_COLUMNS * TILE_ROWS
+        _show(grid[0, column], real[column * count : (column + 1) * count])
+        for row, cell in enumerate(cells, start=1):
+            path = layout.cell(known[name], preset.seeds[0], *cell).with_suffix(".pt")
+            _show(grid[row, column], load_tensors(path)["samples"])
+    labels = ["data", *(f"{TITLES[c.sampler]}\n{c.steps} steps" for c in cells)]
+    for row, label in enumerate(labels):
+        grid[row, 0].set_ylabel(label, rotation=0, ha="right", va="center")
     return figure
 
 
 def loss_figure(record: dict[str, Any], methods: Sequence[str]) -> Figure:
     """Return the loss curves: mse(ε, ε̂), which all objectives share, and its gap to plain's."""
     results = Results(record)
-    with mpl.rc_context(STYLE):
-        figure, ((left, right),) = new_figure(3.2, 1, 2, width=8.4)
-        curves = {}
-        for method in methods:
-            curve = next(iter(record["trainings"][method].values()))["curve"]
-            steps = np.array([point["step"] for point in curve])
-            curves[method] = np.array([point["epsilon_mse"] for point in curve])
-            left.plot(steps, curves[method], label=results.title(method), alpha=0.85)
-        for method in methods[1:]:
-            gap = curves[method] - curves[methods[0]]
-            right.plot(steps, gap, label=results.title(method), color=COLORS[methods.index(method)])
-        left.set(xlabel="training step", title="mse(ε, ε̂) in training")
-        # The first points, from an untrained network, would flatten everything after them.
-        left.set_ylim(top=1.6 * float(np.median(curves[methods[0]])), auto=True)
-        left.legend()
-        right.set(xlabel="training step", title="its difference from plain training")
-        zero_line(right)
-        right.legend()
-    return figure
-
-
-def coefficients_figure(skips: Sequence[float]) -> Figure:
-    """Return c(t), A(t) and s(t) of the linear schedule for some skips."""
-    schedule = NoiseSchedule.linear(1000)
-    with mpl.rc_context(STYLE):
-        figure, (panels,) = new_figure(2.9, 1, 3, width=9.6)
-        for position, skip in enumerate(skips, start=1):
-            tables = coefficients(schedule, skip)
-            for axes, table in zip(panels, (tables.c, tables.weight, tables.gain), strict=True):
-                axes.plot(table.numpy(), label=f"k = {skip:g}", color=COLORS[position])
-        titles = ("c(t)", "A(t), the loss's weight", "s(t), the target's gain")
-        for axes, title in zip(panels, titles, strict=True):
-            axes.set(xlabel="t", title=title)
-        panels[0].legend()
+    figure, ((left, right),) = new_figure(3.2, 1, 2, width=8.4)
+    curves = {}
+    for method in methods:
+        curve = next(iter(record["trainings"][method].values()))["curve"]
+        steps = np.array([point["step"] for point in curve])
+        curves[method] = np.array([point["epsilon_mse"] for point in curve])
+        left.plot(steps, curves[method], label=results.title(method), alpha=0.85)
+    for method in methods[1:]:
+        gap = curves[method] - curves[methods[0]]
+        right.plot(steps, gap, label=results.title(method), color=COLORS[methods.index(method)])
+    left.set(xlabel="training step", title="mse(ε, ε̂) in training")
+    # The first points, from an untrained network, would flatten everything after them.
+    left.set_ylim(top=1.6 * float(np.median(curves[methods[0]])), auto=True)
+    left.legend()
+    right.set(xlabel="training step", title="its difference from plain training")
+    zero_line(right)
+    right.legend()
     return figure

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 from benchmarks.quality.checkpoint import newest_state
-from benchmarks.quality.data import SHAPES
+from benchmarks.quality.data import SETS
 from benchmarks.quality.layout import Layout
 from benchmarks.quality.objectives import Objective
 from benchmarks.quality.paths import PATHS
@@ -110,7 +110,7 @@ def plan(preset: Preset, root: Path) -> Plan:
 def estimate(preset: Preset, todo: Plan) -> float:
     """Return the seconds that one process would need for a plan, from a few steps and calls."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = SHAPES[preset.data]
+    shape = SETS[preset.data].shape
     model = preset.network.build(shape).to(device)
     path = PATHS[preset.path]()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
@@ -126,25 +126,11 @@ def estimate(preset: Preset, todo: Plan) -> float:
     def one_call() -> None:
         sample(model, path.base, path.schedule, 1, start, torch.Generator())
 
-    threads = torch.get_num_threads()
-    if preset.workers > 1:
-        torch.set_num_threads(1)
-    try:
-        per_step = _seconds(one_step, device)
-        per_image = _seconds(one_call, device) / len(start)
-    finally:
-        torch.set_num_threads(threads)
+    threads = 1 if preset.workers > 1 else torch.get_num_threads()
+
+    def seconds(action: Callable[[], None]) -> float:
+        # It warms up by two calls, which compile and capture CUDA graphs.
+        return Timer("action()", globals={"action": action}, num_threads=threads).timeit(5).mean
+
+    per_step, per_image = seconds(one_step), seconds(one_call) / len(start)
     return todo.network_steps * per_step + todo.sampling_calls * preset.samples * per_image
-
-
-def _seconds(action: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
-    for _ in range(3 if device.type == "cuda" else 1):  # compiles, and captures CUDA graphs
-        action()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(repeats):
-        action()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / repeats

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from benchmarks.pages.figures import save_figure
 from benchmarks.pages.tables import counted
 from benchmarks.quality import data as datasets
 from benchmarks.quality.layout import check_settings
-from benchmarks.quality.objectives import SkipStep
-from benchmarks.quality.pictures import coefficients_figure, loss_figure, samples_figure
+from benchmarks.quality.pictures import loss_figure, samples_figure
 from benchmarks.quality.presets import CORE, Preset
 from benchmarks.quality.record import collect
 from benchmarks.quality.statistics import Cell, Results
@@ -24,17 +22,15 @@ FILES = {
     "table.md": "the tables above",
     "samples.png": "samples side by side, each row from the same noise",
     "loss.png": "loss curves",
-    "coefficients.png": "c(t), A(t) and s(t) of the skips",
     "results.json": "every number, with the settings and versions that made it",
     "cells": "one JSON per result, with its first samples",
     "models": "the trained networks",
 }
 """What a finished run leaves in its folder, and what for."""
-PICTURES = ("samples.png", "loss.png", "coefficients.png")
 
 
-def keep(preset: Preset, root: Path, folder: Path) -> list[Path]:
-    """Copy a run's record, and the pictures of its report, to where results are committed.
+def keep(preset: Preset, root: Path, folder: Path) -> Path:
+    """Write a run's record to where results are committed.
 
     Raises:
         FileNotFoundError: If the run has no results.
@@ -44,14 +40,9 @@ def keep(preset: Preset, root: Path, folder: Path) -> list[Path]:
     record = collect(preset, root)
     if not record["rows"]:
         raise FileNotFoundError(f"out: no results in {root}; run the preset first")
-    kept = [folder / f"{preset.name}.json"]
-    save_record(kept[0], record)
-    for name in PICTURES:
-        picture = root / name
-        if picture.exists():
-            kept.append(folder / f"{preset.name}-{name}")
-            write_whole(kept[-1], partial(shutil.copyfile, picture))
-    return kept
+    path = folder / f"{preset.name}.json"
+    save_record(path, record)
+    return path
 
 
 def write_report(preset: Preset, root: Path, data_folder: Path | None = None) -> str:
@@ -75,26 +66,15 @@ def write_report(preset: Preset, root: Path, data_folder: Path | None = None) ->
     )
     save_record(root / "results.json", record)
     write_whole(root / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
-    skips = sorted(
-        {
-            arm.method.objective.skip
-            for arm in preset.arms
-            if arm.method.name in present
-            and isinstance(arm.method.objective, SkipStep)
-            and preset.path == "epsilon"
-        }
-    )
-    if skips:
-        save_figure(coefficients_figure(skips), root / "coefficients.png")
     # A correction of a trained network has no curve.
     trained = [name for name in present if name in record["trainings"]]
     if len(preset.seeds) == 1 and len(trained) > 1:
-        save_figure(loss_figure(record, trained), root / "loss.png")
+        save_figure(partial(loss_figure, record, trained), root / "loss.png")
     if common := [c for c in cells if all(results.values(name, c) for name in present)]:
         fewest, most = min(c.steps for c in common), max(c.steps for c in common)
         shown = [c for c in common if c.steps == fewest or c == Cell(results.base, most)]
         real = datasets.load(preset.data, data_folder).reference
         chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-        figure = samples_figure(preset, root, shown, present, real[chosen[:128]])
-        save_figure(figure, root / "samples.png")
+        draw = partial(samples_figure, preset, root, shown, present, real[chosen[:128]])
+        save_figure(draw, root / "samples.png")
     return text

@@ -102,7 +102,7 @@ class Bench:
                 )
         return stored
 
-    def model(self, objective: Objective, seed: int, advance: Advance) -> nn.Module:
+    def model(self, objective: Objective, seed: int, advance: Advance = _no_progress) -> nn.Module:
         """Return a trained network, trained here if it is not yet."""
         folder = self.layout.model(objective, seed)
         folder.mkdir(parents=True, exist_ok=True)

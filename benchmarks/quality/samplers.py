@@ -5,10 +5,6 @@ repository), no clipping and no thresholding of the predicted image (that reposi
 either, and clipping would hide part of what a gain on ε̂ changes), and diffusers' defaults
 elsewhere.  PNDM skips its Runge-Kutta warm-up, which would cost up to nine extra calls.
 
-`ddim-quad` visits DDIM's quadratically spaced timesteps (Song et al., arXiv 2010.02502, D.2), which
-lie closer at small t; diffusers' DDIM has no such spacing, and DPM-Solver++ of first order is DDIM
-on any timesteps.
-
 For flow networks: Euler in equal steps from t = 1 to 0, as the pipelines of Flux run it, or with
 the times shifted by 3, as SD3's; UniPC. Heun takes half as many steps, so that it makes as many
 calls of the network; diffusers' has other times than its Euler, so it is here.
@@ -37,7 +33,6 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "dpm++2m": ("DPMSolverMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
-    "ddim-quad": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
 }
 FLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}),
@@ -94,13 +89,8 @@ def set_steps(scheduler: Any, name: str, steps: int, device: torch.device | None
     """Have a scheduler of `make_scheduler` take so many steps."""
     if name.startswith("euler"):
         scheduler.set_timesteps(sigmas=_equal(steps).tolist()[:-1], device=device)
-        return
-    if name != "ddim-quad":
+    else:
         scheduler.set_timesteps(steps, device=device)
-        return
-    last = scheduler.config.num_train_timesteps
-    times = torch.linspace(0, (0.8 * last) ** 0.5, steps).square().int()
-    scheduler.set_timesteps(timesteps=times.flip(0).tolist(), device=device)
 
 
 def _equal(steps: int) -> Tensor:

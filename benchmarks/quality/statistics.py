@@ -176,7 +176,7 @@ class Results:
 
     def change(
         self,
-        method: str | Mapping[int, str],
+        method: str,
         cell: Cell,
         measure: str = FRECHET,
         over: tuple[str, Cell] | None = None,
@@ -184,16 +184,13 @@ class Results:
         """Return by how many per cent a method is nearer to the data; None if not measured.
 
         Args:
-            method: A method, or one for each seed.
+            method: The method.
             cell: Its sampler and steps.
             measure: A distance.
             over: The method and cell that it is compared with; the plain network in the same cell.
         """
         theirs = self.values(*(over or ("plain", cell)), measure)
-        names = method if not isinstance(method, str) else dict.fromkeys(theirs, method)
-        found = {seed: self.values(name, cell, measure) for seed, name in names.items()}
-        ours = {seed: values[seed] for seed, values in found.items() if seed in values}
-        return change(ours, theirs)
+        return change(self.values(method, cell, measure), theirs)
 
     def mean_change(
         self, method: str, cells: Iterable[Cell], measure: str = FRECHET, over: str = "plain"
@@ -238,8 +235,3 @@ class Results:
         seeds = sorted(plain.keys() & trained.keys() & full.keys())
         shares = [(trained[s] - plain[s]) / (full[s] - plain[s]) for s in seeds]
         return interval(shares) if shares else None
-
-    def loss_share(self, objective: str) -> float:
-        """Return the share of the training that had the loss."""
-        seeds = self.record["trainings"][objective]
-        return float(next(iter(seeds.values()))["loss_share"])

@@ -21,8 +21,6 @@ class Purpose(IntEnum):
     EXTRA = 2
     START = 3
     SAMPLER = 4
-    METRIC = 5
-    FIT = 6
 
 
 def generator(seed: int, purpose: Purpose, part: int = 0) -> torch.Generator:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,17 +29,6 @@ from benchmarks.quality.streams import Purpose, Stream, generator
 from s2dm_loss.monitor import LossByNoise
 
 
-class Progress(Protocol):
-    """Told after every optimiser step; may raise to stop the run."""
-
-    def __call__(self, steps: int, /) -> object:
-        """Take note of the steps just done."""
-
-
-def _no_progress(steps: int) -> None:
-    """Tell nobody."""
-
-
 def train(
     objective: Objective,
     seed: int,
@@ -51,7 +40,7 @@ def train(
     folder: Path,
     accelerator: Accelerator,
     branch: Path | None = None,
-    progress: Progress = _no_progress,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> nn.Module:
     """Train a network, or take up a run where it stopped, or load one that is done.
 
@@ -67,7 +56,7 @@ def train(
         accelerator: Device and processes.
         branch: The state of another run to start from, weights, optimiser and random streams;
             without it a fresh network.
-        progress: Called with the number of steps just done.
+        progress: Called with the number of steps just done; may raise to stop the run.
 
     Returns:
         The network with averaged weights, in evaluation mode, on the accelerator's device.
@@ -185,7 +174,7 @@ class _Run:
             "curve": self.curve,
         }
 
-    def advance(self, folder: Path, branch: Path | None, progress: Progress) -> None:
+    def advance(self, folder: Path, branch: Path | None, progress: Callable[[int], object]) -> None:
         """Go on from the folder's checkpoint, or else from a branching point, to the end."""
         state = newest_state(folder)
         if state is None and branch is not None:

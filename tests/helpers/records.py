@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
+from s2dm_loss import SkipSet, SkipStepLoss
 from tests.doubles import k_diffusion_double
 from tests.helpers import trainers, trainers_of_today
 from tests.helpers.patches import TRAINERS
@@ -185,7 +185,15 @@ def commits():
 
 def criterion_of(case, tau):
     """The loss that a trainer's patch makes, for what this case trains."""
-    today, options, predicts = trainers_of_today, case.options, "velocity"
+    today, options = trainers_of_today, case.options
+    if case.file[0] in (
+        "flow_matching",
+        "conditional-flow-matching",
+        "sd-scripts",
+    ):  # it makes none
+        schedule, predicts = trainers.path_of_today(case)
+        skips = SkipSet.for_sampling_steps(20)
+        return SkipStepLoss(schedule, skips, tau=tau, prediction_type=predicts)
     names = {}
     if "prediction_type" in options:
         names = {"noise_scheduler": today.policy_scheduler(options["prediction_type"])}
@@ -203,18 +211,7 @@ def criterion_of(case, tau):
             "model_type": SimpleNamespace(name=options["model_type"]),
             "th": torch,
         }
-    elif case.file == today.FLOW_MATCHING:
-        path = today.SCHEDULERS[options["scheduler"]]
-        schedule = ContinuousSchedule.from_alpha_sigma(path, data_at=1, min_time=1e-5)
-    elif case.file == today.TORCHCFM:
-        schedule = ContinuousSchedule.flow(data_at=1)
-    elif case.file[0] == "sd-scripts":
-        schedule = ContinuousSchedule.flow()
-        predicts = "flow" if case.file == today.KOHYA_FLUX else "sample"
-    if case.file[0] not in ("flow_matching", "conditional-flow-matching", "sd-scripts"):
-        return today.made(*case.file, tau, **names)
-    skips = SkipSet.for_sampling_steps(20)
-    return SkipStepLoss(schedule, skips, tau=tau, prediction_type=predicts)
+    return today.made(*case.file, tau, **names)
 
 
 def ours(case, tau):
