@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.pages.render import render_all, sources
-from benchmarks.quality import committed, evidence_figures, holes
+from benchmarks.quality import evidence_figures, holes
 from benchmarks.quality.committed import method_name, records
-from benchmarks.quality.presets import PRESETS
-from benchmarks.quality.record import COLUMNS
 
 FOLDER = Path(__file__).parents[1] / "benchmarks/results/quality"
 T_975 = {2: 12.706, 3: 4.303, 5: 2.776}
@@ -162,59 +159,6 @@ def test_the_archive_keeps_the_form_of_a_record() -> None:
         assert {"settings", "columns", "rows", "floor", "versions", "titles"} <= record.keys()
         assert all(len(row) == len(record["columns"]) for row in record["rows"])
         assert len(holes.archive_row(name)) == 5
-
-
-def a_record_to_come(preset: str) -> dict[str, Any]:
-    """Made-up results in every cell of a preset, to see its pages filled."""
-    chosen = PRESETS[preset]
-    rows = [
-        [arm.method.name, 0, sampler, steps, None, None, 100.0 + steps, 0.1 + 0.001 * steps, 0.9]
-        for arm in chosen.arms
-        for sampler in arm.samplers
-        for steps in arm.steps
-    ]
-    nearest = next(row for row in rows if (row[0], *row[2:4]) == ("plain", chosen_base(preset), 10))
-    nearest[7] = 0.05
-    for number, row in enumerate(rows):
-        row[8] += 0.0001 * number
-    names = {arm.method.objective.name for arm in chosen.arms}
-    training = {"steps": 1, "seconds": 1.0, "parameters": 4_240_000, "device": "cpu"}
-    return {
-        "preset": preset,
-        "settings": chosen.settings,
-        "versions": {"torch": "2", "commit": "abc", "checkout_differed": False},
-        "floor": {"features": "some at 96", "frechet": 20.0, "images_each": 1024, "reference": 9},
-        "titles": {arm.method.name: arm.method.title for arm in chosen.arms},
-        "columns": COLUMNS,
-        "rows": rows,
-        "trainings": {n: {"0": {**training, "loss_share": float("skip" in n)}} for n in names},
-    }
-
-
-def chosen_base(preset: str) -> str:
-    return "euler" if preset.endswith("flow") else "ddim"
-
-
-def test_pages_are_ready_for_the_results_to_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = ("cifar10-16",)
-    known = {**records(), **{name: a_record_to_come(name) for name in names}}
-    monkeypatch.setattr(committed, "records", lambda folder=None: known)
-    committed.results.cache_clear()
-    try:
-        pages = {Path(page).name: (tmp_path / page) for page in sources() if "evidence" in page}
-        render_all(tmp_path, only=[f"docs/{name}" for name in pages])
-        front, cifar10 = (pages[f"evidence{x}.md"].read_text() for x in ("", "_cifar10"))
-        for name in ("steps_eps16", "steps_flow16"):
-            assert evidence_figures.FIGURES[name]().axes
-    finally:
-        committed.results.cache_clear()
-    assert "On **flow networks with Euler**" in front
-    assert "For ε plain L_simple with DDIM, at 50.0 thousandths; for the flow plain" in front
-    assert "not measured" not in front
-    assert "| gain, δ = 0.05, with Heun |" in cifar10
-    assert "not run yet" not in cifar10
 
 
 def test_names_of_methods_in_words() -> None:

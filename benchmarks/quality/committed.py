@@ -48,11 +48,6 @@ def results(run: str, folder: Path = FOLDER) -> Results:
     return Results(known[preset])
 
 
-def measured(run: str, folder: Path = FOLDER) -> bool:
-    """Return whether a run has committed results."""
-    return NAMES.get(run, run) in records(folder)
-
-
 def method_name(words: str) -> str:
     """Return a method's name in the records: "gain 49", "loss 49", or the name itself.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from matplotlib.figure import Figure
 
 from benchmarks.pages.figures import COLORS, new_figure, zero_line
-from benchmarks.quality.committed import measured, method_name, results
+from benchmarks.quality.committed import method_name, results
 from benchmarks.quality.statistics import FRECHET, KERNEL, RAW_FRECHET, SPREAD, Cell, log_ratios
 
 NETWORKS = {"unet": "U-Net", "eps16": "16 x 16", "small": "small network"}
@@ -34,9 +34,8 @@ LINES = {
 
 def seeds() -> Figure:
     """Draw the change at 10 steps of each seed, a panel for each network."""
-    found = {run: title for run, title in NETWORKS.items() if measured(run)}
-    figure, (panels,) = new_figure(2.6, 1, len(found), sharey=True)
-    for axes, (run, title) in zip(panels, found.items(), strict=True):
+    figure, (panels,) = new_figure(2.6, 1, len(NETWORKS), sharey=True)
+    for axes, (run, title) in zip(panels, NETWORKS.items(), strict=True):
         table = results(run)
         plain = {key: table.values("plain", Cell("ddim", 10), key) for key in (FRECHET, KERNEL)}
         for row, (_, method, sampler) in enumerate(ROWS):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.pages.tables import counted, listed, markdown_table
 from benchmarks.quality import evidence_figures
-from benchmarks.quality.committed import cell, measured, method_name, results
+from benchmarks.quality.committed import cell, method_name, results
 from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.statistics import (
     FRECHET,
@@ -187,7 +187,7 @@ def table(
     for title, method, sampler in rows:
         line = [title]
         for _, run, measure in columns:
-            text = (measured(run) and change(run, method, sampler, steps, measure)) or ""
+            text = change(run, method, sampler, steps, measure) or ""
             is_loss = method.startswith("loss ") and "+" not in method
             if text and is_loss and measure == "frechet" and sampler is None:
                 share = dose(run, float(method.split()[1]), steps)
@@ -344,7 +344,6 @@ HOLES: dict[str, Any] = {
     "markdown_table": markdown_table,
     "mean_change": mean_change,
     "mean_table": mean_table,
-    "measured": measured,
     "points": points,
     "spread": spread,
     "table": table,
