@@ -123,14 +123,15 @@ def test_a_correction_chosen_on_the_other_seeds() -> None:
 
 
 def test_a_table_says_doses_and_leaves_out_what_nobody_measured() -> None:
-    rows = [("loss", "loss 49", None), ("none", "gain 7", None), ("UniPC", "plain", "unipc")]
-    columns = [("F", "unet", "frechet"), ("later", "a-run-to-come", "frechet")]
+    rows = [("loss", "loss 9", None), ("none", "gain 7", None), ("UniPC", "plain", "unipc")]
+    columns = [("F", "unet", "frechet"), ("small images", "eps16", "frechet")]
     head, _, *lines = holes.table("x", columns, rows).splitlines()
-    assert head == "| x | F | later |"
-    change, dose = holes.change("unet", "loss 49"), holes.dose("unet", 49)
+    assert head == "| x | F | small images |"
+    change, dose = holes.change("unet", "loss 9"), holes.dose("unet", 9)
+    solver = [holes.change(run, "plain", "unipc") for run in ("unet", "eps16")]
     assert lines == [
         f"| loss | {change} (dose {dose}) |  |",
-        f"| UniPC | {holes.change('unet', 'plain', 'unipc')} |  |",
+        f"| UniPC | {solver[0]} | {solver[1]} |",
     ]
 
 
