@@ -135,6 +135,18 @@ def test_a_table_says_doses_and_leaves_out_what_nobody_measured() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["cifar10-16", "cifar10-16-flow"])
+def test_the_best_pair_is_the_nearest_by_the_kernel_distance(name: str) -> None:
+    record = load(name)
+    place = record["columns"].index("images_kernel")
+    rows = [row for row in record["rows"] if row[3] == 10]
+    nearest = min(rows, key=lambda row: row[place])
+    assert nearest[0] == "plain"
+    assert nearest[2].startswith("unipc")
+    found = holes.best_pair(name, 10)
+    assert found == f"UniPC with no correction, kernel distance {nearest[place]:.3f}"
+
+
 def test_holms_correction_is_over_the_rows_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     logs = {"a": [-1.0, -1.01, -0.99], "b": [-0.1, -0.2, 0.0], "c": [-0.5, -0.55, -0.45]}
     monkeypatch.setattr(

@@ -291,14 +291,15 @@ def claim(holds: bool) -> str:
 def best_pair(run: str, steps: int) -> str:
     """Return the method and sampler nearest to the data by the kernel distance, with it."""
     found = results(run)
+    words = {name: found.title(name) for name in found.methods} | {"plain": "no correction"}
     pairs = [
-        (found.mean(method, where, KERNEL), f"{found.title(method)} with {TITLES[where.sampler]}")
+        (found.mean(method, where, KERNEL), f"{TITLES[where.sampler]} with {words[method]}")
         for method in found.methods
         for where in found.cells(method)
         if where.steps == steps
     ]
     value, title = min(pairs)
-    return f"{title}, at {1000 * value:.1f} thousandths"
+    return f"{title}, kernel distance {value:.3f}"
 
 
 def archive_row(preset: str) -> list[str]:
