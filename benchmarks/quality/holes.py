@@ -302,6 +302,15 @@ def best_pair(run: str, steps: int) -> str:
     return f"{title}, kernel distance {value:.3f}"
 
 
+def recommended(run: str, sampler: str, steps: int = 10) -> str:
+    """Return what the library's search recommends for the plain network of the first seed."""
+    return next(
+        str(one["recommended"])
+        for one in results(run).record["searches"]
+        if (one["sampler"], one["steps"]) == (sampler, steps)
+    )
+
+
 def archive_row(preset: str) -> list[str]:
     """Return images, seeds, plain DDIM 10 over the floor, and what gain and loss 49 do there."""
     found = results(preset)
@@ -346,6 +355,7 @@ HOLES: dict[str, Any] = {
     "mean_change": mean_change,
     "mean_table": mean_table,
     "points": points,
+    "recommended": recommended,
     "spread": spread,
     "table": table,
     "times_floor": times_floor,
