@@ -39,6 +39,12 @@ class Block(NamedTuple):
     requires: str | None
     code: str
 
+    def run(self, page: Path, namespace: dict[str, object]) -> None:
+        # As many empty lines in front as the block has in its page, so that a traceback counts
+        # lines as the page does.
+        code = compile("\n" * self.line + self.code, str(page), "exec")
+        exec(code, namespace)  # noqa: S102 - our own page
+
 
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
@@ -51,6 +57,15 @@ def blocks_of(page: Path) -> list[Block]:
         code = "".join(line[indent:] or "\n" for line in match["code"].splitlines(keepends=True))
         blocks.append(Block(text[: match.start("code")].count("\n"), match["module"], code))
     return sorted(blocks)
+
+
+def snippets_of(page: Path, *requires: str | None) -> dict[str, object]:
+    """Run the blocks that need one of these modules (None: no module); what they define."""
+    namespace: dict[str, object] = {}
+    for block in blocks_of(page):
+        if block.requires in requires:
+            block.run(page, namespace)
+    return namespace
 
 
 PAGES = [page for page in ALL_PAGES if blocks_of(page)]
@@ -76,13 +91,11 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     torch.manual_seed(0)
     namespace = {"__name__": page.stem}
     missing = []
-    for line, requires, code in blocks_of(page):
-        if requires and importlib.util.find_spec(requires) is None:
-            missing.append(requires)
+    for block in blocks_of(page):
+        if block.requires and importlib.util.find_spec(block.requires) is None:
+            missing.append(block.requires)
             continue
-        # As many empty lines in front as the block has in its page, so that a traceback counts
-        # lines as the page does.
-        exec(compile("\n" * line + code, str(page), "exec"), namespace)  # noqa: S102
+        block.run(page, namespace)
     if missing:
         pytest.skip(f"the rest ran; not installed: {', '.join(sorted(set(missing)))}")
 

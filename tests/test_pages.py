@@ -63,7 +63,7 @@ def test_two_benchmarks_do_not_share_a_name(monkeypatch: pytest.MonkeyPatch) -> 
 
     for room in ("one", "two"):
         module = types.ModuleType(f"benchmarks.{room}.holes")
-        module.HOLES, module.FIGURES = {"a": 1}, {}  # type: ignore[attr-defined]
+        vars(module).update(HOLES={"a": 1}, FIGURES={})
         monkeypatch.setitem(sys.modules, f"benchmarks.{room}", types.ModuleType(room))
         monkeypatch.setitem(sys.modules, f"benchmarks.{room}.holes", module)
     with pytest.raises(ValueError, match="a is another benchmark's name"):

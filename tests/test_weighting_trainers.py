@@ -176,7 +176,8 @@ def formula(text):
     for theirs, ours in IN_PYTHON:
         text = text.replace(theirs, ours)
     names = {"γ": GAMMA, "σ_data": SIGMA_DATA}
-    return lambda r: eval(text, {**names, "r": r, "σ": 1 / (1 + r.sqrt())})  # noqa: S307
+    code = compile(text, str(PAGE), "eval")
+    return lambda r: eval(code, {**names, "r": r, "σ": 1 / (1 + r.sqrt())})  # noqa: S307 - our page
 
 
 NAMED = {

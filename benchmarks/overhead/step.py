@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Training:
         self.device, self.half = settings.device, mode != "eager"
         unet = cifar10_unet((32, 32), 1) if settings.small else cifar10_unet()
         self.model = unet.to(self.device)
-        self.network: Callable[..., object] = self.model
+        self.network: Callable[..., Any] = self.model
         if "compiled" in mode:
             self.network = torch.compile(self.model)
         schedule = NoiseSchedule.linear()
@@ -49,7 +50,7 @@ class Training:
         """Return the model's answer to x_t."""
         wide = (-1, 1, 1, 1)
         x_t = self.alpha[t].view(wide) * self.x0 + self.sigma[t].view(wide) * noise
-        answer: Tensor = self.network(x_t, t).sample  # type: ignore[attr-defined]
+        answer: Tensor = self.network(x_t, t).sample
         return answer
 
     def objective(self, loss: Loss) -> Objective:

@@ -59,7 +59,11 @@ def compared(
     """Return a method's distances by seed, and those that they are compared with."""
     found, key, where = results(run), MEASURES[measure], cell(run, sampler, steps)
     if method == "search":
-        return _searches(found, where) if key == FRECHET else ({}, {})
+        kept = _searches(found, where) if key == FRECHET else []
+        ours, plain = (
+            {one["seed"]: float(one[side]) for one in kept} for side in ("corrected", "plain")
+        )
+        return ours, plain
     if isinstance(over, tuple):
         baseline = method_name(over[0]), cell(run, *over[1:])
     else:
@@ -304,11 +308,7 @@ def best_pair(run: str, steps: int) -> str:
 
 def recommended(run: str, sampler: str, steps: int = 10) -> str:
     """Return what the library's search recommends for the plain network of the first seed."""
-    return next(
-        str(one["recommended"])
-        for one in results(run).record["searches"]
-        if (one["sampler"], one["steps"]) == (sampler, steps)
-    )
+    return str(_searches(results(run), Cell(sampler, steps))[0]["recommended"])
 
 
 def archive_row(preset: str) -> list[str]:
@@ -331,13 +331,12 @@ def _rescaling(found: Results, where: Cell) -> dict[int, str]:
     )
 
 
-def _searches(found: Results, where: Cell) -> tuple[dict[int, float], dict[int, float]]:
-    kept = [
+def _searches(found: Results, where: Cell) -> list[dict[str, Any]]:
+    """Return what `search.search` kept in a cell, a record for each seed."""
+    return [
         one for one in found.record.get("searches", [])
         if Cell(one["sampler"], one["steps"]) == where
     ]  # fmt: skip
-    corrected = {one["seed"]: float(one["corrected"]) for one in kept}
-    return corrected, {one["seed"]: float(one["plain"]) for one in kept}
 
 
 HOLES: dict[str, Any] = {

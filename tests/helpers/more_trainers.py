@@ -1,6 +1,7 @@
 """k-diffusion, CompVis' and OneTrainer, with the snippets of docs/adapters/more_trainers.md."""
 
 import contextlib
+import functools
 import sys
 import warnings
 from types import ModuleType, SimpleNamespace
@@ -17,19 +18,11 @@ from tests.helpers.small import every_pair
 from tests.helpers.trainers import SEED, Case, column, noise_in, of_each
 from tests.helpers.trainers_of_today import Anything
 from tests.helpers.upstream import checkout_on_path, k_diffusion_layers, load, root_of, stubs
-from tests.test_docs_blocks import blocks_of
+from tests.test_docs_blocks import snippets_of
 
 PAGE = PAGES / "more_trainers.md"
 PATH = NoiseSchedule.scaled_linear(1000)
-
-
-def snippet(requires):
-    """The namespace of the page's block that needs this module."""
-    namespace = {}
-    for line, needs, code in blocks_of(PAGE):
-        if needs == requires:
-            exec(compile("\n" * line + code, str(PAGE), "exec"), namespace)  # noqa: S102
-    return namespace
+snippet = functools.partial(snippets_of, PAGE)
 
 
 class Unet(nn.Module):

@@ -8,6 +8,7 @@ and returns the loss.
 
 import ast
 import contextlib
+import functools
 import importlib
 import math
 import random
@@ -31,7 +32,7 @@ from s2dm_loss.adapters.sd_scripts import skip_step
 from tests.helpers.diffusers_parts import make_scheduler
 from tests.helpers.patches import PAGES, TRAINERS, patch_of
 from tests.helpers.upstream import checkout_on_path, root_of, stubs
-from tests.test_docs_blocks import blocks_of
+from tests.test_docs_blocks import snippets_of
 
 IMAGES, ACTIONS = (8, 4, 8, 8), (8, 6, 4)
 
@@ -517,13 +518,7 @@ SCHEDULERS = {
 """flow_matching's schedulers, in our words: α and σ, with data at t = 1."""
 
 
-def page_blocks(requires):
-    """The names of docs/adapters/flow.md's blocks, those that need this package among them."""
-    namespace = {}
-    for line, needs, code in blocks_of(PAGES / "flow.md"):
-        if needs in (None, requires):
-            exec(compile("\n" * line + code, "flow.md", "exec"), namespace)  # noqa: S102
-    return namespace
+flow_snippets = functools.partial(snippets_of, PAGES / "flow.md", None)
 
 
 def torchcfm(source, model, seen, tau=None):
@@ -531,7 +526,7 @@ def torchcfm(source, model, seen, tau=None):
     package, root = types.ModuleType("torchcfm"), root_of("S2DM_TORCHCFM_ROOT")
     package.__path__ = [str(root / "torchcfm")]
     with checkout_on_path(root, {"torchcfm": package, **stubs("ot")}):
-        page = page_blocks("torchcfm")
+        page = flow_snippets("torchcfm")
     x0, x1 = torch.randn(2, *IMAGES).unbind(0)
     before = torch.get_rng_state()
     call = watched(model, seen)
@@ -553,7 +548,7 @@ def torchcfm(source, model, seen, tau=None):
 def flow_matching(source, model, seen, tau=None, scheduler="CondOTScheduler"):
     """The loop of the library's image example, and the page's."""
     with checkout_on_path(root_of("S2DM_FLOW_MATCHING_ROOT"), stubs("torchdiffeq")):
-        page = page_blocks("flow_matching")
+        page = flow_snippets("flow_matching")
         schedulers = importlib.import_module("flow_matching.path.scheduler.scheduler")
     kind = getattr(schedulers, scheduler)
     made_ = kind(2) if scheduler == "PolynomialConvexScheduler" else kind()
