@@ -156,3 +156,11 @@ def test_what_a_block_prints_stands_below_it_and_nothing_else_does():
     assert found == ("```python\n1\n```\n\nwords\n\n```python\n2\n```\n\n```text\nnew\n```\n")
     assert ran(found, {"1\n": "", "2\n": "new\n"}.__getitem__) == found
     assert digest(found) == digest(page) != digest(page.replace("2", "3"))
+
+
+def test_a_page_that_advises_another_solver_has_the_line():
+    texts = {page.name: page.read_text(encoding="utf-8") for page in ALL_PAGES}
+    advising = {name for name, text in texts.items() if "change the solver" in text.lower()}
+    assert {"README.md", "correct.md", "evidence.md"} <= advising
+    line = "pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)"
+    assert [name for name in advising if line not in texts[name]] == []
