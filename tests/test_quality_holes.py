@@ -147,6 +147,30 @@ def test_the_best_pair_is_the_nearest_by_the_kernel_distance(name: str) -> None:
     assert found == f"UniPC with no correction, kernel distance {nearest[place]:.3f}"
 
 
+@pytest.mark.parametrize(
+    ("run", "preset"), [("unet", "cifar10-unet"), ("flow16", "cifar10-16-flow")]
+)
+def test_where_a_gain_helps(run: str, preset: str) -> None:
+    record, gain = load(preset), "plain+gain0.05" if run == "flow16" else "plain+gain49"
+    helped, total = 0, 0
+    for sampler, steps in {(row[2], row[3]) for row in record["rows"] if row[0] == gain}:
+        cells = [(record, name, sampler, steps) for name in ("plain", gain)]
+        plain, ours = (fmean(map(math.log, by_seed(*one, "images_kernel"))) for one in cells)
+        if fmean(by_seed(*cells[0], "spread")) < 0.9:
+            total += 1
+            helped += ours < plain
+    assert holes.gains_that_help(0, 0.9, run) == f"{helped} of {total}"
+    assert total > 1
+
+
+def test_spread_in_an_octave() -> None:
+    bands = load("cifar10-wide")["band_spreads"]
+    values = [bands[f"ddim-10, seed {seed}"][-1] for seed in range(3)]
+    assert holes.octave("small", "plain", "ddim", 10, -1) == f"{fmean(values):.2f}"
+    finest = load("cifar10-16")["band_spreads"]["plain+gain49, ddim-20, seed 0"][-1]
+    assert holes.octave("eps16", "gain 49", None, 20, -1) == f"{finest:.2f}"
+
+
 def test_holms_correction_is_over_the_rows_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     logs = {"a": [-1.0, -1.01, -0.99], "b": [-0.1, -0.2, 0.0], "c": [-0.5, -0.55, -0.45]}
     monkeypatch.setattr(
@@ -205,7 +229,7 @@ def test_the_gap_of_continuous_time_is_computed(skip: int) -> None:
     assert holes.continuous_gap(skip) == f"{gap:.3f} %"
 
 
-@pytest.mark.parametrize("name", ["seeds", "skips", "readme"])
+@pytest.mark.parametrize("name", ["gains", "seeds", "skips", "readme"])
 def test_figures_are_drawn_from_the_committed_results(name: str) -> None:
     figure = evidence_figures.FIGURES[name]()
     assert all(axes.lines for axes in figure.axes)

@@ -32,6 +32,42 @@ LINES = {
 }
 
 
+GAINED = {
+    "unet": "U-Net",
+    "small": "small network",
+    "digits-full": "digits",
+    "textures": "crops",
+    "eps16": "16 x 16, ε",
+    "flow16": "16 x 16, flow",
+}
+
+
+def spreads_and_gains(run: str) -> list[tuple[float, float]]:
+    """Return, for each sampler and number of steps, plain spread and what a gain does there.
+
+    The gain of a 20-step sampler's step; by how many per cent it is nearer, in the kernel distance.
+    """
+    table, name = results(run), method_name("gain 0.05" if run == "flow16" else "gain 49")
+    found = []
+    for where in table.cells(name):
+        if (by_gain := table.change(name, where, KERNEL)) is not None:
+            found.append((table.mean("plain", where, SPREAD), by_gain.mean))
+    return found
+
+
+def gains() -> Figure:
+    """Draw what a gain does against the spread of the plain samples, a point for each sampler."""
+    figure, ((axes,),) = new_figure(3.0)
+    for (run, title), color in zip(GAINED.items(), COLORS[1:], strict=False):
+        marker = "s" if run == "flow16" else "o"
+        axes.plot(*zip(*spreads_and_gains(run)), marker, color=color, ms=4, alpha=0.8, label=title)  # noqa: B905
+    zero_line(axes)
+    zero_line(axes, 1.0, vertical=True)
+    axes.set(xlabel="spread of the plain samples over the data's", ylabel="nearer with the gain, %")
+    axes.legend(ncols=2, fontsize="small")
+    return figure
+
+
 def seeds() -> Figure:
     """Draw the change at 10 steps of each seed, a panel for each network."""
     figure, (panels,) = new_figure(2.6, 1, len(NETWORKS), sharey=True)
@@ -97,6 +133,7 @@ def skips() -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "gains": gains,
     "readme": lambda: by_steps("unet"),
     "seeds": seeds,
     "skips": skips,

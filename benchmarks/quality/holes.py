@@ -273,6 +273,32 @@ def together(run: str, rows: Sequence[tuple[str, str, str | None]], steps: int =
     )
 
 
+def gains_that_help(low: float, high: float, *runs: str) -> str:
+    """Return in how many of the samplers of these networks a gain helps, as "9 of 9".
+
+    Only where the plain samples have a spread from `low` to `high`; of all networks on ε without a
+    name.
+    """
+    names = runs or [run for run in evidence_figures.GAINED if run != "flow16"]
+    found = [
+        points
+        for run in names
+        for spread, points in evidence_figures.spreads_and_gains(run)
+        if low <= spread < high
+    ]
+    return f"{sum(one > 0 for one in found)} of {len(found)}"
+
+
+def octave(run: str, method: str, sampler: str | None, steps: int, index: int) -> str:
+    """Return the spread in an octave of frequencies over the data's; the first is the coarsest."""
+    found, where = results(run), cell(run, sampler, steps)
+    name = "" if method == "plain" else f"{method_name(method)}, "
+    bands = found.record["band_spreads"]
+    seeds = found.values(method_name(method), where, SPREAD)
+    values = [bands[f"{name}{where.sampler}-{steps}, seed {seed}"][index] for seed in seeds]
+    return f"{sum(values) / len(values):.2f}"
+
+
 def continuous_gap(skip: int) -> str:
     """Return by how much the gains of the VP-SDE and of the linear schedule differ at most."""
     n = torch.arange(skip + 1, 1000)  # just above k the two differ in whether the skip still fits
@@ -350,9 +376,11 @@ HOLES: dict[str, Any] = {
     "distance": distance,
     "dose": dose,
     "fact": fact,
+    "gains_that_help": gains_that_help,
     "markdown_table": markdown_table,
     "mean_change": mean_change,
     "mean_table": mean_table,
+    "octave": octave,
     "points": points,
     "recommended": recommended,
     "spread": spread,
