@@ -284,8 +284,8 @@ def loss_rows(
     prediction_type: PredictionType,
     path: PathPoint,
     *,
-    weighting: Callable[[Tensor], Tensor] | None = None,
-    normalize: bool = False,
+    weighting: Callable[[Tensor], Tensor] | None,
+    normalize: bool,
 ) -> LossRows:
     """Return what a loss looks up, from its coefficients and its path at the same times."""
     scales, excess = output_scales(prediction_type, path), at_t.gain_excess
