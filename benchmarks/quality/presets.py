@@ -206,6 +206,7 @@ CIFAR10_16_FLOW = replace(
     CIFAR10_16,
     name="cifar10-16-flow",
     path="flow",
+    seeds=(0, 1),
     arms=(
         arm(Plain(), samplers=("euler", "heun", "unipc-flow"), steps=SHORT),
         arm(Plain(), Gain(0.05), ("euler",), SHORT),
