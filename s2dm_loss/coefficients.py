@@ -211,7 +211,7 @@ def coefficients(
     valid_skips = valid.sum(0)
     c, c2 = (total.sum(0) / valid_skips.clamp(min=1) for total in (c2.sqrt(), c2))
 
-    reach = output_scales(prediction_type, path).ratio.square().clamp(max=1.0)
+    reach = output_scales(prediction_type, path).ratio.square()
     bound = _bound(reach, max_c2)
     if weighting is not None:
         bound = bound.minimum(max_c2 / _noise_weights(weighting, path).clamp(min=1.0))

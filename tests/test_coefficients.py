@@ -145,10 +145,13 @@ def test_the_limit_without_a_bound_where_there_is_no_signal(estimator):
     assert (at_t.gain[-1], at_t.gain_excess[-1], at_t.skip_gain[-1]) == (0, -1, 0)
 
 
-@pytest.mark.parametrize(("weight", "bound"), [(0.25, 3.0), (1.5, 2.0), (6.0, 0.5)])
-def test_the_bound_of_a_weighting(weight, bound):
-    """Neither c² nor c² w is above max_c2 = 3."""
+@pytest.mark.parametrize(
+    ("weight", "max_c2", "bound"), [(0.25, 3.0, 3.0), (1.5, 3.0, 2.0), (6.0, 3.0, 0.5), (0, 0, 0)]
+)
+def test_the_bound_of_a_weighting(weight, max_c2, bound):
+    """Neither c² nor c² w is above max_c2."""
     schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.1])
-    found = coefficients(schedule, 1, max_c2=3.0, weighting=lambda log_snr: log_snr * 0 + weight)
+    options = {"max_c2": max_c2, "weighting": lambda log_snr: log_snr * 0 + weight}
+    found = coefficients(schedule, 1, **options)
     assert found.c2[1].item() == pytest.approx(bound, rel=1e-15)
     assert found.c[1].item() == pytest.approx(math.sqrt(bound), rel=1e-15)
