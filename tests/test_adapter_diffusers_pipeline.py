@@ -24,7 +24,7 @@ from s2dm_loss.sampling import (
 )
 from s2dm_loss.sampling.corrections import NONE
 from tests.helpers.diffusers_parts import diffusers, make_scheduler, tiny_unet
-from tests.helpers.flow_pipelines import SD3, STEPS, Flux, Wan, make_pipeline
+from tests.helpers.flow_pipelines import SD3, Flux, Wan, make_pipeline
 from tests.helpers.small import Network
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -50,10 +50,11 @@ DISTANCES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [10, 30, 100])
-def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps):
+@pytest.mark.parametrize(("steps", "offset"), [(10, 0), (10, 1), (30, 0), (100, 0)])
+def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps, offset):
     options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-    scheduler = make_scheduler(name, timestep_spacing=spacing, **options)
+    options |= {"timestep_spacing": spacing, "steps_offset": offset}
+    scheduler = make_scheduler(name, **options)
     scheduler.set_timesteps(steps)
     visited = scheduler.timesteps.unique()  # ascending; PNDM repeats one
     # DEIS, DPM++ and UniPC leave out the last interval, which ends at x_0 itself.
@@ -70,17 +71,8 @@ def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps):
         # The skip by the number of steps is what DDIM and PNDM jump; the others jump less.
         by_steps, _ = SkipSet.for_sampling_steps(steps).earlier(torch.tensor([999]), LINEAR)
         exact = FAMILIES[name] == "ddim"
+        assert visited[0] == (offset if exact else distance + offset)
         assert (999 - by_steps.item() == distance) == (exact or 1000 // steps == distance)
-
-
-@pytest.mark.parametrize("offset", [0, 1])
-def test_steps_offset_is_followed(offset):
-    scheduler = make_scheduler("DDIMScheduler", steps_offset=offset)
-    scheduler.set_timesteps(10)
-    skip_set = SkipSet.from_timesteps(scheduler.timesteps)
-    earlier, valid = skip_set.earlier(torch.tensor([offset, 150, 999]), LINEAR)
-    assert valid.tolist() == [[False, True, True]]
-    assert earlier[0, 1:].tolist() == [100 + offset, 900 + offset]
 
 
 # A correction on a pipeline whose scheduler has timesteps.
@@ -270,6 +262,8 @@ FLOWS = {
     "heun": (Flux, lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
     "unipc": (SD3, lambda: diffusers.UniPCMultistepScheduler(**OF_FLOW)),
     "dpm++": (Wan, lambda: diffusers.DPMSolverMultistepScheduler(**OF_FLOW)),
+    # Mochi: x = σ x_0 + (1-σ) ε, and the output x_0 - ε.
+    "data at 1": (SD3, lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)),
 }
 
 
@@ -295,15 +289,17 @@ def flow_s_of(sigma, delta=0.1, tau=0.99):
 def scaled_by_hand(pipe, scale, begin=0):
     """Scale the ε̂ in each output of the transformer itself, before any guidance."""
     calls = 2 if isinstance(pipe, Wan) else 1
+    turned = pipe.scheduler.config.get("invert_sigmas")
     state = {"call": begin * calls}
 
     def hook(module, args, kwargs, output):
         sigma = min(float(pipe.scheduler.sigmas[state["call"] // calls]), 1.0)
+        noise, sign = (1 - sigma, -1) if turned else (sigma, 1)
         state["call"] += 1
-        x, u = kwargs["hidden_states"].double(), output[0].double()
-        if sigma == 1:
+        x, u = kwargs["hidden_states"].double(), sign * output[0].double()
+        if noise == 1:
             return output
-        return (((scale(sigma) * (x + (1 - sigma) * u) - x) / (1 - sigma)).float(),)
+        return ((sign * (scale(noise) * (x + (1 - noise) * u) - x) / (1 - noise)).float(),)
 
     handle = pipe.transformer.register_forward_hook(hook, with_kwargs=True)
     yield
@@ -321,36 +317,17 @@ def test_flow_pipelines(name):
     assert (expected - plain).abs().max() > 1e-2
     assert torch.equal(pipe(x), plain)
     # The other corrections scale the ε̂ in a velocity, and not the velocity.
-    flow = schedule_of(diffusers.FlowMatchEulerDiscreteScheduler())
+    turned = name == "data at 1"
+    kind = "velocity" if turned else "flow"
     for correction, strength, scale in (
         (EpsilonScaling, 1.02, lambda _: 1 / 1.02),
         (ScoreRescaling, 0.8, lambda s: ((1 - s) ** 2 + s**2) / ((1 - s) ** 2 / 0.8 + s**2)),
     ):
         with scaled_by_hand(pipe, scale):
             expected = pipe(x)
-        with correct_pipeline(pipe, correction(flow, prediction_type="flow"), strength):
+        of_path = correction(ContinuousSchedule.flow(data_at=int(turned)), prediction_type=kind)
+        with correct_pipeline(pipe, of_path, strength):
             torch.testing.assert_close(pipe(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_flow_whose_data_lie_at_1():
-    """Mochi: x = σ x_0 + (1-σ) ε, and the output x_0 - ε."""
-    pipe = make_pipeline(SD3, diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
-    x = torch.randn(SD3.shape, generator=torch.Generator().manual_seed(0))
-    plain, call = pipe(x), iter(range(STEPS))
-
-    def by_hand(module, args, kwargs, output):
-        sigma = float(pipe.scheduler.sigmas[next(call)])
-        x, u = kwargs["hidden_states"].double(), output[0].double()
-        if sigma == 0:
-            return output
-        return (((x - flow_s_of(1 - sigma) * (x - sigma * u)) / sigma).float(),)
-
-    handle = pipe.transformer.register_forward_hook(by_hand, with_kwargs=True)
-    expected = pipe(x)
-    handle.remove()
-    with shrink_pipeline(pipe, skip_set=0.1):
-        torch.testing.assert_close(pipe(x), expected, rtol=1e-4, atol=1e-4)
-    assert (expected - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["shift 3", "dynamic", "heun", "unipc"])
@@ -373,24 +350,6 @@ def test_image_to_image_and_the_callback(name):
         torch.testing.assert_close(pipe(x, **options), expected, rtol=1e-4, atol=1e-4)
     assert seen == plain
     assert len(plain) >= 4
-
-
-def test_an_epsilon_scaled_on_a_velocity_is_no_velocity_scaled():
-    """The page's numbers: at λ = 1.02 a velocity over λ leaves 0.986 of the noise at σ = 0.3."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipe = diffusers.DiffusionPipeline()
-    pipe.register_modules(scheduler=scheduler)
-    x0, noise = torch.randn(2, 1, 4, 8, 8)
-    for sigma, divided in ((0.3, 0.986), (0.7, 0.994), (0.9, 0.998)):
-        scheduler.set_timesteps(sigmas=[sigma])
-        x, u = (1 - sigma) * x0 + sigma * noise, noise - x0
-        correction = EpsilonScaling(ContinuousSchedule.flow(), prediction_type="flow")
-        with correct_pipeline(pipe, correction, 1.02):
-            end = scheduler.step(u, scheduler.timesteps[0], x).prev_sample
-        changed = (x - end) / sigma  # one step to σ = 0
-        torch.testing.assert_close(x + (1 - sigma) * changed, noise / 1.02, rtol=1e-4, atol=1e-4)
-        # u / λ = (ε - x_0) / λ holds so much of the noise: x + (1-σ) u / λ.
-        assert sigma + (1 - sigma) / 1.02 == pytest.approx(divided, abs=5e-4)
 
 
 # What is refused, and what is left behind.

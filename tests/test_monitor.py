@@ -324,18 +324,28 @@ def test_each_sample_has_a_time_in_each_level(schedule):
     assert (within.sort(1).values.diff() > 1 / 20 - 8 * slack).all()
 
 
-def test_the_values_are_those_of_the_criterion():
+@pytest.mark.parametrize(
+    ("kind", "schedule", "skip", "target"),
+    [
+        ("epsilon", LINEAR, 49, lambda a, b, noise: noise),
+        ("v_prediction", LINEAR, 49, lambda a, b, noise: a * noise - b * X0),
+        ("sample", LINEAR, 49, lambda a, b, noise: X0.double()),
+        ("flow", FLOW, 0.05, lambda a, b, noise: noise - X0),
+        ("velocity", TURNED, 0.05, lambda a, b, noise: X0 - noise),
+    ],
+)
+def test_the_values_are_those_of_the_criterion(kind, schedule, skip, target):
     """From x_t and t that the model was given, with ε solved for."""
-    model = Recorder()
-    result = validated(model, levels=4, skip_set=49, tau=0.9)
-    criterion = SkipStepLoss(LINEAR, 49, tau=0.9, reduction="none")
-    for level, (x_t, t, _, _, noise) in enumerate(model.levels(LINEAR)):
+    model, options = Recorder(), {"tau": 0.9, "prediction_type": kind}
+    found = validated(model, schedule=schedule, levels=4, skip_set=skip, **options).losses
+    criterion = SkipStepLoss(schedule, skip, reduction="none", **options)
+    for level, (x_t, t, a, b, noise) in enumerate(model.levels(schedule)):
         expected = {
-            "plain": (0.5 * x_t - noise).square().flatten(1).mean(1),
+            "plain": (0.5 * x_t - target(a, b, noise)).square().flatten(1).mean(1),
             "skip_step": criterion(lambda x_t, t: 0.5 * x_t, X0.double(), t, noise=noise),
         }
-        found = {kind: losses[:, level] for kind, losses in result.losses.items()}
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        of_level = {name: losses[:, level] for name, losses in found.items()}
+        torch.testing.assert_close(of_level, expected, rtol=1e-4, atol=1e-5)
     assert len(model.calls) == 4  # one for both losses
 
 
@@ -400,23 +410,6 @@ def test_arguments_of_the_model_go_with_their_batch():
     seen = [kwargs["y"].tolist() for _, _, kwargs in model.calls]
     assert seen == [list(range(6))] * 2 + [list(range(6, 10))] * 2
     assert model.calls[-1][2]["scale"] == 2
-
-
-@pytest.mark.parametrize(
-    ("kind", "schedule", "target"),
-    [
-        ("v_prediction", LINEAR, lambda a, b, noise: a * noise - b * X0),
-        ("sample", LINEAR, lambda a, b, noise: X0.double()),
-        ("flow", FLOW, lambda a, b, noise: noise - X0),
-        ("velocity", TURNED, lambda a, b, noise: X0 - noise),
-    ],
-)
-def test_other_outputs(kind, schedule, target):
-    model = Recorder()
-    found = validated(model, schedule=schedule, levels=4, prediction_type=kind).losses["plain"]
-    for level, (x_t, _, a, b, noise) in enumerate(model.levels(schedule)):
-        expected = (0.5 * x_t - target(a, b, noise)).square().flatten(1).mean(1)
-        torch.testing.assert_close(found[:, level], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_weightings():
