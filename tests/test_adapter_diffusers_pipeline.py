@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from mpmath import mpf
 from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
@@ -23,6 +24,7 @@ from s2dm_loss.sampling import (
     StartScaling,
 )
 from s2dm_loss.sampling.corrections import NONE
+from tests.helpers import oracle
 from tests.helpers.diffusers_parts import diffusers, make_scheduler, tiny_unet
 from tests.helpers.flow_pipelines import SD3, Flux, Wan, make_pipeline
 from tests.helpers.small import Network
@@ -92,35 +94,13 @@ SAMPLERS = {
     "LMSDiscreteScheduler": {},
     "HeunDiscreteScheduler": {},
 }
-# ∂ε̂/∂output squared, over which c² may be at most 100.
-RATIO_SQUARED = {
-    "epsilon": torch.ones_like(BAR),
-    "v_prediction": BAR,
-    "sample": BAR / (1 - BAR),
-}
+TYPES = ["epsilon", "v_prediction", "sample"]
 
 
-def s_of(t, kind="epsilon", k=99, tau=0.99):
-    """1/s = 1 + ((1-τ)/τ) c², from the table of ᾱ."""
-    if t < k:
-        return 1.0
-    c2 = min(float(BAR[t - k] / BAR[t]) - 1, 100 * min(1.0, float(RATIO_SQUARED[kind][t])))
-    return 1 / (1 + (1 - tau) / tau * c2)
-
-
-def by_hand(network, kind):
-    """A denoiser with s(t) on the noise in its output, put in at the network itself."""
-
-    def denoiser(x, t):
-        output, row = network(x, t), round(float(t))
-        a, b, s = float(BAR[row].sqrt()), float((1 - BAR[row]).sqrt()), s_of(row, kind)
-        if kind == "epsilon":
-            return s * output
-        if kind == "v_prediction":  # ε̂ = a v + b x, and v = (ε̂ - b x) / a
-            return (s * (a * output + b * x) - b * x) / a
-        return (x - s * (x - a * output)) / a  # ε̂ = (x - a x̂_0) / b
-
-    return denoiser
+def at(t, kind="epsilon", k=99):
+    """The oracle's view of a timestep."""
+    now, *earlier = (oracle.vp_pair(mpf(float(BAR[i]))) for i in (t, t - k) if i >= 0)
+    return oracle.scales(now, earlier, 0.99, kind=kind)
 
 
 @torch.no_grad()
@@ -155,13 +135,18 @@ NO_SAMPLE = {"PNDMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteSc
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(n, k) for n in SAMPLERS for k in RATIO_SQUARED if k != "sample" or n not in NO_SAMPLE],
+    [(n, k) for n in SAMPLERS for k in TYPES if k != "sample" or n not in NO_SAMPLE],
 )
 def test_gain_in_every_sampler(name, kind, pipe):
     network = Network(1).eval()
     options = {"beta_start": 1e-4, "beta_end": 0.02, "prediction_type": kind, **SAMPLERS[name]}
     scheduler = with_scheduler(pipe, name, **options).scheduler
-    plain, expected = sample(network, scheduler), sample(by_hand(network, kind), scheduler)
+
+    def by_hand(x, t):
+        output = network(x, t).double()
+        return at(round(float(t)), kind).scaled(output, x.double()).float()
+
+    plain, expected = sample(network, scheduler), sample(by_hand, scheduler)
     before = dict(scheduler.__dict__)
     with shrink_pipeline(pipe, skip_set=99) as handle:
         assert handle.active
@@ -192,7 +177,7 @@ def test_a_learned_variance_is_left_alone(pipe):
     output, x = torch.randn(2, 4, 8, 8), torch.randn(2, 2, 8, 8)
     with shrink_pipeline(pipe, skip_set=99):
         scheduler.step(output, 700, x)
-    torch.testing.assert_close(seen[0][:, :2], s_of(700) * output[:, :2])
+    torch.testing.assert_close(seen[0][:, :2], at(700).gain * output[:, :2])
     assert torch.equal(seen[0][:, 2:], output[:, 2:])
     scheduler.step(output, 700, x)  # what stood at `step` before stands there again
     assert torch.equal(seen[1], output)
@@ -273,21 +258,15 @@ def flow_pipeline(name):
     return make_pipeline(kind, scheduler()), noise
 
 
-def flow_s_of(sigma, delta=0.1, tau=0.99):
-    """s of the straight path, c² below 100 and 100 (∂ε̂/∂u)² with ε̂ = x + (1-σ) u."""
-
-    def bar(sigma):
-        return (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
-
-    if sigma < delta or sigma == 1:
-        return 1.0
-    c2 = min(bar(sigma - delta) / bar(sigma) - 1, 100.0, 100 * (1 - sigma) ** 2)
-    return 1 / (1 + (1 - tau) / tau * c2)
+def flow_at(sigma):
+    """The oracle's view of a time on the straight path."""
+    pairs = [oracle.continuous_pair("flow", t) for t in (sigma, sigma - 0.1) if t >= 0]
+    return oracle.scales(pairs[0], pairs[1:], 0.99, kind="flow")
 
 
 @contextlib.contextmanager
-def scaled_by_hand(pipe, scale, begin=0):
-    """Scale the ε̂ in each output of the transformer itself, before any guidance."""
+def scaled_by_hand(pipe, scale=None, begin=0):
+    """Scale the ε̂ in each output of the transformer, by the gain if not said, before guidance."""
     calls = 2 if isinstance(pipe, Wan) else 1
     turned = pipe.scheduler.config.get("invert_sigmas")
     state = {"call": begin * calls}
@@ -297,9 +276,8 @@ def scaled_by_hand(pipe, scale, begin=0):
         noise, sign = (1 - sigma, -1) if turned else (sigma, 1)
         state["call"] += 1
         x, u = kwargs["hidden_states"].double(), sign * output[0].double()
-        if noise == 1:
-            return output
-        return ((sign * (scale(noise) * (x + (1 - noise) * u) - x) / (1 - noise)).float(),)
+        factor = None if scale is None else scale(noise)
+        return ((sign * flow_at(noise).scaled(u, x, factor)).float(),)
 
     handle = pipe.transformer.register_forward_hook(hook, with_kwargs=True)
     yield
@@ -310,7 +288,7 @@ def scaled_by_hand(pipe, scale, begin=0):
 def test_flow_pipelines(name):
     pipe, x = flow_pipeline(name)
     plain = pipe(x)
-    with scaled_by_hand(pipe, flow_s_of):
+    with scaled_by_hand(pipe):
         expected = pipe(x)
     with shrink_pipeline(pipe, skip_set=0.1):
         torch.testing.assert_close(pipe(x), expected, rtol=1e-4, atol=1e-4)
@@ -343,7 +321,7 @@ def test_image_to_image_and_the_callback(name):
     pipe(x, **options)
     plain = seen.copy()
     begin = (6 - int(6 * 0.7)) * getattr(pipe.scheduler, "order", 1)
-    with scaled_by_hand(pipe, flow_s_of, begin=begin):
+    with scaled_by_hand(pipe, begin=begin):
         expected = pipe(x, **options)
     seen.clear()
     with shrink_pipeline(pipe, skip_set=0.1):
