@@ -140,25 +140,24 @@ def test_sums_begun_in_inference_mode_go_on_outside():
     assert by_noise.compute()["loss/all"] == 1.5
 
 
-FOUR = torch.ones(4).long()
+FOUR, ONES = torch.ones(4).long(), torch.ones(4)
+
+
+def update(t, losses):
+    LossByNoise(LINEAR).update(t, losses)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        *(
-            (lambda t=t, losses=losses: LossByNoise(LINEAR).update(t, losses), error, message)
-            for t, losses, error, message in [
-                (torch.ones(4), torch.ones(4), TypeError, "t must hold integer timesteps"),
-                (FOUR, torch.tensor(1.0), ValueError, 'reduction="none"'),
-                (FOUR, torch.ones(4, 1), ValueError, r"shape \(4,\), one loss for each t"),
-                (FOUR[:, None], torch.ones(4, 1), ValueError, r"t must .* shape \(B,\)"),
-                (FOUR, FOUR, TypeError, "floating-point"),
-                (FOUR, 0.3, TypeError, "floating-point"),
-                (torch.ones(4).requires_grad_(), torch.ones(4), ValueError, "times come first"),
-                (torch.tensor([1000]), torch.ones(1), ValueError, r"t must lie in \[0, 1000\)"),
-            ]
-        ),
+        (lambda: update(ONES, ONES), TypeError, "t must hold integer timesteps"),
+        (lambda: update(FOUR, ONES.sum()), ValueError, 'reduction="none"'),
+        (lambda: update(FOUR, ONES[:, None]), ValueError, r"shape \(4,\), one loss for each t"),
+        (lambda: update(FOUR[:, None], ONES[:, None]), ValueError, r"t must .* shape \(B,\)"),
+        (lambda: update(FOUR, FOUR), TypeError, "floating-point"),
+        (lambda: update(FOUR, 0.3), TypeError, "floating-point"),
+        (lambda: update(ONES.clone().requires_grad_(), ONES), ValueError, "times come first"),
+        (lambda: update(1000 * FOUR, ONES), ValueError, r"t must lie in \[0, 1000\)"),
         (lambda: LossByNoise(LINEAR, bins=1), ValueError, "bins must be at least 2"),
         (lambda: LossByNoise(1000), TypeError, "schedule must be"),
         (lambda: LossByNoise(NoiseSchedule.from_log_snr([3.0])), ValueError, "two noise levels"),
@@ -522,17 +521,12 @@ def test_a_bar_is_shown_on_a_terminal(monkeypatch, capsys, installed):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        *(
-            ({"batches": [batch]}, error, message)
-            for batch, error, message in [
-                ((X0, torch.arange(10)), TypeError, r"labels give `\(\(x, \{"),
-                ({"x": X0}, TypeError, "batches must hold x_0"),
-                ((X0, {}, [1], 2), TypeError, "batches must hold x_0"),
-                ((X0, {}, [1, 2]), ValueError, "one int for each of 10 samples, got 2"),
-                ((X0, {}, [3] * 10), ValueError, "index must differ between samples, got 3"),
-                ((X0.long(),), TypeError, "x0 must be a floating-point"),
-            ]
-        ),
+        ({"batches": [(X0, torch.arange(10))]}, TypeError, r"labels give `\(\(x, \{"),
+        ({"batches": [{"x": X0}]}, TypeError, "batches must hold x_0"),
+        ({"batches": [(X0, {}, [1], 2)]}, TypeError, "batches must hold x_0"),
+        ({"batches": [(X0, {}, [1, 2])]}, ValueError, "one int for each of 10 samples, got 2"),
+        ({"batches": [(X0, {}, [3] * 10)]}, ValueError, "index must differ between .*, got 3"),
+        ({"batches": [(X0.long(),)]}, TypeError, "x0 must be a floating-point"),
         ({"batches": iter([])}, ValueError, "batches must hold at least one sample"),
         ({"skip_set": 9, "estimator": "fresh"}, ValueError, "estimator must not be 'fresh'"),
         ({"reduction": "mean"}, ValueError, "reduction must be left out"),
