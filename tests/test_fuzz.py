@@ -286,13 +286,9 @@ def test_coefficients_gain_and_the_scaled_model(data: st.DataObject) -> None:
     options: Any = {"t": case.t, "tau": tau, "max_c2": max_c2, "prediction_type": kind}
     of_output = gain(case.schedule, case.skip_set, **options)
 
-    class Fixed(nn.Module):
-        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-            return output
-
     scaled_output = ScaledModel.with_gain(
-        Fixed(), case.schedule, case.skip_set, tau=tau, max_c2=max_c2, prediction_type=kind
-    )(x_t, case.t)
+        nn.Identity(), case.schedule, case.skip_set, tau=tau, max_c2=max_c2, prediction_type=kind
+    ).rescale(output, x_t, case.t)
     assert scaled_output.isfinite().all()
     eps_hat = epsilon_from_output(output, x_t, case.t, case.schedule, kind)
     of_noise = case.scales(tau, max_c2, None, "epsilon")
