@@ -76,7 +76,9 @@ def weight_of(name: str | None, pair: Pair) -> Any:
         "uniform": mpf(1),
         "min_snr": min(snr, 5) / snr,
         "soft_min_snr": 4 / (4 + snr),
+        "truncated_snr": max(snr, 1) / snr,
         "p2": 1 / (1 + snr),
+        "debiased": 1 / mp.sqrt(snr),
         "sigmoid": 1 / (1 + snr / mp.exp(2)),
     }[name]
 
