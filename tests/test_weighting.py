@@ -140,14 +140,6 @@ def test_finite_at_both_ends(schedule, skip, t, kind, name):
     assert gradient.isfinite().all()
 
 
-def test_min_snr_of_v_at_zero_terminal_snr():
-    """min(snr, γ) / (snr + 1) is 0 at snr = 0, where 1 / snr is infinite."""
-    t = torch.tensor([999])
-    output, target, x_t, *_ = batch(ZERO_SNR, t, "v_prediction")
-    criterion = SkipStepLoss(ZERO_SNR, 9, prediction_type="v_prediction", weighting="min_snr")
-    assert criterion.from_output(output, target, t, x_t).item() == pytest.approx(0, abs=1e-20)
-
-
 @pytest.mark.parametrize(
     ("schedule", "kind", "weighting", "warns"),
     [
