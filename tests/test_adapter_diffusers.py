@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss, schedule_of
+from tests import strategies
 from tests.helpers.diffusers_parts import (
     SCHEDULERS,
     Script,
@@ -36,13 +37,9 @@ def by_name(prediction_type):
 
 def batch(prediction_type="epsilon", *, scheduler=None, timesteps=(3, 9, 200, 640, 999)):
     """What a script has at its loss line: float64 model_pred, target, timesteps, noisy."""
-    scheduler = scheduler or make_scheduler(prediction_type=prediction_type)
-    generator, shape = torch.Generator().manual_seed(0), (len(timesteps), 2, 4, 4)
-    latents, noise, model_pred = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-    timesteps = torch.tensor(timesteps)
-    a, b = (s.reshape(-1, 1, 1, 1) for s in schedule_of(scheduler).alpha_sigma(timesteps))
-    target = {"epsilon": noise, "v_prediction": a * noise - b * latents, "sample": latents}
-    return model_pred, target[prediction_type], timesteps, a * latents + b * noise
+    scheduler, t = scheduler or make_scheduler(), torch.tensor(timesteps)
+    output, target, x_t, *_ = strategies.batch(schedule_of(scheduler), t, prediction_type)
+    return output, target, t, x_t
 
 
 SCRIPTS = every_pair(
@@ -212,14 +209,6 @@ def test_prior_preservation():
     torch.testing.assert_close(skip_loss(pred, tgt, t, x), whole[:1])
 
 
-@pytest.mark.parametrize("channels", [3, 4])
-def test_learned_variance_channels(channels):
-    target, model_pred = torch.randn(2, channels, 4, 4), torch.randn(2, 2 * channels, 4, 4)
-    skip_loss = make_loss(make_scheduler())
-    with pytest.raises(ValueError, match=r"model_pred must have the shape.*learned variance"):
-        skip_loss(model_pred, target, torch.tensor([5, 500]), target)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_float_timesteps_are_refused(dtype):
     model_pred, target, timesteps, noisy = batch()
@@ -335,6 +324,7 @@ def test_wrong_calls():
         (model_pred, target, timesteps[:, None], noisy): r"timesteps must have shape \(5,\)",
         (model_pred, target, timesteps, torch.cat([noisy] * 2, 1)): "the noisy channels alone",
         (model_pred, target, timesteps + 1, noisy): r"must lie in \[0, 1000\), got 1000",
+        (torch.cat([model_pred] * 2, 1), target, timesteps, noisy): "model_pred .*learned variance",
     }.items():
         with pytest.raises(ValueError, match=said):
             skip_loss(*wrong)
