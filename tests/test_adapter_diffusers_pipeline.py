@@ -97,9 +97,9 @@ SAMPLERS = {
 TYPES = ["epsilon", "v_prediction", "sample"]
 
 
-def at(t, kind="epsilon", k=99):
-    """The oracle's view of a timestep."""
-    now, *earlier = (oracle.vp_pair(mpf(float(BAR[i]))) for i in (t, t - k) if i >= 0)
+def at(t, kind="epsilon", bar=BAR):
+    """The oracle's view of a timestep, with k = 99."""
+    now, *earlier = (oracle.vp_pair(mpf(float(bar[i]))) for i in (t, t - 99) if i >= 0)
     return oracle.scales(now, earlier, 0.99, kind=kind)
 
 
@@ -221,10 +221,8 @@ def test_half_precision_frames_before_channels_and_arguments_in_another_order():
     scheduler.set_timesteps(10)
     t, back = scheduler.timesteps[2], scheduler.timesteps[1]
     x, output, old = torch.randn(3, 2, 3, 2, 4, 4).bfloat16()
-    bar = scheduler.alphas_cumprod.double()
-    a, b = bar[t].sqrt(), (1 - bar[t]).sqrt()
-    s = 0.99 / (0.99 + 0.01 * (bar[t - 99] / bar[t] - 1))
-    changed = ((s * (a * output.float() + b * x.float()) - b * x.float()) / a).bfloat16()
+    by_hand = at(int(t), "v_prediction", scheduler.alphas_cumprod)
+    changed = by_hand.scaled(output.double(), x.double()).bfloat16()
     draw = {"generator": torch.Generator().manual_seed(0), "return_dict": False}
     expected = scheduler.step(changed, old, t, back, x, **draw)[0]
     draw["generator"].manual_seed(0)
