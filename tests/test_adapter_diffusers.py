@@ -12,14 +12,12 @@ from torch.nn import functional as F
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss, schedule_of
+from tests import strategies
 from tests.helpers.diffusers_parts import (
     SCHEDULERS,
     Script,
-    add_noise,
     make_scheduler,
-    min_snr_weights,
     script_step,
-    velocity,
 )
 from tests.helpers.small import Network, every_pair
 from tests.helpers.trainers import DIFFUSERS_BETAS
@@ -39,13 +37,9 @@ def by_name(prediction_type):
 
 def batch(prediction_type="epsilon", *, scheduler=None, timesteps=(3, 9, 200, 640, 999)):
     """What a script has at its loss line: float64 model_pred, target, timesteps, noisy."""
-    scheduler = scheduler or make_scheduler(prediction_type=prediction_type)
-    generator, shape = torch.Generator().manual_seed(0), (len(timesteps), 2, 4, 4)
-    latents, noise, model_pred = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-    timesteps = torch.tensor(timesteps)
-    a, b = (s.reshape(-1, 1, 1, 1) for s in schedule_of(scheduler).alpha_sigma(timesteps))
-    target = {"epsilon": noise, "v_prediction": a * noise - b * latents, "sample": latents}
-    return model_pred, target[prediction_type], timesteps, a * latents + b * noise
+    scheduler, t = scheduler or make_scheduler(), torch.tensor(timesteps)
+    output, target, x_t, *_ = strategies.batch(schedule_of(scheduler), t, prediction_type)
+    return output, target, t, x_t
 
 
 SCRIPTS = every_pair(
@@ -215,14 +209,6 @@ def test_prior_preservation():
     torch.testing.assert_close(skip_loss(pred, tgt, t, x), whole[:1])
 
 
-@pytest.mark.parametrize("channels", [3, 4])
-def test_learned_variance_channels(channels):
-    target, model_pred = torch.randn(2, channels, 4, 4), torch.randn(2, 2 * channels, 4, 4)
-    skip_loss = make_loss(make_scheduler())
-    with pytest.raises(ValueError, match=r"model_pred must have the shape.*learned variance"):
-        skip_loss(model_pred, target, torch.tensor([5, 500]), target)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_float_timesteps_are_refused(dtype):
     model_pred, target, timesteps, noisy = batch()
@@ -232,60 +218,6 @@ def test_float_timesteps_are_refused(dtype):
     expected = skip_loss(model_pred, target, timesteps, noisy)
     for integer in (torch.int16, torch.int32):
         assert skip_loss(model_pred, target, timesteps.to(integer), noisy) == expected
-
-
-@pytest.mark.parametrize(
-    "case",
-    every_pair(
-        name=ZERO_SNR,
-        beta_schedule=DIFFUSERS_BETAS,
-        prediction_type=PREDICTION_TYPES,
-        estimator=("expected", "shared", "fresh"),
-    ),
-    ids=lambda case: " ".join(case.values()),
-)
-def test_zero_terminal_snr(case):
-    name, beta_schedule, prediction_type, estimator = case.values()
-    scheduler = make_scheduler(
-        name,
-        beta_schedule=beta_schedule,
-        rescale_betas_zero_snr=True,
-        prediction_type=prediction_type,
-    )
-    assert scheduler.alphas_cumprod[-1] in (0.0, 2**-24)
-    assert schedule_of(scheduler).alphas_cumprod[-1] == 0
-    skip_loss = make_loss(
-        scheduler, estimator=estimator, reduction="none", prediction_type=by_name(prediction_type)
-    )
-    timesteps = torch.tensor([500, 990, 998, 999])
-    latents, noise, model_pred = torch.randn(3, 4, 1, 4, 4).unbind(0)
-    noisy = add_noise(scheduler, latents, noise, timesteps)
-    target = velocity(scheduler, latents, noise, timesteps)
-    target = {"epsilon": noise, "v_prediction": target, "sample": latents}[prediction_type]
-    model_pred.requires_grad_()
-    loss = skip_loss(model_pred, target, timesteps, noisy)
-    (grad,) = torch.autograd.grad(loss.sum(), model_pred)
-    plain = 2 * (model_pred - target).detach() / 16
-    assert loss.isfinite().all()
-    # No sample pulls more than about twice as hard as in the script's own loss.
-    assert (grad.flatten(1).norm(dim=1) < 2.5 * plain.flatten(1).norm(dim=1) + 1).all()
-    if prediction_type != "epsilon":
-        torch.testing.assert_close(loss[-1], 0.99 * (model_pred - target)[-1].square().mean())
-
-
-def test_min_snr_at_zero_terminal_snr():
-    """The script's own weight is NaN there for ε (0 / 0): ours stays finite, and takes a cure."""
-    scheduler = make_scheduler(rescale_betas_zero_snr=True)
-    timesteps = torch.tensor([500, 999])
-    output, target, noisy = torch.randn(3, 2, 1, 4, 4).unbind(0)
-    inputs = output, target, timesteps, noisy
-    skip_loss = make_loss(scheduler, reduction="none")
-    weights = min_snr_weights(scheduler, timesteps, 5.0)
-    assert weights.isnan().tolist() == [False, True]
-    assert skip_loss(*inputs, weights=weights.nan_to_num(1.0)).isfinite().all()
-    scheduler.register_to_config(prediction_type="v_prediction")
-    weights = min_snr_weights(scheduler, timesteps, 5.0)
-    assert skip_loss(*inputs, weights=weights).isfinite().all()
 
 
 # Which schedulers, and with which table.
@@ -301,6 +233,10 @@ def test_the_table_is_rebuilt_in_float64(name, beta_schedule):
     torch.testing.assert_close(found, (1 - betas).cumprod(0), rtol=1e-11, atol=0)
     theirs = scheduler.alphas_cumprod.float()
     torch.testing.assert_close(found.float(), theirs, rtol=1e-4, atol=1e-7)
+    if name in ZERO_SNR:
+        zero = make_scheduler(name, beta_schedule=beta_schedule, rescale_betas_zero_snr=True)
+        assert zero.alphas_cumprod[-1] in (0.0, 2**-24)
+        assert schedule_of(zero).alphas_cumprod[-1] == 0
 
 
 def test_a_table_that_is_not_the_configs_is_taken_as_it_is():
@@ -388,6 +324,7 @@ def test_wrong_calls():
         (model_pred, target, timesteps[:, None], noisy): r"timesteps must have shape \(5,\)",
         (model_pred, target, timesteps, torch.cat([noisy] * 2, 1)): "the noisy channels alone",
         (model_pred, target, timesteps + 1, noisy): r"must lie in \[0, 1000\), got 1000",
+        (torch.cat([model_pred] * 2, 1), target, timesteps, noisy): "model_pred .*learned variance",
     }.items():
         with pytest.raises(ValueError, match=said):
             skip_loss(*wrong)

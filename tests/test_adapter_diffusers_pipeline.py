@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from mpmath import mpf
 from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
@@ -23,8 +24,9 @@ from s2dm_loss.sampling import (
     StartScaling,
 )
 from s2dm_loss.sampling.corrections import NONE
+from tests.helpers import oracle
 from tests.helpers.diffusers_parts import diffusers, make_scheduler, tiny_unet
-from tests.helpers.flow_pipelines import SD3, STEPS, Flux, Wan, make_pipeline
+from tests.helpers.flow_pipelines import SD3, Flux, Wan, make_pipeline
 from tests.helpers.small import Network
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -50,10 +52,11 @@ DISTANCES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [10, 30, 100])
-def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps):
+@pytest.mark.parametrize(("steps", "offset"), [(10, 0), (10, 1), (30, 0), (100, 0)])
+def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps, offset):
     options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-    scheduler = make_scheduler(name, timestep_spacing=spacing, **options)
+    options |= {"timestep_spacing": spacing, "steps_offset": offset}
+    scheduler = make_scheduler(name, **options)
     scheduler.set_timesteps(steps)
     visited = scheduler.timesteps.unique()  # ascending; PNDM repeats one
     # DEIS, DPM++ and UniPC leave out the last interval, which ends at x_0 itself.
@@ -70,17 +73,8 @@ def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps):
         # The skip by the number of steps is what DDIM and PNDM jump; the others jump less.
         by_steps, _ = SkipSet.for_sampling_steps(steps).earlier(torch.tensor([999]), LINEAR)
         exact = FAMILIES[name] == "ddim"
+        assert visited[0] == (offset if exact else distance + offset)
         assert (999 - by_steps.item() == distance) == (exact or 1000 // steps == distance)
-
-
-@pytest.mark.parametrize("offset", [0, 1])
-def test_steps_offset_is_followed(offset):
-    scheduler = make_scheduler("DDIMScheduler", steps_offset=offset)
-    scheduler.set_timesteps(10)
-    skip_set = SkipSet.from_timesteps(scheduler.timesteps)
-    earlier, valid = skip_set.earlier(torch.tensor([offset, 150, 999]), LINEAR)
-    assert valid.tolist() == [[False, True, True]]
-    assert earlier[0, 1:].tolist() == [100 + offset, 900 + offset]
 
 
 # A correction on a pipeline whose scheduler has timesteps.
@@ -100,35 +94,13 @@ SAMPLERS = {
     "LMSDiscreteScheduler": {},
     "HeunDiscreteScheduler": {},
 }
-# ∂ε̂/∂output squared, over which c² may be at most 100.
-RATIO_SQUARED = {
-    "epsilon": torch.ones_like(BAR),
-    "v_prediction": BAR,
-    "sample": BAR / (1 - BAR),
-}
+TYPES = ["epsilon", "v_prediction", "sample"]
 
 
-def s_of(t, kind="epsilon", k=99, tau=0.99):
-    """1/s = 1 + ((1-τ)/τ) c², from the table of ᾱ."""
-    if t < k:
-        return 1.0
-    c2 = min(float(BAR[t - k] / BAR[t]) - 1, 100 * min(1.0, float(RATIO_SQUARED[kind][t])))
-    return 1 / (1 + (1 - tau) / tau * c2)
-
-
-def by_hand(network, kind):
-    """A denoiser with s(t) on the noise in its output, put in at the network itself."""
-
-    def denoiser(x, t):
-        output, row = network(x, t), round(float(t))
-        a, b, s = float(BAR[row].sqrt()), float((1 - BAR[row]).sqrt()), s_of(row, kind)
-        if kind == "epsilon":
-            return s * output
-        if kind == "v_prediction":  # ε̂ = a v + b x, and v = (ε̂ - b x) / a
-            return (s * (a * output + b * x) - b * x) / a
-        return (x - s * (x - a * output)) / a  # ε̂ = (x - a x̂_0) / b
-
-    return denoiser
+def at(t, kind="epsilon", bar=BAR):
+    """The oracle's view of a timestep, with k = 99."""
+    now, *earlier = (oracle.vp_pair(mpf(float(bar[i]))) for i in (t, t - 99) if i >= 0)
+    return oracle.scales(now, earlier, 0.99, kind=kind)
 
 
 @torch.no_grad()
@@ -163,13 +135,18 @@ NO_SAMPLE = {"PNDMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteSc
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(n, k) for n in SAMPLERS for k in RATIO_SQUARED if k != "sample" or n not in NO_SAMPLE],
+    [(n, k) for n in SAMPLERS for k in TYPES if k != "sample" or n not in NO_SAMPLE],
 )
 def test_gain_in_every_sampler(name, kind, pipe):
     network = Network(1).eval()
     options = {"beta_start": 1e-4, "beta_end": 0.02, "prediction_type": kind, **SAMPLERS[name]}
     scheduler = with_scheduler(pipe, name, **options).scheduler
-    plain, expected = sample(network, scheduler), sample(by_hand(network, kind), scheduler)
+
+    def by_hand(x, t):
+        output = network(x, t).double()
+        return at(round(float(t)), kind).scaled(output, x.double()).float()
+
+    plain, expected = sample(network, scheduler), sample(by_hand, scheduler)
     before = dict(scheduler.__dict__)
     with shrink_pipeline(pipe, skip_set=99) as handle:
         assert handle.active
@@ -200,7 +177,7 @@ def test_a_learned_variance_is_left_alone(pipe):
     output, x = torch.randn(2, 4, 8, 8), torch.randn(2, 2, 8, 8)
     with shrink_pipeline(pipe, skip_set=99):
         scheduler.step(output, 700, x)
-    torch.testing.assert_close(seen[0][:, :2], s_of(700) * output[:, :2])
+    torch.testing.assert_close(seen[0][:, :2], at(700).gain * output[:, :2])
     assert torch.equal(seen[0][:, 2:], output[:, 2:])
     scheduler.step(output, 700, x)  # what stood at `step` before stands there again
     assert torch.equal(seen[1], output)
@@ -244,10 +221,8 @@ def test_half_precision_frames_before_channels_and_arguments_in_another_order():
     scheduler.set_timesteps(10)
     t, back = scheduler.timesteps[2], scheduler.timesteps[1]
     x, output, old = torch.randn(3, 2, 3, 2, 4, 4).bfloat16()
-    bar = scheduler.alphas_cumprod.double()
-    a, b = bar[t].sqrt(), (1 - bar[t]).sqrt()
-    s = 0.99 / (0.99 + 0.01 * (bar[t - 99] / bar[t] - 1))
-    changed = ((s * (a * output.float() + b * x.float()) - b * x.float()) / a).bfloat16()
+    by_hand = at(int(t), "v_prediction", scheduler.alphas_cumprod)
+    changed = by_hand.scaled(output.double(), x.double()).bfloat16()
     draw = {"generator": torch.Generator().manual_seed(0), "return_dict": False}
     expected = scheduler.step(changed, old, t, back, x, **draw)[0]
     draw["generator"].manual_seed(0)
@@ -270,6 +245,8 @@ FLOWS = {
     "heun": (Flux, lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
     "unipc": (SD3, lambda: diffusers.UniPCMultistepScheduler(**OF_FLOW)),
     "dpm++": (Wan, lambda: diffusers.DPMSolverMultistepScheduler(**OF_FLOW)),
+    # Mochi: x = σ x_0 + (1-σ) ε, and the output x_0 - ε.
+    "data at 1": (SD3, lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)),
 }
 
 
@@ -279,31 +256,26 @@ def flow_pipeline(name):
     return make_pipeline(kind, scheduler()), noise
 
 
-def flow_s_of(sigma, delta=0.1, tau=0.99):
-    """s of the straight path, c² below 100 and 100 (∂ε̂/∂u)² with ε̂ = x + (1-σ) u."""
-
-    def bar(sigma):
-        return (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
-
-    if sigma < delta or sigma == 1:
-        return 1.0
-    c2 = min(bar(sigma - delta) / bar(sigma) - 1, 100.0, 100 * (1 - sigma) ** 2)
-    return 1 / (1 + (1 - tau) / tau * c2)
+def flow_at(sigma):
+    """The oracle's view of a time on the straight path."""
+    pairs = [oracle.continuous_pair("flow", t) for t in (sigma, sigma - 0.1) if t >= 0]
+    return oracle.scales(pairs[0], pairs[1:], 0.99, kind="flow")
 
 
 @contextlib.contextmanager
-def scaled_by_hand(pipe, scale, begin=0):
-    """Scale the ε̂ in each output of the transformer itself, before any guidance."""
+def scaled_by_hand(pipe, scale=None, begin=0):
+    """Scale the ε̂ in each output of the transformer, by the gain if not said, before guidance."""
     calls = 2 if isinstance(pipe, Wan) else 1
+    turned = pipe.scheduler.config.get("invert_sigmas")
     state = {"call": begin * calls}
 
     def hook(module, args, kwargs, output):
         sigma = min(float(pipe.scheduler.sigmas[state["call"] // calls]), 1.0)
+        noise, sign = (1 - sigma, -1) if turned else (sigma, 1)
         state["call"] += 1
-        x, u = kwargs["hidden_states"].double(), output[0].double()
-        if sigma == 1:
-            return output
-        return (((scale(sigma) * (x + (1 - sigma) * u) - x) / (1 - sigma)).float(),)
+        x, u = kwargs["hidden_states"].double(), sign * output[0].double()
+        factor = None if scale is None else scale(noise)
+        return ((sign * flow_at(noise).scaled(u, x, factor)).float(),)
 
     handle = pipe.transformer.register_forward_hook(hook, with_kwargs=True)
     yield
@@ -314,43 +286,24 @@ def scaled_by_hand(pipe, scale, begin=0):
 def test_flow_pipelines(name):
     pipe, x = flow_pipeline(name)
     plain = pipe(x)
-    with scaled_by_hand(pipe, flow_s_of):
+    with scaled_by_hand(pipe):
         expected = pipe(x)
     with shrink_pipeline(pipe, skip_set=0.1):
         torch.testing.assert_close(pipe(x), expected, rtol=1e-4, atol=1e-4)
     assert (expected - plain).abs().max() > 1e-2
     assert torch.equal(pipe(x), plain)
     # The other corrections scale the ε̂ in a velocity, and not the velocity.
-    flow = schedule_of(diffusers.FlowMatchEulerDiscreteScheduler())
+    turned = name == "data at 1"
+    kind = "velocity" if turned else "flow"
     for correction, strength, scale in (
         (EpsilonScaling, 1.02, lambda _: 1 / 1.02),
         (ScoreRescaling, 0.8, lambda s: ((1 - s) ** 2 + s**2) / ((1 - s) ** 2 / 0.8 + s**2)),
     ):
         with scaled_by_hand(pipe, scale):
             expected = pipe(x)
-        with correct_pipeline(pipe, correction(flow, prediction_type="flow"), strength):
+        of_path = correction(ContinuousSchedule.flow(data_at=int(turned)), prediction_type=kind)
+        with correct_pipeline(pipe, of_path, strength):
             torch.testing.assert_close(pipe(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_flow_whose_data_lie_at_1():
-    """Mochi: x = σ x_0 + (1-σ) ε, and the output x_0 - ε."""
-    pipe = make_pipeline(SD3, diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
-    x = torch.randn(SD3.shape, generator=torch.Generator().manual_seed(0))
-    plain, call = pipe(x), iter(range(STEPS))
-
-    def by_hand(module, args, kwargs, output):
-        sigma = float(pipe.scheduler.sigmas[next(call)])
-        x, u = kwargs["hidden_states"].double(), output[0].double()
-        if sigma == 0:
-            return output
-        return (((x - flow_s_of(1 - sigma) * (x - sigma * u)) / sigma).float(),)
-
-    handle = pipe.transformer.register_forward_hook(by_hand, with_kwargs=True)
-    expected = pipe(x)
-    handle.remove()
-    with shrink_pipeline(pipe, skip_set=0.1):
-        torch.testing.assert_close(pipe(x), expected, rtol=1e-4, atol=1e-4)
-    assert (expected - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["shift 3", "dynamic", "heun", "unipc"])
@@ -366,31 +319,13 @@ def test_image_to_image_and_the_callback(name):
     pipe(x, **options)
     plain = seen.copy()
     begin = (6 - int(6 * 0.7)) * getattr(pipe.scheduler, "order", 1)
-    with scaled_by_hand(pipe, flow_s_of, begin=begin):
+    with scaled_by_hand(pipe, begin=begin):
         expected = pipe(x, **options)
     seen.clear()
     with shrink_pipeline(pipe, skip_set=0.1):
         torch.testing.assert_close(pipe(x, **options), expected, rtol=1e-4, atol=1e-4)
     assert seen == plain
     assert len(plain) >= 4
-
-
-def test_an_epsilon_scaled_on_a_velocity_is_no_velocity_scaled():
-    """The page's numbers: at λ = 1.02 a velocity over λ leaves 0.986 of the noise at σ = 0.3."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipe = diffusers.DiffusionPipeline()
-    pipe.register_modules(scheduler=scheduler)
-    x0, noise = torch.randn(2, 1, 4, 8, 8)
-    for sigma, divided in ((0.3, 0.986), (0.7, 0.994), (0.9, 0.998)):
-        scheduler.set_timesteps(sigmas=[sigma])
-        x, u = (1 - sigma) * x0 + sigma * noise, noise - x0
-        correction = EpsilonScaling(ContinuousSchedule.flow(), prediction_type="flow")
-        with correct_pipeline(pipe, correction, 1.02):
-            end = scheduler.step(u, scheduler.timesteps[0], x).prev_sample
-        changed = (x - end) / sigma  # one step to σ = 0
-        torch.testing.assert_close(x + (1 - sigma) * changed, noise / 1.02, rtol=1e-4, atol=1e-4)
-        # u / λ = (ε - x_0) / λ holds so much of the noise: x + (1-σ) u / λ.
-        assert sigma + (1 - sigma) / 1.02 == pytest.approx(divided, abs=5e-4)
 
 
 # What is refused, and what is left behind.

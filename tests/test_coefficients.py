@@ -99,14 +99,6 @@ def test_continuous_c_is_the_discrete_one_in_the_limit():
     assert (continuous / coefficients(LINEAR, k).c[k:] - 1).abs().median() < 3.5e-3
 
 
-@pytest.mark.parametrize("t", [0.2, 0.5, 0.95])
-def test_flow_c_from_the_transition_of_its_own_path(t):
-    """x_t = r x_s + noise of variance b_t² - r² b_s², from any Gaussian path."""
-    c2 = float(coefficients(FLOW, 0.1, t=torch.tensor([t]).double()).c2)
-    bar = [x / (1 + x) for x in (((1 - u) / u) ** 2 for u in (t, t - 0.1))]
-    assert c2 == pytest.approx(bar[1] / bar[0] - 1, rel=1e-6)
-
-
 def test_tau_zero_and_a_flat_schedule_are_finite():
     table = coefficients(NoiseSchedule([-1.0, -1.0, -2.0]), 1, tau=0.0)
     assert table.weight.tolist() == [1.0, 0.0, pytest.approx(math.e - 1)]

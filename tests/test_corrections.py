@@ -79,13 +79,6 @@ def test_the_standard_ones_go_both_ways(schedule):
             assert correction.schedule is schedule
 
 
-def test_no_letter_stands_for_a_skip_and_for_a_strength():
-    assert [c.label(c.strengths[0]) for c in standard_corrections(LINEAR)] == [
-        *("gain k = -99", "epsilon scaling λ = 0.97"),
-        *("start noise times 0.9", "score rescaling r = 0.75"),
-    ]
-
-
 def test_the_skips_of_a_scan_and_those_between_are_integers_where_skips_are():
     assert SkipGain(NoiseSchedule.linear(20)).strengths == (-1, 1, 2, 3)
     assert SkipGain(FLOW).strengths[-1] == 0.2

@@ -97,6 +97,7 @@ CASES = {
         (lambda: made(reduction="avg"), "reduction must be one of 'mean', .* got 'avg'"),
         (lambda: made(weighting="min-snr"), r"got 'min-snr': did you mean 'min_snr'\?"),
         (lambda: made(prediction_type="banana"), "got 'banana'$"),
+        (lambda: made(prediction_type="velocity"), "a schedule with derivatives, got Noise"),
         (lambda: coefficients(FLOW, 0.1), "t must be given for a continuous schedule"),
         (lambda: BETAS([0.5, 1.0, 0.5]), r"betas.*1.0 at index 1"),
         (lambda: BETAS([0.5, 1.0, 1.0]), r"betas must lie in \(0, 1\).*got 1.0 at index 1"),

@@ -286,30 +286,23 @@ def test_coefficients_gain_and_the_scaled_model(data: st.DataObject) -> None:
     options: Any = {"t": case.t, "tau": tau, "max_c2": max_c2, "prediction_type": kind}
     of_output = gain(case.schedule, case.skip_set, **options)
 
-    class Fixed(nn.Module):
-        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-            return output
-
     scaled_output = ScaledModel.with_gain(
-        Fixed(), case.schedule, case.skip_set, tau=tau, max_c2=max_c2, prediction_type=kind
-    )(x_t, case.t)
+        nn.Identity(), case.schedule, case.skip_set, tau=tau, max_c2=max_c2, prediction_type=kind
+    ).rescale(output, x_t, case.t)
     assert scaled_output.isfinite().all()
     eps_hat = epsilon_from_output(output, x_t, case.t, case.schedule, kind)
     of_noise = case.scales(tau, max_c2, None, "epsilon")
     for i, at in enumerate(of_noise):
         assert float(found.c2[i]) == pytest.approx(at.c2, rel=1e-8, abs=1e-11)
         assert float(found.c[i]) == pytest.approx(at.c, rel=1e-8, abs=1e-6)
-        assert float(s[i]) == pytest.approx(at.tau / at.big_a, rel=1e-8)
+        assert float(s[i]) == pytest.approx(at.gain, rel=1e-8)
         at = case.scales(tau, max_c2, None, kind)[i]
-        a, b, p, q, expected_gain = at.a, at.b, at.p, at.q, at.tau / at.big_a
-        if a < 1e-3 or b < 1e-3:
+        if at.a < 1e-3 or at.b < 1e-3:
             continue  # where the conversions themselves cancel
-        assert float(of_output[i]) == pytest.approx(expected_gain, rel=1e-8)
-        by_hand = (a * output[i] - p * x_t[i]) / (a * q - b * p)
+        assert float(of_output[i]) == pytest.approx(at.gain, rel=1e-8)
+        by_hand, scaled = at.noise_in(output[i], x_t[i]), at.scaled(output[i], x_t[i])
         torch.testing.assert_close(eps_hat[i], by_hand, rtol=1e-6, atol=1e-6)
-        scaled = expected_gain * by_hand
-        expected = p * (x_t[i] - b * scaled) / a + q * scaled
-        torch.testing.assert_close(scaled_output[i], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(scaled_output[i], scaled, rtol=1e-5, atol=1e-5)
         back = output_from_epsilon(
             by_hand[None], x_t[i : i + 1], case.t[i : i + 1], case.schedule, kind
         )

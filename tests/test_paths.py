@@ -247,13 +247,6 @@ def test_an_interpolated_table_has_derivatives():
     check_velocity(own(interpolated))
 
 
-def test_what_has_no_time_has_no_velocity():
-    with pytest.raises(
-        ValueError, match=r"'velocity' takes a schedule with derivatives, got Noise"
-    ):
-        SkipStepLoss(NoiseSchedule.linear(10), 1, prediction_type="velocity")
-
-
 def test_flow_on_a_path_that_is_not_straight_is_said_once():
     for schedule, said in (
         (own(gvp), "'flow' is noise minus data"),

@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 import torch
+from mpmath import mpf
 
 from s2dm_loss import SkipStepLoss
 from s2dm_loss.weighting import WEIGHTINGS, check_weights, min_snr, p2, sigmoid, soft_min_snr
+from tests.helpers import oracle
 from tests.strategies import (
     COSINE,
     ESTIMATORS,
@@ -27,40 +29,21 @@ from tests.strategies import (
 pytestmark = pytest.mark.filterwarnings("ignore:weighting .* is below 1e-06 at the last timestep")
 BELOW_ONE = ["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]
 
-# What each paper multiplies the error of ε by.
-ON_NOISE = {
-    "uniform": lambda snr: 1.0,
-    "min_snr": lambda snr: min(snr, 5) / snr,
-    "soft_min_snr": lambda snr: 4 / (snr + 4),
-    "truncated_snr": lambda snr: max(snr, 1) / snr,
-    "p2": lambda snr: 1 / (1 + snr),
-    "debiased": lambda snr: 1 / math.sqrt(snr),
-    "sigmoid": lambda snr: 1 / (1 + snr / math.e**2),
-}
-# An error of the output is the error of ε times ...
-OUTPUT_OVER_NOISE = {
-    "epsilon": lambda a, b: 1.0,
-    "v_prediction": lambda a, b: 1 / a,
-    "sample": lambda a, b: b / a,
-    "flow": lambda a, b: (a + b) / a,
-    "score": lambda a, b: 1 / b,
-}
-
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_formula_on_every_output(name, kind):
+    """Each paper's, in the oracle."""
     t = torch.tensor([0, 5, 100, 300, 500, 700])
-    output, target, x_t, *_ = batch(LINEAR, t, kind)
+    output, target, x_t, x0, eps = batch(LINEAR, t, kind)
     criterion = SkipStepLoss(
         LINEAR, 9, tau=1.0, prediction_type=kind, weighting=name, reduction="none"
     )
     found = criterion.from_output(output, target, t, x_t)
     for i, bar in enumerate(LINEAR.alphas_cumprod[t].tolist()):
-        a, b = math.sqrt(bar), math.sqrt(1 - bar)
-        weight = ON_NOISE[name](bar / (1 - bar)) / OUTPUT_OVER_NOISE[kind](a, b) ** 2
-        expected = weight * (output[i] - target[i]).square().mean().item()
-        assert found[i].item() == pytest.approx(expected, rel=1e-10)
+        at = oracle.scales(oracle.vp_pair(mpf(bar)), [], 1.0, weighting=name, kind=kind)
+        expected = at.loss(output[i], x0[i], eps[i], None, "expected")
+        assert found[i].item() == pytest.approx(expected.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("schedule", [COSINE, ZERO_SNR], ids=repr)
@@ -155,14 +138,6 @@ def test_finite_at_both_ends(schedule, skip, t, kind, name):
     loss, gradient = loss_and_gradient(lambda o: criterion.from_output(o, target, t, x_t), output)
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
-
-
-def test_min_snr_of_v_at_zero_terminal_snr():
-    """min(snr, γ) / (snr + 1) is 0 at snr = 0, where 1 / snr is infinite."""
-    t = torch.tensor([999])
-    output, target, x_t, *_ = batch(ZERO_SNR, t, "v_prediction")
-    criterion = SkipStepLoss(ZERO_SNR, 9, prediction_type="v_prediction", weighting="min_snr")
-    assert criterion.from_output(output, target, t, x_t).item() == pytest.approx(0, abs=1e-20)
 
 
 @pytest.mark.parametrize(

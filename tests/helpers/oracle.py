@@ -76,7 +76,9 @@ def weight_of(name: str | None, pair: Pair) -> Any:
         "uniform": mpf(1),
         "min_snr": min(snr, 5) / snr,
         "soft_min_snr": 4 / (4 + snr),
+        "truncated_snr": max(snr, 1) / snr,
         "p2": 1 / (1 + snr),
+        "debiased": 1 / mp.sqrt(snr),
         "sigmoid": 1 / (1 + snr / mp.exp(2)),
     }[name]
 
@@ -102,6 +104,22 @@ class Scales:
     @property
     def big_a(self) -> float:
         return self.tau + (1 - self.tau) * self.c2
+
+    @property
+    def gain(self) -> float:
+        """What the loss teaches ε̂ to be multiplied by."""
+        return self.tau / self.big_a
+
+    def noise_in(self, output: Tensor, x_t: Tensor) -> Tensor:
+        """The ε̂ that an output says, with x_t = a x_0 + b ε."""
+        return (self.a * output - self.p * x_t) / (self.a * self.q - self.b * self.p)
+
+    def scaled(self, output: Tensor, x_t: Tensor, factor: float | None = None) -> Tensor:
+        """The output with the gain, or another factor, on its ε̂."""
+        if self.ratio == 0:  # no signal: the output says nothing of the noise
+            return output
+        eps_hat = (self.gain if factor is None else factor) * self.noise_in(output, x_t)
+        return self.p * (x_t - self.b * eps_hat) / self.a + self.q * eps_hat
 
     def best(self, eps: Tensor, xi: Tensor | None, estimator: str) -> Tensor:
         """The ε̂ at which the two terms are least."""
