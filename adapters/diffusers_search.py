@@ -19,11 +19,11 @@ from typing_extensions import Self, override
 from s2dm_loss.adapters.diffusers_scheduler import is_flow, path_of
 from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
 from s2dm_loss.checks import check_batch, check_count, describe
+from s2dm_loss.prediction import evaluating
 from s2dm_loss.sampling.corrections import Correction, EpsilonScaling, ScoreRescaling, SkipGain
 from s2dm_loss.sampling.progress import Progress
 from s2dm_loss.sampling.result import Recommendation
 from s2dm_loss.sampling.search import CorrectionSearch
-from s2dm_loss.sampling.trials import evaluating
 
 # Names of solvers, and what each needs besides the config of the scheduler in use.
 _DIFFUSION: dict[str, dict[str, Any]] = {

@@ -19,12 +19,13 @@ and ratio = 1 / q, lift = 0 where there is no x_0 in the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2dm_loss._torch import real_tensors
 from s2dm_loss.checks import (
@@ -208,6 +209,20 @@ def read_output(output: Any) -> Tensor:
         "model must return a tensor, a tuple that starts with one, or an object with a tensor "
         f"`.sample`, got {describe(output)}"
     )
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Put a module and its parts into evaluation mode, and each back as it was."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _prepare(

@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.loss import LossOptions, SkipStepLoss
-from s2dm_loss.prediction import read_output
+from s2dm_loss.prediction import evaluating, read_output
 from s2dm_loss.schedule import Schedule, check_schedule, log_one_minus_exp
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.timesteps import times_at
@@ -83,7 +83,7 @@ def validation_loss(
     indices: list[int] = []
     means: list[float] = []
     losses = [torch.empty(0, len(criteria), levels, dtype=torch.float64, device="cpu")]
-    with _evaluating(model), torch.no_grad(), _own_random_numbers(place, seed):
+    with evaluating(model), torch.no_grad(), _own_random_numbers(place, seed):
         for batch in _bar(batches, shown=progress and rank == 0):
             x0, model_kwargs, index = _read_batch(batch, place)
             if index is None:
@@ -242,20 +242,6 @@ def _device_of(model: object) -> torch.device | None:
         for parameter in model.parameters():
             return parameter.device
     return None
-
-
-@contextmanager
-def _evaluating(model: object) -> Iterator[None]:
-    """Put a module and its parts into evaluation mode, and each back as it was."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    training = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
 
 
 @contextmanager

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from s2dm_loss.checks import check_batch, check_count, describe
+from s2dm_loss.prediction import evaluating
 from s2dm_loss.sampling.choosing import FEWEST, WIDTHS, Plan, alone, halved, plan_of, scanned
 from s2dm_loss.sampling.corrections import NONE, Correction
 from s2dm_loss.sampling.frechet import MAX_AXES, SAMPLES_PER_AXIS, Axes
 from s2dm_loss.sampling.progress import Progress, Reporter
 from s2dm_loss.sampling.result import Candidate, Recommendation, ScanPoint, SearchCost
-from s2dm_loss.sampling.trials import Pair, Sampler, Stage, Trials, evaluating
+from s2dm_loss.sampling.trials import Pair, Sampler, Stage, Trials
 
 # Rows of data that are enough to find the axes in which they vary most.
 AXES_ROWS = 4096

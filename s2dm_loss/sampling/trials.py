@@ -171,18 +171,6 @@ class _Counted(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and each of its parts back into the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def sampler_seed(seed: int, batch: int) -> int:
     """Return a seed for what a sampler draws itself, which must not repeat its start noise."""
     generator = torch.Generator("cpu").manual_seed(seed)
