@@ -39,7 +39,7 @@ def make_state(trainer, config):
     return {
         "model": model,
         "optimizer": trainer.get_optimizer(config, model.parameters()),
-        "ema": trainer.ExponentialMovingAverage(model.parameters(), decay=0.9),
+        "ema": trainer.ExponentialMovingAverage(model.parameters(), decay=0.5),
         "step": 0,
     }
 
