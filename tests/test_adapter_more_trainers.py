@@ -9,11 +9,10 @@ from torch.nn import functional as F
 
 from s2dm_loss import NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.diffusers import schedule_of
-from tests.doubles import denoising_diffusion_pytorch_double
 from tests.helpers.diffusers_parts import make_scheduler
 from tests.helpers.more_trainers import K_DIFFUSION, Unet, k_diffusions, latent_diffusion, snippet
 from tests.helpers.small import Network
-from tests.helpers.upstream import stub
+from tests.helpers.upstream import denoising_diffusion_pytorch, stub
 
 
 def test_compvis_validates_samples_and_logs_as_it_did():
@@ -88,10 +87,9 @@ def test_onetrainers_recipe_knows_its_scheduler_and_weighs_a_batch_once():
             torch.testing.assert_close(batch["loss_weight"] / wanted.weight, torch.tensor([0.5, 2]))
 
 
-def test_denoising_diffusion_pytorch(monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "denoising_diffusion_pytorch", denoising_diffusion_pytorch_double
-    )
+def test_the_line_for_denoising_diffusion_pytorch(monkeypatch):
+    package = denoising_diffusion_pytorch()[0]
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", package)
     diffusion = snippet("denoising_diffusion_pytorch")["diffusion"]
     assert diffusion.skip_step_loss.skip_set.offsets == (49,)
     assert all(p.grad is not None for p in diffusion.model.parameters())

@@ -3,7 +3,6 @@
 With `S2DM_DIFFUSERS_ROOT` the loss lines of diffusers' scripts run as they are and after the patch.
 """
 
-import functools
 import itertools
 import re
 import shutil
@@ -16,8 +15,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from s2dm_loss import SkipSet
-from s2dm_loss.adapters.diffusers import SkipLoss
 from s2dm_loss.testing import check_swap
 from tests.helpers.diffusers_parts import compute_snr, diffusers, make_scheduler
 from tests.helpers.patches import (
@@ -27,10 +24,9 @@ from tests.helpers.patches import (
     TRAINERS,
     docs_diff,
     hunks_of,
-    patch_of,
     patched,
 )
-from tests.helpers.trainers_of_today import Anything
+from tests.helpers.trainers_of_today import Anything, made
 from tests.helpers.upstream import root_of
 from tests.test_docs_blocks import COLUMNS, columns_of
 
@@ -169,15 +165,6 @@ def test_the_loss_lines_of_a_script(script, options):
         plain = (root_of("S2DM_DIFFUSERS_ROOT") / lora).read_text(encoding="utf-8")
     lines = {False: plain, True: swapped}
     lines = {ours: block(text, first, "accelerator.backward(loss)") for ours, text in lines.items()}
-    make = [
-        line[1:]
-        for hunk in patch_of("diffusers", path).hunks
-        for line in hunk
-        if line[0] == "+" and "import" not in line
-    ]
-    make = textwrap.dedent("\n".join(make))
-    make = make[make.index("skip_loss = SkipLoss") :]
-    make = make[: make.index(")\n", make.index("skip_set")) + 1].replace("\n)", ")")
 
     def loss(model, tau=None):
         images, noise = torch.randn(2, len(times), 4, 8, 8)
@@ -190,7 +177,6 @@ def test_the_loss_lines_of_a_script(script, options):
         namespace = {
             **vars(diffusers.training_utils),
             "F": F,
-            "SkipSet": SkipSet,
             "_extract_into_tensor": lambda table, t, shape: table[t].reshape(shape),
             "accelerator": SimpleNamespace(gather=lambda loss: loss),
             "args": args,
@@ -209,9 +195,8 @@ def test_the_loss_lines_of_a_script(script, options):
             **dict.fromkeys(("noisy_model_input", "noisy_latents", "noisy_images"), noisy),
         }
         if tau is not None:
-            from_scheduler = functools.partial(SkipLoss.from_scheduler, tau=tau)
-            namespace["SkipLoss"] = SimpleNamespace(from_scheduler=from_scheduler)
-            exec(make, namespace)  # noqa: S102
+            names = {"noise_scheduler": scheduler, "args": args}
+            namespace["skip_loss"] = made("diffusers", path, tau, **names)
         exec(compile(lines[tau is not None], path, "exec"), namespace)  # noqa: S102
         return namespace["loss"]
 
@@ -221,11 +206,7 @@ def test_the_loss_lines_of_a_script(script, options):
 
 def test_the_edm_style_of_the_sdxl_script_is_refused():
     """It weighs an x_0 loss by σ, in lines that the patch leaves alone."""
-    text = "\n".join(
-        line
-        for hunk in patch_of("diffusers", "examples/dreambooth/train_dreambooth_lora_sdxl.py").hunks
-        for line in hunk
-    )
-    lines = textwrap.dedent("\n".join(re.findall(r"^\+( +(?:if args|    raise).*)$", text, re.M)))
+    path = "examples/dreambooth/train_dreambooth_lora_sdxl.py"
+    args = Anything(do_edm_style_training=True)
     with pytest.raises(ValueError, match="--do_edm_style_training would keep its plain loss"):
-        exec(lines, {"args": SimpleNamespace(do_edm_style_training=True)})  # noqa: S102
+        made("diffusers", path, 1.0, args=args)

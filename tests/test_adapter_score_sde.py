@@ -12,7 +12,7 @@ from s2dm_loss import NoiseSchedule, SkipSet
 from s2dm_loss.adapters import score_sde
 from s2dm_loss.coefficients import coefficients
 from tests.doubles import score_sde_double
-from tests.helpers.score_sde_checkout import load_score_sde, make_config
+from tests.helpers.score_sde_checkout import load_score_sde, make_config, make_sde
 from tests.helpers.small import Network, digits, every_pair
 from tests.helpers.upstream import root_of
 
@@ -39,7 +39,7 @@ def make_state(trainer, config):
     return {
         "model": model,
         "optimizer": trainer.get_optimizer(config, model.parameters()),
-        "ema": trainer.ExponentialMovingAverage(model.parameters(), decay=0.9),
+        "ema": trainer.ExponentialMovingAverage(model.parameters(), decay=0.5),
         "step": 0,
     }
 
@@ -57,7 +57,7 @@ STEPS = every_pair(
 def test_tau_one_steps_are_the_trainers(trainer, case):
     """Optimizer, warm-up from a learning rate of 0, averaged weights, evaluation: step by step."""
     config = make_config(case["kind"])
-    sde = trainer.make_sde(config)
+    sde = make_sde(trainer, config)
     batch = torch.randn(8, 1, 8, 8, generator=torch.manual_seed(1))
     ours = {"skip_set": 15, "tau": 1.0, "allow_ve": case["kind"] == "vesde"}
     ends = []
@@ -88,7 +88,7 @@ def test_evaluation_uses_the_averaged_weights_and_puts_the_others_back(trainer):
     state = make_state(trainer, config)
     for shadow in state["ema"].shadow_params:
         shadow.zero_()
-    evaluate = get_step_fn(trainer.make_sde(config), False, reduce_mean=True, tau=1.0)
+    evaluate = get_step_fn(make_sde(trainer, config), False, reduce_mean=True, tau=1.0)
     before = [p.detach().clone() for p in state["model"].parameters()]
     torch.manual_seed(0)
     loss = evaluate(state, torch.zeros(64, 1, 8, 8))
@@ -213,7 +213,7 @@ def test_the_trainers_own_loop(tmp_path, kind, continuous, monkeypatch):
     untouched = make_state(trainer, config)
     trainer.restore_checkpoint(str(checkpoint), untouched, torch.device("cpu"))
     assert untouched["step"] == 21
-    sde = trainer.make_sde(config)
+    sde = make_sde(trainer, config)
     step = trainer.get_step_fn(sde, True, trainer.optimization_manager(config), True, continuous)
     assert step(untouched, next(batches())).isfinite()
     sample = trainer.sample(config, sde, untouched["model"])

@@ -31,7 +31,6 @@ from s2dm_loss.adapters import (
 from s2dm_loss.adapters.diffusers import SkipLoss
 from s2dm_loss.testing import check_swap
 from tests.doubles import (
-    ddim_double,
     denoising_diffusion_pytorch_double,
     edm_double,
     score_sde_double,
@@ -40,10 +39,8 @@ from tests.doubles import (
 from tests.helpers import more_trainers, trainers
 from tests.helpers.guided_diffusion_parts import make_diffusion
 from tests.helpers.records import Probe
-from tests.helpers.released_loss import CASES as RELEASED
-from tests.helpers.released_loss import released_constant, released_tensor
 from tests.helpers.small import Network
-from tests.helpers.trainers import DDPM, SEED, ddim_betas
+from tests.helpers.trainers import DDPM, SEED
 
 CASES = trainers.CASES + more_trainers.CASES
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -131,65 +128,6 @@ def test_below_tau_one_it_is_the_cores_loss(case, estimator):
     torch.testing.assert_close(ours_gradient / scale, expected / scale, rtol=0, atol=2e-4)
     change = float((weight * (skipped - loss)).sum())
     assert ours - plain == pytest.approx(change, rel=1e-3, abs=1e-5 * abs(plain))
-
-
-# The released code's numbers. They come in by way of the drawing, where an adapter draws.
-
-
-def released_ddim(case, x0, t, noise, model, **options):
-    b = torch.from_numpy(ddim_betas(ddim_double, "linear", 1000)).float()
-    return ddim.ddim_loss(data_reduction="mean", **options)(model, x0, t, noise, b)
-
-
-def released_score_sde(case, x0, t, noise, model, **options):
-    make = score_sde.get_ddpm_loss_fn
-    return make(score_sde_double.VPSDE(), True, **options)(model, x0)
-
-
-def released_guided(case, x0, t, noise, model, spaced=True, **options):
-    diffusion = guided_diffusion.skip_step(make_diffusion(spaced=spaced), **options)
-    return diffusion.training_losses(model, x0, t, {})["loss"].mean()
-
-
-def released_diffusers(case, x0, t, noise, model, **options):
-    a, b = (scale.reshape(-1, 1, 1, 1) for scale in DDPM.alpha_sigma(t))
-    x_t = (a * x0 + b * noise).to(x0.dtype)
-    skip_loss = SkipLoss.from_scheduler(DDPMScheduler(), **options)
-    return skip_loss(model(x_t, t), noise, t, x_t)
-
-
-REPLAYS = {
-    "ddim": released_ddim,
-    "score_sde": released_score_sde,
-    "guided_diffusion": functools.partial(released_guided, spaced=False),
-    "guided_diffusion, spaced": released_guided,
-    "diffusers": released_diffusers,
-}
-
-
-@pytest.mark.parametrize("name", REPLAYS)
-@pytest.mark.parametrize("case", RELEASED, ids=lambda c: f"k{c['skip']}-{c['dtype']}")
-def test_replays_the_released_loss(name, case, monkeypatch):
-    tensor = functools.partial(released_tensor, case, dtype=getattr(torch, case["dtype"]))
-    t = torch.tensor(case["timesteps"])
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: t)
-    monkeypatch.setattr(torch, "randn_like", lambda _: tensor("noise"))
-    monkeypatch.setattr(torch, "randn", lambda *_, **__: tensor("skip_noise"))
-    output = tensor("model_output").requires_grad_()
-
-    class Model(nn.Module):
-        def forward(self, x_t, times):
-            torch.testing.assert_close(x_t, tensor("x_t"), rtol=1e-5, atol=1e-5)
-            assert times.tolist() == case["timesteps"]
-            return output
-
-    options = {"skip_set": case["skip"], "tau": case["tau"], "estimator": "fresh"}
-    loss = REPLAYS[name](case, tensor("x0"), t, tensor("noise"), Model(), **options)
-    (gradient,) = torch.autograd.grad(loss, output)
-    expected = tensor("grad_model_output")
-    assert (gradient - expected).norm() <= 1e-6 * expected.norm()  # of float32 tables
-    # The constant that no gradient sees is left out.
-    assert loss.item() == pytest.approx(case["loss"] - released_constant(case), rel=2e-6)
 
 
 # A device that holds no values: what would make a GPU wait, or stays behind, fails.
@@ -307,6 +245,8 @@ def test_copies_and_pickles_train_alike(name, duplicate):
         torch.manual_seed(0)
         losses.append(loss_of(each))
     torch.testing.assert_close(*losses, rtol=0, atol=0)
+    other.more = True
+    assert not hasattr(changed, "more")
 
 
 def test_a_modules_copy_shares_its_network_and_nothing_that_is_added_later():

@@ -276,8 +276,8 @@ LETTERS_OF_PLOTS = """
 """
 
 
-@pytest.mark.parametrize("name", ["index", "correct", "evidence", "overhead"])
-def test_pictures_of_the_benchmarks_stand_in_the_page(address, browser, name):
+@pytest.mark.parametrize("name", ["index", "correct", "evidence", "overhead", "the_loss"])
+def test_plots_stand_in_the_page(address, browser, name):
     colours = set()
     for scheme in ("light", "dark"):
         with watched_page(browser, address, scheme) as page:
@@ -331,21 +331,6 @@ def test_a_hat_in_code_is_on_its_letter_and_in_one_cell(address, page):
         inks.append(high - low)
     assert inks[0] > 60
     assert inks[1] < 5
-
-
-def test_plots_take_the_colour_of_the_text(address, browser):
-    fill = "getComputedStyle(document.querySelector('figure.plot text')).fill"
-    colours = set()
-    for scheme, palette in (("light", "default"), ("dark", "slate")):
-        # A context each: a page remembers the palette it was last shown in.
-        context = browser.new_context(color_scheme=scheme)
-        page = context.new_page()
-        page.goto(f"{address}/the_loss.html")
-        page.wait_for_selector(f"body[data-md-color-scheme={palette}]")
-        assert page.locator("figure.plot svg").count() == 3
-        colours.add(page.evaluate(fill))
-        context.close()
-    assert len(colours) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,39 +1,12 @@
 """What the adapter uses of denoising-diffusion-pytorch, as its source documents it.
 
-`GaussianDiffusion` with its three objectives, float32 buffers, loss weights, Min-SNR, noise offset
-and self-conditioning; `Unet` stands for any network with its call signature. Written from the
-behaviour at commit faed4db28e724735323fa91c70aa9b28a6e1cbac, and compared with it where a checkout
-is at hand.
+`GaussianDiffusion` with its three objectives, float32 buffers, loss weights, Min-SNR and noise
+offset. Self-conditioning and immiscible noise are tested on the trainer's own code, which CI has
+from PyPI.
 """
-
-import random
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-
-class ModelPrediction(NamedTuple):
-    pred_noise: Tensor
-    pred_x_start: Tensor
-
-
-class Unet(nn.Module):
-    def __init__(
-        self, dim: int, *, dim_mults=(1,), channels: int = 3, self_condition=False, flash_attn=False
-    ) -> None:
-        del dim_mults, flash_attn
-        super().__init__()
-        self.channels = self.out_dim = channels
-        self.self_condition = self_condition
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, dim, 3, padding=1), nn.SiLU(), nn.Conv2d(dim, channels, 1)
-        )
-
-    def forward(self, x: Tensor, time: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-        if x_self_cond is not None:
-            x = x + 0.1 * x_self_cond
-        return self.net(x) * (1 + time.reshape(-1, 1, 1, 1) / 1000)
 
 
 class GaussianDiffusion(nn.Module):
@@ -52,7 +25,6 @@ class GaussianDiffusion(nn.Module):
         super().__init__()
         self.model, self.image_size, self.objective = model, image_size, objective
         self.num_timesteps = timesteps
-        self.self_condition = model.self_condition
         self.offset_noise_strength = offset_noise_strength
         betas = {"linear": _linear, "cosine": _cosine, "sigmoid": _sigmoid}[beta_schedule](
             timesteps
@@ -68,48 +40,29 @@ class GaussianDiffusion(nn.Module):
         }.items():
             self.register_buffer(name, table.float())
 
-    def normalize(self, images: Tensor) -> Tensor:
-        return images * 2 - 1
+    def model_predictions(self, x: Tensor, t: Tensor) -> None:
+        """For its samplers and self-conditioning."""
 
-    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alphas_cumprod = self.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        alpha, sigma = self._alpha_sigma(t)
-        return alpha * x_start + sigma * noise
-
-    def model_predictions(self, x: Tensor, t: Tensor) -> ModelPrediction:
-        output = self.model(x, t, None)
-        alpha, sigma = self._alpha_sigma(t)
-        if self.objective == "pred_noise":
-            return ModelPrediction(output, (x - sigma * output) / alpha)
-        x_start = output if self.objective == "pred_x0" else alpha * x - sigma * output
-        return ModelPrediction((x - alpha * x_start) / sigma, x_start)
-
-    def p_losses(self, x_start, t, noise=None, offset_noise_strength=None, loss_reduction="mean"):
+    def p_losses(self, x_start, t, noise=None, loss_reduction="mean"):
         noise = torch.randn_like(x_start) if noise is None else noise
-        offset = offset_noise_strength or self.offset_noise_strength
-        if offset:
-            noise += offset * torch.randn(x_start.shape[:2]).reshape(*x_start.shape[:2], 1, 1)
-        alpha, sigma = self._alpha_sigma(t)
-        x_t, condition = self.q_sample(x_start=x_start, t=t, noise=noise), None
-        if self.self_condition and random.random() < 0.5:  # noqa: S311 - as the trainer draws it
-            with torch.no_grad():
-                condition = self.model_predictions(x_t, t).pred_x_start
-        output = self.model(x_t, t, condition)
+        if self.offset_noise_strength:
+            offset = torch.randn(x_start.shape[:2])
+            noise += self.offset_noise_strength * offset.reshape(*x_start.shape[:2], 1, 1)
+        alphas_cumprod = self.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         target = {
             "pred_noise": noise,
             "pred_x0": x_start,
             "pred_v": alpha * noise - sigma * x_start,
         }[self.objective]
+        output = self.model(alpha * x_start + sigma * noise, t, None)
         loss = (output - target).square().mean(dim=(1, 2, 3)) * self.loss_weight[t]
         return loss if loss_reduction == "none" else loss.mean()
 
     def forward(self, img: Tensor, *args, times: Tensor | None = None, **kwargs) -> Tensor:
         if times is None:
             times = torch.randint(0, self.num_timesteps, (img.shape[0],)).long()
-        return self.p_losses(self.normalize(img), times, *args, **kwargs)
+        return self.p_losses(img * 2 - 1, times, *args, **kwargs)
 
 
 def _linear(timesteps: int) -> Tensor:

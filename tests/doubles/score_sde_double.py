@@ -2,16 +2,16 @@
 
 The repository has no package to test against. What is kept: the three SDEs and their tables, the
 labels its networks get, the losses with their order of random draws, defaults and weights, and the
-training step (warm-up, clipping, the average of the weights). Set S2DM_SCORE_SDE_ROOT to run the
-same tests, and the trainer's own loop, on a real checkout.
+training step (warm-up, the average of the weights). Set S2DM_SCORE_SDE_ROOT to run the same tests,
+and the trainer's own loop, on a real checkout.
 """
 
 # ruff: noqa: N801, N803 - the trainer's names
 import math
 
-import numpy as np
 import torch
-from torch import nn
+
+from tests.helpers.small import Network
 
 
 def _column(values):
@@ -24,20 +24,25 @@ class SDE:
     def __init__(self, N):
         self.N = N
 
-    def _log_mean(self, t):
-        return -(t**2) * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
 
-    def _beta(self, t):
-        return self.beta_0 + t * (self.beta_1 - self.beta_0)
-
-
-class VPSDE(SDE):
+class _LinearBeta(SDE):
     def __init__(self, beta_min=0.1, beta_max=20, N=1000):
         super().__init__(N)
         self.beta_0, self.beta_1 = beta_min, beta_max
+
+    def _log_mean(self, t):
+        return -(t**2) * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
+
+    def _drift(self, x, t):
+        beta = self.beta_0 + t * (self.beta_1 - self.beta_0)
+        return -0.5 * _column(beta) * x, beta
+
+
+class VPSDE(_LinearBeta):
+    def __init__(self, beta_min=0.1, beta_max=20, N=1000):
+        super().__init__(beta_min, beta_max, N)
         self.discrete_betas = torch.linspace(beta_min / N, beta_max / N, N)
-        self.alphas = 1 - self.discrete_betas
-        self.alphas_cumprod = self.alphas.cumprod(0)
+        self.alphas_cumprod = (1 - self.discrete_betas).cumprod(0)
         self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
         self.sqrt_1m_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
 
@@ -46,21 +51,18 @@ class VPSDE(SDE):
         return _column(log_mean.exp()) * x, (1 - (2 * log_mean).exp()).sqrt()
 
     def sde(self, x, t):
-        return -0.5 * _column(self._beta(t)) * x, self._beta(t).sqrt()
+        drift, beta = self._drift(x, t)
+        return drift, beta.sqrt()
 
 
-class subVPSDE(SDE):
-    def __init__(self, beta_min=0.1, beta_max=20, N=1000):
-        super().__init__(N)
-        self.beta_0, self.beta_1 = beta_min, beta_max
-
+class subVPSDE(_LinearBeta):
     def marginal_prob(self, x, t):
         log_mean = self._log_mean(t)
         return _column(log_mean.exp()) * x, 1 - (2 * log_mean).exp()
 
     def sde(self, x, t):
-        discount = 1 - (4 * self._log_mean(t)).exp()
-        return -0.5 * _column(self._beta(t)) * x, (self._beta(t) * discount).sqrt()
+        drift, beta = self._drift(x, t)
+        return drift, (beta * (1 - (4 * self._log_mean(t)).exp())).sqrt()
 
 
 class VESDE(SDE):
@@ -175,16 +177,14 @@ def get_step_fn(
 
 
 def get_optimizer(config, params):
-    optim = config.optim
-    return torch.optim.Adam(params, lr=optim.lr, betas=(optim.beta1, 0.999), eps=optim.eps)
+    return torch.optim.Adam(params, lr=config.optim.lr)
 
 
 def optimization_manager(config):
     def optimize_fn(optimizer, params, step):
         # The learning rate is 0 at step 0.
         for group in optimizer.param_groups:
-            group["lr"] = config.optim.lr * np.minimum(step / config.optim.warmup, 1.0)
-        torch.nn.utils.clip_grad_norm_(params, max_norm=config.optim.grad_clip)
+            group["lr"] = config.optim.lr * min(step / config.optim.warmup, 1.0)
         optimizer.step()
 
     return optimize_fn
@@ -192,48 +192,23 @@ def optimization_manager(config):
 
 class ExponentialMovingAverage:
     def __init__(self, parameters, decay):
-        self.decay, self.num_updates = decay, 0
-        self.shadow_params = [p.clone().detach() for p in parameters if p.requires_grad]
+        self.decay = decay
+        self.shadow_params = [p.clone().detach() for p in parameters]
 
     def update(self, parameters):
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        with torch.no_grad():
-            for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
-                shadow.sub_((1 - decay) * (shadow - parameter))
+        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+            shadow.lerp_(parameter.detach(), 1 - self.decay)
 
     def store(self, parameters):
         self.collected_params = [p.clone() for p in parameters]
 
-    def copy_to(self, parameters):
-        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
-            parameter.data.copy_(shadow)
+    def copy_to(self, parameters, source=None):
+        for value, parameter in zip(source or self.shadow_params, parameters, strict=True):
+            parameter.data.copy_(value)
 
     def restore(self, parameters):
-        for stored, parameter in zip(self.collected_params, parameters, strict=True):
-            parameter.data.copy_(stored)
-
-
-class _ScoreModel(nn.Module):
-    def __init__(self, channels, width):
-        super().__init__()
-        self.time = nn.Linear(2, width)
-        self.first = nn.Conv2d(channels, width, 3, padding=1)
-        self.last = nn.Conv2d(width, channels, 3, padding=1)
-
-    def forward(self, x, labels):
-        s = labels.float()[:, None] / 999
-        embedding = self.time(torch.cat([s, s.square()], dim=1))
-        return self.last(nn.functional.silu(self.first(x) + embedding[:, :, None, None]))
+        self.copy_to(parameters, self.collected_params)
 
 
 def create_model(config):
-    return nn.DataParallel(_ScoreModel(config.data.num_channels, config.model.nf))
-
-
-def make_sde(config):
-    model = config.model
-    if config.training.sde == "vesde":
-        return VESDE(model.sigma_min, model.sigma_max, model.num_scales)
-    kind = {"vpsde": VPSDE, "subvpsde": subVPSDE}[config.training.sde]
-    return kind(model.beta_min, model.beta_max, model.num_scales)
+    return torch.nn.DataParallel(Network(config.data.num_channels))

@@ -11,6 +11,12 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch.nn import functional as F
 
 
+def preserved_of(batch):
+    """The samples whose target is the network's own output before training."""
+    attributes = enumerate(batch.get("custom_attributes", []))
+    return [index for index, each in attributes if each.get("diff_output_preservation")]
+
+
 class NetworkTrainer:
     def assert_extra_args(self, args, train_dataset_group, val_dataset_group):
         pass
@@ -55,12 +61,7 @@ class NetworkTrainer:
         target = noise
         if args.v_parameterization:
             target = noise_scheduler.get_velocity(latents, noise, t)
-        preserved = [
-            index
-            for index, attributes in enumerate(batch.get("custom_attributes", []))
-            if attributes.get("diff_output_preservation")
-        ]
-        if preserved:
+        if preserved := preserved_of(batch):
             network.set_multiplier(0.0)
             with torch.no_grad():
                 prior = self.call_unet(
@@ -107,11 +108,17 @@ class NetworkTrainer:
         return loss.mean()
 
 
-class _FlowTrainer(NetworkTrainer):
-    """What Flux's and SD3's trainers have in common: σ, x_t and the target in one method."""
+class FluxNetworkTrainer(NetworkTrainer):
+    """Flux's, and what SD3's has in common with it: σ, x_t and the target in one method."""
 
     def get_noise_scheduler(self, args, device):
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    def predict(self, unet, x_t, sigma):
+        return unet(img=x_t.flatten(2), timesteps=sigma.flatten()).reshape(x_t.shape)  # packed
+
+    def target(self, latents, noise):
+        return noise - latents
 
     def get_noise_pred_and_target(
         self, args, accelerator, noise_scheduler, latents, batch, text_encoder_conds, unet, network,
@@ -119,45 +126,22 @@ class _FlowTrainer(NetworkTrainer):
     ):  # fmt: skip
         noise, sigma = torch.randn_like(latents), torch.rand(len(latents), 1, 1, 1)
         x_t = (1 - sigma) * latents + sigma * noise
-        timesteps = 1000 * sigma.flatten()
-        predict = self.predict_of(unet)
         with torch.set_grad_enabled(is_train):
-            prediction = predict(x_t, timesteps, sigma)
-        target = self.target_of(latents, noise)
-        preserved = [
-            index
-            for index, attributes in enumerate(batch.get("custom_attributes", []))
-            if attributes.get("diff_output_preservation")
-        ]
-        if preserved:
+            prediction = self.predict(unet, x_t, sigma)
+        target = self.target(latents, noise)
+        if preserved := preserved_of(batch):
             with torch.no_grad():
-                prior = predict(x_t[preserved], timesteps[preserved], sigma[preserved])
-            target[preserved] = prior
-        return prediction, target, timesteps, 1 / (sigma + 1) if args.weighting_scheme else None
+                target[preserved] = self.predict(unet, x_t[preserved], sigma[preserved])
+        weighting = 1 / (sigma + 1) if args.weighting_scheme else None
+        return prediction, target, 1000 * sigma.flatten(), weighting
 
 
-class FluxNetworkTrainer(_FlowTrainer):
-    get_noise_scheduler = _FlowTrainer.get_noise_scheduler
-    get_noise_pred_and_target = _FlowTrainer.get_noise_pred_and_target
+class Sd3NetworkTrainer(FluxNetworkTrainer):
+    get_noise_scheduler = FluxNetworkTrainer.get_noise_scheduler
+    get_noise_pred_and_target = FluxNetworkTrainer.get_noise_pred_and_target
 
-    @staticmethod
-    def predict_of(unet):
-        # Packed, and by name.
-        return lambda x, t, _: unet(img=x.flatten(2), timesteps=t / 1000).reshape(x.shape)
+    def predict(self, unet, x_t, sigma):
+        return unet(x_t, 1000 * sigma.flatten()) * -sigma + x_t
 
-    @staticmethod
-    def target_of(latents, noise):
-        return noise - latents
-
-
-class Sd3NetworkTrainer(_FlowTrainer):
-    get_noise_scheduler = _FlowTrainer.get_noise_scheduler
-    get_noise_pred_and_target = _FlowTrainer.get_noise_pred_and_target
-
-    @staticmethod
-    def predict_of(unet):
-        return lambda x, t, sigma: unet(x, t) * -sigma + x
-
-    @staticmethod
-    def target_of(latents, noise):
+    def target(self, latents, noise):
         return latents.clone()

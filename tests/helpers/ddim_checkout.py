@@ -2,13 +2,13 @@
 
 import importlib
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 
 from tests.helpers.patches import patched
 from tests.helpers.small import tree
-from tests.helpers.upstream import checkout_on_path
+from tests.helpers.upstream import checkout_on_path, stub
 
 # The fields of the trainer's configuration that its own code reads.
 CONFIG = tree({
@@ -32,21 +32,15 @@ CONFIG = tree({
 })  # fmt: skip
 
 
-def _module(name, **attributes):
-    module = ModuleType(name)
-    vars(module).update(attributes)
-    return module
-
-
 @contextmanager
 def _runner_module(root, *, images=None, saved=None, swap=False):
     """The runner's module, fed with `images`; what it saves as pictures goes into `saved`."""
-    vision = _module("torchvision.utils", save_image=lambda x, _: saved.append(x))
+    vision = stub("torchvision.utils", save_image=lambda x, _: saved.append(x))
     stubs = {
-        "torchvision": _module("torchvision", utils=vision),
+        "torchvision": stub("torchvision", utils=vision),
         "torchvision.utils": vision,
-        "requests": _module("requests"),  # for downloading checkpoints
-        "datasets": _module(
+        "requests": stub("requests"),  # for downloading checkpoints
+        "datasets": stub(
             "datasets",
             get_dataset=lambda *_: (images, images),
             data_transform=lambda _, x: 2 * x - 1,

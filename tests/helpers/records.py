@@ -7,7 +7,6 @@ inputs, losses and gradients of our own runs, and no code. The doubles are held 
 our loss on today's trainers, also where there is no checkout.
 """
 
-import itertools
 import json
 import math
 import random
@@ -20,11 +19,9 @@ import torch
 from torch import nn
 
 from s2dm_loss import SkipSet, SkipStepLoss
-from tests.doubles import k_diffusion_double
 from tests.helpers import trainers, trainers_of_today
 from tests.helpers.patches import TRAINERS
 from tests.helpers.sd_scripts_parts import OPTIONS, step
-from tests.helpers.upstream import k_diffusion_layers
 
 FILE = Path(__file__).parents[1] / "data" / "trainers.json"
 DATE = "2026-11-28"
@@ -79,36 +76,6 @@ def ddim(package):
             yield name, lambda model, rest=rest: package.noise_estimation_loss(model, *rest)
 
 
-def denoising_diffusion_pytorch(package):
-    images = torch.rand(6, 3, 4, 4, generator=seeded())
-    times = torch.tensor([0, 48, 49, 300, 700, 999])
-    grid = itertools.product(trainers.OBJECTIVES, ("linear", "cosine", "sigmoid"), (False, True))
-    for objective, schedule, min_snr in grid:
-
-        def run(model, options=(objective, schedule, min_snr)):
-            vars(model).update(channels=3, out_dim=3, self_condition=False)
-            names = ("objective", "beta_schedule", "min_snr_loss_weight")
-            more = dict(zip(names, options, strict=True))
-            given = {"image_size": 4, "offset_noise_strength": 0.1}
-            diffusion = package.GaussianDiffusion(model, **given, **more)
-            return diffusion(images, times=times, loss_reduction="none")
-
-        yield f"{objective}, {schedule}, min_snr={min_snr}", run
-
-
-def k_diffusion(package):
-    x0, noise = torch.randn(2, 5, 2, 3, 3, generator=seeded()).unbind(0)
-    sigma = torch.tensor([0.011, 0.3, 2.0, 11.0, 80.0])
-    for weighting, sigma_data in itertools.product(("karras", "snr", "soft-min-snr"), (0.5, 1.0)):
-        options = {"weighting": weighting, "sigma_data": sigma_data}
-        yield (
-            f"{weighting}, sigma_data={sigma_data}",
-            lambda model, options=options: package.Denoiser(model, **options).loss(
-                x0, noise, sigma
-            ),
-        )
-
-
 def sd_scripts(kind):
     for name, options in OPTIONS.items():
         yield name, lambda model, options=options: step(kind(), kind, model, options)
@@ -138,21 +105,12 @@ def seeded():
 
 
 DOUBLED = {
-    "ddim": ("ermongroup/ddim", ddim, trainers.DDIM),
-    "denoising-diffusion-pytorch": (
-        "lucidrains/denoising-diffusion-pytorch",
-        denoising_diffusion_pytorch,
-        trainers.LUCID,
-    ),
-    "k-diffusion": (
-        "crowsonkb/k-diffusion",
-        k_diffusion,
-        trainers.of_each("k-diffusion", k_diffusion_layers, k_diffusion_double),
-    ),
-    "sd-scripts": ("kohya-ss/sd-scripts", sd_scripts, list(trainers.SD_SCRIPTS.items())),
-    "score_sde_pytorch": ("yang-song/score_sde_pytorch", score_sde, trainers.SCORE_SDE),
+    "ddim": (ddim, trainers.DDIM),
+    "sd-scripts": (sd_scripts, list(trainers.SD_SCRIPTS.items())),
+    "score_sde_pytorch": (score_sde, trainers.SCORE_SDE),
 }
-"""Of each trainer that has a double: its repository, its cases, and the double and its own code."""
+"""Of each trainer with a double that no package of CI stands beside: its cases, the double and its
+own code."""
 
 
 def of_today(case):
@@ -171,16 +129,6 @@ def of_today(case):
     parts |= {"weight": weight, "gradient": gradient}
     values = {name: rounded(part) for name, part in parts.items()}
     return {"shape": list(gradient.shape), "loss": rounded(loss)[0], **values}
-
-
-def commits():
-    """Repository and commit of each trainer on record."""
-    known = {name: (each.repository, each.commit) for name, each in TRAINERS.items()}
-    pins = (FILE.parents[2] / ".ci" / "trainers.txt").read_text(encoding="utf-8").splitlines()
-    packages = dict(pin.split("==") for pin in pins if not pin.startswith("#"))
-    return known | {
-        name: (DOUBLED[name][0], f"{version} on PyPI") for name, version in packages.items()
-    }
 
 
 def criterion_of(case, tau):
@@ -255,14 +203,13 @@ def read():
 def main():
     """Write the records again, those whose trainers are at hand."""
     records = read()
-    whence = commits()
 
     def keep(trainer, part, cases):
-        repository, commit = whence[trainer]
-        record = records.setdefault(trainer, {})
-        record |= {"repository": repository, "commit": commit, "date": DATE, part: cases}
+        known, record = TRAINERS[trainer], records.setdefault(trainer, {})
+        record |= {"repository": known.repository, "commit": known.commit, "date": DATE}
+        record[part] = cases
 
-    for trainer, (_, cases, which) in DOUBLED.items():
+    for trainer, (cases, which) in DOUBLED.items():
         keep(trainer, "steps", {name: summary(run) for name, run in cases(which[1][1]())})
     for trainer in dict.fromkeys(case.file[0] for case in trainers_of_today.CASES):
         ours = [case for case in trainers_of_today.CASES if case.file[0] == trainer]

@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.patches import patched
 from tests.helpers.small import tree
-from tests.helpers.upstream import checkout_on_path
+from tests.helpers.upstream import checkout_on_path, stubs
 
 # The fields of the trainer's configuration that its own code reads.
 CONFIG = {
@@ -58,10 +58,12 @@ class _Writer:
             self.losses.append(value.item())
 
 
-def _module(name, **attributes):
-    module = ModuleType(name)
-    vars(module).update(attributes)
-    return module
+def make_sde(trainer, config):
+    model = config.model
+    if config.training.sde == "vesde":
+        return trainer.VESDE(model.sigma_min, model.sigma_max, model.num_scales)
+    kind = {"vpsde": trainer.VPSDE, "subvpsde": trainer.subVPSDE}[config.training.sde]
+    return kind(model.beta_min, model.beta_max, model.num_scales)
 
 
 def _stubs():
@@ -71,21 +73,12 @@ def _stubs():
         exists=os.path.exists,
         GFile=open,
     )
-    flags = _module("absl.flags", FLAGS=None)
-    vision = _module(
-        "torchvision.utils", make_grid=lambda x, *_, **__: x, save_image=lambda *_: None
+    stubbed = stubs(
+        *("absl", "absl.flags", "datasets", "evaluation", "tensorflow", "tensorflow_gan"),
+        *("op", "torchvision", "torchvision.utils"),  # `op` compiles a CUDA extension
     )
-    return {
-        "tensorflow": _module("tensorflow", io=SimpleNamespace(gfile=gfile)),
-        "tensorflow_gan": _module("tensorflow_gan"),
-        "absl": _module("absl", flags=flags),
-        "absl.flags": flags,
-        "evaluation": _module("evaluation"),
-        "datasets": _module("datasets"),
-        "op": _module("op", upfirdn2d=None),  # compiles a CUDA extension when imported
-        "torchvision": _module("torchvision", utils=vision),
-        "torchvision.utils": vision,
-    }
+    stubbed["tensorflow"].io = SimpleNamespace(gfile=gfile)
+    return stubbed
 
 
 def load_score_sde(root: Path) -> SimpleNamespace:
@@ -95,22 +88,15 @@ def load_score_sde(root: Path) -> SimpleNamespace:
     with checkout_on_path(root, _stubs()):
         losses, sde_lib, sampling, utils, models, ema, _ = map(importlib.import_module, names)
 
-    def make_sde(config):
-        model = config.model
-        if config.training.sde == "vesde":
-            return sde_lib.VESDE(model.sigma_min, model.sigma_max, model.num_scales)
-        kind = {"vpsde": sde_lib.VPSDE, "subvpsde": sde_lib.subVPSDE}[config.training.sde]
-        return kind(model.beta_min, model.beta_max, model.num_scales)
-
     def train(config, workdir, images, *, swap=False):
         source = (root / "run_lib.py").read_text()
         if swap:
             source = patched("score_sde_pytorch", "run_lib.py", source)
         run_lib = ModuleType("run_lib")
-        stubs = _stubs()
+        stubbed = _stubs()
         torch.utils.tensorboard = SimpleNamespace(SummaryWriter=_Writer)
         try:
-            with checkout_on_path(root, stubs):
+            with checkout_on_path(root, stubbed):
                 exec(compile(source, "run_lib.py", "exec"), vars(run_lib))  # noqa: S102
         finally:
             del torch.utils.tensorboard
@@ -120,7 +106,7 @@ def load_score_sde(root: Path) -> SimpleNamespace:
                 array = batch.permute(0, 2, 3, 1).numpy()
                 yield {"image": SimpleNamespace(_numpy=lambda array=array: array)}
 
-        vars(stubs["datasets"]).update(
+        vars(stubbed["datasets"]).update(
             get_dataset=lambda *_, **__: (batches(), batches(), None),
             get_data_scaler=lambda _: lambda x: x,
             get_data_inverse_scaler=lambda _: lambda x: x,
@@ -134,20 +120,7 @@ def load_score_sde(root: Path) -> SimpleNamespace:
         shape = (2, data.num_channels, data.image_size, data.image_size)
         return sampling.get_sampling_fn(config, sde, shape, lambda x: x, 1e-3)(model)[0]
 
-    return SimpleNamespace(
-        VPSDE=sde_lib.VPSDE,
-        subVPSDE=sde_lib.subVPSDE,
-        VESDE=sde_lib.VESDE,
-        get_sde_loss_fn=losses.get_sde_loss_fn,
-        get_ddpm_loss_fn=losses.get_ddpm_loss_fn,
-        get_smld_loss_fn=losses.get_smld_loss_fn,
-        get_step_fn=losses.get_step_fn,
-        get_optimizer=losses.get_optimizer,
-        optimization_manager=losses.optimization_manager,
-        ExponentialMovingAverage=ema.ExponentialMovingAverage,
-        create_model=models.create_model,
-        restore_checkpoint=utils.restore_checkpoint,
-        make_sde=make_sde,
-        train=train,
-        sample=sample,
-    )
+    own = {}
+    for module in (utils, models, ema, sde_lib, losses):
+        own |= vars(module)
+    return SimpleNamespace(**{**own, "train": train, "sample": sample})

@@ -167,21 +167,28 @@ def lucid(label, package, objective, schedule, min_snr):
     return Case(name, loss, path, 9, OBJECTIVES[objective], reference, channels=3)
 
 
-def lucid_sibling(file, kind="GaussianDiffusion", size=(8, 8), **given):
-    """Files of the package with a class of the same name, or of one dimension."""
+def lucid_sibling(file, *option, size=(8, 8), **given):
+    """Options of the trainer's own alone, and files with a class of the same name or of 1D."""
     x0 = 2 * torch.rand(6, 3, *size, generator=torch.Generator().manual_seed(5)) - 1
-    shape = {"image_size": 8} if kind == "GaussianDiffusion" else {"seq_length": size[0]}
+    kind, shape = "GaussianDiffusion1D", {"seq_length": size[0]}
+    if len(size) == 2:
+        kind, shape = "GaussianDiffusion", {"image_size": size[0]}
+    made = {"objective": option[0]} if option else {}
+    if "immiscible" in option:
+        made["immiscible"] = True
 
     def loss(model, tau=None, **options):
         model.channels = model.out_dim = 3
-        model.random_or_learned_sinusoidal_cond = model.self_condition = False
+        model.random_or_learned_sinusoidal_cond = False
+        model.self_condition = "self_condition" in option
         module = upstream.denoising_diffusion_pytorch(file)[1]
-        diffusion = getattr(module, kind)(model, timesteps=1000, **shape)
+        diffusion = getattr(module, kind)(model, timesteps=1000, **shape, **made)
         if tau is not None:
             diffusion = lucid_adapter.skip_step(diffusion, 9, tau=tau, **options)
         return diffusion.p_losses(x0, TIMES, **given)
 
-    return Case(f"denoising-diffusion-pytorch real {file}", loss, channels=3 * (len(size) == 2))
+    name = " ".join(("denoising-diffusion-pytorch real", file, *option))
+    return Case(name, loss, channels=3 * (len(size) == 2))
 
 
 # NVlabs/edm and edm2: σ and the noise are drawn.
@@ -442,38 +449,6 @@ def diffusers_script(prediction_type, beta_schedule, zero_snr):
     return Case(name, loss, path, 9, prediction_type, reference, 1e-6)
 
 
-def diffusers_flow(prediction_type):
-    """SD3 preconditions by default: the output becomes a prediction of x_0, and so the target."""
-    scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
-    sigmas = column(torch.tensor([0.0, 0.005, 0.2, 0.7, 0.9, 0.999]))
-    drawn = torch.Generator().manual_seed(5)
-    latents, weighting = torch.randn(6, 2, 4, 4, generator=drawn), torch.rand(6, generator=drawn)
-
-    def loss(model, tau=None, **options):
-        noise = torch.randn_like(latents)
-        noisy = (1 - sigmas) * latents + sigmas * noise
-        model_pred, target = model(noisy, 1000 * sigmas.flatten()), noise - latents
-        if prediction_type == "sample":
-            model_pred, target = model_pred * (-sigmas) + noisy, latents
-        if tau is None:
-            return (weighting * (model_pred - target).square().mean((1, 2, 3))).mean()
-        make = SkipLoss.from_scheduler
-        skip_loss = make(scheduler, 0.05, tau=tau, prediction_type=prediction_type, **options)
-        return skip_loss(model_pred, target, sigmas.flatten(), noisy, weights=weighting)
-
-    def reference(x_t, _, output):
-        torch.manual_seed(SEED)
-        target = torch.randn_like(latents) - latents
-        if prediction_type == "sample":
-            output, target = output * (-sigmas) + x_t, latents
-        return output, target, sigmas.flatten()
-
-    path = ContinuousSchedule.flow()
-    return Case(
-        f"diffusers flow {prediction_type}", loss, path, 0.05, prediction_type, reference, 1e-6
-    )
-
-
 # The flow and robotics trainers, by their patches: docs/adapters/flow.md and robotics.md.
 
 
@@ -553,7 +528,9 @@ def _cases():
     yield from (lucid(*which, **case) for which in LUCID for case in grid)
     yield lucid_sibling("classifier_free_guidance", classes=torch.arange(6))
     yield from (lucid_sibling(file) for file in ("repaint", "guided_diffusion"))
-    yield lucid_sibling("denoising_diffusion_pytorch_1d", "GaussianDiffusion1D", (16,))
+    yield lucid_sibling("denoising_diffusion_pytorch_1d", size=(16,))
+    for option in itertools.product(OBJECTIVES, ("self_condition", "immiscible")):
+        yield lucid_sibling("denoising_diffusion_pytorch", *option)
     yield from (edm(name, kind) for name, kind in EDM.items())
     yield from (guided("guided-diffusion", **config) for config in GUIDED)
     yield from (guided(trainer, **config) for trainer in KIN for config in GUIDED_KIN)
@@ -571,7 +548,6 @@ def _cases():
         zero_snr=(False, True),
     ):
         yield diffusers_script(**case)
-    yield from map(diffusers_flow, ("flow", "sample"))
     yield from map(of_today, trainers_of_today.CASES)
 
 

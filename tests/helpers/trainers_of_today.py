@@ -7,10 +7,8 @@ and returns the loss.
 """
 
 import ast
-import contextlib
 import functools
 import importlib
-import math
 import random
 import textwrap
 import types
@@ -31,7 +29,8 @@ from s2dm_loss.adapters.diffusers import SkipLoss
 from s2dm_loss.adapters.sd_scripts import skip_step
 from tests.helpers.diffusers_parts import make_scheduler
 from tests.helpers.patches import PAGES, TRAINERS, patch_of
-from tests.helpers.upstream import checkout_on_path, root_of, stubs
+from tests.helpers.sd_scripts_parts import ACCELERATOR, load_sd_scripts
+from tests.helpers.upstream import checkout_on_path, load, root_of, stubs
 from tests.test_docs_blocks import snippets_of
 
 IMAGES, ACTIONS = (8, 4, 8, 8), (8, 6, 4)
@@ -95,7 +94,8 @@ def made(trainer, path, tau, **names):
         "torch": torch,
     }
     exec(maker(trainer, path), namespace)  # noqa: S102
-    return namespace.get("SKIP_LOSS") or owner.skip_loss
+    found = {**vars(owner), **namespace}
+    return found.get("SKIP_LOSS") or found["skip_loss"]
 
 
 def names_of(file, tau, **names):
@@ -150,13 +150,10 @@ POLICY_LOWDIM, POLICY_IMAGE = (
 
 def musubi_tuner(source, model, seen, tau=None, sampling="shift"):
     """`process_batch`: the draw of t, the call and the loss."""
-    times = {"torch": torch, "math": math}
-    text = source_of(MUSUBI[0], "src/musubi_tuner/training/timesteps.py")
-    sampled = ("compute_density_for_timestep_sampling", "get_sigmas")
-    for name in (*sampled, "compute_loss_weighting_for_sd3"):
-        taken(text, name, times)
+    root = root_of(TRAINERS["musubi-tuner"].variable)
+    (times,) = load(root / "src", "musubi_tuner.training.timesteps")
     methods = ("process_batch", "compute_loss", "get_noisy_model_input_and_timesteps")
-    namespace = names_of(MUSUBI, tau, **times)
+    namespace = names_of(MUSUBI, tau, **vars(times))
     trainer = bound(source, "NetworkTrainer", methods, namespace, Anything())
     latents, noise = torch.randn(2, *IMAGES).unbind(0)
 
@@ -238,42 +235,15 @@ def simple_tuner(source, model, seen, tau=None):
 def kohya(source, model, seen, tau=None, kind=KOHYA_FLUX, scheme="none"):
     """`get_noise_pred_and_target`, and the loss lines of `process_batch` for it.
 
-    The patch wraps the trainer; here one with this function alone.
+    The patch wraps the trainer.
     """
     flux = kind == KOHYA_FLUX
-    helpers = {"torch": torch, "math": math, "einops": einops}
-    parts = SimpleNamespace()
-    names = {
-        "flux_utils": ["prepare_img_ids", "unpack_latents", "pack_latents"],
-        "sd3_train_utils": [
-            "compute_density_for_timestep_sampling",
-            "compute_loss_weighting_for_sd3",
-        ],
-        "flux_train_utils": ["get_lin_function", "apply_model_prediction_type"],
-    }
-    names["flux_train_utils" if flux else "sd3_train_utils"].append(
-        "get_noisy_model_input_and_timesteps"
-    )
-    for name, wanted in names.items():
-        library = source_of("sd-scripts", f"library/{name}.py")
-        for each in wanted:
-            setattr(parts, each, taken(library, each, helpers))
+    (module,) = load_sd_scripts(Path(kind[1]).stem)
     encodings = SimpleNamespace(concat_encodings=lambda *_: (None, None))
-    strategy = SimpleNamespace(get_strategy=lambda: encodings)
-    namespace = {
-        **dict.fromkeys(names, parts),
-        "strategy_base": SimpleNamespace(TextEncodingStrategy=strategy),
-        "torch": torch,
-    }
-    owner = "FluxNetworkTrainer" if flux else "Sd3NetworkTrainer"
-    flow = make_scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
-    methods = {
-        "assert_extra_args": lambda self, *_: None,
-        "call_unet": None,
-        "get_noise_pred_and_target": taken(source, f"{owner}.get_noise_pred_and_target", namespace),
-        "get_noise_scheduler": lambda self, *_: flow,
-    }
-    trainer = type(owner, (), methods)()
+    module.strategy_base.TextEncodingStrategy.set_strategy(encodings)
+    trainer = module.FluxNetworkTrainer() if flux else module.Sd3NetworkTrainer()
+    if tau is not None:
+        trainer = skip_step(trainer, SkipSet.for_sampling_steps(20), tau=tau)
     latents = torch.randn(*IMAGES)
     call = watched(model, seen)
     height, width = latents.shape[2] // 2, latents.shape[3] // 2
@@ -285,10 +255,9 @@ def kohya(source, model, seen, tau=None, kind=KOHYA_FLUX, scheme="none"):
         def __call__(self, *args, **kwargs):
             if not flux:
                 return call(*args)
-            x_t = parts.unpack_latents(kwargs["img"], height, width)
-            return parts.pack_latents(call(x_t, kwargs["timesteps"]))
+            x_t = module.flux_utils.unpack_latents(kwargs["img"], height, width)
+            return module.flux_utils.pack_latents(call(x_t, kwargs["timesteps"]))
 
-    accelerator = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext)
     settings = Anything(
         timestep_sampling="shift",
         discrete_flow_shift=3.0,
@@ -301,13 +270,10 @@ def kohya(source, model, seen, tau=None, kind=KOHYA_FLUX, scheme="none"):
         logit_std=1.0,
         mode_scale=1.29,
     )
-    scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+    scheduler = trainer.get_noise_scheduler(settings, "cpu")
     before = torch.get_rng_state()
-    if tau is not None:
-        trainer = skip_step(trainer, SkipSet.for_sampling_steps(20), tau=tau)
-        trainer.get_noise_scheduler(settings, "cpu")
     conds, rest = (None,) * (4 if flux else 6), (Unet(), None, torch.float32, True)
-    given = (settings, accelerator, scheduler, latents, {}, conds, *rest)
+    given = (settings, ACCELERATOR, scheduler, latents, {}, conds, *rest)
     output, target, timesteps, weighting = trainer.get_noise_pred_and_target(*given, is_train=True)
     noise = drawn_again(before, lambda: torch.randn_like(latents))
     loss = F.mse_loss(output.float(), target.float(), reduction="none")
@@ -315,7 +281,8 @@ def kohya(source, model, seen, tau=None, kind=KOHYA_FLUX, scheme="none"):
         loss = loss * weighting
     if not flux:
         sigmas = (timesteps / 1000).reshape(-1, 1, 1, 1)
-        weighting = parts.compute_loss_weighting_for_sd3(weighting_scheme=scheme, sigmas=sigmas)
+        weigh = module.sd3_train_utils.compute_loss_weighting_for_sd3
+        weighting = weigh(weighting_scheme=scheme, sigmas=sigmas)
         seen.update(weight=weighting.expand(latents.shape))
     seen.update(t=timesteps / 1000, target=noise - latents if flux else latents, output=output)
     return loss.mean([1, 2, 3]).mean()
@@ -449,15 +416,8 @@ SIT, REPA = ("SiT", "transport/transport.py"), ("REPA", "loss.py")
 
 def sit(source, model, seen, tau=None, path_type="LINEAR", model_type="VELOCITY"):
     """`Transport.training_losses`."""
-    root = root_of("S2DM_SIT_ROOT")
-    package = types.ModuleType("transport")
-    package.__path__ = [str(root / "transport")]
-    integrators = types.ModuleType("transport.integrators")
-    vars(integrators).update(ode=None, sde=None)
-    stubbed = {"transport": package, "transport.integrators": integrators}
-    module = types.ModuleType("transport.transport")
-    module.__package__ = "transport"
-    with checkout_on_path(root, stubbed):
+    with checkout_on_path(root_of("S2DM_SIT_ROOT"), stubs("torchdiffeq")):
+        module = importlib.import_module("transport.transport")
         exec(compile(source, "transport.py", "exec"), vars(module))  # noqa: S102
     if tau is not None:
         module.SkipStepLoss = partial(SkipStepLoss, tau=tau)
@@ -523,9 +483,7 @@ flow_snippets = functools.partial(snippets_of, PAGES / "flow.md", None)
 
 def torchcfm(source, model, seen, tau=None):
     """The loop of the library's examples, and the page's."""
-    package, root = types.ModuleType("torchcfm"), root_of("S2DM_TORCHCFM_ROOT")
-    package.__path__ = [str(root / "torchcfm")]
-    with checkout_on_path(root, {"torchcfm": package, **stubs("ot")}):
+    with checkout_on_path(root_of("S2DM_TORCHCFM_ROOT"), stubs("ot")):
         page = flow_snippets("torchcfm")
     x0, x1 = torch.randn(2, *IMAGES).unbind(0)
     before = torch.get_rng_state()
