@@ -56,7 +56,7 @@ def trainers(session: nox.Session) -> None:
     session.install("--no-deps", "--target", str(folder), "-r", ".ci/trainers.txt")
     names = ("S2DM_K_DIFFUSION_ROOT", "S2DM_DENOISING_DIFFUSION_PYTORCH_ROOT")
     files = (
-        *("adapters", "adapter_more_trainers", "records", "weighting_trainers"),
+        *("adapters", "adapter_more_trainers", "weighting_trainers"),
         "adapter_denoising_diffusion_pytorch",
     )
     session.run(
