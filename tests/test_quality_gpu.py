@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from quality_tools import ONE_ARM, TINY
 
-from benchmarks.files import load_json, load_tensors
+from benchmarks.files import load_json
 from benchmarks.quality import gpu, search
 from benchmarks.quality.corrections import Gain
 from benchmarks.quality.objectives import Plain, SkipStep
@@ -35,7 +34,6 @@ def test_each_part_writes_its_record(part: gpu.Part, tmp_path: Path) -> None:
     cells = sum(len(one.samplers) for one in small.preset.arms) * len(part.preset.seeds)
     assert len(record["rows"]) == cells
     assert said == f"{part.name}: complete; {cells} cells in {tmp_path / part.name}.json"
-    assert (tmp_path / "weights").exists() == part.keep_weights
 
 
 def test_the_plan_asks_what_it_says() -> None:
@@ -80,18 +78,3 @@ def test_the_search_is_asked_in_the_first_parts_folder(
         (tmp_path / gpu.PARTS[0].name, 1, cell) for cell in gpu.PARTS[-1].searches
     ]
     assert search.SAMPLES > 0
-
-
-def test_weights_are_kept_in_small_files(tmp_path: Path) -> None:
-    draw = torch.Generator().manual_seed(0)
-    weights = {f"layer{n}": torch.randn(100, 10, generator=draw) for n in range(5)}
-    weights["count"] = torch.tensor([3])
-    torch.save(weights, tmp_path / "weights.pt")
-    gpu.save_in_parts(tmp_path / "weights.pt", tmp_path / "kept", size=4500)
-    files = sorted((tmp_path / "kept").iterdir())
-    assert [len(load_tensors(path)) for path in files] == [2, 2, 2]
-    found = gpu.load_from_parts(tmp_path / "kept")
-    assert found.keys() == weights.keys()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(found[name], tensor, rtol=2**-8, atol=0)
-        assert found[name].dtype == tensor.dtype

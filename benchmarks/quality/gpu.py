@@ -12,11 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from benchmarks.files import load_tensors, save_record, save_tensors
+from benchmarks.files import save_record
 from benchmarks.quality.corrections import Gain, ScoreRescaling
-from benchmarks.quality.layout import Layout
 from benchmarks.quality.networks import PixelUNetSpec
 from benchmarks.quality.objectives import Plain, SkipStep
 from benchmarks.quality.presets import CIFAR10_UNET, TEN, Preset, arm
@@ -26,8 +23,6 @@ from benchmarks.quality.search import search
 from benchmarks.quality.statistics import Cell
 
 LIMIT = 480
-PART_BYTES = 15 * 2**20
-"""Of one file of kept weights."""
 SOLVERS = ("ddim", "unipc", "pndm", "deis")
 
 
@@ -39,14 +34,12 @@ class Part:
         name: What it is called, and its folder.
         about: What it asks.
         preset: What is trained and measured.
-        keep_weights: Whether the plain network's averaged weights are kept in bfloat16.
         searches: The cells in which the search is asked.
     """
 
     name: str
     about: str
     preset: Preset
-    keep_weights: bool = False
     searches: tuple[Cell, ...] = ()
 
 
@@ -64,7 +57,6 @@ PARTS = (
                 *(arm(Plain(), ScoreRescaling(k), ("ddim",), TEN) for k in (0.97, 1.03, 1.05)),
             ),
         ),
-        keep_weights=True,
     ),
     Part(
         "unet-loss49",
@@ -89,7 +81,6 @@ PARTS = (
                 for one in (None, Gain(0.05), Gain(0.1))
             ),
         ),
-        keep_weights=True,
     ),
     Part(
         "search",
@@ -123,34 +114,7 @@ def do(part: Part, out: Path, data: Path | None, seconds: int = LIMIT) -> str:
     record = collect(part.preset, root)
     path = out / f"{part.name}.json"
     save_record(path, record)
-    if part.keep_weights and ended == "complete":
-        for seed in part.preset.seeds:
-            weights = Layout.of(part.preset, root).model(Plain(), seed) / "weights.pt"
-            save_in_parts(weights, out / "weights" / f"{part.name}-seed{seed}")
     return f"{part.name}: {ended}; {len(record['rows'])} cells in {path}"
-
-
-def save_in_parts(weights: Path, folder: Path, size: int = PART_BYTES) -> None:
-    """Write a network's weights in bfloat16, in files of at most `size` bytes or one tensor."""
-    parts: list[dict[str, torch.Tensor]] = [{}]
-    filled = 0
-    for name, tensor in load_tensors(weights).items():
-        small = tensor.bfloat16() if tensor.is_floating_point() else tensor
-        if parts[-1] and filled + small.nbytes > size:
-            parts.append({})
-            filled = 0
-        parts[-1][name] = small
-        filled += small.nbytes
-    for number, part in enumerate(parts):
-        save_tensors(folder / f"{number}.pt", part)
-
-
-def load_from_parts(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights that `save_in_parts` wrote, in float32."""
-    found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.pt"):
-        found |= load_tensors(path)
-    return {name: x.float() if x.is_floating_point() else x for name, x in found.items()}
 
 
 @contextmanager
