@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ def write_whole(path: Path, write: Callable[[Path], object], keep: Path | None =
         OSError: If it cannot be written, as on a full disk; what was at `path` is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays, since writers such as matplotlib's read the format from it.
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    # The suffix stays, since writers such as matplotlib's read the format from it. A killed process
+    # may leave this file; the next writer overwrites it.
+    partial = path.with_name(f".partial.{path.name}")
     try:
         write(partial)
         # Onto the disk before the name: else a power cut can leave the name and half the content.
@@ -39,24 +39,6 @@ def write_whole(path: Path, write: Callable[[Path], object], keep: Path | None =
         raise OSError(f"cannot write {path}: {error.strerror or error}; {kept}") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def remove_partial_files(folder: Path) -> None:
-    """Remove what `write_whole` left behind in processes that were killed."""
-    for path in folder.rglob(".*"):
-        found = re.match(r"\.(\d+)\.", path.name)
-        if found and path.is_file() and not _is_alive(int(found[1])):
-            path.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is there, and somebody else's
-        return True
-    return True
 
 
 def save_tensors(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:

@@ -20,6 +20,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "s2dm"))
 
 # The benches' tests compute the same everywhere; what needs a GPU has tests of its own.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("S2DM_DEVICE", "cpu")
 
 # Tests run side by side (pytest-xdist); one thread each keeps them out of one another's way.
 torch.set_num_threads(1)

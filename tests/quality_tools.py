@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 from torch import nn
 
 from benchmarks.quality.budget import Budget
@@ -64,6 +64,6 @@ def a_run(folder: Path, objective: Objective, seed: int = 3, **changes: Any) -> 
         "network": TINY.network,
         "budget": TINY.budget,
         "folder": folder,
-        "accelerator": Accelerator(cpu=True),
+        "device": torch.device("cpu"),
     }
     return train(objective, seed, **{**settings, **changes})

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from benchmarks.lab.linear import Imperfection, frechet, output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.samplers import sample
 from s2dm_loss import NoiseSchedule, ScaledModel, gain
+from tests.helpers import recursions
 
 LINEAR = NoiseSchedule.linear(1000)
 
@@ -32,23 +32,19 @@ def covariances(mixture):
     return (mixture.bases * mixture.variances[:, None, :]) @ mixture.bases.mT
 
 
-@pytest.mark.parametrize("alphas_cumprod", [0.0, 0.3, 0.99])
-def test_log_density_is_that_of_torch_distributions(alphas_cumprod):
-    mixture = some_mixture()
-    x = torch.randn(20, 3, generator=draw(3), dtype=torch.float64)
-    noisy = alphas_cumprod * covariances(mixture) + (1 - alphas_cumprod) * torch.eye(3).double()
-    law = MixtureSameFamily(
-        Categorical(mixture.weights),
-        MultivariateNormal(math.sqrt(alphas_cumprod) * mixture.means, noisy),
-    )
-    torch.testing.assert_close(mixture.log_density(x, alphas_cumprod), law.log_prob(x))
+def density(mixture, alphas_cumprod):
+    """The law of √ᾱ x_0 + √(1-ᾱ) ε."""
+    size = mixture.means.shape[1]
+    noisy = alphas_cumprod * covariances(mixture) + (1 - alphas_cumprod) * torch.eye(size).double()
+    means = math.sqrt(alphas_cumprod) * mixture.means
+    return MixtureSameFamily(Categorical(mixture.weights), MultivariateNormal(means, noisy))
 
 
 @pytest.mark.parametrize("alphas_cumprod", [0.0, 0.3, 0.99])
 def test_epsilon_is_the_score_of_the_density(alphas_cumprod):
     mixture = some_mixture()
     x = torch.randn(20, 3, generator=draw(3), dtype=torch.float64).requires_grad_()
-    (score,) = torch.autograd.grad(mixture.log_density(x, alphas_cumprod).sum(), x)
+    (score,) = torch.autograd.grad(density(mixture, alphas_cumprod).log_prob(x).sum(), x)
     expected = -math.sqrt(1 - alphas_cumprod) * score
     torch.testing.assert_close(mixture.epsilon(x.detach(), alphas_cumprod), expected)
 
@@ -62,7 +58,7 @@ def test_epsilon_is_the_conditional_mean_of_the_noise():
     )
     a = 0.6
     x0 = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
-    prior = mixture.log_density(x0[:, None], 1.0)
+    prior = density(mixture, 1.0).log_prob(x0[:, None])
     for x in (-1.5, 0.1, 2.0):
         epsilon = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
         weight = (prior - 0.5 * epsilon.square()).exp()
@@ -89,24 +85,12 @@ def test_draws_have_the_stated_moments():
     torch.testing.assert_close(samples.T.cov(), mixture.covariance, rtol=0.05, atol=0.05)
 
 
-def ddim_deviations(variances, s, times):
-    """DDIM's recursion on the standard deviations, written out; s is the gain's table."""
-    x = torch.ones_like(variances)
-    bars = LINEAR.alphas_cumprod
-    for t, before in zip(times, [*times[1:], None], strict=True):
-        a = bars[t]
-        b = bars[before] if before is not None else torch.tensor(1.0)
-        epsilon = s[t] * (1 - a).sqrt() * x / (a * variances + 1 - a)
-        x = b.sqrt() * (x - (1 - a).sqrt() * epsilon) / a.sqrt() + (1 - b).sqrt() * epsilon
-    return x
-
-
 @pytest.mark.parametrize("skip", [0, 99])
 def test_ddim_on_a_gaussian_is_its_recursion(skip):
     variances = torch.tensor([2.0, 0.3, 0.01], dtype=torch.float64)
     table = studies.gains([skip])
     output = output_variances(variances, table, LINEAR, "ddim", 10)
-    expected = ddim_deviations(variances, table[0], range(900, -1, -100)).square()
+    expected = recursions.ddim(variances, LINEAR.alphas_cumprod, 10, table[0]).square()
     torch.testing.assert_close(output[0], expected, rtol=1e-4, atol=0)
 
 
@@ -163,32 +147,12 @@ def test_what_the_page_says_of_the_exact_model():
     assert best["pndm", 20] == 0
 
 
-def euler_by_hand(variance, steps, skip, shift):
-    """Euler's recursion on the deviation, the gain written out on ε̂ = x + (1-t) u; τ = 0.99."""
-    times = [shift * (i / steps) / (1 + (shift - 1) * (i / steps)) for i in range(steps, -1, -1)]
-
-    def bar(t):
-        return (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
-
-    x = 1.0
-    for t, after in pairwise(times):
-        epsilon = t * x / ((1 - t) ** 2 * variance + t**2)
-        data = (1 - t) * variance * x / ((1 - t) ** 2 * variance + t**2)
-        velocity = epsilon - data
-        if skip and skip <= t < 1:
-            # The bound, 100 by default, is on what a network's own output is asked to change.
-            c2 = min(bar(t - skip) / bar(t) - 1, 100 * (1 - t) ** 2)
-            velocity = (0.99 / (0.99 + 0.01 * c2) * epsilon - x) / (1 - t)
-        x += (after - t) * velocity
-    return x / math.sqrt(variance)
-
-
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("variance", [1.0, 0.25])
 @pytest.mark.parametrize("skip", [0.0, 0.05, 0.3])
 def test_euler_on_the_straight_path_is_its_recursion(shift, variance, skip):
     found = flow.spread(variance, 10, skip=skip, shift=shift)
-    assert found == pytest.approx(euler_by_hand(variance, 10, skip, shift), rel=1e-6)
+    assert found == pytest.approx(recursions.euler(variance, 10, skip, shift), rel=1e-6)
 
 
 def test_more_steps_are_nearer_and_heun_is_nearer_still():
@@ -203,7 +167,7 @@ def test_what_the_page_says_of_euler():
     for (shift, variance, steps), spread in plain.items():
         assert spread < 1
         assert shift == 1 or spread < plain[1.0, variance, steps]
-        assert spread == pytest.approx(euler_by_hand(variance, steps, 0, shift), abs=1e-6)
+        assert spread == pytest.approx(recursions.euler(variance, steps, 0, shift), abs=1e-6)
     for row in rows:
         gained = list(row["gain"].values())
         assert row["plain"] < gained[0] < gained[-1]

@@ -16,9 +16,8 @@ from click.testing import CliRunner
 
 from benchmarks.overhead import __main__ as command
 from benchmarks.overhead import holes, plan
-from benchmarks.overhead.against import other_loss
 from benchmarks.overhead.contenders import contenders, released_loss
-from benchmarks.overhead.levels import KNOWN, Settings, eager
+from benchmarks.overhead.levels import KNOWN, Settings
 from benchmarks.overhead.measure import gradient_error
 from s2dm_loss import NoiseSchedule
 from tests.helpers.released_loss import CASES as RELEASED
@@ -32,7 +31,8 @@ def device(tmp_path: Path, name: str = "cuda", **changed: Any) -> holes.Device:
     """Return a device of the committed results, some levels replaced."""
     levels = json.loads((holes.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps({**levels, **changed}), encoding="utf-8")
+    levels |= {level: {"version": "0", **found} for level, found in changed.items()}
+    path.write_text(json.dumps(levels), encoding="utf-8")
     return holes.Device(path)
 
 
@@ -79,29 +79,6 @@ def test_the_gradients_error_is_that_of_the_type() -> None:
     assert wrong == pytest.approx(0.01, rel=1e-3)
 
 
-def test_another_version_is_loaded_beside_this_one(tmp_path: Path) -> None:
-    package = tmp_path / "s2dm_loss"
-    package.mkdir()
-    (package / "__init__.py").write_text("from s2dm_loss.loss import *\n__version__ = '0'\n")
-    (package / "loss.py").write_text(
-        "class NoiseSchedule:\n linear = classmethod(lambda cls: None)\n"
-        "class SkipStepLoss:\n"
-        " def __init__(self, schedule, skip): pass\n"
-        " def to(self, device): return self\n"
-        " def from_prediction(self, eps_hat, noise, t): return (eps_hat - noise).square().mean()\n"
-    )
-    before = {name: module for name, module in sys.modules.items() if name.startswith("s2dm_loss")}
-    found = other_loss(tmp_path, CPU)
-    after = {name: module for name, module in sys.modules.items() if name.startswith("s2dm_loss")}
-    assert (list(found), after) == (["version 0"], before)
-    settings = Settings(CPU, 0.01, 14, 1, 0.0, small=True, other=found)
-    cell = next(eager(settings, torch.bfloat16))
-    assert {"version 0/mse", "expected/mse"} < set(cell["ratios"])
-    call = ["run", "--against", str(package), "--out", str(tmp_path / "out")]
-    said = CliRunner().invoke(command.main, call)
-    assert "against: expected a checkout with a folder s2dm_loss" in said.output
-
-
 # Time.
 
 
@@ -134,7 +111,9 @@ def test_the_plan_takes_eight_minutes_at_most() -> None:
     assert sorted(planned) == sorted(command.LEVELS)
 
 
-def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path: Path) -> None:
+def test_a_part_that_hangs_takes_no_time_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The child of a part is ended as well, and what is spared goes on to the next."""
     child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
     scripts = {
@@ -143,7 +122,6 @@ def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path: Path) -> None:
         "fails": "raise SystemExit(3)",
         "last": "pass",
     }
-    parts = {(name,): 1.0 for name in scripts}
     said: list[str] = []
     asked = []
 
@@ -151,8 +129,10 @@ def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path: Path) -> None:
         asked.append(seconds)
         return [sys.executable, "-c", scripts[part[0]]]
 
+    monkeypatch.setattr(plan, "PARTS", {(name,): 1.0 for name in scripts})
+    monkeypatch.setattr(plan, "command", script)
     began = time.monotonic()
-    plan.follow(script, 4.0, said.append, parts)
+    plan.follow([], 4.0, said.append)
     took = time.monotonic() - began
     assert took < 4.5
     assert asked[1] > asked[0]  # what "quick" left
@@ -166,7 +146,7 @@ def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path: Path) -> None:
 def test_a_part_is_measured_by_the_command_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan.follow, "__defaults__", ({("bandwidth",): 60.0},))
+    monkeypatch.setattr(plan, "PARTS", {("bandwidth",): 60.0})
     said = CliRunner().invoke(command.main, ["gpu", "--rehearse", "--out", str(tmp_path)])
     assert "bandwidth: done" in said.output
     (found,) = json.loads((tmp_path / "cpu.json").read_text())["bandwidth"]["figures"]
@@ -184,11 +164,16 @@ def test_what_was_measured_before_a_failure_is_kept(
     monkeypatch.setitem(command.LEVELS, "counts", level)
     path = tmp_path / "cpu.json"
     path.write_text('{"step": {"figures": []}}')
-    call = ["run", "--device", "cpu", "--level", "counts", "--out", str(tmp_path)]
+    call = ["run", f"--out={tmp_path}", "--device", "cpu", "--level", "counts"]
+    call += ["--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["overhead", *call])
     said = CliRunner().invoke(command.main, call)
     assert isinstance(said.exception, RuntimeError)
     results = json.loads(path.read_text())
     assert results["counts"]["figures"] == [{"name": "first"}]
+    # It names no folder of one machine.
+    words = "python -m benchmarks.overhead run --device cpu --level counts"
+    assert results["counts"]["command"] == words
     assert results["step"] == {"figures": []}
 
 
@@ -237,8 +222,6 @@ def test_a_gpu_that_is_not_there(call: list[str], said: str) -> None:
 
 
 def test_a_recorded_command_names_no_folder_of_one_machine() -> None:
-    words = ["run", "--out", "here", "--level", "step", "--out=there", "--against", "x"]
-    assert command._own_words(words) == ["run", "--level", "step"]
     for path in holes.RESULTS.glob("*.json"):
         assert "--out" not in path.read_text(encoding="utf-8")
 

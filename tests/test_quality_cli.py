@@ -134,9 +134,9 @@ def test_a_run_says_what_it_prepares_what_it_left_and_that_it_is_complete(
     assert "runs/digits was complete already; only its report was written again:" in again.output
     assert "Complete after" not in again.output
     assert "done already         100%" in call("run", "digits", "--dry-run").output
-    kept = call("keep", "digits", "--folder", "kept")
+    kept = call("keep", "digits")
     assert kept.exit_code == 0, kept.output
-    assert (tmp_path / "kept/digits.json").exists()
+    assert (tmp_path / "benchmarks/results/quality/digits.json").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(
@@ -235,9 +235,9 @@ def test_results_of_other_settings_are_not_taken_for_ones_own(
     assert call("run", "digits").exit_code == 0
     longer = replace(PRESETS["digits"].budget, steps=13)
     monkeypatch.setitem(PRESETS, "digits", replace(PRESETS["digits"], budget=longer))
-    for command, *more in (("keep", "--folder", "kept"), ("run", "--dry-run")):
+    for command, *more in (("keep",), ("run", "--dry-run")):
         is_one_line(call(command, "digits", *more), "holds results of other settings (budget)")
-    assert not (tmp_path / "kept").exists()
+    assert not (tmp_path / "benchmarks").exists()
 
 
 @pytest.mark.parametrize(

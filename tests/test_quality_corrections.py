@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -19,8 +18,9 @@ from benchmarks.quality.corrections import (
 from benchmarks.quality.data import ImageSet, to_model_range
 from benchmarks.quality.paths import EpsilonPath, FlowPath
 from benchmarks.quality.samplers import FLOW, HEUN, sample
-from benchmarks.quality.spectra import Frequencies, PrincipalAxes, gaussian_variances
+from benchmarks.quality.spectra import Frequencies, gaussian_variances, principal_axes
 from s2dm_loss import NoiseSchedule, gain
+from tests.helpers import recursions
 
 SCHEDULE = NoiseSchedule.linear(1000)
 LEVELS = SCHEDULE.alphas_cumprod.double()
@@ -77,11 +77,11 @@ def test_frequencies_are_an_orthonormal_basis_of_cosines() -> None:
 
 
 def test_principal_axes_of_the_data() -> None:
-    basis = PrincipalAxes(DATA)
-    x = to_model_range(DATA.images)
-    torch.testing.assert_close(basis.images(basis.coordinates(x)).view_as(x), x)
-    spread = basis.coordinates(x).double().var(0)
-    torch.testing.assert_close(spread, basis.variances, rtol=1e-3, atol=1e-6)
+    variances, axes = principal_axes(DATA)
+    x, axes = to_model_range(DATA.images).double().flatten(1), axes.flatten(1)
+    torch.testing.assert_close(axes @ axes.T, torch.eye(16, dtype=torch.float64))
+    spread = (x @ axes.T).var(0)
+    torch.testing.assert_close(spread, variances, rtol=1e-3, atol=1e-6)
     assert float(spread[-3]) < 0.05 * float(spread[-2])  # two strong directions
 
 
@@ -90,16 +90,11 @@ def test_the_spread_that_ddim_leaves_of_gaussian_data_is_the_product_of_its_step
     steps: int,
 ) -> None:
     variances = torch.tensor([1e-3, 0.25, 4.0, 200.0], dtype=torch.float64)
-    levels = [float(LEVELS[t]) for t in range(1000 - 1000 // steps, -1, -1000 // steps)]
-    factor = torch.ones(4, dtype=torch.float64)
-    for here, there in pairwise([*levels, 1.0]):
-        noise = (1 - here) ** 0.5 / (1 - here + here * variances)
-        x0 = (1 - (1 - here) ** 0.5 * noise) / here**0.5
-        factor *= there**0.5 * x0 + (1 - there) ** 0.5 * noise
+    wanted = recursions.ddim(variances, LEVELS, steps).square()
     # DDIM's own loss, with nothing wrong in the network.
-    assert float((factor.square().sum() / variances.sum()).sqrt()) < 0.97
+    assert float((wanted.sum() / variances.sum()).sqrt()) < 0.97
     found = gaussian_variances("ddim", EpsilonPath(), steps, variances)
-    torch.testing.assert_close(found, factor.square(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=0)
 
 
 def test_many_steps_and_better_solvers_keep_the_spread_of_gaussian_data() -> None:
@@ -139,18 +134,8 @@ def test_what_euler_leaves_of_a_flow_with_a_gain_and_without(
         start = torch.ones(1, 1, dtype=torch.float64)
         found.append(float(sample(model, sampler, path.schedule, steps, start, torch.Generator())))
         shift = 3.0 if sampler.endswith("3") else 1.0
-        x = 1.0
-        for here, there in pairwise([1 - i / steps for i in range(steps)] + [0.0]):
-            t, following = (shift * e / (1 + (shift - 1) * e) for e in (here, there))
-            noise = t * x / ((1 - t) ** 2 + t**2)
-            if delta is not None and delta <= t < 1:
-                early = t - delta
-                levels = [(1 - x_) ** 2 / ((1 - x_) ** 2 + x_**2) for x_ in (early, t)]
-                c2 = min(levels[0] / levels[1] - 1, 100 * (1 - t) ** 2)
-                noise *= 0.99 / (0.99 + 0.01 * c2)
-            velocity = x if t == 1 else (noise - x) / (1 - t)
-            x += (following - t) * velocity
-        assert found[-1] == pytest.approx(x, rel=1e-4)
+        wanted = recursions.euler(1.0, steps, delta or 0.0, shift)
+        assert found[-1] == pytest.approx(wanted, rel=1e-4)
     assert found == pytest.approx(LEFT_BY_EULER[sampler, delta], abs=6e-4)
 
 

@@ -46,7 +46,7 @@ def a_batch(size: int = 24) -> Batch:
     x0 = torch.randn(size, 1, 4, 4, generator=draw)
     # Both ends of the schedule and t < k are among the times.
     t = torch.cat([torch.tensor([0, 1, 8, 9, 999]), torch.arange(size - 5) * 50 + 3])
-    extra = Stream(torch.Generator().manual_seed(2), size, slice(0, size), torch.device("cpu"))
+    extra = Stream(torch.Generator().manual_seed(2), size, torch.device("cpu"))
     return Batch(x0, t, torch.randn(size, 1, 4, 4, generator=draw), extra)
 
 
@@ -184,7 +184,7 @@ def test_the_minimisers_of_peers_are_gains(objective: Objective, t: int) -> None
     v, size = 0.3, 100_000
     draw = torch.Generator().manual_seed(4)
     x0, noise = torch.randn(2, size, 1, 1, 1, generator=draw)
-    extra = Stream(draw, size, slice(0, size), torch.device("cpu"))
+    extra = Stream(draw, size, torch.device("cpu"))
     times = torch.full((size,), t)
     losses = []
     for slope in (0.0, 0.5, 1.0):  # a linear model's loss is a parabola in its slope

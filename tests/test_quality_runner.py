@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from quality_tools import ONE_ARM, TINY
 from scipy.fft import dctn
 from torch import Tensor
 
-from benchmarks.files import load_json, load_tensors, save_json, write_whole
+from benchmarks.files import load_json, load_tensors, write_whole
 from benchmarks.quality import runner
 from benchmarks.quality.checkpoint import save_state
 from benchmarks.quality.data import load_digits, to_model_range, to_uint8
@@ -90,7 +89,7 @@ tiny = replace(
     arms=(
         *(arm(Plain(), one, ("ddim",), (2,)) for one in corrections),
         arm(SkipStep(9, "fresh"), samplers=("dpm++2m", "unipc", "pndm"), steps=(3,)),
-        arm(Plain(), samplers=("ddpm",), steps=(3,), percent=50),
+        arm(Plain(), samplers=("ddpm",), steps=(3,)),
     ),
     seeds=(0,),
 )
@@ -104,9 +103,7 @@ def _run_alone(command: list[str], environment: dict[str, str]) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_on_a_gpu(tmp_path: Path) -> None:
-    environment = {
-        name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"
-    }
+    environment = dict(os.environ, S2DM_DEVICE="cuda")
     environment["PYTHONPATH"] = os.pathsep.join((str(TESTS.parent), str(TESTS)))
     command = [sys.executable, "-W", "ignore", "-c", ON_A_GPU, str(tmp_path / "tiny")]
     _run_alone(command, environment)
@@ -115,7 +112,7 @@ def test_a_run_on_a_gpu(tmp_path: Path) -> None:
     assert training["device"] == torch.cuda.get_device_name()
     # The same numbers as on a CPU, but for rounding: the same images, noise and first weights.
     command[-1] = str(tmp_path / "cpu")
-    _run_alone(command, {**environment, "ACCELERATE_USE_CPU": "true"})
+    _run_alone(command, {**environment, "S2DM_DEVICE": "cpu"})
     for path in tmp_path.glob("cpu/cells/plain*/seed0/ddim-2.json"):
         there = load_json(tmp_path / "tiny" / path.relative_to(tmp_path / "cpu"))
         assert there["spread"] == pytest.approx(load_json(path)["spread"], rel=0.02), path
@@ -386,25 +383,6 @@ def test_progress_ends_at_its_total(
         assert ends[0][0] == ends[0][1] > 0
 
 
-def test_workers_and_accelerate_launch_are_not_combined(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="workers: expected 1 under `accelerate launch`, got 2"):
-        run(TINY, tmp_path, workers=2)
-
-
-def test_a_batch_that_does_not_divide(finished: Path) -> None:
-    bench = Bench(TINY, finished)
-
-    class Three(Accelerator):
-        num_processes = 3
-
-    bench.accelerator = Three(cpu=True)
-    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 processes, got"):
-        bench.model(Plain(), 7, lambda cost: None)
-
-
 def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     def torn(partial: Path) -> None:
         partial.write_text("half")
@@ -457,13 +435,8 @@ def test_other_data_are_not_mixed_into_a_folder(
     other = replace(digits, images=digits.images.flip(0))
     monkeypatch.setattr(runner.datasets, "load", lambda *_: other)
     with pytest.raises(ValueError, match=r"data: .* is of other images than"):
-        run(ONE_ARM.seeded((1,)), tmp_path)
+        run(replace(ONE_ARM, seeds=(1,)), tmp_path)
     sampling = replace(ONE_ARM, name="more", samples=32, networks_of=ONE_ARM)
     shutil.copytree(tmp_path, tmp_path.parent / "tiny")
     with pytest.raises(ValueError, match=r"data: .*tiny is of other images than"):
         run(sampling, tmp_path.parent / "more")
-    # A folder of before says nothing of its data.
-    floor = load_json(tmp_path / "floor.json")
-    del floor["data"]
-    save_json(tmp_path / "floor.json", floor)
-    run(ONE_ARM.seeded((1,)), tmp_path)

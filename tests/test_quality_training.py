@@ -16,8 +16,8 @@ from benchmarks.quality.budget import Budget
 from benchmarks.quality.objectives import Batch, Loss, Objective, Plain, SkipStep
 from benchmarks.quality.paths import Noisy
 from benchmarks.quality.presets import CIFAR10_16, CIFAR10_WIDE
-from benchmarks.quality.streams import Purpose, Stream, generator
-from benchmarks.quality.training import averaged_as_in, averaged_at, kept_state
+from benchmarks.quality.streams import Purpose, generator
+from benchmarks.quality.training import averaged_as_in, kept_state
 
 
 class KilledError(Exception):
@@ -122,16 +122,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         a_run(tmp_path, Broken())
 
 
-def test_the_rows_of_processes_make_up_the_whole_batch() -> None:
-    def draws(rows: slice) -> tuple[Tensor, Tensor]:
-        stream = Stream(generator(0, Purpose.TRAINING), 6, rows, torch.device("cpu"))
-        return stream.integers(1000), stream.normal((2, 3))
-
-    whole, first, second = draws(slice(0, 6)), draws(slice(0, 3)), draws(slice(3, 6))
-    for part in range(2):
-        assert torch.equal(torch.cat([first[part], second[part]]), whole[part])
-
-
 def test_streams_are_different() -> None:
     seeds = [
         generator(seed, purpose, part).initial_seed()
@@ -154,14 +144,3 @@ def test_the_average_spans_what_the_budget_says(budget: Budget) -> None:
         decay = min(ramp, budget.ema_decay) if n else 0.0
         wanted = decay * wanted + (1 - decay) * (n % 7)
     assert float(average.shadow_params[0]) == pytest.approx(wanted, rel=1e-9)
-
-
-def test_the_averaged_weights_of_a_younger_network(tmp_path: Path) -> None:
-    budget = replace(TINY.budget, anneal=False, keep_at=(0.5,))
-    shorter = replace(budget, steps=budget.steps // 2, keep_at=())
-    a_run(tmp_path / "whole", Plain(), budget=budget)
-    wanted = a_run(tmp_path / "short", Plain(), budget=shorter).state_dict()
-    model = TINY.network.build((1, 8, 8))
-    averaged_at(tmp_path / "whole", 50, model)
-    for name, weights in model.state_dict().items():
-        torch.testing.assert_close(weights, wanted[name], rtol=0, atol=0)

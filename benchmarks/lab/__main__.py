@@ -30,12 +30,9 @@ def main() -> None:
 
 @main.command("run")
 @click.argument("names", nargs=-1, type=click.Choice(list(STUDIES)), required=True)
-@click.option(
-    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of torch."
-)
-def run_command(names: tuple[str, ...], threads: int) -> None:
+def run_command(names: tuple[str, ...]) -> None:
     """Run studies and write one JSON each; `python -m benchmarks.pages` puts them on the pages."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     for name in names:
         began = time.perf_counter()
         result = STUDIES[name](partial(tqdm, desc=name))

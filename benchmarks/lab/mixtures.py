@@ -76,12 +76,10 @@ class Mixture:
             samples[rows] = scaled[rows] @ self.bases[j].T
         return samples + self.means[component]
 
-    def log_density(self, x: Tensor, alphas_cumprod: float) -> Tensor:
-        """Return log p_t(x) of x_t = √ᾱ x_0 + √(1-ᾱ) ε, shape ``[B]``."""
-        return self._terms(x, alphas_cumprod)[0].logsumexp(0)
-
     def epsilon(self, x: Tensor, alphas_cumprod: float, temperature: float = 1.0) -> Tensor:
         """Return E[ε | x_t = x] = -√(1-ᾱ) ∇ log p_t(x), shape ``[B, D]``.
+
+        Where p_t is the density of x_t = √ᾱ x_0 + √(1-ᾱ) ε.
 
         Args:
             x: float64 ``[B, D]``.
@@ -89,22 +87,19 @@ class Mixture:
             temperature: Divides the log-posterior of the components; 1 is exact, and above 1 is a
                 model that cannot quite tell the components apart.
         """
-        logits, gradients = self._terms(x, alphas_cumprod)
-        posterior = (logits / temperature).softmax(0)
-        return math.sqrt(1 - alphas_cumprod) * torch.einsum("jb,jbd->bd", posterior, gradients)
-
-    def _terms(self, x: Tensor, alphas_cumprod: float) -> tuple[Tensor, Tensor]:
-        """Return log w_j N_j(x) ``[J, B]`` and -∇ log N_j(x) ``[J, B, D]``."""
         away = x[None] - math.sqrt(alphas_cumprod) * self.means[:, None, :]
         variances = alphas_cumprod * self.variances + (1 - alphas_cumprod)
         along = away @ self.bases
         scaled = along / variances[:, None, :]
+        # log w_j N_j(x) but for a constant, [J, B], and -∇ log N_j(x), [J, B, D].
         logits = (
             self.weights.log()[:, None]
             - 0.5 * (along * scaled).sum(2)
             - 0.5 * (2 * math.pi * variances).log().sum(1)[:, None]
         )
-        return logits, scaled @ self.bases.mT
+        posterior = (logits / temperature).softmax(0)
+        gradients = scaled @ self.bases.mT
+        return math.sqrt(1 - alphas_cumprod) * torch.einsum("jb,jbd->bd", posterior, gradients)
 
 
 class ExactModel(nn.Module):

@@ -53,17 +53,11 @@ def gaussian(bar: Bar) -> Json:
     cells = [(s, n) for s in SAMPLERS for n in (5, 10, 20, 50, 100)] + [("ddim", 1000)]
     rows = []
     for sampler, steps in bar(cells):
-        output = output_variances(variances, table, SCHEDULE, sampler, steps)
-        distance = frechet(output, variances)
-        best = int(distance.argmin())
+        row, distance = _scanned(variances, table, sampler, steps)
         rows.append(
             {
-                "sampler": sampler,
-                "steps": steps,
-                "plain": float(distance[0]),
-                "plain_spread": _spread(output[0], variances),
-                "best_skip": best,
-                "best": float(distance[best]),
+                **row,
+                "best": float(distance[row["best_skip"]]),
                 "relative": {k: float(distance[k] / distance[0]) - 1 for k in (9, 49, 99)},
                 "curve": [float(f"{d:.4g}") for d in distance[:300:5]],
             }
@@ -71,8 +65,20 @@ def gaussian(bar: Bar) -> Json:
     return {"distance": "Frechet over total variance", "curve_skips": [0, 300, 5], "rows": rows}
 
 
-def _spread(output: Tensor, variances: Tensor) -> float:
-    return float((output.sum() / variances.sum()).sqrt())
+def _scanned(
+    variances: Tensor, table: Tensor, sampler: str, steps: int, wrong: Imperfection | None = None
+) -> tuple[Json, Tensor]:
+    """Return the best row of a table of gains, of which the first is none, and all distances."""
+    output = output_variances(variances, table, SCHEDULE, sampler, steps, wrong)
+    distance = frechet(output, variances)
+    row = {
+        "sampler": sampler,
+        "steps": steps,
+        "plain": float(distance[0]),
+        "plain_spread": float((output[0].sum() / variances.sum()).sqrt()),
+        "best_skip": int(distance.argmin()),
+    }
+    return row, distance
 
 
 def strength(bar: Bar) -> Json:
@@ -125,20 +131,9 @@ def imperfect(bar: Bar) -> Json:
     rows = []
     cells = [(w, s, n) for w in IMPERFECTIONS for s in CORE for n in (10, 20, 50, 100)]
     for wrong, sampler, steps in bar(cells):
-        output = output_variances(variances, table, SCHEDULE, sampler, steps, wrong)
-        distance = frechet(output, variances)
-        best = int(distance.argmin())
-        rows.append(
-            {
-                "model": wrong.title,
-                "sampler": sampler,
-                "steps": steps,
-                "plain": float(distance[0]),
-                "plain_spread": _spread(output[0], variances),
-                "best_skip": best,
-                "relative": float(distance[best] / distance[0]) - 1,
-            }
-        )
+        row, distance = _scanned(variances, table, sampler, steps, wrong)
+        relative = float(distance.min() / distance[0]) - 1
+        rows.append({"model": wrong.title, **row, "relative": relative})
     return {"rows": rows}
 
 

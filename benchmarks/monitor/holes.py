@@ -16,20 +16,13 @@ RESULT = ROOT / "benchmarks" / "results" / "monitor.json"
 TITLES = {"plain": "plain", "skip_step": "S²-DM"}
 
 
-class Run:
-    """The committed run, as a template asks for it."""
+class Run(dict[str, Any]):
+    """The committed record, with what a template asks of it besides."""
 
-    def __init__(self) -> None:
-        """Read the results."""
-        self.record: dict[str, Any] = load_json(RESULT)
-        self.names = [key for key in self.record["training"][0] if key.startswith("loss/")]
-
-    def __getattr__(self, name: str) -> Any:
-        """Return a part of the record."""
-        try:
-            return self.record[name]
-        except KeyError:
-            raise AttributeError(name) from None
+    @property
+    def names(self) -> list[str]:
+        """Names of the training losses, the one over all levels first."""
+        return [key for key in self["training"][0] if key.startswith("loss/")]
 
     def level(self, number: int) -> str:
         """Return a level's range, such as "-6.2 to -4.2"."""
@@ -37,12 +30,12 @@ class Run:
 
     def trained(self, steps: int, level: int = -1) -> float:
         """Return the training loss of a level, over all with -1, up to a step."""
-        (row,) = (row for row in self.record["training"] if row["step"] == steps)
+        (row,) = (row for row in self["training"] if row["step"] == steps)
         return float(row[self.names[level + 1]])
 
     def validated(self, steps: int) -> dict[str, Any]:
         """Return the validation loss at a step."""
-        (row,) = (row for row in self.record["validation"] if row["step"] == steps)
+        (row,) = (row for row in self["validation"] if row["step"] == steps)
         return dict(row)
 
     def fall(self, first: int, last: int, level: int = -1) -> str:
@@ -52,13 +45,15 @@ class Run:
 
 def monitor() -> Run:
     """Return the run; a function, so that other pages are written without it."""
-    return Run()
+    return Run(load_json(RESULT))
 
 
 def _draw(axes: Axes, means: Sequence[float], errors: Sequence[float], **style: Any) -> None:
     """Draw values by noise level, with two standard errors."""
     bars = [2 * error for error in errors]
-    axes.errorbar(Run().levels["log_snr"], means, yerr=bars, marker=".", linewidth=1, **style)
+    axes.errorbar(
+        monitor()["levels"]["log_snr"], means, yerr=bars, marker=".", linewidth=1, **style
+    )
     axes.set_xlabel("log SNR (left: noise, right: data)")
 
 
@@ -66,7 +61,7 @@ def levels() -> Figure:
     """Return the validation loss by level."""
     figure, ((axes,),) = new_figure(2.9)
     for color, (kind, title) in enumerate(TITLES.items(), 1):
-        _draw(axes, *zip(*Run().levels[kind], strict=True), color=COLORS[color], label=title)
+        _draw(axes, *zip(*monitor()["levels"][kind], strict=True), color=COLORS[color], label=title)
     axes.set(ylabel="loss", yscale="log")
     axes.legend()
     return figure
@@ -74,7 +69,7 @@ def levels() -> Figure:
 
 def compared() -> Figure:
     """Return the paired difference by level in percent."""
-    found = Run().levels
+    found = monitor()["levels"]
     figure, ((axes,),) = new_figure(2.9)
     # Over what it was before.
     rows = [

@@ -15,7 +15,6 @@ import torch
 
 from benchmarks.files import load_json, save_json
 from benchmarks.overhead import levels, plan
-from benchmarks.overhead.against import other_loss
 from benchmarks.overhead.levels import Cell, Settings
 from benchmarks.overhead.step import step
 from benchmarks.provenance import git, machine
@@ -24,14 +23,16 @@ from s2dm_loss import __version__
 SOURCES = ("s2dm_loss/*.py", "benchmarks/overhead")
 LEVELS: dict[str, Callable[[Settings], Iterator[Cell]]] = {
     "bandwidth": levels.bandwidth,
-    "float32": partial(levels.eager, dtype=torch.float32),
-    "bfloat16": partial(levels.eager, dtype=torch.bfloat16),
-    "compiled": levels.compiled_heads,
+    "float32": partial(levels.heads, mode="eager", dtypes=[torch.float32]),
+    "bfloat16": partial(levels.heads, mode="eager", dtypes=[torch.bfloat16]),
+    "compiled": partial(levels.heads, mode="compiled", dtypes=[torch.float32, torch.bfloat16]),
     "step": partial(step, modes=["eager"]),
     "step-compiled": partial(step, modes=["compiled"]),
     "step-graph": partial(step, modes=["graph", "compiled graph"]),
     "counts": levels.counts,
 }
+NAMES = ("name", "contender", "dtype", "mode")
+"""What tells a result from others."""
 
 OUT = click.option(
     "--out",
@@ -40,7 +41,6 @@ OUT = click.option(
     show_default=True,
     help="Folder of the figures, DEVICE.json; benchmarks/results/overhead is the page's.",
 )
-STEP_BATCH = click.option("--step-batch", type=int, help="Batch of the step [4; 128 on a GPU].")
 
 
 @click.group()
@@ -53,15 +53,10 @@ def main() -> None:
 @click.option("--level", "names", type=click.Choice(list(LEVELS)), multiple=True, help="[all]")
 @click.option("--seconds", default=2.0, show_default=True, help="Time for each cell of a table.")
 @click.option("--largest", type=int, help="log2 of the largest size [26; 28 on a GPU].")
-@STEP_BATCH
+@click.option("--step-batch", type=int, help="Batch of the step [4; 128 on a GPU].")
 @click.option("--step-seconds", default=60.0, show_default=True, help="Time for each step.")
 @click.option("--budget", type=float, help="Seconds after which nothing new is begun.")
 @click.option("--small", is_flag=True, help="For a rehearsal: one sample, a small network.")
-@click.option(
-    "--against",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Checkout of another version, whose loss is measured too.",
-)
 @OUT
 def run(
     device: str | None,
@@ -72,7 +67,6 @@ def run(
     step_seconds: float,
     budget: float | None,
     small: bool,
-    against: Path | None,
     out: Path,
 ) -> None:
     """Measure, and write after each result; a level measured before is replaced."""
@@ -82,17 +76,16 @@ def run(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device == "cuda"
     torch.manual_seed(0)
+    settings = Settings(
+        device=torch.device(device),
+        seconds=seconds,
+        largest=largest or (28 if on_gpu else 26),
+        step_batch=step_batch or (128 if on_gpu else 4),
+        step_seconds=step_seconds,
+        deadline=began + (budget or float("inf")),
+        small=small,
+    )
     try:
-        settings = Settings(
-            device=torch.device(device),
-            seconds=seconds,
-            largest=largest or (28 if on_gpu else 26),
-            step_batch=step_batch or (128 if on_gpu else 4),
-            step_seconds=step_seconds,
-            deadline=began + (budget or float("inf")),
-            small=small,
-            other=other_loss(against, torch.device(device)) if against else {},
-        )
         for name in names or tuple(LEVELS):
             click.echo(f"Measuring {name} on {device}:", err=True)
             _measure(name, settings, out / f"{device}.json")
@@ -117,7 +110,9 @@ def _measure(name: str, settings: Settings, path: Path) -> None:
     try:
         for cell in LEVELS[name](settings):
             figures.append(cell)
-            click.echo(f"  {summary(cell)}", err=True)
+            words = [cell[key] for key in NAMES if key in cell]
+            words += [f"{pair} {ratio[1]:.2f}" for pair, ratio in cell.get("ratios", {}).items()]
+            click.echo(f"  {'  '.join(words)}", err=True)
             results = load_json(path) if path.exists() else {}
             took = round(time.monotonic() - began, 1)
             results[name] = {**shown, "seconds": took, "figures": figures}
@@ -127,25 +122,13 @@ def _measure(name: str, settings: Settings, path: Path) -> None:
         click.echo(f"  {name}: the rest is left out: {str(error).splitlines()[0]}", err=True)
 
 
-def summary(cell: Cell) -> str:
-    """Return a result in a line."""
-    words = [str(cell[key]) for key in ("name", "contender", "dtype", "mode") if key in cell]
-    for pair, (_, median, _) in cell.get("ratios", {}).items():
-        words.append(f"{pair} {median:.2f}")
-    if "data_bytes" in cell:
-        words.append(f"{cell['peak_bytes'] / cell['data_bytes']:.2f} tensors held at once")
-    if "copy_bytes_per_second" in cell:
-        words.append(f"{cell['copy_bytes_per_second'][1] / 1e9:.1f} GB/s")
-    return "  ".join(words)
-
-
 def _own_words(arguments: list[str]) -> list[str]:
-    """Return a command line less the folders in it, which are one machine's own."""
+    """Return a command line less the folder in it, which is one machine's own."""
     kept, words = [], iter(arguments)
     for word in words:
-        if word in ("--out", "--against"):
+        if word == "--out":
             next(words, None)
-        elif not word.startswith(("--out=", "--against=")):
+        elif not word.startswith("--out="):
             kept.append(word)
     return kept
 
@@ -153,26 +136,16 @@ def _own_words(arguments: list[str]) -> list[str]:
 @main.command()
 @click.option("--minutes", default=8.0, show_default=True, help="Time for all of it.")
 @click.option("--rehearse", is_flag=True, help="On the CPU, at small sizes.")
-@STEP_BATCH
 @OUT
-def gpu(minutes: float, rehearse: bool, step_batch: int | None, out: Path) -> None:
+def gpu(minutes: float, rehearse: bool, out: Path) -> None:
     """Measure all that is worth it on a GPU in minutes, the most useful first."""
     if not rehearse and not torch.cuda.is_available():
         raise click.ClickException("gpu: torch sees no GPU here; --rehearse needs none")
     options = ["--out", str(out), "--seconds", "1", "--step-seconds", "25"]
     options += ["--device", "cpu" if rehearse else "cuda"]
     if rehearse:
-        options += ["--small", "--largest", "14"]
-        step_batch = step_batch or 1
-    if step_batch is not None:
-        options += ["--step-batch", str(step_batch)]
-
-    def command(part: plan.Levels, seconds: float) -> list[str]:
-        chosen = [word for level in part for word in ("--level", level)]
-        program = [sys.executable, "-m", "benchmarks.overhead", "run"]
-        return [*program, *chosen, "--budget", f"{seconds:.0f}", *options]
-
-    plan.follow(command, 60 * minutes - 5, click.echo)
+        options += ["--small", "--largest", "14", "--step-batch", "1"]
+    plan.follow(options, 60 * minutes - 5, click.echo)
 
 
 if __name__ == "__main__":

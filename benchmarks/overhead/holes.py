@@ -36,17 +36,28 @@ class Device:
 
     Args:
         path: The JSON that `python -m benchmarks.overhead run` wrote.
+
+    Attributes:
+        label: The kind of device.
+        levels: The results.
+        machine: The device's name.
+        versions: Versions of the library that were measured.
+        copy_rate: Bytes a second of a copy, read and written.
     """
 
     def __init__(self, path: Path) -> None:
         """Read the results."""
         self.label, self.levels = DEVICES[path.stem], load_json(path)
+        machine = self.levels["float32"]["machine"]
+        self.machine = machine.get("gpu", machine["cpu"])
+        self.versions = sorted({level["version"] for level in self.levels.values()})
+        (copy,) = self.levels["bandwidth"]["figures"]
+        self.copy_rate: float = copy["copy_bytes_per_second"][1]
 
     def cells(self, level: str) -> list[Cell]:
         """Return the results of a level, sizes in order before the shapes people train on."""
         found: list[Cell] = self.levels.get(level, {}).get("figures", [])
-        named = all("name" in cell for cell in found)
-        return sorted(found, key=_order) if named else found
+        return sorted(found, key=_order)
 
     def known(self) -> list[tuple[str, Cell]]:
         """Return the float32 cells of the shapes people train on, by name."""
@@ -54,26 +65,10 @@ class Device:
         return [(name, ends[name]) for name in KNOWN if name in ends]
 
     @property
-    def machine(self) -> str:
-        """The device's name."""
-        found = self.levels["float32"]["machine"]
-        return str(found.get("gpu", found["cpu"]))
-
-    @property
-    def versions(self) -> list[str]:
-        """Versions of the library that were measured."""
-        return sorted({level["version"] for level in self.levels.values()})
-
-    @property
     def old(self) -> bool:
         """Whether that was the head before 0.3, which moved the data seven times."""
         row = self.counted("float32")["expected"]
         return bool(row["bytes"] > 6.5 * row["data_bytes"])
-
-    @property
-    def copy_rate(self) -> float:
-        """Bytes a second of a copy, read and written."""
-        return float(self.cells("bandwidth")[0]["copy_bytes_per_second"][1])
 
     @property
     def fastest_step(self) -> Cell:
@@ -123,11 +118,10 @@ class Device:
         missing = []
         for level, dtype in HEADS[1:]:
             found = {cell["name"] for cell in self.cells(level) if cell["dtype"] == dtype}
-            title = dtype if level == dtype else f"{level} {dtype}"
-            if not found:
-                missing.append(f"{title} at any size")
-            elif found < shapes:
-                missing.append(f"{title} at any size but {' and '.join(sorted(found))}")
+            if not shapes <= found:
+                but = f" but {' and '.join(sorted(found))}" if found else ""
+                title = dtype if level == dtype else f"{level} {dtype}"
+                missing.append(f"{title} at any size{but}")
         timed = {cell["mode"] for cell in self.steps}
         steps = STEPS if self.label == "GPU" else STEPS[:2]  # no graphs on a CPU
         return missing + [f"the step, {name}" for name in steps if name not in timed]
@@ -179,7 +173,8 @@ class Device:
 
 
 def _order(cell: Cell) -> tuple[bool, int]:
-    return not cell["name"].startswith("2^"), math.prod(cell["shape"])
+    """Sort by size, the shapes that people train on last."""
+    return not cell.get("name", "2^").startswith("2^"), math.prod(cell.get("shape", ()))
 
 
 def _plain(cell: Cell) -> float:

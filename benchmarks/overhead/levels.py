@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
@@ -64,7 +64,6 @@ class Settings:
         step_seconds: Time for each training step.
         deadline: When to stop, by `time.monotonic`; what comes later is left out.
         small: For a rehearsal: one sample of each known shape, and a small network.
-        other: The loss of another version, by that version.
     """
 
     device: torch.device
@@ -74,7 +73,6 @@ class Settings:
     step_seconds: float
     deadline: float = float("inf")
     small: bool = False
-    other: dict[str, Loss] = field(default_factory=dict)
 
     @property
     def cache_bytes(self) -> int:
@@ -136,53 +134,36 @@ def bandwidth(settings: Settings) -> Iterator[Cell]:
     yield {"mebibytes": mebibytes, "copy_bytes_per_second": [round(rate) for rate in rates]}
 
 
-def eager(settings: Settings, dtype: torch.dtype) -> Iterator[Cell]:
-    """Forward and backward of the loss alone, eager, at every shape and size."""
-    losses = contenders(settings.device, dtype) | settings.other
-    for (name, shape), seconds in settings.in_time(list(settings.shapes.items())):
-        yield from _timed(settings, losses, name, shape, dtype, "eager", seconds)
-
-
-def compiled_heads(settings: Settings) -> Iterator[Cell]:
-    """The same compiled, in float32 and in bfloat16."""
-    # Of each kind the shapes that people train on come before the sizes.
+def heads(settings: Settings, mode: str, dtypes: Sequence[torch.dtype]) -> Iterator[Cell]:
+    """Forward and backward of the loss alone, "eager" or "compiled", at every shape and size."""
+    # Of each type the shapes that people train on come before the sizes.
     shapes = list(settings.shapes.items())
     cells = [
-        (*cell, dtype)
+        (name, shape, dtype)
         for part in (shapes[: len(KNOWN)], shapes[len(KNOWN) :])
-        for dtype in (torch.float32, torch.bfloat16)
-        for cell in part
+        for dtype in dtypes
+        for name, shape in part
     ]
     for (name, shape, dtype), seconds in settings.in_time(cells):
-        torch.compiler.reset()
-        losses = compiled(contenders(settings.device, dtype))
-        yield from _timed(settings, losses, name, shape, dtype, "compiled", seconds)
-
-
-def _timed(
-    settings: Settings,
-    losses: Mapping[str, Loss],
-    name: str,
-    shape: Shape,
-    dtype: torch.dtype,
-    mode: str,
-    seconds: float,
-) -> Iterator[Cell]:
-    try:
-        times = interleave_heads(settings, losses, shape, dtype, seconds)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        click.echo(f"  {name}: more than the device's memory, left out", err=True)
-        return
-    yield {
-        "name": name,
-        "shape": shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "mode": mode,
-        "allocations": ALLOCATIONS,
-        "rounds": len(times["mse"]),
-        **summarise(times),
-    }
+        losses = contenders(settings.device, dtype)
+        if mode == "compiled":
+            torch.compiler.reset()
+            losses = compiled(losses)
+        try:
+            times = interleave_heads(settings, losses, shape, dtype, seconds)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            click.echo(f"  {name}: more than the device's memory, left out", err=True)
+            continue
+        yield {
+            "name": name,
+            "shape": shape,
+            "dtype": str(dtype).removeprefix("torch."),
+            "mode": mode,
+            "allocations": ALLOCATIONS,
+            "rounds": len(times["mse"]),
+            **summarise(times),
+        }
 
 
 def counts(settings: Settings) -> Iterator[Cell]:
@@ -194,7 +175,7 @@ def counts(settings: Settings) -> Iterator[Cell]:
         (shape, dtype, name, loss)
         for shape in order
         for dtype in (torch.float32, torch.bfloat16)
-        for name, loss in (contenders(settings.device, dtype) | settings.other).items()
+        for name, loss in contenders(settings.device, dtype).items()
     ]
     for (shape, dtype, name, loss), _ in settings.in_time(cells):
         row = {

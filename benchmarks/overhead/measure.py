@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from operator import truediv
 from typing import Any
 
 import torch
@@ -121,8 +122,7 @@ def summarise(times: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
         },
         "ratios": {
             f"{above}/{below}": [
-                round(value, 4)
-                for value in spread([a / b for a, b in zip(times[above], times[below])])  # noqa: B905
+                round(value, 4) for value in spread(list(map(truediv, times[above], times[below])))
             ]
             for above, below in pairs
         },

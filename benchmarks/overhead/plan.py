@@ -2,7 +2,7 @@
 
 The parts run in the order of their worth, each in a process of its own, which writes after every
 result: one that fails, hangs or compiles for too long loses what it had not finished, and no time
-of the parts after it. What a part does not use goes to the next.
+of the parts after it. What a part does not use goes to these.
 
 This plan was rehearsed on a CPU and with a pretended GPU. No GPU has run it yet.
 """
@@ -13,8 +13,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 Levels = tuple[str, ...]
 
@@ -32,35 +33,34 @@ START_UP = 10.0
 """Seconds of a part that are not for measuring: imports, and an end before it is ended."""
 
 
-def follow(
-    command: Callable[[Levels, float], Sequence[str]],
-    seconds: float,
-    say: Callable[[str], object],
-    parts: Mapping[Levels, float] = PARTS,
-) -> None:
+def follow(options: Sequence[str], seconds: float, say: Callable[[str], object]) -> None:
     """Run the parts, all of them together within `seconds`.
 
     Args:
-        command: Returns the command for some levels, which is to stop by itself after the given
-            seconds.
+        options: Options of `python -m benchmarks.overhead run` that all parts share.
         seconds: Time for all parts, divided as theirs are.
         say: Told what begins, and what did not end well.
-        parts: What to run.
     """
-    end, scale, later = time.monotonic() + seconds, seconds / sum(parts.values()), seconds
-    for levels, share in parts.items():
+    end, later = time.monotonic() + seconds, sum(PARTS.values())
+    for levels, share in PARTS.items():
         names = ", ".join(levels)
-        later -= scale * share
         began = time.monotonic()
-        limit = end - began - later
+        limit = (end - began) * share / later
+        later -= share
         say(f"{names}: at most {limit:.0f} s")
-        status = _run(command(levels, max(limit - START_UP, limit / 2)), limit)
+        status = _run([*command(levels, max(limit - START_UP, limit / 2)), *options], limit)
         if status is None:
             say(f"{names}: ended after {limit:.0f} s; what it had written is kept")
         elif status:
             say(f"{names}: failed with exit status {status}; what it had written is kept")
         else:
             say(f"{names}: done in {time.monotonic() - began:.0f} s")
+
+
+def command(levels: Levels, seconds: float) -> list[str]:
+    """Return what measures some levels, and stops by itself after so many seconds."""
+    program = [sys.executable, "-m", "benchmarks.overhead", "run", "--budget", f"{seconds:.0f}"]
+    return [*program, *(word for level in levels for word in ("--level", level))]
 
 
 def _run(command: Sequence[str], seconds: float) -> int | None:

@@ -136,18 +136,15 @@ def _captured(
         if name == "released":  # its masks make the host wait, which a graph cannot hold
             continue
         replay, value = capture(training.work(training.objective(loss)))
-        steps[name] = partial(_same, replay)
+        steps[name] = lambda replay=replay: replay
         values = [(replay(), value.item())[1] for _ in range(10)]
         falls[name] = math.isfinite(values[-1]) and values[-1] < values[0]
-        heads[name] = partial(_same, _captured_head(loss, training))
+        head = _captured_head(loss, training)
+        heads[name] = lambda head=head: head
     times = interleave(steps, settings.device, seconds, LEAST_ROUNDS)
     alone = interleave(heads, settings.device, min(seconds / 5, settings.seconds))
     rounds = len(times["mse"])
     return {"rounds": rounds, **summarise(times), "loss_falls": falls, "head": summarise(alone)}
-
-
-def _same(work: Callable[[], None]) -> Callable[[], None]:
-    return work
 
 
 def _captured_head(loss: Loss, training: Training) -> Callable[[], None]:

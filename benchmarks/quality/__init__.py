@@ -20,7 +20,6 @@ another preset of the same runner.  The rooms, each about one thing:
 `features`          the feature space in which samples are compared with data
 `metrics`           the distances
 `presets`           the experiments, as data
-`settings`          what all results of a run depend on
 `layout`            the folder of a run
 `plan`              what a run has to do
 `runner`            objective x seed -> network -> sampler x steps -> one JSON per cell

@@ -11,7 +11,7 @@ class Budget:
 
     Attributes:
         steps: Optimiser steps.
-        batch_size: Images per step, over all processes.
+        batch_size: Images per step.
         learning_rate: Adam's.
         anneal: Let the learning rate fall to zero along a cosine.
         ema_decay: Largest decay of the averaged weights, which are the ones that sample.
@@ -23,7 +23,7 @@ class Budget:
         checkpoint_every: Steps between checkpoints.
         warmup: Steps over which the learning rate rises from zero.
         keep_at: Shares of the steps after which the whole state is kept for good, as
-            `state-<percent>.pt`: to compare a network with its younger self, and to branch from.
+            `state-<percent>.pt`, to branch from.
         branch_at: The one of these shares at which an objective that branches starts, from the
             plain run's state of its seed; None to train each from the start.
     """

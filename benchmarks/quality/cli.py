@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # torch and its friends take seconds to import, and help shou
     from benchmarks.quality.presets import Preset
 
 FOR_THE_REPOSITORY = ("keep",)
+RESULTS = Path("benchmarks/results/quality")
+"""Where committed results lie, in the checkout from which `keep` is called."""
 
 
 class Commands(click.Group):
@@ -99,7 +102,7 @@ def _preset(name: str, seeds: str | None) -> Preset:
         raise click.BadParameter(f"expected numbers such as 0,1,2, got {seeds!r}") from error
     if len(set(chosen)) < len(chosen):
         raise click.BadParameter(f"expected each seed once, got {seeds!r}")
-    return preset.seeded(chosen)
+    return replace(preset, seeds=chosen)
 
 
 def _describe(preset: Preset, root: Path, workers: int) -> None:
@@ -125,13 +128,11 @@ def _run(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
     from benchmarks.quality.data import check_folder
 
     check_folder(preset.data, data)
-    first = int(os.environ.get("RANK", "0")) == 0
     began = time.perf_counter()
-    if first:
-        click.echo(
-            f"Preparing {preset.name} in {root}: the images, the network that measures distances, "
-            "and how far real images are from real ones."
-        )
+    click.echo(
+        f"Preparing {preset.name} in {root}: the images, the network that measures distances, "
+        "and how far real images are from real ones."
+    )
     # After the line above: importing torch's friends takes seconds.
     from benchmarks.quality.plan import plan
     from benchmarks.quality.report import FILES, write_report
@@ -139,8 +140,6 @@ def _run(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
 
     complete = root.is_dir() and plan(preset, root).cost == 0
     run(preset, root, workers=workers, data_folder=data)
-    if not first:
-        return
     click.echo(write_report(preset, root, data))
     if complete:
         click.echo(f"{root} was complete already; only its report was written again:")
@@ -158,13 +157,14 @@ def _again(command: str, preset: str, options: Mapping[str, object]) -> str:
     return f"python -m benchmarks.quality {shlex.join(words)}"
 
 
+PRESET = click.argument("preset", metavar="PRESET", type=PresetName())
 OUT = click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
 SEEDS = click.option("--seeds", help="Seeds, such as 0,1,2 [the preset's].")
 DATA = click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10.")
 
 
 @main.command("run")
-@click.argument("preset", type=PresetName())
+@PRESET
 @OUT
 @click.option("--workers", type=click.IntRange(1), help="Processes, of one thread each if several.")
 @SEEDS
@@ -190,7 +190,7 @@ def run_command(
 
 
 @main.command("search")
-@click.argument("preset", type=PresetName())
+@PRESET
 @click.option("--sampler", default="ddim", show_default=True)
 @click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True)
 @OUT
@@ -237,21 +237,13 @@ def gpu_command(out: Path, data: Path | None, parts: str | None, dry_run: bool) 
 
 
 @main.command("keep")
-@click.argument("preset", type=PresetName())
+@PRESET
 @OUT
 @SEEDS
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    default=Path("benchmarks/results/quality"),
-    show_default=True,
-    help="Where committed results lie.",
-)
-def keep_command(preset: str, out: Path | None, seeds: str | None, folder: Path) -> None:
+def keep_command(preset: str, out: Path | None, seeds: str | None) -> None:
     """Copy the results of PRESET, finished or not, to where they are committed."""
     from benchmarks.quality.report import keep
 
-    options = {"--out": out, "--seeds": seeds, "--folder": folder}
-    with _in_one_line(_again("keep", preset, options)):
-        path = keep(_preset(preset, seeds), out or Path("runs") / preset, folder)
+    with _in_one_line(_again("keep", preset, {"--out": out, "--seeds": seeds})):
+        path = keep(_preset(preset, seeds), out or Path("runs") / preset, RESULTS)
         click.echo(f"Wrote {path}.")

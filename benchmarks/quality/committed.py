@@ -11,7 +11,7 @@ from benchmarks.files import load_json
 from benchmarks.quality.statistics import Cell, Results
 
 FOLDER = Path(__file__).parents[1] / "results" / "quality"
-ARCHIVE = "archive.json"
+ARCHIVE = "archive"
 """Records of presets that are no longer in the code."""
 NAMES = {
     "unet": "cifar10-unet",
@@ -25,24 +25,20 @@ _METHOD = re.compile(r"(?P<kind>gain|loss) (?P<skip>-?[\d.]+)$")
 
 
 @cache
-def records(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+def records() -> dict[str, dict[str, Any]]:
     """Return all committed records by preset, those of the archive included."""
-    archive: dict[str, dict[str, Any]] = (
-        load_json(folder / ARCHIVE) if (folder / ARCHIVE).exists() else {}
-    )
-    found = {path.stem: load_json(path) for path in sorted(folder.glob("*.json"))}
-    found.pop(Path(ARCHIVE).stem, None)
-    return {**archive, **found}
+    found = {path.stem: load_json(path) for path in sorted(FOLDER.glob("*.json"))}
+    return {**found.pop(ARCHIVE), **found}
 
 
 @cache
-def results(run: str, folder: Path = FOLDER) -> Results:
+def results(run: str) -> Results:
     """Return the results of a run.
 
     Raises:
         LookupError: If none are committed.
     """
-    preset, known = NAMES.get(run, run), records(folder)
+    preset, known = NAMES.get(run, run), records()
     if preset not in known:
         raise LookupError(f"no committed results of {run!r}; there are {', '.join(known)}")
     return Results(known[preset])

@@ -7,7 +7,6 @@ folder in the format in which they are usually handed round; nothing is download
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-CIFAR10_LABELS = "train_lables.json"  # as the npm package spells it
 CIFAR10 = (
     "the folder cifar-10-batches-py of CIFAR10's python version "
     "(https://www.cs.toronto.edu/~kriz/cifar.html: data_batch_1 to data_batch_5, test_batch), or "
@@ -134,24 +132,13 @@ def load_cifar10(folder: Path) -> ImageSet:
     if (folder / "cifar-10-batches-py").is_dir():
         folder = folder / "cifar-10-batches-py"
     pictures = any((folder / f"{name}.png").is_file() for name in CIFAR10_FILES)
-    names = [*(f"{name}.png" for name in CIFAR10_FILES), CIFAR10_LABELS]
-    names = names if pictures else list(CIFAR10_FILES)
+    names = [f"{name}.png" if pictures else name for name in CIFAR10_FILES]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"data: {folder} lacks {', '.join(missing)}; expected {CIFAR10}")
-    if pictures:
-        *training, held_out = (_cifar10_picture(folder / f"{name}.png") for name in CIFAR10_FILES)
-        labels = _cifar10_labels(folder / CIFAR10_LABELS)
-    else:
-        *batches, (held_out, _) = (_cifar10_pickle(folder / name) for name in CIFAR10_FILES)
-        training = [images for images, _ in batches]
-        labels = [label for _, part in batches for label in part]
-    images = torch.cat(training)
-    if len(labels) != len(images):
-        raise ValueError(
-            f"data: {folder / CIFAR10_LABELS}: expected {len(images)} labels, got {len(labels)}"
-        )
-    return ImageSet("cifar10", images, torch.tensor(labels, dtype=torch.int64), held_out)
+    read = _cifar10_picture if pictures else _cifar10_pickle
+    *training, held_out = (read(folder / name) for name in names)
+    return ImageSet("cifar10", torch.cat(training), held_out=held_out)
 
 
 def load_cifar10_16(folder: Path) -> ImageSet:
@@ -161,23 +148,11 @@ def load_cifar10_16(folder: Path) -> ImageSet:
         folder: As for `load_cifar10`.
     """
     full = load_cifar10(folder)
-
-    def halved(images: Tensor) -> Tensor:
-        return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
-
-    if full.held_out is None:
-        raise ValueError("data: CIFAR10 has held-out images")
-    return ImageSet("cifar10-16", halved(full.images), full.labels, halved(full.held_out))
-
-
-def _cifar10_labels(path: Path) -> list[int]:
-    with _named(path):
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    if not (
-        isinstance(labels, list) and all(type(label) is int and label >= 0 for label in labels)
-    ):
-        raise ValueError(f"data: {path}: expected a list of classes, 0 and up")
-    return labels
+    images, held_out = (
+        F.avg_pool2d(part.float(), 2).round().to(torch.uint8)
+        for part in (full.images, full.reference)
+    )
+    return ImageSet("cifar10-16", images, held_out=held_out)
 
 
 @contextmanager
@@ -189,7 +164,7 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"data: {path}: {error or 'it is empty'}") from error
 
 
-def _cifar10_pickle(path: Path) -> tuple[Tensor, list[int]]:
+def _cifar10_pickle(path: Path) -> Tensor:
     with _named(path), path.open("rb") as file:
         batch = _ArraysOnly(file, encoding="bytes").load()
     rows = batch.get(b"data") if isinstance(batch, dict) else None
@@ -198,10 +173,7 @@ def _cifar10_pickle(path: Path) -> tuple[Tensor, list[int]]:
         raise ValueError(
             f"data: {path}: expected b'data' to be a uint8 array of shape (N, 3072), got {came}"
         )
-    labels = batch.get(b"labels")
-    if not isinstance(labels, list) or len(labels) != len(rows):
-        raise ValueError(f"data: {path}: expected b'labels' with {len(rows)} entries")
-    return torch.from_numpy(rows).view(-1, 3, 32, 32), labels
+    return torch.from_numpy(rows).view(-1, 3, 32, 32)
 
 
 def _cifar10_picture(path: Path) -> Tensor:

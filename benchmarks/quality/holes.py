@@ -202,24 +202,17 @@ def table(
     return markdown_table([head, *(title for title, *_ in columns)], lines).rstrip()
 
 
-def cells_table(
-    run: str,
-    rows: Sequence[tuple[str, str, str | None]],
-    steps: Sequence[int],
-    measure: str = "kernel",
-) -> str:
-    """Return a table of a run: a row's distance and spread by the number of steps."""
+def cells_table(run: str, rows: Sequence[tuple[str, str, str | None]], steps: Sequence[int]) -> str:
+    """Return a table of a run: a row's kernel distance and spread by the number of steps."""
     found, lines = results(run), []
     for title, method, sampler in rows:
         line, name = [title], method_name(method)
         for n in steps:
-            where = cell(run, sampler, n)
-            known = found.values(name, where, MEASURES[measure])
-            line.append(
-                f"{distance(run, method, sampler, n, measure=measure)}, {spread(run, method, sampler, n)}"  # noqa: E501
-                if known
-                else ""
-            )
+            text = ""
+            if found.values(name, cell(run, sampler, n), KERNEL):
+                text = distance(run, method, sampler, n, measure="kernel")
+                text += f", {spread(run, method, sampler, n)}"
+            line.append(text)
         if any(line[1:]):
             lines.append(line)
     return markdown_table(["", *(f"{n} steps" for n in steps)], lines).rstrip()
@@ -351,43 +344,25 @@ def _rescaling(found: Results, where: Cell) -> dict[int, str]:
     """Return for each seed the score rescaling that is best on the others, or the only one."""
     names = [name for name in found.methods if name.startswith("plain+rescaling")]
     names = [name for name in names if found.values(name, where)]
-    seeds = found.values("plain", where)
-    return (
-        dict.fromkeys(seeds, names[0]) if len(names) == 1 else found.chosen_elsewhere(names, where)
-    )
+    if len(names) == 1:
+        return dict.fromkeys(found.values("plain", where), names[0])
+    return found.chosen_elsewhere(names, where)
 
 
 def _searches(found: Results, where: Cell) -> list[dict[str, Any]]:
     """Return what `search.search` kept in a cell, a record for each seed."""
-    return [
-        one for one in found.record.get("searches", [])
-        if Cell(one["sampler"], one["steps"]) == where
-    ]  # fmt: skip
+    kept = found.record.get("searches", [])
+    return [one for one in kept if (one["sampler"], one["steps"]) == where]
 
 
-HOLES: dict[str, Any] = {
-    "archive_row": archive_row,
-    "best_pair": best_pair,
-    "cells_table": cells_table,
-    "change": change,
-    "moved": moved,
-    "claim": claim,
-    "continuous_gap": continuous_gap,
-    "distance": distance,
-    "dose": dose,
-    "fact": fact,
-    "gains_that_help": gains_that_help,
-    "markdown_table": markdown_table,
-    "mean_change": mean_change,
-    "mean_table": mean_table,
-    "octave": octave,
-    "points": points,
-    "recommended": recommended,
-    "spread": spread,
-    "table": table,
-    "times_floor": times_floor,
-    "together": together,
-    "verdict": verdict,
+HOLES: dict[str, Callable[..., Any]] = {
+    each.__name__: each
+    for each in (
+        *(archive_row, best_pair, cells_table, change, claim, continuous_gap, distance, dose, fact),
+        *(gains_that_help, octave),
+        *(markdown_table, mean_change, mean_table, moved, points, recommended, spread, table),
+        *(times_floor, together, verdict),
+    )
 }
 FIGURES: dict[str, Callable[[], Figure]] = {
     f"quality/{name}": draw for name, draw in evidence_figures.FIGURES.items()

@@ -25,7 +25,6 @@ from filelock import FileLock, Timeout
 from benchmarks.files import load_json, save_json
 from benchmarks.quality.objectives import Method, Objective
 from benchmarks.quality.presets import Preset
-from benchmarks.quality.settings import differences
 
 
 @dataclass(frozen=True)
@@ -80,13 +79,12 @@ class InUseError(RuntimeError):
 
 
 @contextmanager
-def claimed(preset: Preset, root: Path, *, first: bool) -> Iterator[None]:
+def claimed(preset: Preset, root: Path) -> Iterator[None]:
     """Hold a folder for a preset; a run that leaves nothing behind leaves no folder either.
 
     Args:
         preset: Whose results the folder is for.
         root: The folder.
-        first: Whether this is the process that writes; the others of a distributed run only wait.
 
     Raises:
         ValueError: If the folder is a file, or holds results made with other settings.
@@ -99,9 +97,6 @@ def claimed(preset: Preset, root: Path, *, first: bool) -> Iterator[None]:
     paths = [path for folder in folders for path in (folder, *folder.parents)]
     made = [path for path in dict.fromkeys(paths) if not path.exists()]
     root.mkdir(parents=True, exist_ok=True)
-    if not first:
-        yield
-        return
     lock = FileLock(root / "lock")
     try:
         lock.acquire(timeout=0)
@@ -126,7 +121,7 @@ def check_settings(preset: Preset, root: Path) -> None:
         if not layout.settings.exists():
             continue
         stored = load_json(layout.settings)
-        if differing := differences(stored, one.settings):
+        if differing := [key for key, value in one.settings.items() if stored.get(key) != value]:
             key = differing[0]
             raise ValueError(
                 f"out: {layout.root} holds results of other settings ({', '.join(differing)}): "

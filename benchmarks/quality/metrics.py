@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from benchmarks.files import load_tensors, save_tensors
 from benchmarks.quality.features import FeatureNetwork
@@ -62,8 +61,6 @@ class FeatureDistances:
         network: Maps images to features.
         reference: uint8 images `[N, C, H, W]`.
         batch_size: Images per call of the network.
-        gather: In a distributed run, gather the references and the images of all processes, each
-            of which hands in its share.
         cache: Where the reference's features are kept, and read from where they are.
     """
 
@@ -73,28 +70,23 @@ class FeatureDistances:
         reference: Tensor,
         batch_size: int = 1024,
         *,
-        gather: bool = True,
         cache: Path | None = None,
     ) -> None:
         """Compute the reference's features."""
         self.network = network
         self.batch_size = batch_size
         self.device = network.device
-        self.frechet = FrechetInceptionDistance(
-            feature=_Identity(network.num_features),
-            reset_real_features=False,
-            sync_on_compute=gather,
-        ).to(self.device)
-        self.gather = gather
+        identity = _Identity(network.num_features)
+        self.frechet = FrechetInceptionDistance(identity, reset_real_features=False)
+        self.frechet.to(self.device)
         if cache is not None and cache.exists():
             features = load_tensors(cache)["features"]
         else:
             features = self._features(reference)
             if cache is not None:
                 save_tensors(cache, {"features": features})
-        features = features.to(self.device)
-        self.frechet.update(features, real=True)
-        self.reference = self._all(features)
+        self.reference = features.to(self.device)
+        self.frechet.update(self.reference, real=True)
         self.within_reference = kernel_mean(self.reference)
 
     @torch.inference_mode()
@@ -102,21 +94,14 @@ class FeatureDistances:
         parts = images.split(self.batch_size)
         return torch.cat([self.network(part.to(self.device)).float() for part in parts])
 
-    def _all(self, features: Tensor) -> Tensor:
-        """Return the features of all processes."""
-        if self.gather and torch.distributed.is_initialized():
-            return torch.cat(gather_all_tensors(features))
-        return features
-
     def compare(self, images: Tensor) -> Distances:
         """Return the distances of images `[N, C, H, W]` from the reference."""
         features = self._features(images)
         self.frechet.update(features, real=False)
         frechet = float(self.frechet.compute())
         self.frechet.reset()
-        mine = self._all(features)
-        between = kernel_mean(mine, self.reference)
-        return Distances(frechet, kernel_mean(mine) + self.within_reference - 2 * between)
+        between = kernel_mean(features, self.reference)
+        return Distances(frechet, kernel_mean(features) + self.within_reference - 2 * between)
 
 
 def noise_floor(
@@ -141,9 +126,7 @@ def noise_floor(
         cache: Where the features of `held_out` are kept.
     """
     drawn = len(data) // 2 if held_out is None else min(images or len(data), len(data))
-    fixed = (
-        None if held_out is None else FeatureDistances(network, held_out, gather=False, cache=cache)
-    )
+    fixed = None if held_out is None else FeatureDistances(network, held_out, cache=cache)
     results = []
     for repeat in range(repeats):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(repeat))
@@ -151,7 +134,7 @@ def noise_floor(
         if fixed is not None:
             results.append(fixed.compare(some))
         else:
-            results.append(FeatureDistances(network, some, gather=False).compare(rest))
+            results.append(FeatureDistances(network, some).compare(rest))
     return {
         "frechet": sum(r.frechet for r in results) / repeats,
         "kernel": sum(r.kernel for r in results) / repeats,

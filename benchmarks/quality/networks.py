@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -139,6 +140,12 @@ class UNetSpec:
         )
 
 
+def default_device() -> torch.device:
+    """Return a GPU where there is one, or what the variable S2DM_DEVICE says."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(os.environ.get("S2DM_DEVICE", found))
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether bfloat16 saves time: a processor without it takes 4 to 9 times as long."""
     if device.type != "cpu":
@@ -148,8 +155,10 @@ def has_bfloat16(device: torch.device) -> bool:
     )
 
 
-class BlockUNet(nn.Module):
+class PixelUNet(nn.Module):
     """A U-Net that sees blocks of pixels as channels, which is fast on a CPU.
+
+    Its output is whatever it is trained on.
 
     Args:
         unet: diffusers' U-Net.
@@ -170,9 +179,8 @@ class BlockUNet(nn.Module):
         """Return what the U-Net makes of images `[B, C, H, W]`, at full size again."""
         if self.fast and not self.compiled:
             # On a GPU as CUDA graphs: launched one by one, the kernels of a step of the paper's
-            # U-Net take longer to launch than to run. In one process, as far as that was tried.
-            graphs = images.is_cuda and not torch.distributed.is_initialized()
-            self.unet.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+            # U-Net take longer to launch than to run.
+            self.unet.compile(dynamic=False, mode="reduce-overhead" if images.is_cuda else None)
             self.compiled = True
         inputs = F.pixel_unshuffle(images, self.patch)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -181,10 +189,6 @@ class BlockUNet(nn.Module):
             outputs = self.unet(inputs, t, return_dict=False)[0]
         return F.pixel_shuffle(outputs.float(), self.patch)
 
-
-class PixelUNet(BlockUNet):
-    """A plain U-Net on the image as it is; its output is whatever it is trained on."""
-
     @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.on_blocks(x, t.expand(len(x)))
@@ -192,7 +196,7 @@ class PixelUNet(BlockUNet):
 
 @dataclass(frozen=True)
 class PixelUNetSpec(NetworkSpec):
-    """Hyperparameters of `PixelUNet`.
+    """Hyperparameters of `PixelUNet` on the image as it is.
 
     Attributes:
         unet: The U-Net.
@@ -207,7 +211,7 @@ class PixelUNetSpec(NetworkSpec):
         return PixelUNet(self.unet.diffusers_unet(image_shape), patch=1, fast=self.fast)
 
 
-class SpectralUNet(BlockUNet):
+class SpectralUNet(PixelUNet):
     """An ε-model around a U-Net, right from the start for Gaussian data of the images' spectrum.
 
     With y and F' the coordinates of x_t and of the U-Net's output in an orthonormal basis (colours

@@ -234,7 +234,6 @@ class ResidualSum(Loss):
 
     @override
     def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        # One call on the stacked timesteps, so that a distributed model is called once per step.
         window, strength = self.objective.window, self.objective.strength
         noise = [batch.noise] + [batch.more_noise() for _ in range(1, window)]
         times = [(batch.t - j).clamp(min=0) for j in range(window)]
@@ -282,23 +281,19 @@ class Method:
     Attributes:
         objective: What the network is trained on.
         correction: What is put on it then.
-        percent: How much of its training the network has seen; one of the preset's `keep_at`.
     """
 
     objective: Objective
     correction: Correction | None = None
-    percent: int = 100
 
     @property
     def name(self) -> str:
         """A name that can be a folder."""
-        young = "" if self.percent == 100 else f"@{self.percent}"
         correction = "" if self.correction is None else f"+{self.correction.name}"
-        return f"{self.objective.name}{young}{correction}"
+        return f"{self.objective.name}{correction}"
 
     @property
     def title(self) -> str:
         """The name in tables."""
-        young = "" if self.percent == 100 else f", {self.percent} % of the training"
         correction = "" if self.correction is None else f" + {self.correction.title}"
-        return f"{self.objective.title}{young}{correction}"
+        return f"{self.objective.title}{correction}"

@@ -13,6 +13,7 @@ from torch.utils.benchmark import Timer
 from benchmarks.quality.checkpoint import newest_state
 from benchmarks.quality.data import SETS
 from benchmarks.quality.layout import Layout
+from benchmarks.quality.networks import default_device
 from benchmarks.quality.objectives import Objective
 from benchmarks.quality.paths import PATHS
 from benchmarks.quality.presets import Arm, Preset
@@ -109,7 +110,7 @@ def plan(preset: Preset, root: Path) -> Plan:
 
 def estimate(preset: Preset, todo: Plan) -> float:
     """Return the seconds that one process would need for a plan, from a few steps and calls."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     shape = SETS[preset.data].shape
     model = preset.network.build(shape).to(device)
     path = PATHS[preset.path]()

@@ -57,11 +57,9 @@ def arm(
     correction: Correction | None = None,
     samplers: tuple[str, ...] = CORE,
     steps: tuple[int, ...] = STEPS,
-    *,
-    percent: int = 100,
 ) -> Arm:
     """Return an arm, said briefly."""
-    return Arm(Method(objective, correction, percent), samplers, steps)
+    return Arm(Method(objective, correction), samplers, steps)
 
 
 @dataclass(frozen=True)
@@ -110,10 +108,6 @@ class Preset:
             "features": repr(self.features),
             "samples": self.samples,
         }
-
-    def seeded(self, seeds: tuple[int, ...]) -> Preset:
-        """Return the preset with other seeds."""
-        return replace(self, seeds=seeds)
 
 
 DIGITS = Preset(

@@ -53,12 +53,10 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
             if not path.exists():
                 continue
             cell, where = load_json(path), f"{sampler}-{steps}"
+            name = where if method.name == "plain" else f"{method.name}, {where}"
             titles[method.name] = cell["title"]
-            if "band_spreads" in cell:
-                name = where if method.name == "plain" else f"{method.name}, {where}"
-                bands[f"{name}, seed {seed}"] = [round(value, 4) for value in cell["band_spreads"]]
+            bands[f"{name}, seed {seed}"] = [round(value, 4) for value in cell["band_spreads"]]
             if "raw_spread" in cell:
-                name = where if method.name == "plain" else f"{method.name}, {where}"
                 raw_spreads.setdefault(name, {})[str(seed)] = round(cell["raw_spread"], 5)
             if "gaussian_spread" in cell:
                 alone[where] = round(cell["gaussian_spread"], 5)
@@ -66,7 +64,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
                 alone_in_bands[where] = [round(value, 4) for value in found]
             versions_seen = cell["versions"]
             commits[versions_seen["commit"] or "unknown"] = None
-            differed |= bool(versions_seen.get("checkout_differed"))
+            differed |= versions_seen["checkout_differed"]
             distances = [
                 round(cell[kind][key], 6) if kind in cell else None
                 for kind in ("raw", "images")

@@ -10,37 +10,30 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.files import (
-    load_json,
-    load_tensors,
-    remove_partial_files,
-    save_json,
-    save_tensors,
-)
+from benchmarks.files import load_json, load_tensors, save_json, save_tensors
 from benchmarks.provenance import versions
 from benchmarks.quality import data as datasets
 from benchmarks.quality.layout import Layout, claimed
 from benchmarks.quality.metrics import FeatureDistances, noise_floor
+from benchmarks.quality.networks import default_device
 from benchmarks.quality.objectives import Method, Objective, Plain
 from benchmarks.quality.paths import PATHS
 from benchmarks.quality.plan import Job, branching, jobs, plan, training_cost, training_steps
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.samplers import sample
-from benchmarks.quality.spectra import Frequencies, PrincipalAxes, gaussian_variances
+from benchmarks.quality.spectra import Frequencies, gaussian_variances, principal_axes
 from benchmarks.quality.streams import Purpose, generator
-from benchmarks.quality.training import averaged_at, kept_state, train
+from benchmarks.quality.training import kept_state, train
 
 KEPT_SAMPLES = 32
 
@@ -58,21 +51,16 @@ class Bench:
         """Load the data and make the feature network."""
         self.preset = preset
         self.layout = Layout.of(preset, root)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.path = PATHS[preset.path]().to(self.accelerator.device)
+        self.device = default_device()
+        self.path = PATHS[preset.path]().to(self.device)
         self.data = datasets.load(preset.data, data_folder)
-        with self.accelerator.main_process_first():
-            network = preset.features.build(self.data, root, self.accelerator.device)
-        self.features = network
-        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        # Each process of a distributed run has its own share of the reference.
-        alone = self.accelerator.num_processes == 1
+        self.features = preset.features.build(self.data, root, self.device)
         self.distances = FeatureDistances(
-            network, self.data.reference[share], cache=self.layout.reference if alone else None
+            self.features, self.data.reference, cache=self.layout.reference
         )
         self.versions = versions()
         # One network for all weights that are sampled with: it is compiled once.
-        self.network = preset.network.build(self.data.shape).to(self.accelerator.device)
+        self.network = preset.network.build(self.data.shape).to(self.device)
         self.network.eval().requires_grad_(False)
         real = datasets.to_model_range(self.data.reference).double()
         self.data_spread = float(real.std(0).mean())
@@ -83,9 +71,13 @@ class Bench:
         """Return the distances between sets of real images; measured once."""
         path, digest = self.layout.floor, self.data.digest
         if not path.exists():
-            held_out, samples = self.data.held_out, self.preset.samples
-            cache = self.layout.reference if self.accelerator.num_processes == 1 else None
-            floor = noise_floor(self.features, self.data.images, held_out, samples, cache=cache)
+            floor = noise_floor(
+                self.features,
+                self.data.images,
+                self.data.held_out,
+                self.preset.samples,
+                cache=self.layout.reference,
+            )
             save_json(path, {"features": self.features.description, "data": digest, **floor})
         stored: dict[str, Any] = load_json(path)
         if stored["features"] != self.features.description:
@@ -94,8 +86,7 @@ class Bench:
                 f"would be of {self.features.description}; take a new folder"
             )
         for floor_of in dict.fromkeys((path, self.layout.networks / path.name)):
-            # Folders of before have no digest.
-            if floor_of.exists() and load_json(floor_of).get("data", digest) != digest:
+            if floor_of.exists() and load_json(floor_of).get("data") != digest:
                 raise ValueError(
                     f"data: {floor_of.parent} is of other images than these {len(self.data)} of "
                     f"{self.data.name}; take a new folder"
@@ -111,10 +102,8 @@ class Bench:
         if (share := branching(self.preset, objective)) is not None:
             self.model(Plain(), seed, advance)
             branch = kept_state(self.layout.model(Plain(), seed), round(100 * share))
-        # Two workers may want the same network: the second waits, and loads it. The processes of
-        # `accelerate launch` train one network together.
-        alone = self.accelerator.num_processes == 1
-        with FileLock(folder / "lock") if alone else nullcontext():
+        # Two workers may want the same network: the second waits, and loads it.
+        with FileLock(folder / "lock"):
             return train(
                 objective,
                 seed,
@@ -123,7 +112,7 @@ class Bench:
                 network=self.preset.network,
                 budget=self.preset.budget,
                 folder=folder,
-                accelerator=self.accelerator,
+                device=self.device,
                 branch=branch,
                 progress=lambda steps: advance(steps * cost),
             )
@@ -140,8 +129,6 @@ class Bench:
         trained = self.model(method.objective, seed, advance)
         model = self.network
         model.load_state_dict(trained.state_dict())
-        if method.percent < 100:
-            averaged_at(self.layout.model(method.objective, seed), method.percent, model)
         for sampler, steps in missing:
             self._measure(model, method, seed, sampler, steps)
             advance(self.preset.samples * steps)
@@ -152,8 +139,7 @@ class Bench:
         path = self.layout.cell(method, seed, sampler, steps)
         began = time.perf_counter()
         if method.correction is not None:
-            corrected = method.correction.apply(model, self.path)
-            model = corrected.to(self.accelerator.device)
+            model = method.correction.apply(model, self.path).to(self.device)
         samples, moments = self._samples(model, seed, sampler, steps, path.with_suffix(""))
         sampled = time.perf_counter()
         saved = samples if samples.dtype == torch.uint8 else datasets.to_uint8(samples)
@@ -169,10 +155,10 @@ class Bench:
         if samples.is_floating_point():
             result["raw"] = asdict(self.distances.compare(samples))
         else:
-            result["raw_spread"] = self._spread(moments) / self.data_spread
+            result["raw_spread"] = _spread(moments) / self.data_spread
             moments = _moments(datasets.to_model_range(samples))
         result |= {
-            "spread": self._spread(moments) / self.data_spread,
+            "spread": _spread(moments) / self.data_spread,
             "band_spreads": (self._band_spreads(samples) / self.data_band_spreads).tolist(),
             **self._spread_without_network(method, sampler, steps),
             "sampling_seconds": round(sampled - began, 2),
@@ -180,40 +166,29 @@ class Bench:
             "settings": self.preset.settings,
             "versions": self.versions,
         }
-        if self.accelerator.is_main_process:
-            save_tensors(path.with_suffix(".pt"), {"samples": saved[:KEPT_SAMPLES].clone()})
-            save_json(path, result)
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its batches
-        self.accelerator.wait_for_everyone()
+        save_tensors(path.with_suffix(".pt"), {"samples": saved[:KEPT_SAMPLES].clone()})
+        save_json(path, result)
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its batches
 
     def _samples(
         self, model: nn.Module, seed: int, sampler: str, steps: int, partial: Path
     ) -> tuple[Tensor, Tensor]:
-        """Return this process's share of the samples, and their moments before any rounding.
+        """Return the samples, and their moments before any rounding.
 
         Where there are several batches each is kept in `partial` until the cell is done, since
         at 1000 steps a cell takes hours.
         """
         size, total = self.preset.sample_batch, self.preset.samples
         counts = [min(size, total - first) for first in range(0, total, size)]
-        accelerator = self.accelerator
-        if len(counts) < accelerator.num_processes:
-            raise ValueError(
-                f"samples: expected at least one batch of {size} for each of the "
-                f"{accelerator.num_processes} processes, got {len(counts)} in all"
-            )
-        mine = range(accelerator.process_index, len(counts), accelerator.num_processes)
         batches = []
-        for part in mine:
+        for part, count in enumerate(counts):
             path = partial / f"{part}.pt"
             if path.exists():
                 batches.append(load_tensors(path))
                 continue
-            start = torch.randn(
-                counts[part], *self.data.shape, generator=generator(seed, Purpose.START, part)
-            )
+            draw = generator(seed, Purpose.START, part)
+            start = torch.randn(count, *self.data.shape, generator=draw).to(self.device)
             noise = generator(seed, Purpose.SAMPLER, part)
-            start = start.to(accelerator.device)
             x = sample(model, sampler, self.path.schedule, steps, start, noise).cpu()
             kept = x if self.features.takes_floats else datasets.to_uint8(x)
             batches.append({"samples": kept, "moments": _moments(x)})
@@ -228,12 +203,11 @@ class Bench:
 
         A band of an axis is the share of its length that lies in the band.
         """
-        axes = PrincipalAxes(self.data)
-        images = axes.get_buffer("axes").T.double().view(-1, *self.data.shape)
-        shares = self.frequencies.coordinates(images).square().sum(1).flatten(1)
+        variances, axes = principal_axes(self.data)
+        shares = self.frequencies.coordinates(axes).square().sum(1).flatten(1)
         bands = shares.new_zeros(len(shares), self.frequencies.count)
         bands.index_add_(1, self.frequencies.bands.flatten(), shares)
-        return axes.variances, bands
+        return variances, bands
 
     def _spread_without_network(self, method: Method, sampler: str, steps: int) -> dict[str, Any]:
         """Return what spread the sampler itself leaves, once for the plain network's cells."""
@@ -247,20 +221,12 @@ class Bench:
         }
 
     def _band_spreads(self, samples: Tensor) -> Tensor:
-        """Return the standard deviation in each octave of frequencies, of this process's share."""
+        """Return the standard deviation in each octave of frequencies."""
         values = samples if samples.is_floating_point() else datasets.to_model_range(samples)
         found = self.frequencies.coordinates(values.cpu().double()).var(0).mean(0).flatten()
         bands = self.frequencies.bands.flatten()
         sums = found.new_zeros(self.frequencies.count).index_add_(0, bands, found)
         return (sums / bands.bincount()).sqrt()
-
-    def _spread(self, moments: Tensor) -> float:
-        """Return the standard deviation over all processes' samples, averaged over pixels."""
-        if self.accelerator.num_processes > 1:
-            moments = self.accelerator.reduce(moments.to(self.accelerator.device), "sum").cpu()
-        count, first, second = moments
-        variance = (second - first.square() / count) / (count - 1)
-        return float(variance.sqrt().mean())
 
 
 def _moments(samples: Tensor) -> Tensor:
@@ -270,43 +236,40 @@ def _moments(samples: Tensor) -> Tensor:
     return torch.stack([count, values.sum(0), values.square().sum(0)])
 
 
+def _spread(moments: Tensor) -> float:
+    """Return the standard deviation over samples, averaged over pixels."""
+    count, first, second = moments
+    variance = (second - first.square() / count) / (count - 1)
+    return float(variance.sqrt().mean())
+
+
 def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | None = None) -> None:
     """Do all jobs of a preset that are not done.
 
     Args:
         preset: The experiment.
         root: The run's folder.
-        workers: Processes that share the jobs, each with one thread; 1 for a GPU and under
-            `accelerate launch`.
+        workers: Processes that share the jobs, each with one thread; 1 for a GPU.
         data_folder: Where a local data set lies.
 
     Raises:
-        ValueError: If the folder is a file or holds results of other settings, or workers and
-            `accelerate launch` are combined.
+        ValueError: If the folder is a file or holds results of other settings.
         InUseError: If another run is at work in the folder.
         OSError: If something cannot be written; what is done is kept.
     """
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if workers > 1 and distributed:
-        raise ValueError(f"workers: expected 1 under `accelerate launch`, got {workers}")
-    first = int(os.environ.get("RANK", "0")) == 0
-    with claimed(preset, root, first=first):
-        if first:
-            remove_partial_files(root)
+    with claimed(preset, root):
         todo = plan(preset, root)
         if workers > 1:
             torch.set_num_threads(1)
         # Built before any worker, which then find the feature network in its file.
         bench = Bench(preset, root, data_folder)
-        if first:
-            bench.floor()
+        bench.floor()
         with tqdm(
             total=todo.cost + todo.done,
             initial=todo.done,
             desc=preset.name,
             smoothing=0,  # two processes report in bursts
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            disable=not first,
         ) as bar:
             if workers == 1:
                 advance = _Batched(bar.update)

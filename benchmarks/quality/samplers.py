@@ -37,7 +37,10 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 FLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}),
     "euler-shift3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-    "unipc-flow": ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 1.0}),
+    "unipc-flow": (
+        "UniPCMultistepScheduler",
+        {"use_flow_sigmas": True, "flow_shift": 1.0, "prediction_type": "flow_prediction"},
+    ),
 }
 HEUN = {"heun": 1.0, "heun-shift3": 3.0}
 """Shifts."""
@@ -68,21 +71,17 @@ def make_scheduler(name: str, schedule: Schedule) -> Any:
         raise ValueError(f"sampler: expected one of {', '.join(known)}, got {name!r}")
     import diffusers
 
-    if not isinstance(schedule, NoiseSchedule):
-        kind, settings = FLOW[name]
-        if name.startswith("unipc"):
-            settings = {**settings, "prediction_type": "flow_prediction"}
-        return getattr(diffusers, kind)(num_train_timesteps=1000, **settings)
-    kind, settings = SAMPLERS[name]
-    alphas_cumprod = schedule.alphas_cumprod.double()
-    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    return getattr(diffusers, kind)(
-        num_train_timesteps=len(alphas_cumprod),
-        trained_betas=(1 - alphas_cumprod / before).numpy(),
-        prediction_type="epsilon",
-        timestep_spacing="leading",
-        **settings,
-    )
+    kind, settings = known[name]
+    if isinstance(schedule, NoiseSchedule):
+        alphas_cumprod = schedule.alphas_cumprod.double()
+        before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+        settings = {
+            "trained_betas": (1 - alphas_cumprod / before).numpy(),
+            "prediction_type": "epsilon",
+            "timestep_spacing": "leading",
+            **settings,
+        }
+    return getattr(diffusers, kind)(num_train_timesteps=1000, **settings)
 
 
 def set_steps(scheduler: Any, name: str, steps: int, device: torch.device | None = None) -> None:

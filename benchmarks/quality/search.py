@@ -46,7 +46,7 @@ def search(
     if path.exists():
         stored: dict[str, Any] = load_json(path)
         return stored
-    with claimed(preset, root, first=True):
+    with claimed(preset, root):
         return _searched(preset, root, seed, cell, data_folder, path)
 
 

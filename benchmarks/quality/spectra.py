@@ -49,30 +49,17 @@ class Frequencies(nn.Module):
         return cosines.T @ coordinates @ cosines
 
 
-class PrincipalAxes(nn.Module):
-    """An orthonormal basis of images: the principal axes of a data set.
+def principal_axes(data: ImageSet) -> tuple[Tensor, Tensor]:
+    """Return the data's variance along each principal axis, and the axes, an orthonormal basis.
 
-    Attributes:
-        variances: The data's variance along each axis, float64 `[D]`.
+    Returns:
+        Variances, float64 `[D]`, and images of length 1, float64 `[D, C, H, W]`.
     """
-
-    def __init__(self, data: ImageSet) -> None:
-        """Take the axes of all images in the model's range."""
-        super().__init__()
-        values = torch.cat([to_model_range(part).flatten(1) for part in data.images.split(4096)])
-        centred = values - values.mean(0)
-        covariance = centred.T @ centred / (len(centred) - 1)
-        variances, axes = torch.linalg.eigh(covariance.double())
-        self.variances = variances.clamp(min=0)
-        self.register_buffer("axes", axes.float(), persistent=False)
-
-    def coordinates(self, x: Tensor) -> Tensor:
-        """Return the coordinates of images `[B, C, H, W]`: `[B, D]`."""
-        return x.flatten(1) @ self.get_buffer("axes")
-
-    def images(self, coordinates: Tensor) -> Tensor:
-        """Return the images of coordinates, flat: `[B, D]`."""
-        return coordinates @ self.get_buffer("axes").T
+    values = torch.cat([to_model_range(part).flatten(1) for part in data.images.split(4096)])
+    centred = values - values.mean(0)
+    covariance = centred.T @ centred / (len(centred) - 1)
+    variances, axes = torch.linalg.eigh(covariance.double())
+    return variances.clamp(min=0), axes.T.reshape(-1, *data.shape)
 
 
 def gaussian_variances(sampler: str, path: Path, steps: int, variances: Tensor) -> Tensor:

@@ -32,25 +32,18 @@ def generator(seed: int, purpose: Purpose, part: int = 0) -> torch.Generator:
 
 
 class Stream:
-    """Draws for a batch that is split over processes.
-
-    Every process draws for the whole batch and keeps its own rows, so the numbers do not depend
-    on how many processes there are.
+    """Draws for a batch.
 
     Args:
         source: The generator.
-        batch_size: Rows of the whole batch.
-        rows: The rows of this process.
+        batch_size: Rows of the batch.
         device: Where the draws go.
     """
 
-    def __init__(
-        self, source: torch.Generator, batch_size: int, rows: slice, device: torch.device
-    ) -> None:
+    def __init__(self, source: torch.Generator, batch_size: int, device: torch.device) -> None:
         """Keep where numbers come from and go to."""
         self.source = source
         self.batch_size = batch_size
-        self.rows = rows
         self.device = device
 
     def integers(self, high: int) -> Tensor:
@@ -62,8 +55,7 @@ class Stream:
         return self._placed(torch.randn(self.batch_size, *shape, generator=self.source))
 
     def _placed(self, drawn: Tensor) -> Tensor:
-        mine = drawn[self.rows]
         if self.device.type != "cuda":
-            return mine.to(self.device)
+            return drawn.to(self.device)
         # From pinned memory the copy makes nobody wait, and the next step is drawn meanwhile.
-        return mine.pin_memory().to(self.device, non_blocking=True)
+        return drawn.pin_memory().to(self.device, non_blocking=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -38,7 +37,7 @@ def train(
     network: NetworkSpec,
     budget: Budget,
     folder: Path,
-    accelerator: Accelerator,
+    device: torch.device,
     branch: Path | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> nn.Module:
@@ -53,13 +52,13 @@ def train(
         budget: The training budget.
         folder: Where this run's files go: checkpoints while it is under way, then `weights.pt`
             and `training.json`.
-        accelerator: Device and processes.
+        device: Where it is trained.
         branch: The state of another run to start from, weights, optimiser and random streams;
             without it a fresh network.
         progress: Called with the number of steps just done; may raise to stop the run.
 
     Returns:
-        The network with averaged weights, in evaluation mode, on the accelerator's device.
+        The network with averaged weights, in evaluation mode, on the device.
     """
     weights_path, record_path = folder / "weights.pt", folder / "training.json"
     with torch.random.fork_rng(devices=[]):
@@ -68,37 +67,19 @@ def train(
         if not (weights_path.exists() and record_path.exists()):
             if isinstance(model, SpectralUNet):
                 model.measure(to_model_range(data.images))
-            run = _Run(model, objective, seed, data, path, budget, accelerator)
+            run = _Run(model.to(device), objective, seed, data, path, budget, device)
             run.advance(folder, branch, progress)
-            model = run.averaged()
-            if accelerator.is_main_process:
-                save_tensors(weights_path, model.state_dict())
-                save_json(record_path, run.record())
-            accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        remove_states(folder)
+            run.ema.copy_to(model.parameters())
+            save_tensors(weights_path, model.state_dict())
+            save_json(record_path, run.record())
+    remove_states(folder)
     model.load_state_dict(load_tensors(weights_path))
-    return model.to(accelerator.device).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def kept_state(folder: Path, percent: int) -> Path:
     """Return where a run keeps its state after a share of its steps."""
     return folder / f"state-{percent}.pt"
-
-
-def averaged_at(folder: Path, percent: int, model: nn.Module) -> nn.Module:
-    """Give a network the averaged weights that a run had after a share of its steps.
-
-    Args:
-        folder: The run's folder.
-        percent: The share, one of the budget's `keep_at`.
-        model: A network such as the run's.
-    """
-    weights = load_tensors(kept_state(folder, percent))["ema"]["shadow_params"]
-    with torch.no_grad():
-        for parameter, average in zip(model.parameters(), weights, strict=True):
-            parameter.copy_(average)
-    return model
 
 
 def averaged_as_in(budget: Budget, parameters: Iterable[nn.Parameter]) -> EMAModel:
@@ -123,27 +104,17 @@ class _Run:
         data: ImageSet,
         path: NoisePath,
         budget: Budget,
-        accelerator: Accelerator,
+        device: torch.device,
     ) -> None:
-        share, rest = divmod(budget.batch_size, accelerator.num_processes)
-        if rest:
-            raise ValueError(
-                f"batch_size: expected a multiple of the {accelerator.num_processes} processes, "
-                f"got {budget.batch_size}"
-            )
-        self.objective, self.budget = objective, budget
-        self.accelerator = accelerator
-        device = accelerator.device
+        self.model, self.objective, self.budget, self.device = model, objective, budget, device
         self.images = data.images.to(device)
-        rows = slice(share * accelerator.process_index, share * (accelerator.process_index + 1))
         self.streams = {
-            purpose: Stream(generator(seed, purpose), budget.batch_size, rows, device)
+            purpose: Stream(generator(seed, purpose), budget.batch_size, device)
             for purpose in (Purpose.TRAINING, Purpose.EXTRA)
         }
         self.loss = objective.build(path).to(device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=budget.learning_rate, fused=True)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.ema = averaged_as_in(budget, self._bare().parameters())
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=budget.learning_rate, fused=True)
+        self.ema = averaged_as_in(budget, model.parameters())
         self.ema.to(device)
         self.step = 0
         self.seconds = 0.0
@@ -151,25 +122,15 @@ class _Run:
         self.sums = torch.zeros(2, device=device)
         self.by_noise = LossByNoise(path.schedule, name="mse")
 
-    def _bare(self) -> nn.Module:
-        bare: nn.Module = self.accelerator.unwrap_model(self.model)
-        return bare
-
-    def averaged(self) -> nn.Module:
-        """Return the network with the averaged weights."""
-        model = self._bare()
-        self.ema.copy_to(model.parameters())
-        return model
-
     def record(self) -> dict[str, Any]:
         """Return what is worth keeping of a finished run."""
-        device = self.accelerator.device
+        device = self.device
         return {
             "objective": self.objective.name,
             "steps": self.step,
-            "parameters": sum(each.numel() for each in self._bare().parameters()),
+            "parameters": sum(each.numel() for each in self.model.parameters()),
             "seconds": round(self.seconds, 2),
-            "processes": self.accelerator.num_processes,
+            "processes": 1,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "curve": self.curve,
         }
@@ -192,13 +153,12 @@ class _Run:
             if percent is not None or due:
                 now = time.perf_counter()
                 self.seconds, began = self.seconds + now - began, now
-                state = self._state()  # in every process, whose losses it adds up
-                if self.accelerator.is_main_process:
-                    # Before the checkpoint, from which a run goes on behind this step.
-                    if percent is not None:
-                        save_tensors(kept_state(folder, percent), state)
-                    if due:
-                        save_state(folder, state)
+                state = self._state()
+                # Before the checkpoint, from which a run goes on behind this step.
+                if percent is not None:
+                    save_tensors(kept_state(folder, percent), state)
+                if due:
+                    save_state(folder, state)
             progress(1)
         self.seconds += time.perf_counter() - began
 
@@ -225,19 +185,17 @@ class _Run:
             group["lr"] = self._learning_rate()
         self.optimizer.zero_grad()
         loss, errors, t = self.loss(self.model, self._batch())
-        self.accelerator.backward(loss)
+        loss.backward()
         if self.budget.grad_clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.budget.grad_clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.budget.grad_clip)
         self.optimizer.step()
-        self.ema.step(self._bare().parameters())
+        self.ema.step(self.model.parameters())
         self.by_noise.update(t, errors)
         self.sums += torch.stack([loss.detach(), errors.mean()])
         self.step += 1
 
     def _log(self) -> None:
-        # "clone", since a reduction over processes works in place.
-        mean = self.accelerator.reduce(self.sums.clone(), "mean") / self.budget.log_every
-        loss, epsilon_mse = mean.tolist()
+        loss, epsilon_mse = (self.sums / self.budget.log_every).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"{self.objective.name}: the loss is {loss} at {self.step}")
         point = {"step": self.step, "loss": loss, "epsilon_mse": epsilon_mse}
@@ -249,7 +207,7 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": self._bare().state_dict(),
+            "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "streams": {int(p): s.source.get_state() for p, s in self.streams.items()},
@@ -264,9 +222,9 @@ class _Run:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._bare().load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.ema.to(self.accelerator.device)
+        self.ema.to(self.device)
         self.optimizer.load_state_dict(state["optimizer"])
         for purpose, stream in self.streams.items():
             stream.source.set_state(state["streams"][int(purpose)])
@@ -275,6 +233,5 @@ class _Run:
             torch.cuda.set_rng_state_all(state["cuda"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve = state["curve"]
-        self.sums = state["sums"].to(self.accelerator.device)
-        if "by_noise" in state:  # which a state of before 0.3 has not
-            self.by_noise.load_state_dict(state["by_noise"])
+        self.sums = state["sums"].to(self.device)
+        self.by_noise.load_state_dict(state["by_noise"])
