@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("s2dm-loss", "torch", "diffusers", "accelerate", "torchmetrics", "scikit-learn")
+PACKAGES = ("s2dm-loss", "torch", "diffusers", "torchmetrics", "scikit-learn")
 
 
 def versions() -> dict[str, str | bool | None]:

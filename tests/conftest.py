@@ -18,7 +18,7 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "s2dm"))
 
-# The benches' tests compute the same everywhere; what needs a GPU has tests of its own.
+# Tests of the benches and of trainers compute the same everywhere; what needs a GPU has its own.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("S2DM_DEVICE", "cpu")
 
