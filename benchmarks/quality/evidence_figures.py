@@ -57,14 +57,14 @@ def spreads_and_gains(run: str) -> list[tuple[float, float]]:
 
 def gains() -> Figure:
     """Draw what a gain does against the spread of the plain samples, a point for each sampler."""
-    figure, ((axes,),) = new_figure(3.0)
+    figure, ((axes,),) = new_figure(3.4)
     for (run, title), color in zip(GAINED.items(), COLORS[1:], strict=False):
         marker = "s" if run == "flow16" else "o"
         axes.plot(*zip(*spreads_and_gains(run)), marker, color=color, ms=4, alpha=0.8, label=title)  # noqa: B905
     zero_line(axes)
     zero_line(axes, 1.0, vertical=True)
     axes.set(xlabel="spread of the plain samples over the data's", ylabel="nearer with the gain, %")
-    axes.legend(ncols=2, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
