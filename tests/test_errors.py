@@ -42,6 +42,7 @@ CASES = {
     ValueError: [
         (lambda: loss(t=T // 999 * 1000), r"t must lie in \[0, 1000\), got 1000"),
         (lambda: loss(t=T - 1), r"t must lie in \[0, 1000\), got -1"),
+        (lambda: loss(t=T * 2), r"t must lie in \[0, 1000\), got 1000"),
         (lambda: loss(t=T[0]), r"t must have shape \(4,\).*shape \(\)"),
         (lambda: loss(t=T[:1]), r"t must have shape \(4,\), .* of target .*shape \(1,\)"),
         (lambda: loss(t=T[:1] / 1000), r"t must have shape \(4,\), one value for each sample"),

@@ -245,6 +245,11 @@ def test_what_is_moved_has_its_tables_ready_there(monkeypatch, make, tables):
     assert asked == [torch.device("cpu")] * tables
 
 
+def test_what_keeps_no_table_can_be_moved():
+    criterion = SkipStepLoss(VP, 0.1)
+    assert criterion.to("cpu") is criterion
+
+
 def test_no_fake_copy_is_kept():
     table, t = TimeTable(lambda t: (t.double() / 4,), torch.arange(4)), torch.tensor([1, 3])
     with FakeTensorMode(allow_non_fake_inputs=True):

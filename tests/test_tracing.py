@@ -157,7 +157,7 @@ def test_a_fresh_loss_draws_under_a_dynamic_batch():
         assert bool(call(torch.randn(count, 3), torch.randn(count, 3), t).isfinite())
 
 
-def test_compiled_times_outside_the_table_are_no_other_times():
+def test_traced_times_outside_the_table_are_no_other_times():
     criterion = SkipStepLoss(LINEAR, 9, reduction="none")
     compiled = torch.compile(criterion.from_output, backend="aot_eager", fullgraph=True)
     loss = compiled(*normals(2, 4, 3), torch.tensor([-1, 0, 999, 1000]))
