@@ -58,7 +58,7 @@ def along(per_sample: Tensor, data: Tensor) -> Tensor:
 
 
 def weighted_square(
-    output: Tensor, share: Tensor, slope: Tensor, *target: Tensor, per_sample: bool = False
+    output: Tensor, share: Tensor, slope: Tensor, *target: Tensor, per_sample: bool
 ) -> Tensor:
     """Return Σ share · (output - Σ scale · data)², over all axes or all but the batch.
 

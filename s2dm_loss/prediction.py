@@ -88,9 +88,7 @@ PREDICTION_TYPES: dict[PredictionType, Callable[[PathPoint], tuple[Tensor | None
 check_rows("PREDICTION_TYPES", PREDICTION_TYPES, PredictionType)
 
 
-def check_prediction_type(
-    prediction_type: object, schedule: Schedule, *, weighted: bool = False
-) -> None:
+def check_prediction_type(prediction_type: object, schedule: Schedule, *, weighted: bool) -> None:
     """Raise ValueError unless a network on this schedule can be trained to predict that."""
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     with real_tensors():

@@ -333,6 +333,13 @@ def test_memory_layouts_and_half_types(layout, dtype):
 BIG = [(1, 2**20), (1, 2**24), (1, 2**26)]
 
 
+def test_a_target_alone_that_needs_a_gradient_gets_it():
+    output, target = (x.requires_grad_() for x in normals(2, 4, 3))
+    loss = SkipStepLoss(LINEAR, 9).from_output(output, target, torch.full((4,), 3))
+    (found,) = torch.autograd.grad(loss, target)  # before the skip the loss is mse(ε̂, ε)
+    torch.testing.assert_close(found, 2 * (target - output) / 12, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("residual", ["normal", 0.1, 0.7, 0.9999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(

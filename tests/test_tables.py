@@ -245,6 +245,21 @@ def test_what_is_moved_has_its_tables_ready_there(monkeypatch, make, tables):
     assert asked == [torch.device("cpu")] * tables
 
 
+class Spread(torch.Tensor):
+    """Times that lie on several devices, as a DTensor's do: this one has the first alone."""
+
+    device_mesh = "two"
+
+    def full_tensor(self):
+        return torch.tensor([1, 3])
+
+
+def test_times_on_several_devices_are_read_whole():
+    table = TimeTable(lambda t: (t.double() / 4,), torch.arange(4))
+    found = table.at(torch.tensor([1]).as_subclass(Spread), torch.float32)
+    assert found.tolist() == [[0.25, 0.75]]
+
+
 def test_what_keeps_no_table_can_be_moved():
     criterion = SkipStepLoss(VP, 0.1)
     assert criterion.to("cpu") is criterion

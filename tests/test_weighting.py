@@ -176,6 +176,11 @@ def test_the_largest_weight_and_the_smallest():
         check_weights(torch.tensor([1.0, 1e6 + 0.25, 2e6, 1.0]))
     with pytest.raises(ValueError, match="got -1e-30 at index 1 of 2 times"):
         check_weights(torch.tensor([0.0, -1e-30]))
+    for index, absent in ((4, "noise, snr"), (5, "signal, 1 / snr")):
+        weights = torch.ones(10)
+        weights[index] = math.inf
+        with pytest.raises(ValueError, match=f"where there is no {absent} has no bound"):
+            check_weights(weights)
 
 
 def test_numbers_at_the_edge_of_what_is_allowed():
