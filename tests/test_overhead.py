@@ -15,7 +15,8 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.overhead import __main__ as command
-from benchmarks.overhead import holes, plan
+from benchmarks.overhead import holes, levels, plan
+from benchmarks.overhead.against import other_loss
 from benchmarks.overhead.contenders import contenders, released_loss
 from benchmarks.overhead.levels import KNOWN, Settings
 from benchmarks.overhead.measure import gradient_error
@@ -77,6 +78,29 @@ def test_the_gradients_error_is_that_of_the_type() -> None:
         (eps_hat, noise, t),
     )
     assert wrong == pytest.approx(0.01, rel=1e-3)
+
+
+def test_another_version_is_loaded_beside_this_one(tmp_path: Path) -> None:
+    package = tmp_path / "s2dm_loss"
+    package.mkdir()
+    (package / "__init__.py").write_text("from s2dm_loss.loss import *\n__version__ = '0'\n")
+    (package / "loss.py").write_text(
+        "class NoiseSchedule:\n linear = classmethod(lambda cls: None)\n"
+        "class SkipStepLoss:\n"
+        " def __init__(self, schedule, skip): pass\n"
+        " def to(self, device): return self\n"
+        " def from_prediction(self, eps_hat, noise, t): return (eps_hat - noise).square().mean()\n"
+    )
+    before = {name: module for name, module in sys.modules.items() if name.startswith("s2dm_loss")}
+    found = other_loss(tmp_path, CPU)
+    after = {name: module for name, module in sys.modules.items() if name.startswith("s2dm_loss")}
+    assert (list(found), after) == (["version 0"], before)
+    settings = Settings(CPU, 0.01, 14, 1, 0.0, small=True, other=found)
+    cell = next(levels.heads(settings, "eager", [torch.bfloat16]))
+    assert {"version 0/mse", "expected/mse"} < set(cell["ratios"])
+    call = ["run", "--against", str(package), "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(command.main, call)
+    assert "against: expected a checkout with a folder s2dm_loss" in said.output
 
 
 # Time.

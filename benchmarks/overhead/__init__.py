@@ -8,6 +8,7 @@ Losses on identical tensors, in one process, in turn.
 `levels`        the loss alone: times at every size, counts, a copy
 `step`          a whole training step: eager, compiled, in a CUDA graph
 `plan`          all of it on a GPU within minutes, the most useful first
+`against`       the loss of another version beside this one
 `holes`         the numbers, tables and figures of `docs/overhead.md`
 ==============  ===========================================================
 """

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.files import load_json, save_json
 from benchmarks.overhead import levels, plan
+from benchmarks.overhead.against import other_loss
 from benchmarks.overhead.levels import Cell, Settings
 from benchmarks.overhead.step import step
 from benchmarks.provenance import git, machine
@@ -41,6 +42,11 @@ OUT = click.option(
     show_default=True,
     help="Folder of the figures, DEVICE.json; benchmarks/results/overhead is the page's.",
 )
+AGAINST = click.option(
+    "--against",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Checkout of another version, whose loss is measured too.",
+)
 
 
 @click.group()
@@ -57,6 +63,7 @@ def main() -> None:
 @click.option("--step-seconds", default=60.0, show_default=True, help="Time for each step.")
 @click.option("--budget", type=float, help="Seconds after which nothing new is begun.")
 @click.option("--small", is_flag=True, help="For a rehearsal: one sample, a small network.")
+@AGAINST
 @OUT
 def run(
     device: str | None,
@@ -67,6 +74,7 @@ def run(
     step_seconds: float,
     budget: float | None,
     small: bool,
+    against: Path | None,
     out: Path,
 ) -> None:
     """Measure, and write after each result; a level measured before is replaced."""
@@ -76,16 +84,17 @@ def run(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device == "cuda"
     torch.manual_seed(0)
-    settings = Settings(
-        device=torch.device(device),
-        seconds=seconds,
-        largest=largest or (28 if on_gpu else 26),
-        step_batch=step_batch or (128 if on_gpu else 4),
-        step_seconds=step_seconds,
-        deadline=began + (budget or float("inf")),
-        small=small,
-    )
     try:
+        settings = Settings(
+            device=torch.device(device),
+            seconds=seconds,
+            largest=largest or (28 if on_gpu else 26),
+            step_batch=step_batch or (128 if on_gpu else 4),
+            step_seconds=step_seconds,
+            deadline=began + (budget or float("inf")),
+            small=small,
+            other=other_loss(against, torch.device(device)) if against else {},
+        )
         for name in names or tuple(LEVELS):
             click.echo(f"Measuring {name} on {device}:", err=True)
             _measure(name, settings, out / f"{device}.json")
@@ -123,12 +132,12 @@ def _measure(name: str, settings: Settings, path: Path) -> None:
 
 
 def _own_words(arguments: list[str]) -> list[str]:
-    """Return a command line less the folder in it, which is one machine's own."""
+    """Return a command line less the folders in it, which are one machine's own."""
     kept, words = [], iter(arguments)
     for word in words:
-        if word == "--out":
+        if word in ("--out", "--against"):
             next(words, None)
-        elif not word.startswith("--out="):
+        elif not word.startswith(("--out=", "--against=")):
             kept.append(word)
     return kept
 
@@ -136,13 +145,16 @@ def _own_words(arguments: list[str]) -> list[str]:
 @main.command()
 @click.option("--minutes", default=8.0, show_default=True, help="Time for all of it.")
 @click.option("--rehearse", is_flag=True, help="On the CPU, at small sizes.")
+@AGAINST
 @OUT
-def gpu(minutes: float, rehearse: bool, out: Path) -> None:
+def gpu(minutes: float, rehearse: bool, against: Path | None, out: Path) -> None:
     """Measure all that is worth it on a GPU in minutes, the most useful first."""
     if not rehearse and not torch.cuda.is_available():
         raise click.ClickException("gpu: torch sees no GPU here; --rehearse needs none")
     options = ["--out", str(out), "--seconds", "1", "--step-seconds", "25"]
     options += ["--device", "cpu" if rehearse else "cuda"]
+    if against is not None:
+        options += ["--against", str(against)]
     if rehearse:
         options += ["--small", "--largest", "14", "--step-batch", "1"]
     plan.follow(options, 60 * minutes - 5, click.echo)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import click
@@ -64,6 +64,7 @@ class Settings:
         step_seconds: Time for each training step.
         deadline: When to stop, by `time.monotonic`; what comes later is left out.
         small: For a rehearsal: one sample of each known shape, and a small network.
+        other: The loss of another version, by that version.
     """
 
     device: torch.device
@@ -73,6 +74,7 @@ class Settings:
     step_seconds: float
     deadline: float = float("inf")
     small: bool = False
+    other: dict[str, Loss] = field(default_factory=dict)
 
     @property
     def cache_bytes(self) -> int:
@@ -145,7 +147,7 @@ def heads(settings: Settings, mode: str, dtypes: Sequence[torch.dtype]) -> Itera
         for name, shape in part
     ]
     for (name, shape, dtype), seconds in settings.in_time(cells):
-        losses = contenders(settings.device, dtype)
+        losses = contenders(settings.device, dtype) | settings.other
         if mode == "compiled":
             torch.compiler.reset()
             losses = compiled(losses)
@@ -175,7 +177,7 @@ def counts(settings: Settings) -> Iterator[Cell]:
         (shape, dtype, name, loss)
         for shape in order
         for dtype in (torch.float32, torch.bfloat16)
-        for name, loss in contenders(settings.device, dtype).items()
+        for name, loss in (contenders(settings.device, dtype) | settings.other).items()
     ]
     for (shape, dtype, name, loss), _ in settings.in_time(cells):
         row = {
