@@ -211,7 +211,11 @@ def read_output(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Put a module and its parts into evaluation mode, and each back as it was."""
+    """Put a module and its parts into evaluation mode, and each back as it was.
+
+    By their attribute: what a module's own `eval()` does, such as merging adapters, could not be
+    undone part by part.
+    """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     training = [module for module in modules if module.training]
     try:

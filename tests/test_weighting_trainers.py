@@ -177,7 +177,8 @@ def formula(text):
         text = text.replace(theirs, ours)
     names = {"γ": GAMMA, "σ_data": SIGMA_DATA}
     code = compile(text, str(PAGE), "eval")
-    return lambda r: eval(code, {**names, "r": r, "σ": 1 / (1 + r.sqrt())})  # noqa: S307 - our page
+    # A formula that our own page gives, so that what a reader copies is what is compared.
+    return lambda r: eval(code, {**names, "r": r, "σ": 1 / (1 + r.sqrt())})  # noqa: S307
 
 
 NAMED = {

@@ -146,8 +146,9 @@ def heads(settings: Settings, mode: str, dtypes: Sequence[torch.dtype]) -> Itera
         for dtype in dtypes
         for name, shape in part
     ]
+    losses_in = {dtype: contenders(settings.device, dtype) | settings.other for dtype in dtypes}
     for (name, shape, dtype), seconds in settings.in_time(cells):
-        losses = contenders(settings.device, dtype) | settings.other
+        losses = losses_in[dtype]
         if mode == "compiled":
             torch.compiler.reset()
             losses = compiled(losses)

@@ -47,7 +47,8 @@ def spreads_and_gains(run: str) -> list[tuple[float, float]]:
 
     The gain of a 20-step sampler's step; by how many per cent it is nearer, in the kernel distance.
     """
-    table, name = results(run), method_name("gain 0.05" if run == "flow16" else "gain 49")
+    table = results(run)
+    name = method_name("gain 49" if table.base == "ddim" else "gain 0.05")
     found = []
     for where in table.cells(name):
         if (by_gain := table.change(name, where, KERNEL)) is not None:
@@ -59,8 +60,9 @@ def gains() -> Figure:
     """Draw what a gain does against the spread of the plain samples, a point for each sampler."""
     figure, ((axes,),) = new_figure(3.4)
     for (run, title), color in zip(GAINED.items(), COLORS[1:], strict=False):
-        marker = "s" if run == "flow16" else "o"
-        axes.plot(*zip(*spreads_and_gains(run)), marker, color=color, ms=4, alpha=0.8, label=title)  # noqa: B905
+        spreads, changes = zip(*spreads_and_gains(run), strict=True)
+        marker = "o" if results(run).base == "ddim" else "s"
+        axes.plot(spreads, changes, marker, color=color, ms=4, alpha=0.8, label=title)
     zero_line(axes)
     zero_line(axes, 1.0, vertical=True)
     axes.set(xlabel="spread of the plain samples over the data's", ylabel="nearer with the gain, %")

@@ -10,6 +10,7 @@ from benchmarks.files import load_json
 from benchmarks.quality.layout import Layout
 from benchmarks.quality.plan import branching, jobs
 from benchmarks.quality.presets import Preset
+from benchmarks.quality.statistics import Cell, cell_key
 
 CURVE = 20
 """Points of a loss curve that are kept, where there are several seeds."""
@@ -53,7 +54,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
             if not path.exists():
                 continue
             cell, where = load_json(path), f"{sampler}-{steps}"
-            name = where if method.name == "plain" else f"{method.name}, {where}"
+            name = cell_key(method.name, Cell(sampler, steps))
             titles[method.name] = cell["title"]
             bands[f"{name}, seed {seed}"] = [round(value, 4) for value in cell["band_spreads"]]
             if "raw_spread" in cell:

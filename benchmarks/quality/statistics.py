@@ -29,6 +29,12 @@ class Cell(NamedTuple):
     steps: int
 
 
+def cell_key(method: str, cell: Cell) -> str:
+    """Return what a record calls a method's cell; of the plain network it is the cell alone."""
+    where = f"{cell.sampler}-{cell.steps}"
+    return where if method == "plain" else f"{method}, {where}"
+
+
 class Interval(NamedTuple):
     """A mean over seeds with Student's 95 % interval, which is infinite for one seed."""
 
