@@ -193,14 +193,13 @@ CIFAR10_16 = Preset(
         arm(SkipStep(49), samplers=("ddim",), steps=(50,)),
         *(arm(Plain(), one, ("pndm", "deis", "dpm++2m"), (20,)) for one in (None, Gain(49))),
     ),
-    seeds=(0,),
+    seeds=(0, 1),
     columns=("plain", "plain+gain49", "skip49-expected"),
 )
 CIFAR10_16_FLOW = replace(
     CIFAR10_16,
     name="cifar10-16-flow",
     path="flow",
-    seeds=(0, 1),
     arms=(
         arm(Plain(), samplers=("euler", "heun", "unipc-flow"), steps=SHORT),
         arm(Plain(), Gain(0.05), ("euler",), SHORT),
