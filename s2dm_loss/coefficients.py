@@ -264,8 +264,6 @@ class LossRows(NamedTuple):
         on_skip_noise: g / ratio; None if the estimator draws none.
         on_noise: q + (s-1) / ratio.
         on_data: p; None if the output is noise alone.
-        alpha: a of the path.
-        sigma: b of the path.
     """
 
     weight: Tensor
@@ -275,8 +273,6 @@ class LossRows(NamedTuple):
     on_skip_noise: Tensor | None
     on_noise: Tensor
     on_data: Tensor | None
-    alpha: Tensor
-    sigma: Tensor
 
 
 def loss_rows(
@@ -309,8 +305,6 @@ def loss_rows(
         on_skip_noise=unless_silent(at_t.skip_gain * scales.inverse_ratio) if draws else None,
         on_noise=on_noise + unless_silent(excess * scales.inverse_ratio),
         on_data=scales.p,
-        alpha=path.a,
-        sigma=path.b,
     )
 
 

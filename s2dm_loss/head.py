@@ -58,7 +58,13 @@ def along(per_sample: Tensor, data: Tensor) -> Tensor:
 
 
 def weighted_square(
-    output: Tensor, share: Tensor, slope: Tensor, *target: Tensor, per_sample: bool
+    output: Tensor,
+    share: Tensor,
+    slope: Tensor,
+    scales: Sequence[Tensor],
+    data: Sequence[Tensor],
+    *,
+    per_sample: bool,
 ) -> Tensor:
     """Return Σ share · (output - Σ scale · data)², over all axes or all but the batch.
 
@@ -66,24 +72,32 @@ def weighted_square(
         output: Of shape [B, ...]; autograd gives its gradient without a second residual.
         share: What each squared value counts, of shape [B], in the dtype of the result.
         slope: Twice the share, which the gradient needs.
-        target: Each scale, of shape [B] and in that dtype, and its data, shaped as `output`.
+        scales: Of shape [B] and in that dtype; they need a gradient only if the share does.
+        data: One for each scale, shaped as `output`.
         per_sample: Whether the result has shape [B].
     """
     # Plain operators too where anything but the output needs a gradient, and for no data at all.
     plain = needs_plain_operators(output) or share.requires_grad or not output.numel()
-    for tensor in target:  # in half the time of `any`
+    for tensor in data:  # in half the time of `any`
         plain = plain or tensor.requires_grad
     if plain:
-        return _plain_square(output, *placed_like(output, share, *target), per_sample=per_sample)
-    return _WeightedSquare.apply(output, share, slope, target, per_sample)  # type: ignore[no-untyped-call, no-any-return]
+        share, *scales = placed_like(output, share, *scales)
+        return _plain_square(output, share, scales, data, per_sample=per_sample)
+    return _WeightedSquare.apply(output, (share, slope, scales, data), per_sample)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _plain_square(output: Tensor, share: Tensor, *target: Tensor, per_sample: bool) -> Tensor:
+def _plain_square(
+    output: Tensor,
+    share: Tensor,
+    scales: Sequence[Tensor],
+    data: Sequence[Tensor],
+    *,
+    per_sample: bool,
+) -> Tensor:
     residual = output
-    # Not one iterator twice, which torch 2.4's compiler pairs wrongly.
-    for scale, data in zip(target[::2], target[1::2], strict=True):
+    for scale, part in zip(scales, data, strict=True):
         # No `addcmul`: `torch.func.linearize` ends the process at one with a value.
-        residual = residual - along(scale, data) * data
+        residual = residual - along(scale, part) * part
     squares = residual.to(share.dtype).square()
     # No einops: a compiled loss would check at each call all that einops looks up.
     if squares.ndim > 1:
@@ -107,16 +121,15 @@ class _WeightedSquare(torch.autograd.Function):
     def forward(
         ctx: Any,
         output: Tensor,
-        share: Tensor,
-        slope: Tensor,
-        target: tuple[Tensor, ...],
+        fixed: tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]],
         per_sample: bool,
     ) -> Tensor:
-        residual = _residual(output, share.dtype, target)
+        share, slope, scales, data = fixed
+        residual = _residual(output, slope.dtype, scales, data)
         # The residual is no saved tensor, since it is there to be overwritten. A second backward
         # through the same graph makes it again from the saved ones.
         ctx.residual, ctx.slope, ctx.dtype = residual, slope, output.dtype
-        ctx.save_for_backward(output, slope, *target)
+        ctx.save_for_backward(output, slope, *scales, *data)
         squares = _piece_norms(residual).square() * share.unsqueeze(1)
         return squares.sum(1) if per_sample else squares.sum()
 
@@ -127,8 +140,10 @@ class _WeightedSquare(torch.autograd.Function):
         residual = ctx.residual
         # Compiled autograd has one graph for every call, which knows saved tensors alone.
         if residual is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            output, slope, *target = ctx.saved_tensors
-            gradient = _residual(output, slope.dtype, target) * along(grad * slope, output)
+            output, slope, *parts = ctx.saved_tensors
+            scales, data = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+            residual = _residual(output, slope.dtype, scales, data)
+            gradient = residual * along(grad * slope, output)
         else:
             ctx.residual = None
             factor = along(grad * ctx.slope, residual)
@@ -137,24 +152,23 @@ class _WeightedSquare(torch.autograd.Function):
             except RuntimeError:
                 # Several gradients at once (`is_grads_batched`) do not fit into one residual.
                 gradient = residual * factor
-        return gradient if gradient.dtype == ctx.dtype else gradient.to(ctx.dtype), *_NONE
+        return gradient if gradient.dtype == ctx.dtype else gradient.to(ctx.dtype), None, None
 
 
-_NONE = (None,) * 4
-
-
-def _residual(output: Tensor, dtype: torch.dtype, target: Sequence[Tensor]) -> Tensor:
+def _residual(
+    output: Tensor, dtype: torch.dtype, scales: Sequence[Tensor], data: Sequence[Tensor]
+) -> Tensor:
     """Return output - Σ scale · data in `dtype`, one new tensor."""
     residual, ours = output, False
     if output.is_cpu and output.dtype != dtype:
         # A CPU's operators copy what is of another dtype. Out of place there would be three copies.
         residual, ours = output.to(dtype), not is_watched()
     shape = (-1, *(1,) * (output.ndim - 1))
-    for scale, data in zip(target[::2], target[1::2], strict=True):
+    for scale, part in zip(scales, data, strict=True):
         if ours:
-            residual.addcmul_(data, scale.view(shape), value=-1)
+            residual.addcmul_(part, scale.view(shape), value=-1)
         else:
-            residual = torch.addcmul(residual, data, scale.view(shape), value=-1)
+            residual = torch.addcmul(residual, part, scale.view(shape), value=-1)
             ours = not is_watched()
     return residual
 

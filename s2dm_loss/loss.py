@@ -215,17 +215,14 @@ class SkipStepLoss(FixedSettings, TabledModule):
         check_per_sample("t", t, "x0", x0)
         self.schedule.check_timesteps(t)
         noise = draw_like(x0, generator) if noise is None else check_like("noise", noise, "x0", x0)
-        rows = self._table.rows(t, x0, noise)
-        alpha, sigma = (self._table.row(rows, name) for name in ("alpha", "sigma"))
-        a, b = placed_like(x0, alpha, sigma)
+        a, b = placed_like(x0, *self._table.path(t, x0, noise))
         x_t = (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
         # A copy, since it is the model's to overwrite, as x_t is.
         output = read_output(model(x_t, t.clone(), **(model_kwargs or {})))
         check_like("model output", output, "x0", x0)
         zeta = self._table.skip_noise(skip_noise, "x0", x0, generator)
         # From x_0 and ε, not from x_t, which is the model's to overwrite.
-        target = self._table.target(rows, on_noise=noise, on_data=x0, on_skip_noise=zeta)
-        return self._table.loss(output, rows, target, weights)
+        return self._table.loss("data", output, t, (noise, x0, zeta), weights)
 
     if TYPE_CHECKING:
 
@@ -268,9 +265,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         if weights is not None:
             check_per_sample("weights", weights, "target", target)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        rows = self._table.rows(t, output, target, x_t)
-        regressed = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
-        return self._table.loss(output, rows, regressed, weights)
+        return self._table.loss("target", output, t, (target, x_t, zeta), weights)
 
     def regression_target(
         self,
@@ -298,10 +293,9 @@ class SkipStepLoss(FixedSettings, TabledModule):
         """
         self._table.check_data(target, t, x_t)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        rows = self._table.rows(t, target, x_t, divided=False)
-        parts = self._table.target(rows, on_target=target, on_input=x_t, on_skip_noise=zeta)
-        weight, *parts = placed_like(target, rows[0], *parts)
-        terms = [along(s, data) * data for s, data in zip(parts[::2], parts[1::2], strict=True)]
+        weight, scales, data = self._table.parts("target", t, (target, x_t, zeta))
+        weight, *scales = placed_like(target, weight, *scales)
+        terms = [along(scale, part) * part for scale, part in zip(scales, data, strict=True)]
         return RegressionTarget(sum(terms[1:], start=terms[0]).to(weight.dtype), weight)
 
     def terms(

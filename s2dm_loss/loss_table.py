@@ -1,15 +1,16 @@
-"""All that one loss looks up by t: its rows (`coefficients.LossRows`), packed into one table."""
+"""All that one loss looks up by t: its rows (`coefficients.LossRows`), packed into tables."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from s2dm_loss._torch import is_traced, real_tensors, whole
+from s2dm_loss._torch import real_tensors, whole
 from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
 from s2dm_loss.coefficients import (
     ESTIMATORS,
@@ -29,6 +30,13 @@ from s2dm_loss.terms import LossTerms, loss_terms
 from s2dm_loss.timesteps import times_at
 from s2dm_loss.weighting import check_weights
 
+Form = Literal["target", "data"]
+
+# The two ways to write a regression target: of a trainer's target, x_t and ξ, or of ε, x_0 and ξ.
+_FORMS: dict[Form, tuple[str, str, str]] = {
+    "target": ("on_target", "on_input", "on_skip_noise"),
+    "data": ("on_noise", "on_data", "on_skip_noise"),
+}
 _PROBES = 17
 _NOT_TRAINED = 1e-6
 
@@ -71,63 +79,52 @@ class LossTable:
             row = self._rows_at(times[:1])
             if weighting is not None:
                 self._check_weighting(weighting, times if timesteps is None else timesteps)
-        filled = [name for name, value in row._asdict().items() if value is not None]
-        self._columns = {name: index for index, name in enumerate(filled)}
-        self.reads_input: bool = "on_input" in filled
-        self.draws: bool = "on_skip_noise" in filled
-        self._rows = TimeTable(self._filled_rows_at, timesteps)
+        self.reads_input: bool = row.on_input is not None
+        self.draws: bool = row.on_skip_noise is not None
+        # Of a form's three parts: where a target holds no x_t it holds no x_0 either.
+        self._has = (True, self.reads_input, self.draws)
+        self._forms = {
+            form: TimeTable(partial(self._form_at, names), timesteps, shares=2)
+            for form, names in _FORMS.items()
+        }
+        self._path = TimeTable(self._path_at, timesteps)
         self._terms = TimeTable(self._terms_at, timesteps)
-        self._divided: dict[int, TimeTable] = {}
-
-    def rows(
-        self, t: Tensor, like: Tensor, *data: Tensor | None, divided: bool = True
-    ) -> Sequence[Tensor]:
-        """Return the rows that this loss has at times [B], each of shape [B], for data [B, ...].
-
-        They are float64 if any data are, else float32: half types are lifted. The first two are
-        weight and slope, divided by the number of values that the reduction averages over.
-        """
-        values = like.shape[self._reduction.first_axis :].numel() if divided else 1
-        dtype = torch.float32
-        for tensor in (like, *data):
-            if tensor is not None and tensor.dtype == torch.float64:
-                dtype = torch.float64
-        if self._rows.is_continuous or is_traced():
-            weight, slope, *rows = self._rows.at(t, dtype).unbind(0)
-            return weight / values, slope / values, *rows
-        table = self._divided.get(values)
-        if table is None:
-            # A division at each call costs time, and a training meets few numbers of values.
-            table = self._rows.scaled([1 / values if values else math.inf] * 2)
-            self._divided = {**self._divided, values: table} if len(self._divided) < 64 else {}
-        return table.at(t, dtype).unbind(0)
-
-    def row(self, rows: Sequence[Tensor], name: str) -> Tensor:
-        """Return a field of `LossRows` out of `rows`."""
-        return rows[self._columns[name]]
-
-    def target(self, rows: Sequence[Tensor], **parts: Tensor | None) -> list[Tensor]:
-        """Return scale and data in turn, of each part of a target that this loss has."""
-        target: list[Tensor] = []
-        for name, data in parts.items():
-            column = self._columns.get(name)
-            if column is not None and data is not None:
-                target += (rows[column], data)
-        return target
 
     def loss(
         self,
+        form: Form,
         output: Tensor,
-        rows: Sequence[Tensor],
-        target: Sequence[Tensor],
+        t: Tensor,
+        data: Sequence[Tensor | None],
         weights: Tensor | None,
     ) -> Tensor:
-        """Return the loss of an output from `rows` and `target`, with weights [B] if given."""
-        share, slope = rows[:2]
+        """Return the loss of an output [B, ...] at times [B], with weights [B] if given.
+
+        The data are those of the form, of the output's shape; what this loss has no use for may be
+        None.
+        """
+        values = output.shape[self._reduction.first_axis :].numel()
+        share, slope, *scales = self._forms[form].at(t, _lifted(output, *data[:2]), values)
         if weights is not None:
             weights = whole(weights).to(share.dtype)
             share, slope = share * weights, slope * weights
-        return weighted_square(output, share, slope, *target, per_sample=self._reduction.per_sample)
+        return weighted_square(
+            output, share, slope, scales, self._held(data), per_sample=self._reduction.per_sample
+        )
+
+    def parts(
+        self, form: Form, t: Tensor, data: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the weight [B], and the scale [B] and the data of each part of the target."""
+        weight, _, *scales = self._forms[form].at(t, _lifted(*data[:2]))
+        return weight, scales, self._held(data)
+
+    def _held(self, data: Sequence[Tensor | None]) -> list[Tensor]:
+        return [part for part, has in zip(data, self._has, strict=True) if has and part is not None]
+
+    def path(self, t: Tensor, *data: Tensor) -> Sequence[Tensor]:
+        """Return a and b of the path at times [B], of shape [B]."""
+        return self._path.at(t, _lifted(*data))
 
     def terms(
         self, eps_hat: Tensor, noise: Tensor, t: Tensor, skip_noise: Tensor | None
@@ -142,8 +139,7 @@ class LossTable:
         if self.draws and skip_noise is None:
             raise ValueError(f"skip_noise must be given with the estimator {self._estimator!r}")
         xi = self.skip_noise(skip_noise, "noise", noise, None)
-        wide = torch.float64 in (eps_hat.dtype, noise.dtype)
-        at_t = self._terms.at(t, torch.float64 if wide else torch.float32)
+        at_t = self._terms.at(t, _lifted(eps_hat, noise))
         return loss_terms(eps_hat, noise, xi, at_t, ESTIMATORS[self._estimator])
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
@@ -153,8 +149,9 @@ class LossTable:
 
     def copy_to(self, device: torch.device) -> None:
         """Have copies ready on a device."""
-        for table in (self._rows, self._terms, self._skip_set):
+        for table in (*self._forms.values(), self._path, self._terms):
             table.copy_to(device)
+        self._skip_set.copy_to(device)
 
     def check_data(
         self,
@@ -239,8 +236,13 @@ class LossTable:
             normalize=self._normalize,
         )
 
-    def _filled_rows_at(self, t: Tensor) -> list[Tensor]:
-        return [value for value in self._rows_at(t) if value is not None]
+    def _form_at(self, names: tuple[str, ...], t: Tensor) -> list[Tensor]:
+        rows = self._rows_at(t)
+        scales = (getattr(rows, name) for name in names)
+        return [rows.weight, rows.slope, *(scale for scale in scales if scale is not None)]
+
+    def _path_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._schedule.alpha_sigma(t)
 
     def _terms_at(self, t: Tensor) -> tuple[Tensor, ...]:
         at_t = self._coefficients(t)
@@ -262,6 +264,14 @@ class LossTable:
                 "there. weighting=None and weighting='truncated_snr' train it",
                 stacklevel=4,
             )
+
+
+def _lifted(*data: Tensor | None) -> torch.dtype:
+    """Return float64 if any data are, else float32: half types are lifted."""
+    for tensor in data:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def draw_like(noise: Tensor, generator: torch.Generator | None) -> Tensor:

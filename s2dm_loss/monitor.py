@@ -100,7 +100,7 @@ class LossByNoise:
         loss = per_sample_loss.detach()
         loss = loss.to(wide_dtype(loss.device))
         t = t if t.device == loss.device else t.to(loss.device)
-        row = self._bin.at(t, torch.float32).squeeze(0)
+        row = self._bin.at(t, torch.float32)[0]
         # Compiled code and a GPU do not refuse a time outside the schedule; its row is NaN.
         loss = torch.where(row.isnan(), math.nan, loss)
         row = torch.where(row.isnan(), 0.0, row).long()

@@ -7,7 +7,6 @@ copies of it, and a copy is kept only if it is a real tensor, made under no tran
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,30 +67,36 @@ class TabledModule(nn.Module):
         return self
 
 
+_MOST_TABLES = 64
+"""A training meets fewer numbers of values to divide by."""
+
+
 class TimeTable:
     """Several functions of t, packed into one table over a schedule's timesteps.
 
     In continuous time, where there is nothing to keep, the functions are called.
-
-    Attributes:
-        is_continuous: Whether nothing is kept and the functions are called.
     """
 
     def __init__(
-        self, functions: Callable[[Tensor], Sequence[Tensor]], timesteps: Tensor | None
+        self,
+        functions: Callable[[Tensor], Sequence[Tensor]],
+        timesteps: Tensor | None,
+        *,
+        shares: int = 0,
     ) -> None:
         """Make the table.
 
         Args:
             functions: Maps times to K values, each of the shape of the times.
             timesteps: All times, int64 of shape [T]; None in continuous time.
+            shares: How many of them, the first ones, `at` divides.
 
         Raises:
             ValueError: if the timesteps are not 0 … T-1, or a value requires a gradient.
         """
-        self._functions = functions
-        self.is_continuous: bool = timesteps is None
-        self._table: DeviceCopies | None = None
+        self._functions, self._shares = functions, shares
+        # By what the first values in it are divided by; none in continuous time.
+        self._tables: dict[int, DeviceCopies] = {}
         if timesteps is None:
             return
         with real_tensors():
@@ -102,38 +107,55 @@ class TimeTable:
                 "schedule, weighting and scale must be fixed on a discrete schedule, where their "
                 "values are kept, got values that require a gradient"
             )
-        self._table = DeviceCopies(table)
+        self._tables[1] = DeviceCopies(table)
         with real_tensors():
             self.copy_to(torch.device("cpu"))
 
-    def at(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the values at times [B] as one tensor [K, B] in `dtype`.
+    def at(self, t: Tensor, dtype: torch.dtype, divisor: int = 1) -> Sequence[Tensor]:
+        """Return the K values at times t, each of their shape and in `dtype`.
+
+        Args:
+            t: The times.
+            dtype: Of what is returned.
+            divisor: Of the shares.
 
         Raises:
             ValueError: if a timestep lies outside the table; see `read_table`.
         """
-        if type(t) is not Tensor:
-            t = whole(t)
-        if self._table is None:
-            return torch.stack([value.to(dtype) for value in self._functions(t)])
-        # Asked here first: the table is read at every step, and is almost always there.
-        table = self._table.copies.get((t.device, dtype))
-        return read_table(self._table.on(t.device, dtype) if table is None else table, t)
+        # A table is read at every step, and is almost always there.
+        if type(t) is Tensor and t.ndim == 1 and not is_traced():
+            tables = self._tables.get(divisor)
+            table = None if tables is None else tables.copies.get((t.device, dtype))
+            if table is not None:
+                try:
+                    return table.index_select(1, t).unbind(0)
+                except (IndexError, RuntimeError):  # another type of integer, or outside
+                    return read_table(table, t).unbind(0)
+        return self._made_at(whole(t), dtype, divisor)
 
-    def scaled(self, factors: Sequence[float]) -> TimeTable:
-        """Return a kept table whose first rows are multiplied by `factors`."""
-        scaled = copy.copy(self)
-        if self._table is not None:
-            with real_tensors():
-                source = self._table.source.clone()
-                source[: len(factors)] *= torch.tensor(factors, dtype=source.dtype).unsqueeze(1)
-            scaled._table = DeviceCopies(source)
-        return scaled
+    def _made_at(self, t: Tensor, dtype: torch.dtype, divisor: int) -> Sequence[Tensor]:
+        if not self._tables:
+            values: Sequence[Tensor] = [value.to(dtype) for value in self._functions(t)]
+        elif is_traced():
+            values = read_table(self._tables[1].on(t.device, dtype), t).unbind(0)
+        else:
+            if divisor not in self._tables:
+                self._keep_divided(divisor)
+            return read_table(self._tables[divisor].on(t.device, dtype), t).unbind(0)
+        return *(value / divisor for value in values[: self._shares]), *values[self._shares :]
+
+    def _keep_divided(self, divisor: int) -> None:
+        """Keep another table: a division at each call would cost time."""
+        with real_tensors():
+            table = self._tables[1].source.clone()
+            table[: self._shares] /= divisor
+        others = self._tables if len(self._tables) < _MOST_TABLES else {1: self._tables[1]}
+        self._tables = {**others, divisor: DeviceCopies(table)}
 
     def copy_to(self, device: torch.device) -> None:
         """Have the float32 copy ready on a device."""
-        if self._table is not None:
-            self._table.on(device, torch.float32)
+        if self._tables:
+            self._tables[1].on(device, torch.float32)
 
 
 def _check_rows(timesteps: Tensor) -> None:

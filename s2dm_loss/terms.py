@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,11 +31,15 @@ class LossTerms(NamedTuple):
 
 
 def loss_terms(
-    eps_hat: Tensor, noise: Tensor, skip_noise: Tensor | None, at_t: Tensor, estimator: Zeta
+    eps_hat: Tensor,
+    noise: Tensor,
+    skip_noise: Tensor | None,
+    at_t: Sequence[Tensor],
+    estimator: Zeta,
 ) -> LossTerms:
-    """Return the terms; `at_t` holds τ, c, c² and the weighting, [4, B], in the result's dtype."""
+    """Return the terms; `at_t` is τ, c, c² and the weighting, [B], in the result's dtype."""
     tau, c, c2, weight = placed_like(eps_hat, *at_t)
-    eps_hat, noise = eps_hat.to(at_t.dtype), noise.to(at_t.dtype)
+    eps_hat, noise = eps_hat.to(c2.dtype), noise.to(c2.dtype)
     zeta = estimator.on_noise * noise
     if skip_noise is not None:
         zeta = zeta + estimator.on_skip_noise * skip_noise

@@ -513,3 +513,18 @@ def test_without_it_the_loss_is_right(monkeypatch, name):
         for each in (criterion, SkipStepLoss(LINEAR, 99))
     )
     torch.testing.assert_close(found, expected)
+
+
+def test_a_tensor_that_a_function_transform_left_behind_keeps_its_gradient():
+    """It is still wrapped when the transform has ended, which an operator of autograd must see."""
+    (x, noise), weight, left = normals(2, 4, 3), normals(1, 4, 3)[0].requires_grad_(), []
+    criterion, t = SkipStepLoss(LINEAR, 9), torch.tensor([0, 8, 9, 100])
+
+    def loss(x):
+        left.append(x * weight)
+        return criterion.from_output(left[0], noise, t)
+
+    torch.func.grad(loss)(x)
+    criterion.from_output(left[0], noise, t).backward()
+    expected = torch.autograd.grad(criterion.from_output(x * weight, noise, t), weight)[0]
+    assert torch.equal(weight.grad, expected)
