@@ -327,9 +327,9 @@ def test_networks_that_another_preset_is_to_have_are_trained_in_its_folder(tmp_p
 
 def test_what_samples_anothers_networks_has_its_settings() -> None:
     shared = [preset for preset in PRESETS.values() if preset.networks_of is not None]
-    assert [preset.name for preset in shared] == ["cifar10-wide-10k"]
+    assert [preset.name for preset in shared] == ["cifar10-16-10k", "cifar10-wide-10k"]
     for preset in shared:
-        assert preset.networks_of is PRESETS["cifar10-wide"]
+        assert preset.networks_of is PRESETS[preset.name.removesuffix("-10k")]
         for key in ("data", "schedule", "network", "budget"):
             assert preset.settings[key] == preset.networks_of.settings[key]
 

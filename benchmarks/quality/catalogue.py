@@ -28,6 +28,11 @@ CATALOGUE = {
         "2 hours a seed on 2 cores",
         local=True,
     ),
+    "cifar10-16-10k": Entry(
+        "its main cells with 10,000 samples",
+        "half an hour on 2 cores after cifar10-16",
+        local=True,
+    ),
     "cifar10-16-flow": Entry(
         "the same network on a flow, x_t = (1 - t) x_0 + t ε",
         "2 hours a seed on 2 cores",

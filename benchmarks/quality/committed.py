@@ -18,6 +18,7 @@ NAMES = {
     "small": "cifar10-wide",
     "small-10k": "cifar10-wide-10k",
     "eps16": "cifar10-16",
+    "eps16-10k": "cifar10-16-10k",
     "flow16": "cifar10-16-flow",
 }
 """Short names of runs; any other is a preset's own."""

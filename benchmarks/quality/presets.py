@@ -196,6 +196,18 @@ CIFAR10_16 = Preset(
     seeds=(0, 1),
     columns=("plain", "plain+gain49", "skip49-expected"),
 )
+CIFAR10_16_10K = replace(
+    CIFAR10_16,
+    name="cifar10-16-10k",
+    samples=10_000,
+    sample_batch=250,
+    arms=tuple(
+        arm(*method, samplers=(sampler,), steps=TEN)
+        for sampler in ("ddim", "unipc")
+        for method in ((Plain(),), (Plain(), Gain(49)), (SkipStep(49),))
+    ),
+    networks_of=CIFAR10_16,
+)
 CIFAR10_16_FLOW = replace(
     CIFAR10_16,
     name="cifar10-16-flow",
@@ -302,7 +314,7 @@ CIFAR10_UNET = replace(
 PRESETS = {
     preset.name: preset
     for preset in (
-        *(DIGITS, DIGITS_FULL, TEXTURES, CIFAR10_16, CIFAR10_16_FLOW),
+        *(DIGITS, DIGITS_FULL, TEXTURES, CIFAR10_16, CIFAR10_16_10K, CIFAR10_16_FLOW),
         *(CIFAR10_WIDE, CIFAR10_WIDE_10K, CIFAR10_UNET),
     )
 }
