@@ -326,8 +326,9 @@ def best_pair(run: str, steps: int) -> str:
 
 
 def recommended(run: str, sampler: str, steps: int = 10) -> str:
-    """Return what the library's search recommends for the plain network of the first seed."""
-    return str(_searches(results(run), Cell(sampler, steps))[0]["recommended"])
+    """Return what the library's search recommends for the plain network, of each seed."""
+    found = _searches(results(run), Cell(sampler, steps))
+    return " and ".join(dict.fromkeys(str(one["recommended"]) for one in found))
 
 
 def archive_row(preset: str) -> list[str]:
