@@ -167,8 +167,9 @@ def test_spread_in_an_octave() -> None:
     bands = load("cifar10-wide")["band_spreads"]
     values = [bands[f"ddim-10, seed {seed}"][-1] for seed in range(3)]
     assert holes.octave("small", "plain", "ddim", 10, -1) == f"{fmean(values):.2f}"
-    finest = load("cifar10-16")["band_spreads"]["plain+gain49, ddim-20, seed 0"][-1]
-    assert holes.octave("eps16", "gain 49", None, 20, -1) == f"{finest:.2f}"
+    bands = load("cifar10-16")["band_spreads"]
+    values = [bands[f"plain+gain49, ddim-20, seed {seed}"][-1] for seed in range(2)]
+    assert holes.octave("eps16", "gain 49", None, 20, -1) == f"{fmean(values):.2f}"
 
 
 def test_holms_correction_is_over_the_rows_shown(monkeypatch: pytest.MonkeyPatch) -> None:
