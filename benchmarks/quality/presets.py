@@ -202,9 +202,9 @@ CIFAR10_16_10K = replace(
     samples=10_000,
     sample_batch=250,
     arms=tuple(
-        arm(*method, samplers=(sampler,), steps=TEN)
+        arm(objective, correction, (sampler,), TEN)
         for sampler in ("ddim", "unipc")
-        for method in ((Plain(),), (Plain(), Gain(49)), (SkipStep(49),))
+        for objective, correction in ((Plain(), None), (Plain(), Gain(49)), (SkipStep(49), None))
     ),
     networks_of=CIFAR10_16,
 )
