@@ -157,6 +157,7 @@ def test_any_rank_and_any_float_type(shape, dtypes):
     loss, gradient = loss_and_gradient(lambda x: criterion.from_output(x, noise, t), eps_hat)
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     assert (loss.dtype, gradient.dtype) == (wide, eps_hat.dtype)
+    assert criterion.terms(eps_hat, noise, t).total.dtype == wide
     exact = least_zero(eps_hat, noise, t).mean()
     assert loss.item() == pytest.approx(exact.item(), rel=1e-12 if wide == torch.float64 else 1e-6)
 

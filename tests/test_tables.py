@@ -277,8 +277,18 @@ def test_times_of_any_integer_type(dtype):
     criterion, t = SkipStepLoss(LINEAR, 9, reduction="none"), torch.tensor([0, 8, 9, 100])
     found, expected = (criterion.from_output(*normals(2, 4, 3), each) for each in (t.to(dtype), t))
     assert torch.equal(found, expected)
-    gains = (criterion.coefficients_at(each).gain for each in (t.to(dtype).view(2, 2), t))
-    assert torch.equal(next(gains), next(gains).view(2, 2))
+    gains = criterion.coefficients_at(t).gain
+    assert torch.equal(criterion.coefficients_at(t.to(dtype).view(2, 2)).gain, gains.view(2, 2))
+    assert torch.equal(criterion.coefficients_at(t[3].to(dtype)).gain, gains[3])
+
+
+@pytest.mark.parametrize("outside", [-1, 1000])
+def test_times_outside_the_table_are_refused(outside):
+    """A negative one too, which an index would count from the end."""
+    criterion = SkipStepLoss(LINEAR, 9)
+    for _ in range(2):  # the second time from the kept table
+        with pytest.raises(ValueError, match=rf"t must lie in \[0, 1000\), got {outside}$"):
+            criterion.from_output(*normals(2, 2, 3), torch.tensor([5, outside]))
 
 
 def test_batches_of_any_size_in_any_order():
