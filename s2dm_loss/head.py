@@ -83,6 +83,7 @@ def weighted_square(
     if plain:
         share, *scales = placed_like(output, share, *scales)
         return _plain_square(output, share, scales, data, per_sample=per_sample)
+    # torch's `apply` has no annotations.
     return _WeightedSquare.apply(output, (share, slope, scales, data), per_sample)  # type: ignore[no-untyped-call, no-any-return]
 
 

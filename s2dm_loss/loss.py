@@ -293,7 +293,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         """
         self._table.check_data(target, t, x_t)
         zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        weight, scales, data = self._table.parts("target", t, (target, x_t, zeta))
+        weight, scales, data = self._table.parts(t, (target, x_t, zeta))
         weight, *scales = placed_like(target, weight, *scales)
         terms = [along(scale, part) * part for scale, part in zip(scales, data, strict=True)]
         return RegressionTarget(sum(terms[1:], start=terms[0]).to(weight.dtype), weight)

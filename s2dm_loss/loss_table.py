@@ -87,7 +87,7 @@ class LossTable:
             form: TimeTable(partial(self._form_at, names), timesteps, shares=2)
             for form, names in _FORMS.items()
         }
-        self._path = TimeTable(self._path_at, timesteps)
+        self._path = TimeTable(schedule.alpha_sigma, timesteps)
         self._terms = TimeTable(self._terms_at, timesteps)
 
     def loss(
@@ -104,6 +104,7 @@ class LossTable:
         None.
         """
         values = output.shape[self._reduction.first_axis :].numel()
+        # ξ, the third, follows the type of the others.
         share, slope, *scales = self._forms[form].at(t, _lifted(output, *data[:2]), values)
         if weights is not None:
             weights = whole(weights).to(share.dtype)
@@ -113,10 +114,10 @@ class LossTable:
         )
 
     def parts(
-        self, form: Form, t: Tensor, data: Sequence[Tensor | None]
+        self, t: Tensor, data: Sequence[Tensor | None]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return the weight [B], and the scale [B] and the data of each part of the target."""
-        weight, _, *scales = self._forms[form].at(t, _lifted(*data[:2]))
+        """Return the weight [B], and scale [B] and data of each part of the form "target"."""
+        weight, _, *scales = self._forms["target"].at(t, _lifted(*data[:2]))
         return weight, scales, self._held(data)
 
     def _held(self, data: Sequence[Tensor | None]) -> list[Tensor]:
@@ -240,9 +241,6 @@ class LossTable:
         rows = self._rows_at(t)
         scales = (getattr(rows, name) for name in names)
         return [rows.weight, rows.slope, *(scale for scale in scales if scale is not None)]
-
-    def _path_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self._schedule.alpha_sigma(t)
 
     def _terms_at(self, t: Tensor) -> tuple[Tensor, ...]:
         at_t = self._coefficients(t)

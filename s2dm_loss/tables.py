@@ -123,14 +123,11 @@ class TimeTable:
             ValueError: if a timestep lies outside the table; see `read_table`.
         """
         # A table is read at every step, and is almost always there.
-        if type(t) is Tensor and t.ndim == 1 and not is_traced():
+        if type(t) is Tensor and not is_traced():
             tables = self._tables.get(divisor)
             table = None if tables is None else tables.copies.get((t.device, dtype))
             if table is not None:
-                try:
-                    return table.index_select(1, t).unbind(0)
-                except (IndexError, RuntimeError):  # another type of integer, or outside
-                    return read_table(table, t).unbind(0)
+                return read_table(table, t).unbind(0)
         return self._made_at(whole(t), dtype, divisor)
 
     def _made_at(self, t: Tensor, dtype: torch.dtype, divisor: int) -> Sequence[Tensor]:
