@@ -25,7 +25,7 @@ CATALOGUE = {
     ),
     "cifar10-16": Entry(
         "CIFAR10 at 16 x 16 pixels, a U-Net of 4.24 M parameters on ε",
-        "2 hours a seed on 2 cores",
+        "4 hours a seed on 2 cores",
         local=True,
     ),
     "cifar10-16-10k": Entry(

@@ -192,6 +192,8 @@ CIFAR10_16 = Preset(
         *(arm(Plain(), one, ("ddim",), (50,)) for one in (Gain(49),)),
         arm(SkipStep(49), samplers=("ddim",), steps=(50,)),
         *(arm(Plain(), one, ("pndm", "deis", "dpm++2m"), (20,)) for one in (None, Gain(49))),
+        *(arm(one, samplers=("ddim", "unipc"), steps=SHORT) for one in (SkipStep(9), MinSNR())),
+        *(arm(MinSNR(), Gain(k), ("ddim",), TEN) for k in (49, -49)),
     ),
     seeds=(0, 1),
     columns=("plain", "plain+gain49", "skip49-expected"),
