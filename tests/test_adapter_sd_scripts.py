@@ -15,17 +15,8 @@ from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.sd_scripts import loss_of, skip_step
 from s2dm_loss.testing import check_swap
 from tests.doubles import sd_scripts_double as double
+from tests.helpers import sd_scripts_parts as parts
 from tests.helpers.patches import patched
-from tests.helpers.sd_scripts_parts import (
-    ACCELERATOR,
-    OPTIONS,
-    PLAIN,
-    LoRA,
-    is_sdxl,
-    load_sd_scripts,
-    make_batch,
-    step,
-)
 from tests.helpers.trainers import SD_SCRIPTS
 
 CPU = torch.device("cpu")
@@ -39,14 +30,14 @@ def kind(request):
 
 def test_samples_that_preserve_the_networks_output_keep_the_plain_loss(kind):
     """Their target is the network's own output before training, and holds no noise to shrink."""
-    if kind is not double.NetworkTrainer and not is_sdxl(kind):
+    if kind is not double.NetworkTrainer and not parts.is_sdxl(kind):
         pytest.skip("the trainer's call_unet of Stable Diffusion ignores which samples")
 
     def gradient(trainer):
         torch.manual_seed(2)
         output = torch.randn(8, 4, 8, 8, requires_grad=True)
         unet = lambda x, t: output if len(x) == 8 else output[:2].detach()  # noqa: E731
-        loss = step(trainer, kind, unet, {"min_timestep": 500}, preserved=(0, 1))
+        loss = parts.step(trainer, kind, unet, {"min_timestep": 500}, preserved=True)
         return torch.autograd.grad(loss, output)[0]
 
     plain, ours = gradient(kind()), gradient(skip_step(kind(), 99, tau=0.5))
@@ -57,80 +48,78 @@ def test_samples_that_preserve_the_networks_output_keep_the_plain_loss(kind):
 def test_validation_is_the_plain_loss(kind):
     conv = nn.Conv2d(4, 4, 1)
     losses = [
-        step(trainer, kind, lambda x, _: conv(x), {}, is_train=False)
+        parts.step(trainer, kind, lambda x, _: conv(x), {}, is_train=False)
         for trainer in (kind(), skip_step(kind(), 99, tau=0.5))
     ]
     assert torch.equal(*losses)
 
 
-@pytest.mark.parametrize("zero", [False, True])
-def test_the_schedule_is_rebuilt_in_float64(kind, zero):
-    schedule = NoiseSchedule.scaled_linear(1000)
-    schedule = schedule.rescale_zero_terminal_snr() if zero else schedule
-    args = SimpleNamespace(**{**PLAIN, "zero_terminal_snr": zero})
-    found = loss_of(args, kind().get_noise_scheduler(args, CPU), 9).schedule
-    assert torch.equal(found.log_alphas_cumprod, schedule.log_alphas_cumprod)
-
-
-def loop_of(source, start, end):
-    """The lines of a script's loop from `start` up to `end`, as a program of their own."""
-    lines = source.splitlines()
-    first = next(index for index, line in enumerate(lines) if line.strip().startswith(start))
-    last = next(index for index in range(first, len(lines)) if lines[index].strip().startswith(end))
-    return textwrap.dedent("\n".join(lines[first:last]))
+def lines_between(source, start, end):
+    """The lines of a script from the first that begins so up to the next that ends them."""
+    first = source.rindex("\n", 0, source.index(start)) + 1
+    last = source.rindex("\n", 0, source.index(end, first))
+    return textwrap.dedent(source[first:last])
 
 
 @pytest.mark.parametrize("script", ["sdxl_train", "train_db", "fine_tune"])
 @pytest.mark.parametrize("name", ["plain", "zero terminal snr, v", "min snr", "huber", "masked"])
 def test_the_pages_diff_in_the_scripts_with_a_loop(script, name):
     """The scripts' own lines from the noise to the loss, as they are and after the diff."""
-    (module,) = load_sd_scripts(script)
+    (module,) = parts.load_sd_scripts(script)
     if name == "masked" and script == "fine_tune":
         pytest.skip("the script has no masks")
-    args = SimpleNamespace(**{**PLAIN, **OPTIONS[name]})
+    args = parts.arguments(**parts.OPTIONS[name])
     plain = Path(module.__file__).read_text()
     swapped = patched("sd-scripts", f"{script}.py", plain)
 
     def loss(model, tau=None):
-        batch = make_batch(double.NetworkTrainer, masked=args.masked_loss)
+        batch = parts.make_batch(double.NetworkTrainer, masked=args.masked_loss)
+
+        def unet(x, t, *_):
+            output = model(x, t)
+            return output if script == "sdxl_train" else SimpleNamespace(sample=output)
+
         namespace = {
             **vars(module),
             "args": args,
-            "accelerator": ACCELERATOR,
+            "accelerator": parts.ACCELERATOR,
             "batch": batch,
             "latents": 0.18215 * batch["latents"],
             "weight_dtype": torch.float32,
-            "unet": lambda x, t, *more: (
-                model(x, t) if script == "sdxl_train" else SimpleNamespace(sample=model(x, t))
-            ),
+            "unet": unet,
             **dict.fromkeys(("text_embedding", "vector_embedding", "encoder_hidden_states")),
             "loss_of": functools.partial(loss_of, tau=tau),
         }
-        source = plain if tau is None else swapped
-        made = loop_of(source, "noise_scheduler = DDPMScheduler(", "if accelerator.is_main")
-        step = loop_of(source, "noise, noisy_latents, timesteps =", "accelerator.backward(loss)")
-        exec(compile(f"{made}\n{step}", script, "exec"), namespace)  # noqa: S102
+        for start, end in (
+            ("noise_scheduler = DDPMScheduler(", "if accelerator.is_main"),
+            ("noise, noisy_latents, timesteps =", "accelerator.backward(loss)"),
+        ):
+            lines = lines_between(plain if tau is None else swapped, start, end)
+            exec(compile(lines, script, "exec"), namespace)  # noqa: S102
         return namespace["loss"]
 
     check_swap(loss, loss, rtol=1e-6)
 
 
-def test_says_what_it_does(kind, caplog):
+@pytest.mark.parametrize("zero", [False, True])
+def test_makes_the_loss_in_float64_and_says_so(kind, zero, caplog):
     """The skips from an iterator, which outlast the first look at them."""
     trainer = skip_step(kind(), map(int, ["1", "9"]), tau=0.9)
     assert repr(trainer).startswith(f"SkipStep{kind.__name__}({{'skip_set': SkipSet([1, 9]), 'tau'")
     with caplog.at_level(logging.INFO):
-        trainer.get_noise_scheduler(SimpleNamespace(**PLAIN), CPU)
-    assert "SkipStepLoss(NoiseSchedule.scaled_linear(1000), SkipSet([1, 9]), tau=0.9" in caplog.text
+        trainer.get_noise_scheduler(parts.arguments(zero_terminal_snr=zero), CPU)
+    schedule = NoiseSchedule.scaled_linear(1000)
+    schedule = schedule.rescale_zero_terminal_snr() if zero else schedule
+    found = trainer.skip_step_loss.schedule
+    assert torch.equal(found.log_alphas_cumprod, schedule.log_alphas_cumprod)
+    assert f"SkipStepLoss({schedule!r}, SkipSet([1, 9]), tau=0.9" in caplog.text
 
 
 def test_refuses_what_it_cannot_serve(kind):
     with pytest.raises(ValueError, match=r"'huber' or 'smooth_l1', got 'l1'"):
-        skip_step(kind(), 9).assert_extra_args(
-            SimpleNamespace(**{**PLAIN, "loss_type": "l1"}), None, None
-        )
+        skip_step(kind(), 9).assert_extra_args(parts.arguments(loss_type="l1"), None, None)
     with pytest.raises(TypeError, match=r"a LoRA without get_noise_scheduler, .*`loss_of`"):
-        skip_step(LoRA(), 9)
+        skip_step(parts.LoRA(), 9)
 
 
 FLOW = {"flow": double.FluxNetworkTrainer, "sample": double.Sd3NetworkTrainer}
@@ -145,59 +134,52 @@ def test_flux_and_sd3(prediction_type, weighted, tau):
     trainer = skip_step(FLOW[prediction_type](), 0.05, tau=tau)
     scheduler = trainer.get_noise_scheduler(args, CPU)
     latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    preserved = [{"diff_output_preservation": True}, *({} for _ in range(7))]
 
     def unet(x=None, t=None, img=None, timesteps=None):
         return torch.sin(3 * (x if img is None else img))
 
-    def step(batch, **options):
+    def step(*preserved, **options):
         torch.manual_seed(1)
+        batch = {"custom_attributes": list(preserved)} if preserved else {}
         given = args, None, scheduler, latents, batch, None, unet, None, torch.float32, True
         return trainer.get_noise_pred_and_target(*given, **options)
 
-    prediction, target, _timesteps, weighting = step({})
+    prediction, target, _timesteps, weighting = step()
     torch.manual_seed(1)
     noise, sigma = torch.randn_like(latents), torch.rand(8, 1, 1, 1)
     x_t = (1 - sigma) * latents + sigma * noise
     plain = noise - latents if prediction_type == "flow" else latents
     weight = 1 / (sigma + 1) if weighted else torch.ones_like(sigma)
-    if tau == 1.0:
-        assert torch.equal(target, plain)
-        assert torch.equal(weighting, weight)
-        return
     criterion = SkipStepLoss(
-        ContinuousSchedule.flow(), 0.05, tau=tau, prediction_type=prediction_type, reduction="none"
+        ContinuousSchedule.flow(), 0.05, tau=tau, prediction_type=prediction_type
     )
-    expected = criterion.from_output(
-        prediction, plain, sigma.flatten(), x_t, weights=weight.flatten()
-    )
-    found = (weighting * (prediction - target).square()).mean((1, 2, 3))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    changed, factor = criterion.regression_target(plain, sigma.flatten(), x_t)
+    expected = changed, factor.reshape(-1, 1, 1, 1) * weight
+    if tau == 1.0:
+        torch.testing.assert_close((target, weighting), (plain, weight), rtol=0, atol=0)
+    torch.testing.assert_close((target, weighting), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(step(is_train=False)[1], plain)
 
-    _, kept, _, kept_weighting = step({"custom_attributes": preserved})
+    _, kept, _, kept_weighting = step({"diff_output_preservation": True}, *[{}] * 7)
     torch.testing.assert_close(kept[0], prediction[0])  # the double's network has no adapter
     torch.testing.assert_close(kept_weighting[0], weight[0])
     torch.testing.assert_close(kept[1:], target[1:])
-    assert torch.equal(step({}, is_train=False)[1], plain)
 
 
-OTHERS = {
-    "lumina_train_network": "LuminaNetworkTrainer",
-    "hunyuan_image_train_network": "HunyuanImageNetworkTrainer",
-    "anima_train_network": "AnimaNetworkTrainer",
-}
-
-
-@pytest.mark.parametrize("script", OTHERS)
-def test_refuses_other_networks_by_name_and_says_what_to_do(script):
-    (module,) = load_sd_scripts(script)
-    trainer = getattr(module, OTHERS[script])()
-    with pytest.raises(ValueError, match=rf"got a {OTHERS[script]} .*regression_target\(target, s"):
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [("lumina", "Lumina"), ("hunyuan_image", "HunyuanImage"), ("anima", "Anima")],
+)
+def test_refuses_other_networks_by_name_and_says_what_to_do(script, name):
+    (module,) = parts.load_sd_scripts(f"{script}_train_network")
+    trainer = getattr(module, f"{name}NetworkTrainer")()
+    said = rf"got a {name}NetworkTrainer .*regression_target\(target, s"
+    with pytest.raises(ValueError, match=said):
         skip_step(trainer, 0.05)
 
 
 def test_a_flow_matching_scheduler_needs_what_the_target_is():
-    args, scheduler = SimpleNamespace(**PLAIN), FlowMatchEulerDiscreteScheduler()
+    args, scheduler = parts.arguments(), FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match=r"given for a FlowMatchEuler.*'flow' where .*got None"):
         loss_of(args, scheduler, 0.05)
     assert loss_of(args, scheduler, 0.05, prediction_type="flow").schedule.timesteps is None

@@ -2,22 +2,23 @@
 
 import contextlib
 import functools
+import itertools
 import sys
 import warnings
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
-import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from tests.doubles import k_diffusion_double
+from tests.helpers import upstream
 from tests.helpers.diffusers_parts import make_scheduler
 from tests.helpers.patches import PAGES
 from tests.helpers.small import every_pair
-from tests.helpers.trainers import SEED, Case, column, noise_in, of_each
-from tests.helpers.trainers_of_today import Anything
-from tests.helpers.upstream import checkout_on_path, k_diffusion_layers, load, root_of, stubs
+from tests.helpers.trainers import Case, column, noised, of_each, ramp, reference_of
 from tests.test_docs_blocks import snippets_of
 
 PAGE = PAGES / "more_trainers.md"
@@ -34,14 +35,11 @@ class Unet(nn.Module):
         return Unet.inner(x, t)
 
 
-class FirstStage(nn.Identity):
-    pass
-
-
 @contextlib.contextmanager
-def latent_diffusion():
-    """The trainer's class, the page's, and one made by the trainer's own `__init__`."""
-    lightning = stubs(
+def latent_diffusion(double=False):
+    """What makes the trainer's class or its double (τ is None), and the page's class of it."""
+    name = "ldm.models.diffusion.ddpm"
+    lightning = upstream.stubs(
         *("pytorch_lightning", "pytorch_lightning.utilities", "omegaconf", "torchvision"),
         *("pytorch_lightning.utilities.distributed", "torchvision.utils"),
         *("taming", "taming.modules", "taming.modules.vqvae", "taming.modules.vqvae.quantize"),
@@ -50,21 +48,46 @@ def latent_diffusion():
         "LightningModule", (nn.Module,), {"device": torch.device("cpu")}
     )
     lightning["pytorch_lightning.utilities.distributed"].rank_zero_only = lambda f: f
-    with checkout_on_path(root_of("S2DM_STABLE_DIFFUSION_ROOT"), lightning):
-        made = snippet("ldm")
-        plain, ours = made["LatentDiffusion"], made["SkipStepLatentDiffusion"]
+    if double:
+        stub = upstream.stub(name, LatentDiffusion=LatentDouble)
+        where = mock.patch.dict(sys.modules, {name: stub})
+    else:
+        where = upstream.checkout_on_path(upstream.root_of("S2DM_STABLE_DIFFUSION_ROOT"), lightning)
+    with where:
+        page = snippet("ldm")
 
-        def make(kind=ours, **options):
-            return kind(
-                first_stage_config={"target": f"{__name__}.FirstStage"},
-                cond_stage_config="__is_unconditional__",
-                unet_config={"target": f"{__name__}.Unet"},
-                timesteps=1000,
-                use_ema=False,
-                **{"linear_start": 0.00085, "linear_end": 0.012, **options},
-            )
+        def make(tau=None, **options):
+            config = {"linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000, **options}
+            config |= {"use_ema": False, "cond_stage_config": "__is_unconditional__"}
+            config |= {"unet_config": {"target": f"{__name__}.Unet"}}
+            config |= {"first_stage_config": {"target": "torch.nn.Identity"}}
+            if tau is None:
+                return page["LatentDiffusion"](**config)
+            return page["SkipStepLatentDiffusion"](tau=tau, **config)
 
-        yield plain, ours, make
+        yield make
+
+
+class LatentDouble(nn.Module):
+    """What the page's class asks of CompVis' `LatentDiffusion`, for where there is no checkout."""
+
+    parameterization, betas = "eps", torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2
+
+    def __init__(self, loss_type="l2", **config):
+        super().__init__()
+        self.loss_type = loss_type
+
+    def apply_model(self, x_noisy, t, cond, return_ids=False):
+        return Unet.inner(x_noisy, t)
+
+    def get_loss(self, pred, target, mean=True):
+        return F.mse_loss(pred, target, reduction="mean" if mean else "none")
+
+    def p_losses(self, x_start, cond, t, noise=None):
+        a, b = (column(each).float() for each in PATH.alpha_sigma(t))
+        output = self.apply_model(a * x_start + b * noise, t, cond)
+        loss = self.get_loss(output, noise, mean=False).mean()
+        return loss, {"train/loss_simple": loss.detach()}
 
 
 def compvis(parameterization, **options):
@@ -72,31 +95,28 @@ def compvis(parameterization, **options):
     t = torch.tensor([0, 48, 49, 300, 700, 999])
 
     def loss(model, tau=None):
-        given = {"parameterization": parameterization, **options}
-        with latent_diffusion() as (plain, ours, make), warnings.catch_warnings():
+        with latent_diffusion() as make, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its tables for x0 take NumPy roots of torch tensors
             Unet.inner = model
-            diffusion = make(plain, **given) if tau is None else make(ours, tau=tau, **given)
+            diffusion = make(tau, parameterization=parameterization, **options)
             return diffusion.train().p_losses(x, None, t)[0]
-
-    def reference(x_t, _, output):
-        return output, noise_in(PATH, x_t, x, t) if parameterization == "eps" else x, t
 
     predicts = "epsilon" if parameterization == "eps" else "sample"
     name = " ".join(("CompVis", parameterization, *options))
+    reference = reference_of(PATH, predicts, x, t)
     return Case(name, loss, PATH, 49, predicts, reference, channels=3, options={})
 
 
 def onetrainer():
-    stubbed = stubs("modules.util.config.TrainConfig", "modules.util.loss.vb_loss")
+    stubbed = upstream.stubs("modules.util.config.TrainConfig", "modules.util.loss.vb_loss")
     name = "modules.modelSetup.mixin.ModelSetupDiffusionLossMixin"
-    return load(root_of("S2DM_ONETRAINER_ROOT"), name, stubbed=stubbed)[0]
+    return upstream.load(upstream.root_of("S2DM_ONETRAINER_ROOT"), name, stubbed=stubbed)[0]
 
 
 def settings_of(module, weight, strength="mse_strength", **more):
     """OneTrainer's config, as far as its losses read it."""
     names = ("mse", "mae", "log_cosh", "huber", "vb_loss")
-    return Anything(
+    return upstream.Anything(
         **{**dict.fromkeys((f"{name}_strength" for name in names), 0.0), strength: 1.0},
         batch_size=1,
         gradient_accumulation_steps=1,
@@ -104,7 +124,7 @@ def settings_of(module, weight, strength="mse_strength", **more):
         loss_scaler=SimpleNamespace(get_scale=lambda *_, **__: 1.0),
         loss_weight_fn=module.LossWeight[weight],
         model_type=SimpleNamespace(has_conditioning_image_input=lambda: False),
-        **{"masked_training": False, **more},
+        **more,
     )
 
 
@@ -122,29 +142,21 @@ def of_onetrainer(prediction_type, weight, strength="mse_strength", masked=False
         prediction_type="epsilon" if flow else prediction_type,
     )
 
-    def made(model):
-        noise = torch.randn_like(latents)
-        if flow:
-            noisy, target = (1 - sigma) * latents + sigma * noise, noise - latents
-        else:
-            noisy, v = (
-                make(latents, noise, t) for make in (scheduler.add_noise, scheduler.get_velocity)
-            )
-            target = noise if prediction_type == "epsilon" else v
-        data = {"loss_type": "target", "timestep": t, "target": target}
-        data |= {"prediction_type": prediction_type, "predicted": model(noisy, t)}
-        return data, noisy
-
     def loss(model, tau=None):
         module = onetrainer()
-        data, noisy = made(model)
+        if flow:
+            noise = torch.randn_like(latents)
+            noisy, target = (1 - sigma) * latents + sigma * noise, noise - latents
+        else:
+            noisy, target = noised(scheduler, prediction_type, latents, t)
+        data = {"loss_type": "target", "timestep": t, "target": target}
+        data |= {"prediction_type": prediction_type, "predicted": model(noisy, t)}
         batch = {"loss_weight": given.clone(), "latent_mask": mask}
         if tau is not None:
             page = snippet("diffusers")
-            page["TAU"] = tau
-            flow_loss, of_flow = page["FLOW_LOSS"], {"prediction_type": "flow"}
+            page["TAU"], plain = tau, page["FLOW_LOSS"]
             page["FLOW_LOSS"] = SkipStepLoss(
-                flow_loss.schedule, flow_loss.skip_set, tau=tau, **of_flow
+                plain.schedule, plain.skip_set, tau=tau, prediction_type="flow"
             )
             name, last = ("skip_step_of_flow", sigma) if flow else ("skip_step", scheduler)
             page[name](data, batch, noisy, last)
@@ -155,7 +167,6 @@ def of_onetrainer(prediction_type, weight, strength="mse_strength", masked=False
             loss_weight_strength=5.0 if weight == "MIN_SNR_GAMMA" else 1.0,
             masked_training=masked,
             masked_prior_preservation_weight=0.0,
-            normalize_masked_area_loss=False,
             unmasked_weight=0.1,
         )
         mixin = module.ModelSetupDiffusionLossMixin()
@@ -164,38 +175,28 @@ def of_onetrainer(prediction_type, weight, strength="mse_strength", masked=False
             return mixin._flow_matching_losses(*arguments, sigmas=torch.arange(1000.0))
         return mixin._diffusion_losses(*arguments, betas=scheduler.betas)
 
-    def reference(x_t, _, output):
-        torch.manual_seed(SEED)
-        data, _ = made(lambda *_: None)
-        return output, data["target"], sigma.flatten() if flow else t
-
+    path, times = (ContinuousSchedule.flow(), sigma.flatten()) if flow else (PATH, t)
     squared = strength == "mse_strength" and not masked
-    return Case(
-        f"OneTrainer {prediction_type} {weight} {strength} masked={masked}",
-        loss,
-        ContinuousSchedule.flow() if flow else PATH,
-        SkipSet.for_sampling_steps(20) if flow else 49,
-        prediction_type,
-        reference if squared else None,
-        channels=4,
-        options={},
-    )
+    name = f"OneTrainer {prediction_type} {weight} {strength} masked={masked}"
+    skips = SkipSet.for_sampling_steps(20) if flow else 49
+    reference = reference_of(path, prediction_type, latents, times) if squared else None
+    return Case(name, loss, path, skips, prediction_type, reference, channels=4, options={})
 
 
 def k_diffusions(package):
     """The names of the page's block on k-diffusion, with this package in its place."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "k_diffusion", package)
+    with mock.patch.dict(sys.modules, {"k_diffusion": package}):
         return snippet("k_diffusion")
 
 
-K_DIFFUSION = of_each("k-diffusion", lambda: _with_layers(k_diffusion_layers()), k_diffusion_double)
-
-
-def _with_layers(layers):
+def _real():
+    layers = upstream.k_diffusion_layers()
     package = ModuleType("k_diffusion")
     package.layers, package.Denoiser = layers, layers.Denoiser
     return package
+
+
+K_DIFFUSION = of_each("k-diffusion", _real, k_diffusion_double)
 
 
 def k_diffusion(label, package, weighting, sigma_data):
@@ -204,59 +205,49 @@ def k_diffusion(label, package, weighting, sigma_data):
     x0, noise = torch.randn(2, 5, 2, 6, 6, generator=drawn, dtype=torch.float64).unbind(0)
     sigma = sigma.double()
     total = column((sigma**2 + sigma_data**2).sqrt())
-    low, high = 0.01 ** (1 / 7), 80 ** (1 / 7)
+    path, time_of = ramp(0.01)
 
     def loss(model, tau=None):
-        denoiser = package().Denoiser(model, sigma_data=sigma_data, weighting=weighting)
+        def network(x_t, t, gain=1.0):
+            return gain * model(x_t, t)
+
+        denoiser = package().Denoiser(network, sigma_data=sigma_data, weighting=weighting)
         if tau is None:
-            return denoiser.loss(x0, noise, sigma)
+            return denoiser.loss(x0, noise, sigma, gain=1.5)
         names = k_diffusions(package())
         names["criterion"] = names["make_criterion"](tau=tau)
-        return names["skip_loss"](denoiser, x0, noise, sigma)
+        return names["skip_loss"](denoiser, x0, noise, sigma, gain=1.5)
 
     def reference(x_t, _, output):
-        ramp = (sigma ** (1 / 7) - low) / (high - low)
         c_out = column(sigma) * sigma_data / total
-        return c_out * output + (sigma_data / total) ** 2 * x_t, x0, ramp.clamp(0, 1)
+        return c_out * 1.5 * output + (sigma_data / total) ** 2 * x_t, x0, time_of(sigma)
 
-    return Case(
-        f"{label} {weighting} {sigma_data}",
-        loss,
-        ContinuousSchedule.from_alpha_sigma(
-            lambda t: (torch.ones_like(t), (low + t * (high - low)) ** 7)
-        ),
-        SkipSet.for_sampling_steps(20),
-        "sample",
-        reference,
-        rtol=1e-9,
-        dtype=torch.float64,
-        options={},
-        unscaled=lambda x, _: x * total,
-    )
+    name, skips = f"{label} {weighting} {sigma_data}", SkipSet.for_sampling_steps(20)
+    case = Case(name, loss, path, skips, "sample", reference, 1e-9, dtype=torch.float64)
+    return case._replace(options={}, unscaled=lambda x, _: x * total)
 
 
-CASES = [
-    k_diffusion(*which, weighting, sigma_data)
-    for which in K_DIFFUSION
-    for weighting, sigma_data in (("karras", 0.5), ("snr", 1.0), ("soft-min-snr", 0.5))
-]
-CASES += [
-    compvis(parameterization, **options)
-    for parameterization in ("eps", "x0")
-    for options in ({}, {"original_elbo_weight": 0.1, "l_simple_weight": 0.7, "logvar_init": 0.3})
-]
 STRENGTHS = ("mse_strength", "huber_strength")
-CASES += [
-    of_onetrainer(**case)
-    for case in every_pair(
-        prediction_type=("epsilon", "v_prediction"),
-        weight=("CONSTANT", "MIN_SNR_GAMMA", "P2"),
-        strength=STRENGTHS,
-        masked=(False, True),
-    )
-]
-CASES += [
-    of_onetrainer("flow", weight, strength)
-    for weight in ("CONSTANT", "SIGMA")
-    for strength in STRENGTHS
-]
+ONETRAINER = every_pair(
+    prediction_type=("epsilon", "v_prediction"),
+    weight=("CONSTANT", "MIN_SNR_GAMMA", "P2"),
+    strength=STRENGTHS,
+    masked=(False, True),
+)
+
+
+def _cases():
+    for which in K_DIFFUSION:
+        yield k_diffusion(*which, "karras", 0.5)
+        yield k_diffusion(*which, "snr", 1.0)
+        yield k_diffusion(*which, "soft-min-snr", 0.5)
+    for parameterization in ("eps", "x0"):
+        yield compvis(parameterization)
+        weights = {"original_elbo_weight": 0.1, "l_simple_weight": 0.7, "logvar_init": 0.3}
+        yield compvis(parameterization, **weights)
+    yield from (of_onetrainer(**case) for case in ONETRAINER)
+    for weight, strength in itertools.product(("CONSTANT", "SIGMA"), STRENGTHS):
+        yield of_onetrainer("flow", weight, strength)
+
+
+CASES = list(_cases())

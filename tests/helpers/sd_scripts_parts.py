@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from tests.helpers.diffusers_parts import diffusers  # its imports, before the stubs below
-from tests.helpers.upstream import load, root_of, stubs
+from tests.helpers.upstream import Anything, load, root_of, stubs
 
 # What only reads data and models, or makes pictures while training.
 STUBS = (
@@ -19,17 +19,6 @@ STUBS = (
     *("transformers.models.t5", "transformers.models.t5.modeling_t5", "transformers.optimization"),
     *("library.lpw_stable_diffusion", "library.sdxl_lpw_stable_diffusion"),
 )
-# The scripts' arguments, as they are without being given.
-PLAIN = {
-    **dict.fromkeys(("debiased_estimation_loss", "gradient_checkpointing", "masked_loss"), False),
-    **dict.fromkeys(("ip_noise_gamma_random_strength", "noise_offset_random_strength"), False),
-    **dict.fromkeys(("scale_v_pred_loss_like_noise_pred", "v_parameterization"), False),
-    **dict.fromkeys(("adaptive_noise_scale", "ip_noise_gamma", "min_snr_gamma"), None),
-    **dict.fromkeys(("multires_noise_iterations", "noise_offset", "v_pred_like_loss"), None),
-    **{"huber_c": 0.1, "huber_scale": 1.0, "huber_schedule": "exponential", "loss_type": "l2"},
-    **{"max_timestep": 1000, "min_timestep": 0, "multires_noise_discount": 0.3},
-    "zero_terminal_snr": False,
-}
 V = {"v_parameterization": True}
 OPTIONS = {
     "plain": {},
@@ -55,6 +44,13 @@ REAL_OPTIONS = {
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
 
 
+def arguments(**options):
+    """The scripts' arguments, those without an option as they are without being given."""
+    plain = {"huber_c": 0.1, "huber_scale": 1.0, "huber_schedule": "exponential"}
+    plain |= {"loss_type": "l2", "max_timestep": 1000, "min_timestep": 0}
+    return Anything(**{**plain, "multires_noise_discount": 0.3, **options})
+
+
 def load_sd_scripts(*names):
     assert diffusers
     with warnings.catch_warnings():
@@ -66,22 +62,19 @@ def is_sdxl(kind):
     return "Sdxl" in kind.__name__
 
 
-def make_batch(kind, size=8, *, masked=False, preserved=()):
+def make_batch(kind, *, masked=False, preserved=False):
     torch.manual_seed(5)
-    batch = {"latents": 5 * torch.randn(size, 4, 8, 8), "loss_weights": torch.rand(size)}
-    text = [torch.randn(size, 3, 8) for _ in range(1 + is_sdxl(kind))]
+    batch = {"latents": 5 * torch.randn(8, 4, 8, 8), "loss_weights": torch.rand(8)}
+    text = [torch.randn(8, 3, 8) for _ in range(1 + is_sdxl(kind))]
     if is_sdxl(kind):
-        text.append(torch.randn(size, 8))
-        for name in ("original_sizes_hw", "crop_top_lefts", "target_sizes_hw"):
-            batch[name] = torch.full((size, 2), 8.0)
+        text.append(torch.randn(8, 8))
+        sizes = ("original_sizes_hw", "crop_top_lefts", "target_sizes_hw")
+        batch |= dict.fromkeys(sizes, torch.full((8, 2), 8.0))
     batch["text_encoder_outputs_list"] = text
     if masked:
-        batch["alpha_masks"] = torch.rand(size, 16, 16)
+        batch["alpha_masks"] = torch.rand(8, 16, 16)
     if preserved:
-        batch["custom_attributes"] = [
-            {"diff_output_preservation": True} if index in preserved else {}
-            for index in range(size)
-        ]
+        batch["custom_attributes"] = [{"diff_output_preservation": True}] * 2 + [{}] * 6
     return batch
 
 
@@ -94,9 +87,9 @@ class LoRA:
         self.multiplier = value
 
 
-def step(trainer, kind, model, options, *, preserved=(), is_train=True):
+def step(trainer, kind, model, options, *, preserved=False, is_train=True):
     """The loss of the trainer's own step."""
-    args = SimpleNamespace(**{**PLAIN, **options})
+    args = arguments(**options)
     random.seed(0)
     lora = LoRA()
 
@@ -109,6 +102,5 @@ def step(trainer, kind, model, options, *, preserved=(), is_train=True):
     batch = make_batch(kind, masked=args.masked_loss, preserved=preserved)
     scheduler = trainer.get_noise_scheduler(args, torch.device("cpu"))
     rest = (None, scheduler, torch.float32, torch.float32, ACCELERATOR, args, None, None)
-    return trainer.process_batch(
-        batch, [], unet, lora, *rest, is_train=is_train, train_text_encoder=False
-    )
+    options = {"is_train": is_train, "train_text_encoder": False}
+    return trainer.process_batch(batch, [], unet, lora, *rest, **options)

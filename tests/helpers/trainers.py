@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib
 import itertools
-import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,21 +31,14 @@ from tests.doubles import (
     score_sde_double,
     sd_scripts_double,
 )
+from tests.helpers import sd_scripts_parts as parts
 from tests.helpers import trainers_of_today, upstream
 from tests.helpers.ddim_checkout import load_ddim
 from tests.helpers.diffusers_parts import make_scheduler
 from tests.helpers.guided_diffusion_parts import KIN, make_diffusion, modules_of
 from tests.helpers.patches import patched
 from tests.helpers.score_sde_checkout import load_score_sde
-from tests.helpers.sd_scripts_parts import (
-    AT_THE_END,
-    OPTIONS,
-    REAL_OPTIONS,
-    is_sdxl,
-    load_sd_scripts,
-    make_batch,
-    step,
-)
+from tests.helpers.sd_scripts_parts import AT_THE_END, OPTIONS, REAL_OPTIONS
 from tests.helpers.small import every_pair
 from tests.helpers.upstream import checkout_on_path, root_of, stubs
 
@@ -58,17 +51,14 @@ class Case(NamedTuple):
     name: str
     loss: Callable[..., Any]
     """Of the model, τ (None: the trainer's own) and options of `SkipStepLoss`."""
-    schedule: Any = None
-    """What x_t is made with, as the papers say it."""
+    schedule: Any = None  # what x_t is made with, as the papers say it
     skips: Any = 9
     predicts: str = "epsilon"
     reference: Callable[..., Any] | None = None
     """Of x_t, t and the output: the core's output, target and t, and a weight of each element.
     None: no squared error of the output alone."""
-    rtol: float = 0.0
-    """Of the comparison at τ = 1; 0 is bit for bit."""
-    channels: int = 2
-    """Of x_t; 0 where the network is not called with images."""
+    rtol: float = 0.0  # of the comparison at τ = 1; 0 is bit for bit
+    channels: int = 2  # of x_t; 0 where the network is not called with images
     dtype: torch.dtype = torch.float32
     options: dict[str, Any] | None = None
     """Those of `SkipStepLoss` that a patch sets itself: it takes no other but τ."""
@@ -80,9 +70,16 @@ def column(values):
     return values.reshape(-1, 1, 1, 1)
 
 
-def noise_in(schedule, x_t, x0, t):
-    a, b = map(column, schedule.alpha_sigma(t))
-    return (x_t - a * x0) / b
+def reference_of(path, predicts, x0, t):
+    """The reference of a trainer that makes x_t of x_0 and noise at t on a path."""
+
+    def reference(x_t, _, output):
+        a, b = map(column, path.alpha_sigma(t))
+        noise = (x_t - a * x0) / b
+        targets = {"epsilon": noise, "sample": x0, "flow": noise - x0}
+        return output, {**targets, "v_prediction": a * noise - b * x0}[predicts], t
+
+    return reference
 
 
 def of_each(name, real, double):
@@ -90,13 +87,13 @@ def of_each(name, real, double):
     return [(f"{name} double", lambda: double), (f"{name} real", functools.cache(real))]
 
 
-def made_with(betas):
-    return NoiseSchedule.from_betas(torch.as_tensor(betas, dtype=torch.float64))
-
-
 # ermongroup/ddim: the noise and t are given.
 
 DDIM = of_each("ddim", lambda: load_ddim(root_of("S2DM_DDIM_ROOT")), ddim_double)
+DDIM_OPTIONS = (
+    *(("linear", 1000, "sum", False), ("quad", 50, "mean", True), ("const", 1000, "sum", True)),
+    *(("jsd", 1000, "mean", False), ("sigmoid", 50, "sum", False)),
+)
 
 
 def ddim_betas(trainer, schedule, steps):
@@ -117,13 +114,9 @@ def ddim(label, trainer, schedule, steps, reduction, keepdim):
         ours = ddim_adapter.ddim_loss(9, tau=tau, data_reduction=reduction, **options)
         return ours(model, x0, t, e, b, keepdim)
 
-    return Case(
-        f"{label} {schedule} {reduction}",
-        loss,
-        made_with(ddim_betas(ddim_double, schedule, steps)),
-        reference=lambda x_t, _, output: (output, e, t),
-        rtol=2e-6,
-    )
+    path = NoiseSchedule.from_betas(ddim_betas(ddim_double, schedule, steps))
+    reference = lambda x_t, _, output: (output, e, t)  # noqa: E731
+    return Case(f"{label} {schedule} {reduction}", loss, path, reference=reference, rtol=2e-6)
 
 
 # lucidrains/denoising-diffusion-pytorch: the noise is drawn, with an offset.
@@ -137,63 +130,68 @@ TIMES = torch.tensor([0, 8, 9, 300, 700, 999])
 OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 
 
-def lucid(label, package, objective, schedule, min_snr):
-    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(5))
-    x0 = 2 * images - 1
-    betas = getattr(denoising_diffusion_pytorch_double, f"_{schedule}")(1000).float()
-    path = made_with(betas)
-
-    def loss(model, tau=None, **options):
-        vars(model).update(channels=3, out_dim=3, self_condition=False)
-        diffusion = package().GaussianDiffusion(
-            model,
-            image_size=8,
-            objective=objective,
-            beta_schedule=schedule,
-            min_snr_loss_weight=min_snr,
-            offset_noise_strength=0.1,
-        )
-        if tau is not None:
-            diffusion = lucid_adapter.skip_step(diffusion, 9, tau=tau, **options)
-        return diffusion(images, times=TIMES, loss_reduction="none")
-
-    def reference(x_t, _, output):
-        noise = noise_in(path, x_t, x0, TIMES)
-        a, b = map(column, path.alpha_sigma(TIMES))
-        targets = {"pred_noise": noise, "pred_x0": x0, "pred_v": a * noise - b * x0}
-        return output, targets[objective], TIMES
-
-    name = f"{label} {objective} {schedule} min_snr={min_snr}"
-    return Case(name, loss, path, 9, OBJECTIVES[objective], reference, channels=3)
-
-
-def lucid_sibling(file, *option, size=(8, 8), **given):
-    """Options of the trainer's own alone, and files with a class of the same name or of 1D."""
+def lucid(name, package, made, path=None, size=(8, 8), self_condition=False, **given):
+    """Without a path only the value at τ = 1 is known."""
     x0 = 2 * torch.rand(6, 3, *size, generator=torch.Generator().manual_seed(5)) - 1
     kind, shape = "GaussianDiffusion1D", {"seq_length": size[0]}
     if len(size) == 2:
         kind, shape = "GaussianDiffusion", {"image_size": size[0]}
-    made = {"objective": option[0]} if option else {}
-    if "immiscible" in option:
-        made["immiscible"] = True
 
     def loss(model, tau=None, **options):
-        model.channels = model.out_dim = 3
+        vars(model).update(channels=3, out_dim=3, self_condition=self_condition)
         model.random_or_learned_sinusoidal_cond = False
-        model.self_condition = "self_condition" in option
-        module = upstream.denoising_diffusion_pytorch(file)[1]
-        diffusion = getattr(module, kind)(model, timesteps=1000, **shape, **made)
+        diffusion = getattr(package(), kind)(model, timesteps=1000, **shape, **made)
         if tau is not None:
             diffusion = lucid_adapter.skip_step(diffusion, 9, tau=tau, **options)
         return diffusion.p_losses(x0, TIMES, **given)
 
-    name = " ".join(("denoising-diffusion-pytorch real", file, *option))
-    return Case(name, loss, channels=3 * (len(size) == 2))
+    predicts = OBJECTIVES.get(made.get("objective"))
+    reference = reference_of(path, predicts, x0, TIMES) if path else None
+    return Case(name, loss, path, 9, predicts, reference, channels=3 * (len(size) == 2))
+
+
+def lucid_cases():
+    double = denoising_diffusion_pytorch_double
+    schedules = {kind: getattr(double, f"_{kind}") for kind in ("linear", "cosine", "sigmoid")}
+    grid = every_pair(objective=OBJECTIVES, schedule=schedules, min_snr=(False, True))
+    for (label, package), case in itertools.product(LUCID, grid):
+        objective, schedule, min_snr = case.values()
+        made = {"objective": objective, "beta_schedule": schedule, "offset_noise_strength": 0.1}
+        made["min_snr_loss_weight"] = min_snr
+        path = NoiseSchedule.from_betas(schedules[schedule](1000).float())
+        name = f"{label} {objective} {schedule} min_snr={min_snr}"
+        yield lucid(name, package, made, path, loss_reduction="none")
+    # Options of the trainer's own alone, and files with a class of the same name or of 1D.
+    real = "denoising-diffusion-pytorch real"
+    for file, options in {
+        "classifier_free_guidance": {"classes": torch.arange(6)},
+        "repaint": {},
+        "guided_diffusion": {},
+        "denoising_diffusion_pytorch_1d": {"size": (16,)},
+    }.items():
+        yield lucid(f"{real} {file}", functools.partial(lucid_file, file), {}, **options)
+    file = "denoising_diffusion_pytorch"
+    for objective in OBJECTIVES:
+        made, package = {"objective": objective}, functools.partial(lucid_file, file)
+        name = f"{real} {file} {objective}"
+        yield lucid(f"{name} self_condition", package, made, self_condition=True)
+        yield lucid(f"{name} immiscible", package, {**made, "immiscible": True})
+
+
+def lucid_file(file):
+    return upstream.denoising_diffusion_pytorch(file)[1]
 
 
 # NVlabs/edm and edm2: σ and the noise are drawn.
 
-RAMP = [sigma ** (1 / 7) for sigma in (0.002, 80)]
+
+def ramp(sigma_min):
+    """The path of the sampler's steps from σ_min to 80, and the time of a σ on it."""
+    low, high = sigma_min ** (1 / 7), 80 ** (1 / 7)
+    path = ContinuousSchedule.from_alpha_sigma(
+        lambda t: (torch.ones_like(t), (low + t * (high - low)) ** 7)
+    )
+    return path, lambda sigma: ((sigma.double() ** (1 / 7) - low) / (high - low)).clamp(0, 1)
 
 
 @contextlib.contextmanager
@@ -235,13 +233,11 @@ def edm(name, kind):
                 plain = edm_adapter.skip_step(plain, 1 / 17, tau=tau, **options)
             return plain(net=as_net(model), images=images, labels=None)
 
-    def reference(x_t, sigma, output):
-        ramp = (sigma.flatten().double() ** (1 / 7) - RAMP[0]) / (RAMP[1] - RAMP[0])
-        return output, images, ramp.clamp(0, 1)
+    path, time_of = ramp(0.002)
 
-    path = ContinuousSchedule.from_alpha_sigma(
-        lambda t: (torch.ones_like(t), (RAMP[0] + t * (RAMP[1] - RAMP[0])) ** 7)
-    )
+    def reference(x_t, sigma, output):
+        return output, images, time_of(sigma.flatten())
+
     return Case(name, loss, path, 1 / 17, "sample", reference, channels=3)
 
 
@@ -249,36 +245,28 @@ def edm(name, kind):
 
 
 def guided(trainer, **config):
-    def loss(model, tau=None, **options):
-        plain = make_diffusion(trainer=trainer, **config)
-        last = plain.num_timesteps - 1
-        x, t, more = batch(last)
+    gd, respace = modules_of()
+    levels = (1 - gd.get_named_beta_schedule(config["schedule"], 1000)).cumprod(0)
+    kept = sorted(respace.space_timesteps(1000, config["respacing"] or [1000]))
+    path = NoiseSchedule.from_alphas_cumprod(torch.from_numpy(levels[kept]))
+    x, more = torch.randn(2, 6, 2, 6, 6, generator=torch.Generator().manual_seed(5)).unbind(0)
+    last = len(kept) - 1
+    t = torch.tensor([0, 8, 9, 10, last // 2, last])
 
+    def loss(model, tau=None, **options):
         def network(x_t, t):  # the channels of a learned variance are given
             output = model(x_t, t)
             learned = config["variance"].startswith("LEARNED")
             return torch.cat([output, more], 1) if learned else output
 
-        ours = plain if tau is None else guided_adapter.skip_step(plain, 9, tau=tau, **options)
-        return ours.training_losses(network, x, t, {})["loss"]
-
-    def batch(last):
-        drawn = torch.randn(2, 6, 2, 6, 6, generator=torch.Generator().manual_seed(5))
-        return drawn[0], torch.tensor([0, 8, 9, 10, last // 2, last]), drawn[1]
-
-    gd, respace = modules_of()
-    levels = (1 - gd.get_named_beta_schedule(config["schedule"], 1000)).cumprod(0)
-    kept = sorted(respace.space_timesteps(1000, config["respacing"] or [1000]))
-    path = NoiseSchedule.from_alphas_cumprod(torch.from_numpy(levels[kept]))
-
-    def reference(x_t, _, output):
-        x, t, _ = batch(len(kept) - 1)
-        predicts_noise = config["mean"] == "EPSILON"
-        return output, noise_in(path, x_t, x, t) if predicts_noise else x, t
+        diffusion = make_diffusion(trainer=trainer, **config)
+        if tau is not None:
+            diffusion = guided_adapter.skip_step(diffusion, 9, tau=tau, **options)
+        return diffusion.training_losses(network, x, t, {})["loss"]
 
     predicts = {"EPSILON": "epsilon", "START_X": "sample"}[config["mean"]]
     name = " ".join(str(value) for value in (trainer, *config.values()) if value is not None)
-    return Case(name, loss, path, 9, predicts, reference)
+    return Case(name, loss, path, 9, predicts, reference_of(path, predicts, x, t))
 
 
 GUIDED = every_pair(
@@ -336,7 +324,8 @@ def score_sde(label, trainer, kind, discrete, *flags):
         return make(sde, *flags, skip_set=300, tau=tau, **options)(model, batch)
 
     if discrete:
-        path = DDPM if kind == "VPSDE" else NoiseSchedule.from_sigmas(0.01 * 5000 ** (STEPS / 999))
+        steps = torch.linspace(0, 1, 1000, dtype=torch.float64)
+        path = DDPM if kind == "VPSDE" else NoiseSchedule.from_sigmas(0.01 * 5000**steps)
     else:
         path = ContinuousSchedule.from_alpha_sigma(SDE_PATHS[kind])
 
@@ -349,9 +338,8 @@ def score_sde(label, trainer, kind, discrete, *flags):
             t = torch.rand(32) * (1 - 1e-5) + 1e-5
         noise, sigma = torch.randn_like(batch), column(path.alpha_sigma(t)[1])
         scale = -sigma if kind == "VESDE" else 1
-        if kind == "VPSDE" and not (
-            discrete or flags[2]
-        ):  # the noise has σ(t), the score a table's
+        if kind == "VPSDE" and not discrete and not flags[2]:
+            # The noise has σ(t), the score a table's.
             scale = sigma / column(DDPM.alpha_sigma((999 * t).long())[1])
         return scale * output, noise, t if discrete else t.double()
 
@@ -360,24 +348,23 @@ def score_sde(label, trainer, kind, discrete, *flags):
     return Case(label, loss, path, skips, "epsilon", reference, 1e-6, dtype=torch.float64)
 
 
-STEPS = torch.arange(1000, dtype=torch.float64)
 BOTH = (True, False)
 FLAGS = every_pair(train=BOTH, reduce_mean=BOTH, continuous=BOTH, likelihood=BOTH)
 
 
 # kohya-ss/sd-scripts: the noise and t are drawn.
 
-SD_SCRIPTS = {
-    "sd-scripts double": lambda: sd_scripts_double.NetworkTrainer,
-    "sd-scripts real": lambda: _sd_scripts()[0].NetworkTrainer,
-    "sd-scripts real sdxl": lambda: _sd_scripts()[1].SdxlNetworkTrainer,
-}
+SD_SCRIPTS = dict(
+    of_each(
+        "sd-scripts",
+        lambda: parts.load_sd_scripts("train_network")[0].NetworkTrainer,
+        sd_scripts_double.NetworkTrainer,
+    )
+)
+SD_SCRIPTS["sd-scripts real sdxl"] = functools.cache(
+    lambda: parts.load_sd_scripts("sdxl_train_network")[0].SdxlNetworkTrainer
+)
 NO_SQUARE = ("ip noise", "huber", "masked", *REAL_OPTIONS)
-
-
-@functools.cache
-def _sd_scripts():
-    return load_sd_scripts("train_network", "sdxl_train_network")
 
 
 def sd_scripts(label, kind, name):
@@ -385,33 +372,37 @@ def sd_scripts(label, kind, name):
     path = NoiseSchedule.scaled_linear(1000)
     if options.get("zero_terminal_snr"):
         path = path.rescale_zero_terminal_snr()
-    v = options.get("v_parameterization", False)
+    predicts = "v_prediction" if options.get("v_parameterization") else "epsilon"
 
     def loss(model, tau=None, **ours):
         trainer = kind()()
         if tau is not None:
             trainer = sd_scripts_adapter.skip_step(trainer, 9, tau=tau, **ours)
-        return step(trainer, kind(), model, options)
+        return parts.step(trainer, kind(), model, options)
 
     def reference(x_t, t, output):
-        x0 = (0.13025 if is_sdxl(kind()) else 0.18215) * make_batch(kind())["latents"]
-        noise = noise_in(path, x_t, x0, t)
-        a, b = map(column, path.alpha_sigma(t))
-        return output, a * noise - b * x0 if v else noise, t
+        x0 = (0.13025 if parts.is_sdxl(kind()) else 0.18215) * parts.make_batch(kind())["latents"]
+        return reference_of(path, predicts, x0, t)(x_t, t, output)
 
     below = None if name in NO_SQUARE else reference
-    predicts = "v_prediction" if v else "epsilon"
     return Case(f"{label} {name}", loss, path, 9, predicts, below, channels=4)
 
 
 # diffusers: the middle of a training script.
-
 
 DIFFUSERS_BETAS = {
     "linear": lambda start, end: torch.linspace(start, end, 1000, dtype=torch.float64),
     "scaled_linear": lambda start, end: DIFFUSERS_BETAS["linear"](start**0.5, end**0.5) ** 2,
     "squaredcos_cap_v2": lambda *_: denoising_diffusion_pytorch_double._cosine(1000),
 }
+
+
+def noised(scheduler, prediction_type, latents, t):
+    """The scheduler's x_t with noise that is drawn, and the target."""
+    noise = torch.randn_like(latents)
+    v = scheduler.get_velocity(latents, noise, t)
+    target = {"epsilon": noise, "v_prediction": v, "sample": latents}[prediction_type]
+    return scheduler.add_noise(latents, noise, t), target
 
 
 def diffusers_script(prediction_type, beta_schedule, zero_snr):
@@ -422,14 +413,11 @@ def diffusers_script(prediction_type, beta_schedule, zero_snr):
         rescale_betas_zero_snr=zero_snr,
         prediction_type=prediction_type,
     )
-    path = made_with(DIFFUSERS_BETAS[beta_schedule](1e-4, 0.02))
+    path = NoiseSchedule.from_betas(DIFFUSERS_BETAS[beta_schedule](1e-4, 0.02))
     path = path.rescale_zero_terminal_snr() if zero_snr else path
 
     def loss(model, tau=None, **options):
-        noise = torch.randn_like(latents)
-        noisy = scheduler.add_noise(latents, noise, t)
-        v = scheduler.get_velocity(latents, noise, t)
-        target = {"epsilon": noise, "v_prediction": v, "sample": latents}[prediction_type]
+        noisy, target = noised(scheduler, prediction_type, latents, t)
         model_pred = model(noisy, t)
         if tau is None:
             return F.mse_loss(model_pred.float(), target.float(), reduction="mean")
@@ -440,10 +428,7 @@ def diffusers_script(prediction_type, beta_schedule, zero_snr):
 
     def reference(x_t, _, output):
         torch.manual_seed(SEED)
-        noise = torch.randn_like(latents)
-        a, b = map(column, path.alpha_sigma(t))
-        v = a * noise - b * latents
-        return output, {"epsilon": noise, "v_prediction": v, "sample": latents}[prediction_type], t
+        return output, noised(scheduler, prediction_type, latents, t)[1], t
 
     name = f"diffusers {prediction_type} {beta_schedule} zero_snr={zero_snr}"
     return Case(name, loss, path, 9, prediction_type, reference, 1e-6)
@@ -468,69 +453,18 @@ def of_today(case):
             output = output * -column(seen["t"]) + x_t
         return output, seen["target"], seen["t"], seen.get("weight", 1.0)
 
-    schedule, predicts = path_of_today(case)
     normalizes = case.file in (today.MUSUBI, today.AI_TOOLKIT, today.SIMPLE_TUNER)
-    return Case(
-        case.name,
-        loss,
-        schedule,
-        SkipSet.for_sampling_steps(20),
-        predicts,
-        reference,
-        1e-4,
-        channels=0,
-        options={"normalize": normalizes},
-    )
+    of_case = case.name, loss, case.schedule, SkipSet.for_sampling_steps(20), case.predicts
+    return Case(*of_case, reference, 1e-4, channels=0, options={"normalize": normalizes})
 
 
-def path_of_today(case):
-    """What a trainer's loss has to be, said without its patch: schedule and prediction type."""
-    today, options, half_pi = trainers_of_today, case.options, math.pi / 2
-    turned = ContinuousSchedule.from_alpha_sigma(lambda t: (t, 1 - t), data_at=1)
-    if "prediction_type" in options:  # the policies, on the scheduler's own β
-        betas = today.policy_scheduler("epsilon").betas
-        return made_with(betas), options["prediction_type"]
-    if case.file == today.SIT:
-        gvp = ContinuousSchedule.from_alpha_sigma(
-            lambda t: (torch.sin(half_pi * t), torch.cos(half_pi * t)), data_at=1
-        )
-        kind = {"NOISE": "epsilon"}.get(options["model_type"], options["model_type"].lower())
-        paths = {"LINEAR": turned, "GVP": gvp, "VP": ContinuousSchedule.vp(data_at=1)}
-        return paths[options["path_type"]], kind
-    if case.file == today.FLOW_MATCHING:
-        path = today.SCHEDULERS[options["scheduler"]]
-        return ContinuousSchedule.from_alpha_sigma(path, data_at=1, min_time=1e-5), "velocity"
-    if case.file == today.TORCHCFM:
-        return turned, "velocity"
-    if options.get("path_type") == "cosine":
-        cosine = ContinuousSchedule.from_alpha_sigma(
-            lambda t: (torch.cos(half_pi * t), torch.sin(half_pi * t))
-        )
-        return cosine, "velocity"
-    return ContinuousSchedule.flow(), "sample" if case.file == today.KOHYA_SD3 else "flow"
+path_of_today = operator.attrgetter("schedule", "predicts")
 
 
 def _cases():
-    yield from (
-        ddim(*which, *case)
-        for which, case in itertools.product(
-            DDIM,
-            [
-                *(("linear", 1000, "sum", False), ("quad", 50, "mean", True)),
-                *(("const", 1000, "sum", True), ("jsd", 1000, "mean", False)),
-                ("sigmoid", 50, "sum", False),
-            ],
-        )
-    )
-    grid = every_pair(
-        objective=OBJECTIVES, schedule=("linear", "cosine", "sigmoid"), min_snr=(False, True)
-    )
-    yield from (lucid(*which, **case) for which in LUCID for case in grid)
-    yield lucid_sibling("classifier_free_guidance", classes=torch.arange(6))
-    yield from (lucid_sibling(file) for file in ("repaint", "guided_diffusion"))
-    yield lucid_sibling("denoising_diffusion_pytorch_1d", size=(16,))
-    for option in itertools.product(OBJECTIVES, ("self_condition", "immiscible")):
-        yield lucid_sibling("denoising_diffusion_pytorch", *option)
+    for which, case in itertools.product(DDIM, DDIM_OPTIONS):
+        yield ddim(*which, *case)
+    yield from lucid_cases()
     yield from (edm(name, kind) for name, kind in EDM.items())
     yield from (guided("guided-diffusion", **config) for config in GUIDED)
     yield from (guided(trainer, **config) for trainer in KIN for config in GUIDED_KIN)

@@ -1,51 +1,43 @@
 """The losses of today's flow and robotics trainers, by their own code from checkouts.
 
 Their modules import much that the loss does not use, so its functions are taken out of the source.
-Each trainer here is a function `loss(source, model, seen)` of the (patched) text of a file: it
-draws a batch from the global random state, calls `model(x_t, t)`, keeps the last call in `seen`
-and returns the loss.
+Each trainer here is a function `loss(source, model, seen, tau)` of the (patched) text of a file: it
+draws a batch from the global random state, calls `model(x_t, t)`, says in `seen` what the target
+and the weight of each element are, and returns the loss.
 """
+
+import __future__
 
 import ast
 import functools
 import importlib
+import itertools
 import random
 import textwrap
 import types
 from collections.abc import Callable
 from enum import Enum
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import einops
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss
 from s2dm_loss.adapters.sd_scripts import skip_step
 from tests.helpers.diffusers_parts import make_scheduler
 from tests.helpers.patches import PAGES, TRAINERS, patch_of
 from tests.helpers.sd_scripts_parts import ACCELERATOR, load_sd_scripts
-from tests.helpers.upstream import checkout_on_path, load, root_of, stubs
+from tests.helpers.upstream import Anything, checkout_on_path, load, root_of, stubs
 from tests.test_docs_blocks import snippets_of
 
 IMAGES, ACTIONS = (8, 4, 8, 8), (8, 6, 4)
-
-
-class Anything:
-    """Settings that are off unless said."""
-
-    def __init__(self, **settings):
-        vars(self).update(settings)
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return
 
 
 def source_of(trainer, path):
@@ -54,46 +46,30 @@ def source_of(trainer, path):
 
 def taken(source, name, namespace):
     """A function or class of a source, by its name or as `Class.name`, defined in a namespace."""
-    within, _, name = name.rpartition(".")
-    places = _nodes(source)
-    if within:
-        (place,) = (n for n in places if isinstance(n, ast.ClassDef) and n.name == within)
-        places = place.body
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    node = next(n for n in places if isinstance(n, kinds) and n.name == name)
-    lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
-    text = "from __future__ import annotations\n" + textwrap.dedent("\n".join(lines))
-    exec(compile(text, name, "exec"), namespace)  # noqa: S102
-    return namespace[name]
+    node, kinds = _parsed(source), (ast.FunctionDef, ast.ClassDef)
+    for part in name.split("."):
+        node = next(n for n in ast.walk(node) if isinstance(n, kinds) and n.name == part)
+    node.decorator_list = []
+    unread = __future__.annotations.compiler_flag  # they name what is not here
+    exec(compile(ast.Module([node], []), name, "exec", unread), namespace)  # noqa: S102
+    return namespace[node.name]
 
 
-@lru_cache(maxsize=32)
-def _nodes(source):
-    return list(ast.walk(ast.parse(source)))
-
-
-def maker(trainer, path):
-    """The lines of a patch that make the loss."""
-    for hunk in patch_of(trainer, path).hunks:
-        added = [line[1:] for line in hunk if line[0] == "+"]
-        if any("skip_loss = " in line.lower() for line in added):
-            return textwrap.dedent("\n".join(added))
-    raise LookupError(f"{path} makes no loss")
+_parsed = functools.lru_cache(maxsize=32)(ast.parse)
 
 
 def made(trainer, path, tau, **names):
     """The loss that a patch makes, at this τ."""
     owner = SimpleNamespace(**names)
-    namespace = {
-        **names,
-        "ContinuousSchedule": ContinuousSchedule,
-        "SkipSet": SkipSet,
-        "SkipStepLoss": partial(SkipStepLoss, tau=tau),
-        "SkipLoss": SimpleNamespace(from_scheduler=partial(SkipLoss.from_scheduler, tau=tau)),
-        "self": owner,
-        "torch": torch,
-    }
-    exec(maker(trainer, path), namespace)  # noqa: S102
+    namespace = {**names, "self": owner, "torch": torch, "SkipSet": SkipSet}
+    namespace["ContinuousSchedule"] = ContinuousSchedule
+    namespace["SkipStepLoss"] = partial(SkipStepLoss, tau=tau)
+    from_scheduler = partial(SkipLoss.from_scheduler, tau=tau)
+    namespace["SkipLoss"] = SimpleNamespace(from_scheduler=from_scheduler)
+    hunks = patch_of(trainer, path).hunks
+    added = ("\n".join(line[1:] for line in hunk if line[0] == "+") for hunk in hunks)
+    maker = next(lines for lines in added if "skip_loss = " in lines.lower())
+    exec(textwrap.dedent(maker), namespace)  # noqa: S102
     found = {**vars(owner), **namespace}
     return found.get("SKIP_LOSS") or found["skip_loss"]
 
@@ -118,20 +94,10 @@ def straight():
     return latents, noise, sigmas, (1 - sigmas) * latents + sigmas * noise
 
 
-def drawn_again(state, draw):
-    """What came first from a state of the random stream, which stays where it is."""
+def next_noise(shape):
+    """What the trainer will draw next, if that is noise."""
     with torch.random.fork_rng():
-        torch.set_rng_state(state)
-        return draw()
-
-
-def watched(model, seen):
-    def call(x_t, t):
-        seen.update(x_t=x_t.detach().clone(), t=t.detach().clone())
-        seen["output"] = model(x_t, t)
-        return seen["output"]
-
-    return call
+        return torch.randn(shape)
 
 
 MUSUBI = ("musubi-tuner", "src/musubi_tuner/training/trainer_base.py")
@@ -139,13 +105,23 @@ AI_TOOLKIT = ("ai-toolkit", "extensions_built_in/sd_trainer/SDTrainer.py")
 SIMPLE_TUNER = ("SimpleTuner", "simpletuner/helpers/models/common.py")
 KOHYA_FLUX, KOHYA_SD3 = (("sd-scripts", f"{name}_train_network.py") for name in ("flux", "sd3"))
 LEROBOT = "src/lerobot/policies/"
-LEROBOT_DIFFUSION = ("lerobot", LEROBOT + "diffusion/modeling_diffusion.py")
 PI0 = ("lerobot", LEROBOT + "pi0/modeling_pi0.py")
 SMOLVLA = ("lerobot", LEROBOT + "smolvla/modeling_smolvla.py")
-DIFFUSION_POLICY = "diffusion_policy/policy/diffusion_unet_{}_policy.py"
+LEROBOT_DIFFUSION = ("lerobot", LEROBOT + "diffusion/modeling_diffusion.py")
 POLICY_LOWDIM, POLICY_IMAGE = (
-    ("diffusion_policy", DIFFUSION_POLICY.format(name)) for name in ("lowdim", "image")
+    ("diffusion_policy", f"diffusion_policy/policy/diffusion_unet_{name}_policy.py")
+    for name in ("lowdim", "image")
 )
+SIT, REPA = ("SiT", "transport/transport.py"), ("REPA", "loss.py")
+TORCHCFM = ("conditional-flow-matching", "torchcfm/conditional_flow_matching.py")
+FLOW_MATCHING = ("flow_matching", "flow_matching/path/scheduler/scheduler.py")
+
+
+def kohya_settings(sampling, scheme):
+    """The arguments that both of kohya-ss' trainers know."""
+    settings = {"timestep_sampling": sampling, "weighting_scheme": scheme, "guidance_scale": 1.0}
+    settings |= {"discrete_flow_shift": 3.0, "training_shift": 3.0, "sigmoid_scale": 1.0}
+    return Anything(**settings, model_prediction_type="raw")
 
 
 def musubi_tuner(source, model, seen, tau=None, sampling="shift"):
@@ -162,19 +138,13 @@ def musubi_tuner(source, model, seen, tau=None, sampling="shift"):
         return SimpleNamespace(pred=dit(x_t, timesteps), target=noise - latents)
 
     trainer.call_dit = call_dit
-    settings = Anything(
-        timestep_sampling=sampling,
-        weighting_scheme="none",
-        discrete_flow_shift=3.0,
-        sigmoid_scale=1.0,
-    )
-    scheduler = SimpleNamespace(sigmas=torch.linspace(1, 0.001, 1000))
-    scheduler.timesteps = scheduler.sigmas * 1000
-    scheduler.config = SimpleNamespace(num_train_timesteps=1000)
-    dit, given = watched(model, seen), {"timesteps": None}
+    sigmas = torch.linspace(1, 0.001, 1000)
+    config = SimpleNamespace(num_train_timesteps=1000)
+    scheduler = SimpleNamespace(sigmas=sigmas, timesteps=sigmas * 1000, config=config)
+    settings = kohya_settings(sampling, "none")
     rest = scheduler, torch.float32, torch.float32, None, 0
-    accelerator = SimpleNamespace(device="cpu")
-    loss, _ = trainer.process_batch(settings, accelerator, dit, None, given, latents, noise, *rest)
+    given = settings, ACCELERATOR, model, None, {"timesteps": None}, latents, noise
+    loss, _ = trainer.process_batch(*given, *rest)
     sigmas = seen["t"] / 1000 if sampling == "sigma" else (seen["t"] - 1) / 1000
     seen.update(t=sigmas.clamp(0, 1), target=noise - latents)
     return loss
@@ -182,27 +152,17 @@ def musubi_tuner(source, model, seen, tau=None, sampling="shift"):
 
 def ai_toolkit(source, model, seen, tau=None, masked=False):
     """`calculate_loss`, given a prediction and all that it was made of."""
-    namespace = names_of(
-        AI_TOOLKIT, tau, F=torch.functional, get_torch_dtype=lambda _: torch.float32
-    )
-    function = taken(source, "SDTrainer.calculate_loss", namespace)
+    namespace = names_of(AI_TOOLKIT, tau, get_torch_dtype=lambda _: torch.float32)
+    function = taken(source, "calculate_loss", namespace)
     latents, noise, sigmas, x_t = straight()
     timesteps = 1000 * sigmas.flatten()
-    trainer = Anything(
-        train_config=Anything(pred_scaler=1.0, target_noise_multiplier=1.0, loss_type="mse"),
-        sd=SimpleNamespace(
-            is_flow_matching=True, prediction_type="flow", scale_loss=lambda loss: loss
-        ),
-        device_torch="cpu",
-        additional_logs={},
-    )
-    batch = Anything(
-        get_is_reg_list=lambda: [False] * len(latents),
-        latents=latents,
-        loss_multiplier_list=[1.0] * len(latents),
-    )
+    foundation = SimpleNamespace(is_flow_matching=True, prediction_type="flow")
+    foundation.scale_loss = lambda loss: loss
+    config = Anything(pred_scaler=1.0, target_noise_multiplier=1.0, loss_type="mse")
+    trainer = Anything(train_config=config, sd=foundation, device_torch="cpu", additional_logs={})
+    batch = Anything(get_is_reg_list=list, latents=latents, loss_multiplier_list=[1.0])
     mask = torch.rand(len(latents), 1, *latents.shape[2:]) if masked else torch.ones(1, 1, 1, 1)
-    output = watched(model, seen)(x_t, timesteps)
+    output = model(x_t, timesteps)
     loss = function(trainer, output, noise, x_t, timesteps, batch, mask_multiplier=mask)
     seen.update(t=timesteps / 1000, target=noise - latents, weight=mask.expand(latents.shape))
     return loss
@@ -220,145 +180,105 @@ def simple_tuner(source, model, seen, tau=None):
     bound(source, "ModelFoundation", methods, namespace, foundation)
     foundation.flow_matching_target_direction = lambda: 1.0
     latents, noise, sigmas, x_t = straight()
-    batch = {
-        "latents": latents,
-        "noise": noise,
-        "noisy_latents": x_t,
-        "sigmas": sigmas,
-        "timesteps": 1000 * sigmas.flatten(),
-    }
-    output = watched(model, seen)(x_t, sigmas.flatten())
+    batch = {"latents": latents, "noise": noise, "noisy_latents": x_t, "sigmas": sigmas}
+    batch["timesteps"] = 1000 * sigmas.flatten()
+    output = model(x_t, sigmas.flatten())
     seen.update(target=noise - latents)
     return foundation.loss(batch, {"model_prediction": output})
 
 
 def kohya(source, model, seen, tau=None, kind=KOHYA_FLUX, scheme="none"):
-    """`get_noise_pred_and_target`, and the loss lines of `process_batch` for it.
-
-    The patch wraps the trainer.
-    """
+    """`get_noise_pred_and_target` and the loss lines of `process_batch`; the patch wraps it."""
     flux = kind == KOHYA_FLUX
     (module,) = load_sd_scripts(Path(kind[1]).stem)
-    encodings = SimpleNamespace(concat_encodings=lambda *_: (None, None))
-    module.strategy_base.TextEncodingStrategy.set_strategy(encodings)
+    strategy = module.strategy_base.TextEncodingStrategy
+    strategy.set_strategy(SimpleNamespace(concat_encodings=lambda *_: (None, None)))
     trainer = module.FluxNetworkTrainer() if flux else module.Sd3NetworkTrainer()
     if tau is not None:
         trainer = skip_step(trainer, SkipSet.for_sampling_steps(20), tau=tau)
     latents = torch.randn(*IMAGES)
-    call = watched(model, seen)
-    height, width = latents.shape[2] // 2, latents.shape[3] // 2
 
-    class Unet:
-        def get_mod_vectors(self, **_):
-            return None
+    def unet(*given, img=None, timesteps=None, **_):
+        if not flux:
+            return model(*given)
+        x_t = module.flux_utils.unpack_latents(img, *(size // 2 for size in IMAGES[2:]))
+        return module.flux_utils.pack_latents(model(x_t, timesteps))
 
-        def __call__(self, *args, **kwargs):
-            if not flux:
-                return call(*args)
-            x_t = module.flux_utils.unpack_latents(kwargs["img"], height, width)
-            return module.flux_utils.pack_latents(call(x_t, kwargs["timesteps"]))
-
-    settings = Anything(
-        timestep_sampling="shift",
-        discrete_flow_shift=3.0,
-        sigmoid_scale=1.0,
-        training_shift=3.0,
-        guidance_scale=1.0,
-        model_prediction_type="raw",
-        weighting_scheme=scheme,
-        logit_mean=0.0,
-        logit_std=1.0,
-        mode_scale=1.29,
-    )
+    unet.get_mod_vectors = lambda **_: None
+    settings = kohya_settings("shift", scheme)
     scheduler = trainer.get_noise_scheduler(settings, "cpu")
-    before = torch.get_rng_state()
-    conds, rest = (None,) * (4 if flux else 6), (Unet(), None, torch.float32, True)
-    given = (settings, ACCELERATOR, scheduler, latents, {}, conds, *rest)
+    noise = next_noise(IMAGES)
+    conds = (None,) * (4 if flux else 6)
+    given = (settings, ACCELERATOR, scheduler, latents, {}, conds, unet, None, torch.float32, True)
     output, target, timesteps, weighting = trainer.get_noise_pred_and_target(*given, is_train=True)
-    noise = drawn_again(before, lambda: torch.randn_like(latents))
-    loss = F.mse_loss(output.float(), target.float(), reduction="none")
-    if weighting is not None:
-        loss = loss * weighting
-    if not flux:
-        sigmas = (timesteps / 1000).reshape(-1, 1, 1, 1)
-        weigh = module.sd3_train_utils.compute_loss_weighting_for_sd3
-        weighting = weigh(weighting_scheme=scheme, sigmas=sigmas)
-        seen.update(weight=weighting.expand(latents.shape))
+    loss = (output - target).square() * (1 if weighting is None else weighting)
+    if scheme == "sigma_sqrt":
+        seen.update(weight=(timesteps / 1000).reshape(-1, 1, 1, 1).expand(IMAGES) ** -2)
     seen.update(t=timesteps / 1000, target=noise - latents if flux else latents, output=output)
     return loss.mean([1, 2, 3]).mean()
 
 
-def lerobot_diffusion(source, model, seen, tau=None, prediction_type="epsilon", masked=False):
-    """`compute_loss` of the diffusion policy, on its own scheduler: T = 100, cosine."""
-    names = ("ACTION", "OBS_STATE", "OBS_IMAGES", "OBS_ENV_STATE")
-    namespace = {"F": F, "torch": torch, **dict(zip(names, names, strict=True)), "ACTION": "action"}
-    function = taken(source, "DiffusionModel.compute_loss", namespace)
-    scheduler = policy_scheduler(prediction_type)
-    config = SimpleNamespace(
-        do_mask_loss_for_padding=masked,
-        horizon=ACTIONS[1],
-        n_obs_steps=2,
-        prediction_type=prediction_type,
-    )
-    policy = SimpleNamespace(
-        _prepare_global_conditioning=lambda _: None,
-        config=config,
-        noise_scheduler=scheduler,
-        unet=lambda x_t, t, **_: watched(model, seen)(x_t, t),
-    )
-    if tau is not None:
-        names_ = {"noise_scheduler": scheduler, "config": config}
-        policy.skip_loss = made(*LEROBOT_DIFFUSION, tau, **names_)
-    actions, state = torch.randn(ACTIONS), torch.get_rng_state()
-    is_pad = torch.zeros(ACTIONS[:2], dtype=torch.bool)
-    is_pad[::2, 3:] = True
-    batch = {
-        "OBS_STATE": torch.zeros(len(actions), 2, 1),
-        "OBS_ENV_STATE": None,
-        "action": actions,
-        "action_is_pad": is_pad,
-    }
-    loss = function(policy, batch)
-    noise = drawn_again(state, lambda: torch.randn(ACTIONS))
-    seen.update(target=noise if prediction_type == "epsilon" else actions)
-    if masked:
-        weight = (~is_pad).float()[..., None].expand(ACTIONS)
-        seen.update(weight=weight / weight.mean())
-    return loss
-
-
 def policy_scheduler(prediction_type):
     return make_scheduler(
-        num_train_timesteps=100,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type=prediction_type,
+        num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type
     )
+
+
+def policy(source, model, seen, tau=None, *, kind, prediction_type, masked=True):
+    """`compute_loss` of the diffusion policies of lerobot and diffusion_policy.
+
+    lerobot's mask is of padded actions, diffusion_policy's of observations, which it inpaints.
+    """
+    namespace = {"F": F, "reduce": einops.reduce, "torch": torch}
+    namespace |= {"ACTION": "action", "OBS_STATE": "obs", "OBS_IMAGES": "images"}
+    namespace["dict_apply"] = lambda data, function: {k: function(v) for k, v in data.items()}
+    function = taken(source, "compute_loss", namespace)
+    normalizer = MagicMock()
+    normalizer.normalize = normalizer["action"].normalize = lambda data: data
+    config = Anything(prediction_type=prediction_type, do_mask_loss_for_padding=masked)
+    config.horizon, config.n_obs_steps = ACTIONS[1], 2
+    settings = {"config": config, "noise_scheduler": policy_scheduler(prediction_type)}
+    trainer = Anything(**settings, n_obs_steps=2, normalizer=normalizer)
+    trainer._prepare_global_conditioning = lambda _: None
+    trainer.mask_generator = lambda _: ~kept
+    trainer.obs_encoder = lambda data: data["state"]
+    trainer.model = trainer.unet = lambda x_t, t, **_: model(x_t, t)
+    if tau is not None:
+        trainer.skip_loss = made(*kind, tau, **settings)
+    kept = torch.ones(ACTIONS, dtype=torch.bool)
+    if kind == LEROBOT_DIFFUSION:
+        actions = whole = torch.randn(ACTIONS)
+        kept[::2, 3:] = False
+        observed = torch.zeros(len(actions), 2, 1)
+    else:
+        actions, observed = torch.randn(2, *ACTIONS[:2], ACTIONS[2] // 2).unbind(0)
+        whole = torch.cat([actions, observed], dim=-1)
+        kept[:, :2, actions.shape[2] :] = False
+    noise = next_noise(ACTIONS)
+    batch = {"action": actions, "action_is_pad": ~kept[..., 0], "images": None}
+    batch["obs"] = {"state": observed} if kind == POLICY_IMAGE else observed
+    loss = function(trainer, batch)
+    weight = kept.float() if masked else torch.ones(ACTIONS)
+    if kind == LEROBOT_DIFFUSION:
+        weight = weight / weight.mean()
+    seen.update(target=noise if prediction_type == "epsilon" else whole, weight=weight)
+    return loss
 
 
 def vla(source, model, seen, tau=None, kind=SMOLVLA):
     """`forward` of π0's and SmolVLA's flow-matching model; the network is ours."""
     masks = dict.fromkeys(("make_att_2d_masks", "prepare_attention_masks_4d"), lambda *_: None)
-    namespace = names_of(kind, tau, **masks)
     owner = "VLAFlowMatching" if kind == SMOLVLA else "PI0Pytorch"
-    function = taken(source, f"{owner}.forward", namespace)
+    function = taken(source, f"{owner}.forward", names_of(kind, tau, **masks))
     actions, noise = torch.randn(2, *ACTIONS).unbind(0)
     time = torch.rand(len(actions))
     mask = torch.ones(len(actions), ACTIONS[1])
-    call = watched(model, seen)
 
     def embed_suffix(*inputs):
-        x_t, t = inputs[-2:]
         more = () if kind == SMOLVLA else (None,)
-        return (call(x_t, t), mask, mask, *more)
+        return (model(*inputs[-2:]), mask, mask, *more)
 
-    def forward(inputs_embeds, **_):
-        return (None, inputs_embeds[1]), None
-
-    layer = SimpleNamespace(
-        self_attn=SimpleNamespace(q_proj=SimpleNamespace(weight=torch.zeros(1)))
-    )
-    language = SimpleNamespace(language_model=SimpleNamespace(layers=[layer]))
-    expert = SimpleNamespace(forward=forward, paligemma=SimpleNamespace(model=language))
+    expert = MagicMock(forward=lambda inputs_embeds, **_: ((None, inputs_embeds[1]), None))
     policy = SimpleNamespace(
         _apply_checkpoint=lambda function, *inputs: function(*inputs),
         action_out_proj=lambda x: x,
@@ -368,50 +288,8 @@ def vla(source, model, seen, tau=None, kind=SMOLVLA):
         paligemma_with_expert=expert,
         vlm_with_expert=expert,
     )
-    each = function(policy, None, None, None, None, None, actions, noise, time)
     seen.update(target=noise - actions)
-    return each.mean()
-
-
-def diffusion_policy(source, model, seen, tau=None, kind=POLICY_LOWDIM, prediction_type="epsilon"):
-    """`compute_loss` of diffusion_policy, with observations inpainted: their part is masked."""
-    namespace = {"F": F, "reduce": einops.reduce, "torch": torch}
-    namespace["dict_apply"] = lambda data, function: {k: function(v) for k, v in data.items()}
-    lowdim = kind == POLICY_LOWDIM
-    owner = "DiffusionUnetLowdimPolicy" if lowdim else "DiffusionUnetImagePolicy"
-    function = taken(source, f"{owner}.compute_loss", namespace)
-    scheduler = policy_scheduler(prediction_type)
-    half = (*ACTIONS[:2], ACTIONS[2] // 2)
-    actions, observed = torch.randn(2, *half).unbind(0)
-    mask = torch.zeros(ACTIONS, dtype=torch.bool)
-    mask[:, :2, half[2] :] = True
-
-    class Normalizer:
-        normalize = staticmethod(lambda data: data)
-
-        def __getitem__(self, _):
-            return self
-
-    policy = Anything(
-        mask_generator=lambda _: mask,
-        model=lambda x_t, t, **_: watched(model, seen)(x_t, t),
-        n_obs_steps=2,
-        noise_scheduler=scheduler,
-        normalizer=Normalizer(),
-        obs_encoder=lambda data: data["state"],
-    )
-    if tau is not None:
-        policy.skip_loss = made(*kind, tau, noise_scheduler=scheduler)
-    state = torch.get_rng_state()
-    batch = {"action": actions, "obs": observed if lowdim else {"state": observed}}
-    loss = function(policy, batch)
-    noise = drawn_again(state, lambda: torch.randn(ACTIONS))
-    whole = torch.cat([actions, observed], dim=-1)
-    seen.update(target=noise if prediction_type == "epsilon" else whole, weight=(~mask).float())
-    return loss
-
-
-SIT, REPA = ("SiT", "transport/transport.py"), ("REPA", "loss.py")
+    return function(policy, None, None, None, None, None, actions, noise, time).mean()
 
 
 def sit(source, model, seen, tau=None, path_type="LINEAR", model_type="VELOCITY"):
@@ -429,9 +307,8 @@ def sit(source, model, seen, tau=None, path_type="LINEAR", model_type="VELOCITY"
         train_eps=away,
         sample_eps=away,
     )
-    x1, before = torch.randn(IMAGES), torch.get_rng_state()
-    loss = transport.training_losses(watched(model, seen), x1)["loss"].mean()
-    x0 = drawn_again(before, lambda: torch.randn_like(x1))
+    x1, x0 = torch.randn(IMAGES), next_noise(IMAGES)
+    loss = transport.training_losses(model, x1)["loss"].mean()
     plan = transport.path_sampler
     t, _, ut = plan.plan(seen["t"], x0, x1)
     sigma = plan.compute_sigma_t(t.reshape(-1, 1, 1, 1))[0]
@@ -449,22 +326,30 @@ def repa(source, model, seen, tau=None, path_type="linear"):
     if tau is not None:
         namespace["SkipStepLoss"] = partial(SkipStepLoss, tau=tau)
     loss = namespace["SILoss"](path_type=path_type, encoders=[None])
-    images, before = torch.randn(IMAGES), torch.get_rng_state()
+    images = torch.randn(IMAGES)
+    with torch.random.fork_rng():
+        _, _, d_alpha, d_sigma = loss.interpolant(torch.rand(len(images), 1, 1, 1))
+        seen.update(target=d_alpha * images + d_sigma * torch.randn_like(images))
     features = [torch.ones(len(images), 3, 5)]
-
-    def network(x_t, t):
-        return watched(model, seen)(x_t, t), features
-
-    denoising, _ = loss(network, images, zs=features)
-    torch.set_rng_state(before)
-    t = torch.rand(len(images), 1, 1, 1)
-    _, _, d_alpha, d_sigma = loss.interpolant(t)
-    seen.update(target=d_alpha * images + d_sigma * torch.randn_like(images))
+    denoising, _ = loss(lambda x_t, t: (model(x_t, t), features), images, zs=features)
     return denoising.mean()
 
 
-TORCHCFM = ("conditional-flow-matching", "torchcfm/conditional_flow_matching.py")
-FLOW_MATCHING = ("flow_matching", "flow_matching/path/scheduler/scheduler.py")
+def torchcfm(source, model, seen, tau=None):
+    """The loop of the library's examples, and the page's."""
+    with checkout_on_path(root_of("S2DM_TORCHCFM_ROOT"), stubs("ot")):
+        page = snippets_of(PAGES / "flow.md", None, "torchcfm")
+    x0, x1 = torch.randn(2, *IMAGES).unbind(0)
+    with torch.random.fork_rng():
+        t, xt, ut = page["matcher"].sample_location_and_conditional_flow(x0, x1)
+    seen.update(target=ut)
+    if tau is None:
+        return (model(xt, t) - ut).square().mean()
+    schedule, skips = page["turned"].schedule, page["turned"].skip_set
+    turned = SkipStepLoss(schedule, skips, tau=tau, prediction_type="velocity")
+    return page["loss_of"](lambda t, x_t: model(x_t, t), x0, x1, turned)
+
+
 SCHEDULERS = {
     "CondOTScheduler": lambda t: (t, 1 - t),
     "PolynomialConvexScheduler": lambda t: (t**2, 1 - t**2),
@@ -478,83 +363,84 @@ SCHEDULERS = {
 """flow_matching's schedulers, in our words: α and σ, with data at t = 1."""
 
 
-flow_snippets = functools.partial(snippets_of, PAGES / "flow.md", None)
-
-
-def torchcfm(source, model, seen, tau=None):
-    """The loop of the library's examples, and the page's."""
-    with checkout_on_path(root_of("S2DM_TORCHCFM_ROOT"), stubs("ot")):
-        page = flow_snippets("torchcfm")
-    x0, x1 = torch.randn(2, *IMAGES).unbind(0)
-    before = torch.get_rng_state()
-    call = watched(model, seen)
-
-    def network(t, x_t):
-        return call(x_t, t)
-
-    t, xt, ut = page["matcher"].sample_location_and_conditional_flow(x0, x1)
-    seen.update(target=ut)
-    if tau is not None:
-        turned = SkipStepLoss(
-            page["turned"].schedule, page["turned"].skip_set, tau=tau, prediction_type="velocity"
-        )
-        torch.set_rng_state(before)
-        return page["loss_of"](network, x0, x1, turned)
-    return (network(t, xt) - ut).square().mean()
-
-
 def flow_matching(source, model, seen, tau=None, scheduler="CondOTScheduler"):
     """The loop of the library's image example, and the page's."""
     with checkout_on_path(root_of("S2DM_FLOW_MATCHING_ROOT"), stubs("torchdiffeq")):
-        page = flow_snippets("flow_matching")
+        page = snippets_of(PAGES / "flow.md", None, "flow_matching")
         schedulers = importlib.import_module("flow_matching.path.scheduler.scheduler")
     kind = getattr(schedulers, scheduler)
-    made_ = kind(2) if scheduler == "PolynomialConvexScheduler" else kind()
-    affine = page["AffineProbPath"](made_)
+    path = kind(2) if scheduler == "PolynomialConvexScheduler" else kind()
+    affine = page["AffineProbPath"](path)
     x_0, x_1 = torch.randn(2, *IMAGES).unbind(0)
     t = 0.001 + 0.998 * torch.rand(len(x_0))
-    call = watched(model, seen)
     sample = affine.sample(t=t, x_0=x_0, x_1=x_1)
     seen.update(target=sample.dx_t)
-    if tau is not None:
-        criterion = page["make_criterion"](made_, tau=tau)
-        return page["loss_of"](call, x_0, x_1, t, affine, criterion)
-    return (call(sample.x_t, t) - sample.dx_t).square().mean()
+    if tau is None:
+        return (model(sample.x_t, t) - sample.dx_t).square().mean()
+    return page["loss_of"](model, x_0, x_1, t, affine, page["make_criterion"](path, tau=tau))
 
 
 class Case(NamedTuple):
-    """A trainer's loss with some of its options, and what our loss on it is made for."""
+    """A trainer's loss with some of its options, and what our loss on it has to be."""
 
     file: tuple[str, str]
-    loss: Callable[..., Tensor]
+    run: Callable[..., Tensor]
     options: dict[str, Any]
+    schedule: Any
+    """Said without the patch, as is the prediction type."""
+    predicts: str
 
     @property
     def name(self):
         label = f"{self.file[0]} {Path(self.file[1]).stem}"
         return " ".join([label, *(f"{k}={v}" for k, v in self.options.items() if k != "kind")])
 
+    def loss(self, source, model, seen, tau=None, **options):
+        """The loss on a (patched) source; `seen` keeps the last call of the model."""
+
+        def watched(x_t, t):
+            seen.update(x_t=x_t.detach().clone(), t=t.detach().clone())
+            seen["output"] = model(x_t, t)
+            return seen["output"]
+
+        return self.run(source, watched, seen, tau, **options)
+
 
 def _cases():
-    cases = [Case(REPA, repa, {"path_type": kind}) for kind in ("linear", "cosine")]
-    for path_type in ("LINEAR", "GVP", "VP"):
-        for model_type in ("VELOCITY", "NOISE", "SCORE"):
-            cases.append(Case(SIT, sit, {"path_type": path_type, "model_type": model_type}))
-    cases += [Case(TORCHCFM, torchcfm, {})]
-    cases += [Case(FLOW_MATCHING, flow_matching, {"scheduler": kind}) for kind in SCHEDULERS]
-    cases += [Case(MUSUBI, musubi_tuner, {"sampling": s}) for s in ("shift", "uniform", "sigma")]
-    cases += [Case(AI_TOOLKIT, ai_toolkit, {"masked": on}) for on in (False, True)]
-    cases += [Case(SIMPLE_TUNER, simple_tuner, {})]
-    cases += [Case(KOHYA_FLUX, kohya, {"kind": KOHYA_FLUX})]
-    cases += [Case(KOHYA_SD3, kohya, {"kind": KOHYA_SD3, "scheme": "sigma_sqrt"})]
-    for prediction_type in ("epsilon", "sample"):
-        options = {"prediction_type": prediction_type}
+    turned = functools.partial(ContinuousSchedule.from_alpha_sigma, data_at=1)
+    linear, cosine = (turned(SCHEDULERS[kind]) for kind in ("CondOTScheduler", "CosineScheduler"))
+    flow = ContinuousSchedule.flow()
+    from_data = ContinuousSchedule.from_alpha_sigma(
+        lambda t: (torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t))
+    )
+    for kind, path in {"linear": flow, "cosine": from_data}.items():
+        yield Case(REPA, repa, {"path_type": kind}, path, "velocity")
+    paths = {"LINEAR": linear, "GVP": cosine, "VP": ContinuousSchedule.vp(data_at=1)}
+    types_ = {"VELOCITY": "velocity", "NOISE": "epsilon", "SCORE": "score"}
+    for path_type, model_type in itertools.product(paths, types_):
+        options = {"path_type": path_type, "model_type": model_type}
+        yield Case(SIT, sit, options, paths[path_type], types_[model_type])
+    yield Case(TORCHCFM, torchcfm, {}, linear, "velocity")
+    for kind, path in SCHEDULERS.items():
+        schedule = turned(path, min_time=1e-5)
+        yield Case(FLOW_MATCHING, flow_matching, {"scheduler": kind}, schedule, "velocity")
+    for sampling in ("shift", "uniform", "sigma"):
+        yield Case(MUSUBI, musubi_tuner, {"sampling": sampling}, flow, "flow")
+    for masked in (False, True):
+        yield Case(AI_TOOLKIT, ai_toolkit, {"masked": masked}, flow, "flow")
+    yield Case(SIMPLE_TUNER, simple_tuner, {}, flow, "flow")
+    yield Case(KOHYA_FLUX, kohya, {"kind": KOHYA_FLUX}, flow, "flow")
+    yield Case(KOHYA_SD3, kohya, {"kind": KOHYA_SD3, "scheme": "sigma_sqrt"}, flow, "sample")
+    path = NoiseSchedule.from_betas(policy_scheduler("epsilon").betas.double())
+    for predicts in ("epsilon", "sample"):
+        options = {"prediction_type": predicts}
         for masked in (False, True):
-            cases.append(Case(LEROBOT_DIFFUSION, lerobot_diffusion, {**options, "masked": masked}))
+            given = {"kind": LEROBOT_DIFFUSION, **options, "masked": masked}
+            yield Case(LEROBOT_DIFFUSION, policy, given, path, predicts)
         for kind in (POLICY_LOWDIM, POLICY_IMAGE):
-            cases.append(Case(kind, diffusion_policy, {"kind": kind, **options}))
-    cases += [Case(kind, vla, {"kind": kind}) for kind in (PI0, SMOLVLA)]
-    return cases
+            yield Case(kind, policy, {"kind": kind, **options}, path, predicts)
+    for kind in (PI0, SMOLVLA):
+        yield Case(kind, vla, {"kind": kind}, flow, "flow")
 
 
-CASES = _cases()
+CASES = list(_cases())

@@ -15,11 +15,9 @@ import warnings
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
-
-NONE = MappingProxyType({})
 
 
 def stub(name, **attributes):
@@ -37,6 +35,14 @@ def _public(name):
         raise AttributeError(name)
     # A class or function that is imported and not used.
     return type(name, (), {"__init__": lambda self, *_, **__: None})
+
+
+class Anything(SimpleNamespace):
+    """Settings that are off unless said."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def stubs(*names):
@@ -58,7 +64,7 @@ def root_of(variable):
 
 
 @contextmanager
-def checkout_on_path(root, stubbed=NONE):
+def checkout_on_path(root, stubbed=()):
     """Let the flat modules of `root` be imported, and stubs stand for what is not installed.
 
     Trainers call their modules `models`, `utils` or `datasets`, names that others use as well: on
@@ -84,18 +90,19 @@ def checkout_on_path(root, stubbed=NONE):
         sys.modules.update(before)
 
 
-def load(root, *names, stubbed=NONE):
+def load(root, *names, stubbed=()):
     """Import modules of a checkout."""
     with checkout_on_path(root, stubbed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainers' own
         return [importlib.import_module(name) for name in names]
 
 
-def load_below(root, package, *names, stubbed=NONE):
+def load_below(root, package, *names, stubbed=()):
     """Import modules of a package without running the `__init__` of the package."""
     bare = ModuleType(package)
     bare.__path__ = [str(root / package)]
-    return load(root, *(f"{package}.{name}" for name in names), stubbed={package: bare, **stubbed})
+    names = [f"{package}.{name}" for name in names]
+    return load(root, *names, stubbed={package: bare, **dict(stubbed)})
 
 
 def denoising_diffusion_pytorch(*names):
