@@ -152,10 +152,7 @@ CASES = {
         (lambda: made(prediction_type="noise"), "did you mean 'epsilon'"),
         (lambda: made(prediction_type="x0"), "did you mean 'sample'"),
         (lambda: made(prediction_type="Flow"), "did you mean 'flow'"),
-        (
-            lambda: made(weighting="min-snr"),
-            r"must .*'min-snr': did you mean 'min_snr'\?",
-        ),
+        (lambda: made(weighting="min-snr"), r"must .*'min-snr': did you mean 'min_snr'\?"),
         (lambda: min_snr(0.0), r"gamma must lie in \(0.0, inf\)"),
         (lambda: soft_min_snr(0.0), r"gamma must lie in \(0.0, inf\)"),
         (lambda: p2(0.0), r"k must lie in \(0.0, inf\)"),

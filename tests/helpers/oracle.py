@@ -8,20 +8,17 @@ the two are equal.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mpmath import mp, mpf
-from torch import Tensor
 
 mp.dps = 40
-Pair = tuple[Any, Any]
 
 
-def vp_pair(abar: Any) -> Pair:
+def vp_pair(abar):
     return mp.sqrt(abar), mp.sqrt(1 - abar)
 
 
-def discrete_path(kind: str, table: list[float]) -> list[Pair]:
+def discrete_path(kind, table):
     """(a, b) of every timestep, from β, ᾱ, log SNR or σ as Python floats."""
     if kind == "sigmas":
         return [(mpf(1), mpf(sigma)) for sigma in table]
@@ -40,36 +37,36 @@ def discrete_path(kind: str, table: list[float]) -> list[Pair]:
     return pairs
 
 
-def continuous_pair(kind: str, t: Any) -> Pair:
+def continuous_pair(kind, t):
+    """(a, b) at one time; "gvp" is SiT's GVP and TrigFlow, "polynomial" any path."""
     t = mpf(t)
     if kind == "flow":
         return 1 - t, t
     if kind == "ve":
-        return mpf(1), mpf("0.002") + 80 * t
-    if kind == "cosine":
-        shift = mpf("0.008")
-        angles = [(time + shift) / (1 + shift) * mp.pi / 2 for time in (t, mpf(0))]
-        a = mp.cos(angles[0]) / mp.cos(angles[1])
-        return a, mp.sqrt(1 - a**2)
-    a = mp.exp(-(t**2) * (mpf(20) - mpf("0.1")) / 4 - t * mpf("0.1") / 2)
-    return a, (1 - a**2 if kind == "sub_vp" else mp.sqrt(1 - a**2))
+        return mpf(1), 80 * t
+    if kind == "polynomial":
+        return (1 - t) ** 3, t**2
+    if kind in ("cosine", "gvp"):
+        shift = mpf("0.008") if kind == "cosine" else 0
+        angle, start = ((time + shift) / (1 + shift) * mp.pi / 2 for time in (t, 0))
+        return vp_pair((mp.cos(angle) / mp.cos(start)) ** 2)
+    a, b = vp_pair(mp.exp(-(t**2) * (mpf(20) - mpf("0.1")) / 2 - t * mpf("0.1")))
+    return a, (b**2 if kind == "sub_vp" else b)
 
 
-def continuous_rates(kind: str, t: float) -> Pair:
+def continuous_rates(kind, t):
     """da/dt and db/dt by differences of 40 digits."""
     a, b = (mp.diff(lambda time, i=i: continuous_pair(kind, time)[i], mpf(t)) for i in (0, 1))
     return a, b
 
 
-def abar_of(pair: Pair) -> Any:
+def abar_of(pair):
     return pair[0] ** 2 / (pair[0] ** 2 + pair[1] ** 2)
 
 
-def weight_of(name: str | None, pair: Pair) -> Any:
+def weight_of(name, pair):
     """What the noise's error counts; None where the trainer's own scale is kept."""
     a, b = pair
-    if name is None:
-        return None
     snr = (a / b) ** 2 if b else mpf(10) ** 26
     snr = min(max(snr, mp.exp(-60)), mp.exp(60))
     return {
@@ -80,7 +77,7 @@ def weight_of(name: str | None, pair: Pair) -> Any:
         "p2": 1 / (1 + snr),
         "debiased": 1 / mp.sqrt(snr),
         "sigmoid": 1 / (1 + snr / mp.exp(2)),
-    }[name]
+    }.get(name)
 
 
 # ζ = u ε + v ξ + a noise of variance n that only its expectation shows.
@@ -102,26 +99,31 @@ class Scales:
     weight: float | None
 
     @property
-    def big_a(self) -> float:
+    def big_a(self):
         return self.tau + (1 - self.tau) * self.c2
 
     @property
-    def gain(self) -> float:
+    def gain(self):
         """What the loss teaches ε̂ to be multiplied by."""
         return self.tau / self.big_a
 
-    def noise_in(self, output: Tensor, x_t: Tensor) -> Tensor:
+    def noise_in(self, output, x_t):
         """The ε̂ that an output says, with x_t = a x_0 + b ε."""
         return (self.a * output - self.p * x_t) / (self.a * self.q - self.b * self.p)
 
-    def scaled(self, output: Tensor, x_t: Tensor, factor: float | None = None) -> Tensor:
+    def output_of(self, eps_hat, x_t):
+        """The output that says ε̂ on an x_t."""
+        of_noise = self.q * eps_hat
+        return self.p * (x_t - self.b * eps_hat) / self.a + of_noise if self.p else of_noise
+
+    def scaled(self, output, x_t, factor=None):
         """The output with the gain, or another factor, on its ε̂."""
         if self.ratio == 0:  # no signal: the output says nothing of the noise
             return output
-        eps_hat = (self.gain if factor is None else factor) * self.noise_in(output, x_t)
-        return self.p * (x_t - self.b * eps_hat) / self.a + self.q * eps_hat
+        factor = self.gain if factor is None else factor
+        return self.output_of(factor * self.noise_in(output, x_t), x_t)
 
-    def best(self, eps: Tensor, xi: Tensor | None, estimator: str) -> Tensor:
+    def best(self, eps, xi, estimator):
         """The ε̂ at which the two terms are least."""
         u, v, _ = ESTIMATORS[estimator]
         if self.big_a == 0:
@@ -129,33 +131,19 @@ class Scales:
         zeta = u * eps + (v * xi if v else 0)
         return (self.tau * eps + (1 - self.tau) * self.c * zeta) / self.big_a
 
-    def target(self, x0: Tensor, eps: Tensor, xi: Tensor | None, estimator: str) -> Tensor:
+    def target(self, x0, eps, xi, estimator):
         """The output that stands for `best` on the same x_t."""
         if self.ratio == 0:  # no signal: the output says nothing of the noise
             return self.p * x0 + self.q * eps
-        best = self.best(eps, xi, estimator)
-        if self.p == 0:
-            return self.q * best
-        return self.p * (x0 + self.b / self.a * (eps - best)) + self.q * best
+        return self.output_of(self.best(eps, xi, estimator), self.a * x0 + self.b * eps)
 
-    def loss(
-        self,
-        output: Tensor,
-        x0: Tensor,
-        eps: Tensor,
-        xi: Tensor | None,
-        estimator: str,
-        *,
-        normalize: bool = False,
-    ) -> Tensor:
+    def loss(self, output, x0, eps, xi, estimator, *, normalize=False):
         """A · mse(output, target) of one sample, times the weighting of the noise's error."""
         weight = 1.0 if normalize else self.big_a
         weight *= 1.0 if self.weight is None else self.weight * self.ratio**2
         return weight * (output - self.target(x0, eps, xi, estimator)).square().mean()
 
-    def two_terms(
-        self, eps_hat: Tensor, eps: Tensor, xi: Tensor | None, estimator: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def two_terms(self, eps_hat, eps, xi, estimator):
         """mse(ε̂, ε), mse(c ε̂, ζ) and their sum as in Eq. 13, each times the weighting."""
         u, v, n = ESTIMATORS[estimator]
         zeta = u * eps + (v * xi if v else 0)
@@ -166,15 +154,7 @@ class Scales:
         return weight * simple, weight * skip, weight * (self.tau * simple + (1 - self.tau) * skip)
 
 
-def scales(
-    pair: Pair,
-    earlier: list[Pair],
-    tau: float,
-    max_c2: float = 100.0,
-    weighting: str | None = None,
-    kind: str = "epsilon",
-    rates: Pair | None = None,
-) -> Scales:
+def scales(pair, earlier, tau, max_c2=100.0, weighting=None, kind="epsilon", rates=None):
     """Return the scales of an output at a time with these earlier ones."""
     (a, b), weight, abar = pair, weight_of(weighting, pair), abar_of(pair)
     p, q = parts(kind, pair, rates)
@@ -199,12 +179,9 @@ def scales(
     )
 
 
-def parts(kind: str, pair: Pair, rates: Pair | None = None) -> Pair:
+def parts(kind, pair, rates=None):
     """p and q of an output p x_0 + q ε; `rates` are da/dt and db/dt."""
     a, b = pair
-    if kind == "velocity":
-        assert rates is not None
-        return rates
     norm = mp.sqrt(a**2 + b**2)
     return {
         "epsilon": (mpf(0), mpf(1)),
@@ -212,4 +189,5 @@ def parts(kind: str, pair: Pair, rates: Pair | None = None) -> Pair:
         "sample": (mpf(1), mpf(0)),
         "flow": (mpf(-1), mpf(1)),
         "score": (mpf(0), -1 / b if b else -mp.inf),
+        "velocity": rates,
     }[kind]
