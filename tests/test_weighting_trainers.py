@@ -1,10 +1,11 @@
-"""`weighting=` against what trainers' own code multiplies by, on the same signal-to-noise ratio.
+"""`weighting=` and the page on it against what trainers' own code multiplies by.
 
 A name weighs the error of the *noise*, whatever the network predicts. Each trainer's number is what
-its own squared error, of its own output, is multiplied by. Where its weight for v is another loss
-than its weight for ε, the test says which.
+its own squared error, of its own output, is multiplied by: the page docs/schedules.md gives it as a
+formula of the signal-to-noise ratio r.
 """
 
+import functools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from tests.helpers.upstream import k_diffusion_layers
 SCHEDULE = NoiseSchedule.scaled_linear(1000)  # Stable Diffusion's
 SNR = SCHEDULE.log_snr.exp()
 T = torch.arange(0, 1000, 37)
+BOUNDED = T[SNR[T] <= 1000]  # above, two trainers hold their debiased weights
 
 
 def weights_of(weighting, prediction_type, schedule=SCHEDULE, t=T):
@@ -58,92 +60,6 @@ def test_min_snr_is_that_of_diffusers_scripts(prediction_type, gamma):
     weights = min_snr_weights(scheduler, T, gamma)
     close(weights_of(min_snr(gamma), prediction_type), weights, rtol=1e-3)
 
-
-BOUNDED = T[SNR[T] <= 1000]  # above, two trainers hold their debiased weights
-
-
-def sd_scripts(name, v, snr):
-    (module,) = load_sd_scripts("library.custom_train_functions")
-    scheduler = SimpleNamespace(all_snr=snr)
-    t, loss = torch.arange(len(snr)), torch.ones_like(snr)
-    if name == "min_snr_gamma":
-        return module.apply_snr_weight(loss, t, scheduler, 5.0, v)
-    if name == "debiased_estimation":
-        return module.apply_debiased_estimation(loss, t, scheduler, v)
-    return module.scale_v_prediction_loss_like_noise_prediction(loss, t, scheduler)
-
-
-def onetrainer(name, v, snr, strength=1.0):
-    module = more_trainers.onetrainer()
-    ones = torch.ones(len(snr), 1)
-    data = {"loss_type": "target", "predicted": ones, "target": 0 * ones}
-    data["prediction_type"] = "v_prediction" if v else "epsilon"
-    data["timestep"] = torch.arange(len(snr))
-    return module.ModelSetupDiffusionLossMixin()._diffusion_losses(
-        {"loss_weight": ones[:, 0]},
-        data,
-        more_trainers.settings_of(module, name, loss_weight_strength=strength),
-        torch.device("cpu"),
-        alphas_cumprod_fun=lambda t, _: (snr / (1 + snr))[t],
-    )
-
-
-@pytest.mark.parametrize(
-    ("trainer", "name", "v", "options", "weighting"),
-    [
-        (sd_scripts, "min_snr_gamma", False, {}, "min_snr"),
-        (sd_scripts, "min_snr_gamma", True, {}, "min_snr"),
-        (sd_scripts, "debiased_estimation", False, {}, "debiased"),
-        # For v its weight is 1 / (snr + 1), which on the noise is 1 / snr and not 1 / √snr.
-        (sd_scripts, "debiased_estimation", True, {}, lambda log_snr: (-log_snr).exp()),
-        (sd_scripts, "scale_v_pred_loss_like_noise_pred", True, {}, "uniform"),
-        (onetrainer, "MIN_SNR_GAMMA", False, {"strength": 5.0}, "min_snr"),
-        (onetrainer, "MIN_SNR_GAMMA", True, {"strength": 5.0}, "min_snr"),
-        (onetrainer, "MIN_SNR_GAMMA", True, {}, min_snr(1.0)),
-        (onetrainer, "DEBIASED_ESTIMATION", False, {}, "debiased"),
-        (onetrainer, "P2", False, {}, "p2"),
-        (onetrainer, "P2", False, {"strength": 0.5}, p2(gamma=0.5)),
-        # For v two of its weights are other losses than for ε; on the noise they are these.
-        (onetrainer, "DEBIASED_ESTIMATION", True, {}, lambda x: (1 + x.exp()).sqrt() / x.exp()),
-        (onetrainer, "P2", True, {}, lambda x: (1 + (-x).exp()) / (2 + x.exp())),
-    ],
-)
-def test_those_of_sd_scripts_and_onetrainer(trainer, name, v, options, weighting):
-    expected = trainer(name, v, SNR[BOUNDED], **options)
-    found = weights_of(weighting, "v_prediction" if v else "epsilon", t=BOUNDED)
-    close(found, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("layers", [lambda: k_diffusion_double, k_diffusion_layers])
-@pytest.mark.parametrize(
-    ("name", "sigma_data", "weighting"),
-    [
-        ("karras", 0.5, lambda log_snr: 1 + (-log_snr).exp() / 0.25),
-        ("snr", 1.0, "uniform"),
-        ("soft-min-snr", 1.0, soft_min_snr(1.0)),
-        ("soft-min-snr", 0.5, "soft_min_snr"),  # its usual σ_data
-    ],
-)
-def test_those_of_k_diffusion(layers, name, sigma_data, weighting):
-    sigma = torch.logspace(-2, 1.9, 30, dtype=torch.float64)
-    c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
-    denoiser = layers().Denoiser(nn.Identity(), sigma_data, weighting=name)
-    expected = denoiser.weighting(sigma) / c_out**2  # of the error of D, which is x_0
-    path = ContinuousSchedule.from_alpha_sigma(lambda t: (torch.ones_like(t), 0.01 + 80 * t))
-    close(weights_of(weighting, "sample", path, (sigma - 0.01) / 80), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_min_snr_of_denoising_diffusion_pytorch(objective):
-    """Its `loss_weight` buffer."""
-    options = {"image_size": 8, "objective": objective, "min_snr_loss_weight": True}
-    diffusion = GaussianDiffusion(Network(3), **options)
-    schedule = NoiseSchedule.from_betas(diffusion.betas)
-    found = weights_of("min_snr", OBJECTIVES[objective], schedule)
-    close(found, diffusion.loss_weight[T], rtol=1e-4)
-
-
-# The table of docs/schedules.md.
 
 PAGE = (Path(__file__).parents[1] / "docs" / "schedules.md").read_text(encoding="utf-8")
 GAMMA, SIGMA_DATA = 5.0, 0.5
@@ -185,12 +101,14 @@ ROWS = re.findall(
 
 
 def factor(weighting, output):
-    """Ours, on the schedule of the output, and r there."""
-    if output == "flow":
-        schedule, t = ContinuousSchedule.flow(), torch.linspace(0.05, 0.95, 19).double()
-        alpha, sigma = schedule.alpha_sigma(t)
-        return weights_of(weighting, "flow", schedule, t), (alpha / sigma) ** 2
-    return weights_of(weighting, OUTPUTS[output], t=BOUNDED), SNR[BOUNDED]
+    """Ours, on a path that such an output is of, and r there."""
+    if output in ("ε", "v"):
+        return weights_of(weighting, OUTPUTS[output], t=BOUNDED), SNR[BOUNDED]
+    schedule, t = ContinuousSchedule.flow(), torch.linspace(0.05, 0.95, 19).double()
+    if output == "x_0":
+        schedule = ContinuousSchedule.from_alpha_sigma(lambda t: (0 * t + 1, 0.01 + 80 * t**3))
+    alpha, sigma = schedule.alpha_sigma(t)
+    return weights_of(weighting, OUTPUTS[output], schedule, t), (alpha / sigma) ** 2
 
 
 @pytest.mark.parametrize(("option", "output", "theirs", "verdict", "ours"), ROWS)
@@ -207,6 +125,73 @@ def test_a_row_of_the_page(option, output, theirs, verdict, ours):
     if named:
         ratio = factor(named[0], output)[0] / expected
         assert bool(((ratio - 1).abs() < 1e-5).all()) == (verdict == "equal")
+
+
+# Each trainer's own code: its factor, and r there.
+
+
+def sd_scripts(option, output):
+    (module,) = load_sd_scripts("library.custom_train_functions")
+    r = SNR[BOUNDED]
+    arguments = torch.ones_like(r), torch.arange(len(r)), SimpleNamespace(all_snr=r)
+    if "min_snr_gamma" in option:
+        return module.apply_snr_weight(*arguments, GAMMA, output == "v"), r
+    if "debiased_estimation" in option:
+        return module.apply_debiased_estimation(*arguments, output == "v"), r
+    return module.scale_v_prediction_loss_like_noise_prediction(*arguments), r
+
+
+def onetrainer(option, output):
+    module, r = more_trainers.onetrainer(), SNR[BOUNDED]
+    ones = torch.ones(len(r), 1)
+    data = {"loss_type": "target", "predicted": ones, "target": 0 * ones}
+    data |= {"prediction_type": OUTPUTS[output], "timestep": torch.arange(len(r))}
+    losses = module.ModelSetupDiffusionLossMixin()._diffusion_losses(
+        {"loss_weight": ones[:, 0]},
+        data,
+        more_trainers.settings_of(module, option.split("`")[1], loss_weight_strength=GAMMA),
+        torch.device("cpu"),
+        alphas_cumprod_fun=lambda t, _: (r / (1 + r))[t],
+    )
+    return losses, r
+
+
+def k_diffusion(layers, option, _):
+    sigma = torch.logspace(-2, 1.9, 30, dtype=torch.float64)
+    c_out = sigma * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
+    denoiser = layers().Denoiser(nn.Identity(), SIGMA_DATA, weighting=option.split("`")[1])
+    return denoiser.weighting(sigma) / c_out**2, sigma**-2  # of the error of D, which is x_0
+
+
+def lucid(_, output):
+    """Its `loss_weight` buffer."""
+    objective = next(name for name, kind in OBJECTIVES.items() if kind == OUTPUTS[output])
+    options = {"image_size": 8, "objective": objective, "min_snr_loss_weight": True}
+    diffusion = GaussianDiffusion(Network(3), **options)
+    return diffusion.loss_weight, NoiseSchedule.from_betas(diffusion.betas).log_snr.exp()
+
+
+TRAINERS = [
+    ("sd-scripts", sd_scripts, 1e-5),
+    ("OneTrainer", onetrainer, 1e-5),
+    ("k-diffusion", functools.partial(k_diffusion, lambda: k_diffusion_double), 1e-5),
+    ("k-diffusion", functools.partial(k_diffusion, k_diffusion_layers), 1e-5),
+    ("denoising-diffusion-pytorch", lucid, 1e-4),
+]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rtol", "option", "output", "theirs"),
+    [
+        (trainer, rtol, *row[:3])
+        for name, trainer, rtol in TRAINERS
+        for row in ROWS
+        if row[0].startswith(name) and row[1] != "flow"
+    ],
+)
+def test_a_row_of_the_page_is_what_the_trainers_code_does(trainer, rtol, option, output, theirs):
+    found, r = trainer(option, output)
+    close(found, formula(theirs)(r), rtol=rtol)
 
 
 def test_every_row_of_the_page_is_tested():
