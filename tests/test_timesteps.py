@@ -9,8 +9,6 @@ from tests.strategies import FLOW, LINEAR, VP
 
 TURNED = ContinuousSchedule.flow(data_at=1, min_time=0.25)
 SCHEDULES = pytest.mark.parametrize("schedule", [LINEAR, FLOW, VP, TURNED], ids=repr)
-
-
 CPU = torch.device("cpu")
 
 
