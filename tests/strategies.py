@@ -13,14 +13,13 @@ FLOW, VP = ContinuousSchedule.flow(), ContinuousSchedule.vp()
 TYPES = ["epsilon", "v_prediction", "sample", "flow", "score"]
 ESTIMATORS = ["expected", "fresh", "shared"]
 
-open_unit = st.floats(min_value=1e-9, max_value=1 - 1e-6)
-
 
 @st.composite
 def betas(draw: st.DrawFn, min_size: int = 1, max_size: int = 2000) -> list[float]:
     """Any β in (0, 1): short lists of anything, and long ones at a random scale."""
     if draw(st.booleans()):
-        return draw(st.lists(open_unit, min_size=min_size, max_size=min(max_size, 20)))
+        values = st.floats(min_value=1e-9, max_value=1 - 1e-6)
+        return draw(st.lists(values, min_size=min_size, max_size=min(max_size, 20)))
     size = draw(st.integers(min_size, max_size))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     log_scale = draw(st.floats(-6.0, -1.0))
@@ -54,7 +53,6 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.
 
 
 def normals(count: int, *shape: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    """Several of them."""
     return [normal(*shape, seed=seed, dtype=dtype) for seed in range(count)]
 
 

@@ -40,7 +40,7 @@ BARS, BETAS, LOG_SNR, SIGMAS = (
     for name in ("alphas_cumprod", "betas", "log_snr", "sigmas")
 )
 SCHEDULER = type("Scheduler", (), {"alphas_cumprod": BAR})  # as diffusers' are
-SAMPLED = SkipSet.from_timesteps
+SAMPLED, STEPS = SkipSet.from_timesteps, SkipSet.for_sampling_steps
 LEARNED = nn.Linear(1, 1)  # as EDM2's weighting, which is trained beside the network
 WEIGHT = r"weighting must lie in \[0, 1e\+06\].*"
 COUNT = r"got 1000, which looks like the number of timesteps: NoiseSchedule.linear\(1000\)"
@@ -50,7 +50,6 @@ CASES = {
         (lambda: loss(t=T - 1), r"t must lie in \[0, 1000\), got -1"),
         (lambda: loss(t=T[0]), r"t must have shape \(4,\).*shape \(\)"),
         (lambda: loss(t=T[:1]), r"t must have shape \(4,\), .* of target .*shape \(1,\)"),
-        (lambda: loss(t=T[:1] / 1000), r"t must have shape \(4,\), one value for each sample"),
         (lambda: loss(t=T[:, None]), r"t must have shape \(4,\).*\(4, 1\)"),
         (lambda: loss(t=T.to("meta")), r"t must be on the device.*cpu.*meta"),
         (lambda: loss(schedule=FLOW, skip=0.1, t=T.float()), r"\[0, 1\], got .* 0.0 to 999.0"),
@@ -65,31 +64,19 @@ CASES = {
         (lambda: loss(X.to("meta")), "output must be on the device of target, cpu, got .*meta"),
         (lambda: loss(SIX), r"\(4, 6, 8, 8\).*learned variance.*chunk\(2, dim=1\)"),
         (lambda: loss(weights=torch.ones(4, 1)), r"weights must have shape \(4,\).*\(4, 1\)"),
-        (
-            lambda: loss(estimator="fresh", skip_noise=X[:2]),
-            r"skip_noise must have the shape of target.*\(2, 3, 8, 8\)",
-        ),
+        (lambda: loss(estimator="fresh", skip_noise=X[:2]), r"skip_noise .* of target.*\(2, 3, 8"),
         (lambda: loss(skip_noise=X), "skip_noise belongs .*'fresh', got it with 'expected'"),
         (lambda: made(estimator="fresh").terms(X, X, T), "skip_noise must be given"),
-        (
-            lambda: made(prediction_type="v_prediction").terms(X, X, T),
-            r"terms takes a noise prediction.*'v_prediction'",
-        ),
+        (lambda: made(prediction_type="flow").terms(X, X, T), "terms takes a noise .*'flow'"),
         (lambda: made(LINEAR, 1000), r"skip must be below 1000.*got 1000"),
         (lambda: made(LINEAR, 0), "skip must be positive, got 0"),
         (lambda: SkipSet(NAN), "skip must be positive, got nan"),
         (lambda: SkipSet([]), "skip_set must hold at least one skip"),
         (lambda: SkipSet([9, 9]), "skips must be distinct"),
         (lambda: made(FLOW, 1.0), r"skip must be below 1.*got 1.0"),
-        (lambda: SkipSet.for_sampling_steps(1), "num_inference_steps must be at least 2, got 1"),
-        (
-            lambda: made(NoiseSchedule.linear(10), SkipSet.for_sampling_steps(20)),
-            "num_inference_steps must be at most the schedule's 10",
-        ),
-        (
-            lambda: made(LINEAR, SAMPLED([0, 1000])),
-            r"timesteps must lie in \[0, 999\], .* 0 to 1000",
-        ),
+        (lambda: STEPS(1), "num_inference_steps must be at least 2, got 1"),
+        (lambda: made(LINEAR, STEPS(1001)), "must be at most the schedule's 1000 timesteps"),
+        (lambda: made(LINEAR, SAMPLED([0, 1000])), r"must lie in \[0, 999\], .* 0 to 1000"),
         (lambda: made(LINEAR, SAMPLED([-1, 5])), r"timesteps must lie in \[0, 999\], .* -1 to 5"),
         (lambda: made(FLOW, SAMPLED([0.5, 1.5])), r"must lie in \[0, 1.0\], .* from 0.5 to 1.5"),
         (lambda: SAMPLED([]), "timesteps must be 1-d"),
@@ -163,10 +150,7 @@ CASES = {
             lambda: made(FLOW, 0.01, weighting="uniform", prediction_type="sample"),
             WEIGHT + "index 0 of 17.* no noise, snr has no bound",
         ),
-        (
-            lambda: made(FLOW, 0.01, weighting="debiased"),
-            WEIGHT + "index 16 of 17.* no signal, 1 / snr has no b",
-        ),
+        (lambda: made(FLOW, 0.01, weighting="debiased"), WEIGHT + "no signal, 1 / snr has no b"),
         (lambda: made(weighting=LEARNED), "weighting must be fixed, got Linear.* with parameters"),
         (lambda: made(weighting=lambda log_snr: -log_snr), "weighting must lie in"),
         (lambda: made(weighting=lambda log_snr: log_snr.mean()), "of the shape of log SNR"),
@@ -191,7 +175,7 @@ CASES = {
         (lambda: SkipSet(["a"]), r"skip must be an int.*got 'a'"),
         (lambda: SkipSet([9, 0.5]), "all ints .* or all floats"),
         (lambda: made(FLOW, 9), r"continuous schedule takes skips as floats.*such as 0.01, got 9"),
-        (lambda: SkipSet.for_sampling_steps(10.0), "num_inference_steps must be an int, got 10.0"),
+        (lambda: STEPS(10.0), "num_inference_steps must be an int, got 10.0"),
         (lambda: SAMPLED("abc"), "timesteps must be a"),
         (lambda: made(tau="1"), "tau must be a real number"),
         (lambda: SkipStepLoss(LINEAR), "skip_set"),

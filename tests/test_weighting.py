@@ -27,7 +27,6 @@ from tests.strategies import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:weighting .* is below 1e-06 at the last timestep")
-BELOW_ONE = ["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -105,7 +104,7 @@ def test_a_weight_without_bound_where_no_time_is_drawn():
     assert math.sqrt(snr) > 900
 
 
-@pytest.mark.parametrize("name", BELOW_ONE)
+@pytest.mark.parametrize("name", ["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"])
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(
     ("schedule", "skip", "t"),
