@@ -1,4 +1,4 @@
-"""Paths in continuous time: derivatives against closed forms, velocity, and data at t = 1."""
+"""Paths in continuous time: derivatives against 40 digits, velocity, and data at t = 1."""
 
 import functools
 import math
@@ -37,11 +37,11 @@ def own(path, *, data_at=0):
 
 def exact(name, times):
     """alpha, sigma, dalpha/dt and dsigma/dt, by 40 digits."""
-    values = [
-        (*oracle.continuous_pair(name, t), *oracle.continuous_rates(name, t))
-        for t in times.tolist()
-    ]
-    return torch.tensor([[float(x) for x in row] for row in values], dtype=torch.float64).unbind(1)
+    rows = []
+    for t in times.tolist():
+        values = *oracle.continuous_pair(name, t), *oracle.continuous_rates(name, t)
+        rows.append([float(value) for value in values])
+    return torch.tensor(rows, dtype=torch.float64).unbind(1)
 
 
 MAKERS = {
