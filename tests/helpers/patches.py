@@ -1,8 +1,4 @@
-"""The patches of docs/adapters/patches, the trainers that they change, and the diffs of the pages.
-
-A page shows a hunk without the indentation that all its lines share, and may cut a long line of the
-trainer's own short with "…".
-"""
+"""The patches of docs/adapters/patches, and the trainers that they change."""
 
 import re
 from pathlib import Path
@@ -90,20 +86,3 @@ def patched(trainer: str, path: str, source: str) -> str:
             raise LookupError(f"{path} has {source.count(old)} times:\n{old}")
         source = source.replace(old, new)
     return source
-
-
-def docs_diff(page, title):
-    """The diff block of a page with this title."""
-    text = (PAGES / page).read_text(encoding="utf-8")
-    (block,) = re.finditer(
-        rf'^(?P<indent> *)```diff title="{re.escape(title)}"\n(?P<diff>.*?)^(?P=indent)```',
-        text,
-        re.S | re.M,
-    )
-    indent = len(block["indent"])
-    return "".join(line[indent:] for line in block["diff"].splitlines(keepends=True))
-
-
-def hunks_of(diff):
-    """The lines of each hunk."""
-    return [part.splitlines() for part in re.split(r"^@@.*\n", diff, flags=re.M) if part.strip()]
