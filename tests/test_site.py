@@ -5,10 +5,8 @@ from __future__ import annotations
 import html
 import importlib.util
 import io
-import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from contextlib import contextmanager
@@ -20,21 +18,12 @@ import pytest
 
 from s2dm_loss import NoiseSchedule, gain
 from s2dm_loss.coefficients import coefficients
+from tests.helpers.commands import ROOT, run
 from tests.test_docs_blocks import COLUMNS, columns_of
 
-ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 PHONE, DESKTOP = 390, 1280
-FLAGS = [
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-sync",
-    "--no-first-run",
-    "--no-sandbox",  # it refuses to start as root, as in many a container
-]
 
 
 def missing() -> str | None:
@@ -56,36 +45,20 @@ pytestmark = [
 def site(tmp_path_factory) -> Path:
     """Build the site; any warning fails the build."""
     target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)]
-    done = subprocess.run(  # noqa: S603 - our own command
-        command,
-        cwd=ROOT,
-        check=False,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-    )
-    assert done.returncode == 0, done.stdout
+    build = (sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", target)
+    run(*build, NO_MKDOCS_2_WARNING="1")
     return target
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """A file server that keeps its log to itself."""
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture(scope="module")
 def address(site):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +66,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=BROWSER)
         yield browser
         browser.close()
 
@@ -110,23 +83,22 @@ def watched_page(browser, address, scheme="light"):
     context = browser.new_context(viewport={"width": DESKTOP, "height": 900}, color_scheme=scheme)
     page = context.new_page()
     page.trouble = []
-    page.on("console", lambda message: page.trouble.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: page.trouble.append(f"error: {error}"))
-    page.on("requestfailed", lambda request: page.trouble.append(f"failed: {request.url}"))
-    page.on("request", lambda request: _note_elsewhere(page, request.url, address))
-    page.on("response", lambda reply: _note_status(page, reply))
+
+    def watch(event, fault_of):
+        def note(what):
+            if fault := fault_of(what):
+                page.trouble.append(fault)
+
+        page.on(event, note)
+
+    ours = (address, "data:", "blob:")
+    watch("console", lambda message: f"console: {message.text}")
+    watch("pageerror", lambda error: f"error: {error}")
+    watch("requestfailed", lambda request: f"failed: {request.url}")
+    watch("request", lambda it: "" if it.url.startswith(ours) else f"leaves the site: {it.url}")
+    watch("response", lambda it: f"{it.status}: {it.url}" if it.status >= 400 else "")
     yield page
     context.close()
-
-
-def _note_elsewhere(page, url: str, address: str) -> None:
-    if not url.startswith((address, "data:", "blob:")):
-        page.trouble.append(f"a request leaves the site: {url}")
-
-
-def _note_status(page, reply) -> None:
-    if reply.status >= 400:
-        page.trouble.append(f"{reply.status}: {reply.url}")
 
 
 BLOCK_OF_CODE = re.compile(
@@ -143,8 +115,6 @@ BROKEN_PICTURES = """
 () => [...document.images].filter((image) => image.complete && !image.naturalWidth)
                           .map((image) => image.src)
 """
-
-
 # What scrolls sideways shows it by a shadow at the edge, which is a background.
 CUT_OFF_UNMARKED = """
 () => [...document.querySelectorAll("article *")].filter((node) => {
@@ -194,49 +164,44 @@ def test_every_page_loads_whole_and_fits_its_window(site, address, browser, sche
     """One test for all pages: what is listed on failure is what has to be mended."""
     names = sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
     assert len(names) > 15
+    faults = []
     with watched_page(browser, address, scheme) as page:
-        faults = faults_of(page, address, names)
+        for name in names:
+            faults += [f"{name}: {fault}" for fault in faults_of(page, f"{address}/{name}")]
     assert not faults, "\n".join(faults)
 
 
-def faults_of(page, address: str, names: list[str]) -> list[str]:
-    faults = []
-    for name in names:
-        page.trouble.clear()
-        page.set_viewport_size({"width": DESKTOP, "height": 900})
-        page.goto(f"{address}/{name}", wait_until="load")
-        text = page.evaluate(TEXT_OUTSIDE_CODE)
-        found = list(page.trouble)
-        found += [f"unrendered math: {left!r}" for left in re.findall(r".{0,30}[$\\].{0,30}", text)]
-        found += [f"a plot that was not drawn: {left}" for left in re.findall(r"plot: \w+", text)]
-        found += [f"a line may end in {left!r}" for left in re.findall(r"\b[kTτλ] = \d+", text)]
-        found += [f"picture: {url}" for url in page.evaluate(BROKEN_PICTURES)]
-        found += [f"faint: {text}" for text in page.evaluate(FAINT_TEXT)]
-        if page.locator("merror").count():
-            found.append("MathML error")
-        for width in (DESKTOP, PHONE):
-            page.set_viewport_size({"width": width, "height": 900})
-            wide = page.evaluate("document.documentElement.scrollWidth")
-            if wide > width:
-                found.append(f"{wide} px wide in a window of {width}")
-            found += [f"cut off at {width}: {it}" for it in page.evaluate(CUT_OFF_UNMARKED)]
-        faults += [f"{name}: {fault}" for fault in found]
-    return faults
+def faults_of(page, url):
+    page.trouble.clear()
+    page.set_viewport_size({"width": DESKTOP, "height": 900})
+    page.goto(url, wait_until="load")
+    text = page.evaluate(TEXT_OUTSIDE_CODE)
+    found = list(page.trouble)
+    found += [f"unrendered math: {left!r}" for left in re.findall(r".{0,30}[$\\].{0,30}", text)]
+    found += [f"a plot that was not drawn: {left}" for left in re.findall(r"plot: \w+", text)]
+    found += [f"a line may end in {left!r}" for left in re.findall(r"\b[kTτλ] = \d+", text)]
+    found += [f"picture: {url}" for url in page.evaluate(BROKEN_PICTURES)]
+    found += [f"faint: {text}" for text in page.evaluate(FAINT_TEXT)]
+    found += ["MathML error"] * page.locator("merror").count()
+    for width in (DESKTOP, PHONE):
+        page.set_viewport_size({"width": width, "height": 900})
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        if wide > width:
+            found.append(f"{wide} px wide in a window of {width}")
+        found += [f"cut off at {width}: {it}" for it in page.evaluate(CUT_OFF_UNMARKED)]
+    return found
 
 
 def test_blocks_show_no_doctest_directives_and_fit_80_columns(site):
     """But diffs, which have the lines of a trainer's file to the letter."""
     faults, seen = [], 0
     for path in sorted(site.rglob("*.html")):
-        text = path.read_text(encoding="utf-8")
-        for kind, block in BLOCK_OF_CODE.findall(text):
+        for kind, block in BLOCK_OF_CODE.findall(path.read_text(encoding="utf-8")):
             seen += 1
-            lines = html.unescape(re.sub(r"<[^>]+>", "", block)).splitlines()
-            for line in lines:
-                if "# doctest:" in line:
-                    faults.append(f"{path.relative_to(site)}: directive: {line}")
-                if "language-diff" not in kind and columns_of(line) > COLUMNS:
-                    faults.append(f"{path.relative_to(site)}: {columns_of(line)} columns: {line}")
+            for line in html.unescape(re.sub(r"<[^>]+>", "", block)).splitlines():
+                wide = "language-diff" not in kind and columns_of(line) > COLUMNS
+                if wide or "# doctest:" in line:
+                    faults.append(f"{path.relative_to(site)}: {line}")
     assert seen > 200
     assert not faults, "\n".join(faults)
 
@@ -310,7 +275,7 @@ def test_a_hat_in_code_is_on_its_letter_and_in_one_cell(address, page):
         """() => {
           const code = document.querySelector("pre .hat").parentElement;
           const probe = code.appendChild(document.createElement("span"));
-          probe.textContent = "0000000000";
+          probe.textContent = "0".repeat(10);
           const width = probe.getBoundingClientRect().width / 10;
           probe.remove();
           return width;
@@ -320,12 +285,7 @@ def test_a_hat_in_code_is_on_its_letter_and_in_one_cell(address, page):
     # "ε̂ in place of ε̂": the cell behind the first is empty, the hat's own is not.
     inks = []
     for shift in (0, 1):
-        clip = {
-            "x": box["x"] + shift * letter + 1,
-            "y": box["y"],
-            "width": letter - 2,
-            "height": box["height"],
-        }
+        clip = {**box, "x": box["x"] + shift * letter + 1, "width": letter - 2}
         image = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("L")
         low, high = image.getextrema()
         inks.append(high - low)
@@ -333,16 +293,10 @@ def test_a_hat_in_code_is_on_its_letter_and_in_one_cell(address, page):
     assert inks[1] < 5
 
 
-@pytest.mark.parametrize(
-    ("name", "schedule"),
-    [
-        ("linear", NoiseSchedule.linear(1000)),
-        ("scaled linear", NoiseSchedule.scaled_linear(1000)),
-        ("cosine", NoiseSchedule.cosine(1000)),
-    ],
-)
+@pytest.mark.parametrize("name", ["linear", "scaled linear", "cosine"])
 @pytest.mark.parametrize(("k", "tau"), [(1, 0.99), (49, 0.99), (120, 0.95)])
-def test_the_explorer_computes_what_the_library_does(address, page, name, schedule, k, tau):
+def test_the_explorer_computes_what_the_library_does(address, page, name, k, tau):
+    schedule = getattr(NoiseSchedule, name.replace(" ", "_"))(1000)
     page.goto(f"{address}/the_loss.html")
     page.select_option("#explorer select", name)
     page.fill("#explorer input[name=k]", str(k))
