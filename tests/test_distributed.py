@@ -11,41 +11,30 @@ import torch
 from s2dm_loss.monitor import LossByNoise, validation_loss
 from tests.helpers.distributed import run_distributed
 from tests.helpers.distributed_workers import (
+    BY_TIME,
     CASES,
     HOW,
     LOSSES,
+    SIZES,
+    TIMES,
     WAYS,
     WRAPPERS,
+    X0,
     alone,
     everything,
     small_model,
 )
-from tests.strategies import LINEAR, normal, normals, timesteps
+from tests.strategies import LINEAR
+from tests.test_docs_blocks import FENCE, ROOT
 
 for needed in ("accelerate", "diffusers", "torch.distributed.tensor"):  # torch 2.5
     pytest.importorskip(needed)
 pytestmark = pytest.mark.slow
 
-SIZES = [4, 2, 3]
-X0, NOISE, XI = normals(3, sum(SIZES), 1, 6, 6, dtype=torch.float32)
-# The first process has times below the skip alone.
-T = torch.tensor([0, 8, 3, 5, 999, 100, 500, 9, 700])
-BATCH = {"x0": X0, "noise": NOISE, "skip_noise": XI, "t": T}
-OF_HEAD = {
-    **{name: normal(5, 7, 3, seed=i) for i, name in enumerate("xy")},  # neither axis even in three
-    "weights": normal(5, seed=2).abs(),
-    "t": torch.tensor([3, 8, 9, 500, 999]),
-    "time": torch.tensor([0.01, 0.04, 0.06, 0.5, 0.99], dtype=torch.float64),
-}
-TIMES, BY_TIME = timesteps(1000, 60, 0), normal(60, seed=3).abs()
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    arguments = BATCH, SIZES, OF_HEAD, TIMES, BY_TIME
-    return run_distributed(
-        everything, tmp_path_factory.mktemp("ranks"), *arguments, world_size=len(SIZES)
-    )
+    return run_distributed(everything, tmp_path_factory.mktemp("ranks"), world_size=len(SIZES))
 
 
 @pytest.mark.parametrize(
@@ -55,25 +44,17 @@ def test_every_wrapper_is_one_process_on_the_joined_batch(ranks, how):
     """With one call of the model a step, or for each part of an accumulated one."""
     count = sum(SIZES) if "uneven" in how else len(SIZES) * min(SIZES)
     for rank in ranks:
-        torch.testing.assert_close(rank["steps"][how], alone(BATCH, count, how))
+        torch.testing.assert_close(rank["steps"][how], alone(count, how))
 
 
 def test_a_dtensor_in_every_placement_is_the_whole_tensor(ranks):
+    """The data, and the times."""
     for rank in ranks:
-        placed = rank["placed"]
-        assert len(placed) == 4 * len(CASES)
-        for (placement, case), found in placed.items():
-            expected = placed["plain", case]
-            torch.testing.assert_close(tuple(found), expected, msg=f"{placement} {case}")
-
-
-def test_times_that_are_a_dtensor_are_those_of_the_whole_batch(ranks):
-    for rank in ranks:
-        results = rank["times"]
-        assert len(results) == 9 * len(WAYS)
-        for (way, times, data), loss in results.items():
-            expected = results[way, "plain", "plain"]
-            torch.testing.assert_close(loss, expected, msg=f"{way}, t {times}, data {data}")
+        assert rank["placed"].keys() == {*range(len(CASES)), *WAYS}
+        for case, by_placement in rank["placed"].items():
+            expected = next(iter(by_placement.values()))  # the plain one
+            for placement, found in by_placement.items():
+                torch.testing.assert_close(found, expected, msg=f"{case} {placement}")
 
 
 def test_the_losses_by_noise_add_up_to_those_of_one_process(ranks):
@@ -97,21 +78,15 @@ def test_a_validation_is_that_of_one_process(ranks):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def page_block(title: str) -> str:
-    """The fenced block under a title of the page for a loop of one's own."""
-    page = Path(__file__).parents[1] / "docs" / "adapters" / "write_your_own.md"
-    text = page.read_text(encoding="utf-8")
-    return text.partition(f'title="{title}"\n')[2].partition("\n```")[0]
-
-
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_the_recipes_of_the_page_run_as_written(tmp_path, launcher):
-    (tmp_path / "train.py").write_text(page_block("train.py"), encoding="utf-8")
-    command = next(
-        line for line in page_block("shell").splitlines() if line.startswith(launcher)
-    ).split()
+    page = (ROOT / "docs" / "adapters" / "write_your_own.md").read_text(encoding="utf-8")
+    blocks = {match["info"]: match["code"] for match in FENCE.finditer(page)}
+    (tmp_path / "train.py").write_text(blocks['python title="train.py"'], encoding="utf-8")
+    lines = blocks['sh title="shell"'].splitlines()
+    (command,) = (line.split() for line in lines if line.startswith(launcher))
     programs = Path(sys.executable).parent
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for _ in range(5):
         done = subprocess.run(  # noqa: S603 - a command of ours
             [str(programs / command[0]), *command[1:]],

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from functools import partial
+from itertools import product
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, SkipStepLoss
 from s2dm_loss.monitor import LossByNoise, validation_loss
+from tests.strategies import ESTIMATORS, LINEAR, drawn, normal, normals, timesteps
 
-Batch = dict[str, Tensor]
-LINEAR = NoiseSchedule.linear(1000)
+SIZES = [4, 2, 3]
+X0, NOISE, XI = normals(3, sum(SIZES), 1, 6, 6, dtype=torch.float32)
+# The first process has times below the skip alone.
+T = torch.tensor([0, 8, 3, 5, 999, 100, 500, 9, 700])
+BATCH = {"x0": X0, "noise": NOISE, "skip_noise": XI, "t": T}
+TIMES, BY_TIME = timesteps(1000, 60, 0), normal(60, seed=3).abs()
 
 
-def everything(
-    rank: int, batch: Batch, sizes: list[int], of_head: Batch, times: Tensor, losses: Tensor
-) -> dict[str, Any]:
+def everything(rank):
     """All of it in one group of processes: starting them is what takes time."""
     # accelerate finds the process group by these.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(sizes)))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(SIZES)))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     return {
-        "steps": steps(rank, batch, sizes),
-        "placed": losses_in_every_placement(of_head),
-        "times": losses_of_placed_times(of_head),
-        "by noise": by_noise(rank, len(sizes), times, losses),
-        "validated": validated(rank, len(sizes), batch["x0"]),
+        "steps": steps(rank),
+        "placed": {**losses_in_every_placement(), **losses_of_placed_times()},
+        "by noise": by_noise(rank),
+        "validated": validated(rank),
     }
 
 
@@ -40,18 +41,18 @@ def everything(
 class CountingModel(nn.Module):
     """A small network that depends on t and counts its calls."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.conv = nn.Conv2d(1, 1, 3, padding=1)
         self.calls = 0
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t, t):
         self.calls += 1
         return self.conv(x_t) * (1 + t.reshape(-1, 1, 1, 1) / 1000)
 
 
-def of_core(reduction: Any = "mean", estimator: Any = "expected") -> Callable[..., Tensor]:
+def of_core(reduction="mean", estimator="expected"):
     """The library calls the model."""
     criterion = SkipStepLoss(LINEAR, 9, reduction=reduction, estimator=estimator)
     if reduction == "sum" and os.environ.get("RANK") == "0":
@@ -59,14 +60,14 @@ def of_core(reduction: Any = "mean", estimator: Any = "expected") -> Callable[..
         one = torch.ones(1, 2, dtype=torch.float64)
         criterion.from_output(one, one, torch.tensor([5]))
 
-    def loss(model: nn.Module, part: Batch) -> Tensor:
-        xi = part["skip_noise"] if estimator == "fresh" else None
-        return criterion(model, part["x0"], part["t"], noise=part["noise"], skip_noise=xi)
+    def loss(model, part):
+        xi = drawn(estimator, part["skip_noise"])
+        return criterion(model, part["x0"], part["t"], noise=part["noise"], **xi)
 
     return loss
 
 
-def of_script(prediction_type: Any) -> Callable[..., Tensor]:
+def of_script(prediction_type):
     """A diffusers script calls the model."""
     from s2dm_loss.adapters.diffusers import SkipLoss
     from tests.helpers.diffusers_parts import make_scheduler
@@ -74,176 +75,152 @@ def of_script(prediction_type: Any) -> Callable[..., Tensor]:
     scheduler = make_scheduler(prediction_type=prediction_type)
     skip_loss = SkipLoss.from_scheduler(scheduler, skip_set=9)
 
-    def loss(model: nn.Module, part: Batch) -> Tensor:
-        x0, noise, t = part["x0"], part["noise"], part["t"]
-        noisy = scheduler.add_noise(x0, noise, t)
+    def loss(model, part):
+        given = part["x0"], part["noise"], part["t"]
+        noisy = scheduler.add_noise(*given)
         is_v = prediction_type == "v_prediction"
-        target = scheduler.get_velocity(x0, noise, t) if is_v else noise
-        return skip_loss(model(noisy, t), target, t, noisy)
+        target = scheduler.get_velocity(*given) if is_v else part["noise"]
+        return skip_loss(model(noisy, part["t"]), target, part["t"], noisy)
 
     return loss
 
 
-LOSSES: dict[str, Callable[[], Callable[..., Tensor]]] = {
-    **{name: lambda name=name: of_core(estimator=name) for name in ("expected", "fresh", "shared")},
-    **{
-        f"diffusers, {name}": lambda name=name: of_script(name)
-        for name in ("epsilon", "v_prediction")
-    },
+LOSSES = {
+    **{name: partial(of_core, estimator=name) for name in ESTIMATORS},
+    **{f"diffusers, {name}": partial(of_script, name) for name in ("epsilon", "v_prediction")},
 }
 
 
 class Whole(nn.Module):
     """Model and loss in one module, so that the wrapper holds both."""
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
+    def __init__(self, model, loss):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, part: Batch) -> Tensor:
+    def forward(self, part):
         return self.loss(self.model, part)
 
 
-def fsdp2(model: nn.Module) -> nn.Module:
+def fsdp2(model):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (len(SIZES),)))
     return model
 
 
 WRAPPERS = {"ddp": DistributedDataParallel, "fsdp2": fsdp2}
-HOW: dict[str, dict[str, Any]] = {
-    "outside": {},
-    "inside": {"inside": True},
-    "accumulated": {"micro": 2},
-    "uneven": {},
-}
+HOW = {"outside": {}, "inside": {"inside": True}, "accumulated": {"micro": 2}, "uneven": {}}
 
 
-def step(
-    rank: int,
-    sizes: list[int],
-    batch: Batch,
-    loss: Callable[..., Tensor],
-    wrap: Callable[[nn.Module], nn.Module] = DistributedDataParallel,
-    *,
-    inside: bool = False,
-    micro: int = 1,
-    summed: bool = False,
-    backward: Callable[[Tensor], None] = Tensor.backward,
-) -> list[Tensor]:
+def step(rank, sizes, loss, wrap=DistributedDataParallel, *, backward=Tensor.backward, **how):
     """One optimiser step's gradients: the mean over the joined batch, whatever the sizes are."""
+    inside, micro = how.get("inside", False), how.get("micro", 1)
     model = CountingModel()
     wrapped = wrap(Whole(model, loss) if inside else model)
-    first = sum(sizes[:rank])
-    mine = {name: tensor[first : first + sizes[rank]] for name, tensor in batch.items()}
-    scale = len(sizes) / sum(sizes) if summed else 1  # the wrappers average over ranks
-    for part in zip(*[tensor.chunk(micro) for tensor in mine.values()], strict=True):
-        named = dict(zip(mine, part, strict=True))
+    mine = [tensor.split(sizes)[rank].chunk(micro) for tensor in joined(sum(sizes)).values()]
+    scale = len(sizes) / sum(sizes) if "summed" in how else 1  # the wrappers average over ranks
+    for part in zip(*mine, strict=True):
+        named = dict(zip(BATCH, part, strict=True))
         backward(scale * (wrapped(named) if inside else loss(wrapped, named)))
     assert model.calls == micro
     grads = [parameter.grad for parameter in model.parameters()]
     return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
 
 
-def steps(rank: int, batch: Batch, sizes: list[int]) -> dict[str, list[Tensor]]:
+def joined(count):
+    return {name: tensor[:count] for name, tensor in BATCH.items()}
+
+
+def steps(rank):
     """Return the gradients by loss and by wrapper."""
-    even = [min(sizes)] * len(sizes)
-    results = {name: step(rank, even, batch, make()) for name, make in LOSSES.items()}
-    for name, wrap in WRAPPERS.items():
-        for how, options in HOW.items():
-            each, loss = sizes if how == "uneven" else even, of_core("sum")
-            results[f"{name}, {how}"] = step(rank, each, batch, loss, wrap, summed=True, **options)
     from accelerate import Accelerator
 
+    even = [min(SIZES)] * len(SIZES)
+    results = {name: step(rank, even, make()) for name, make in LOSSES.items()}
+    for (name, wrap), (how, options) in product(WRAPPERS.items(), HOW.items()):
+        sizes = SIZES if how == "uneven" else even
+        loss = of_core("sum")
+        results[f"{name}, {how}"] = step(rank, sizes, loss, wrap, summed=True, **options)
     accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == len(sizes)
 
-    def prepare(model: nn.Module) -> nn.Module:
+    def prepare(model):
         wrapped = accelerator.prepare(model)
         assert isinstance(wrapped, DistributedDataParallel)
         return wrapped
 
-    results["accelerate"] = step(
-        rank, even, batch, of_core(), prepare, backward=accelerator.backward
-    )
+    results["accelerate"] = step(rank, even, of_core(), prepare, backward=accelerator.backward)
     return results
 
 
-def alone(batch: Batch, count: int, how: str) -> list[Tensor]:
+def alone(count, how):
     """The mean over the first `count` samples in this process."""
     model, loss = CountingModel(), LOSSES.get(how, of_core)()
-    loss(model, {name: tensor[:count] for name, tensor in batch.items()}).backward()
+    loss(model, joined(count)).backward()
     return [parameter.grad for parameter in model.parameters()]
 
 
 # The loss of a DTensor, which tensor-parallel training makes
 
-CASES = [
-    (estimator, reduction, weigh)
-    for estimator in ("expected", "shared", "fresh")
-    for reduction in ("mean", "sum", "none")
-    for weigh in (False, True)
-]
+X, Y = normals(2, 5, 7, 3)  # neither axis even in three
+AT = torch.tensor([3, 8, 9, 500, 999])
+TIME = torch.tensor([0.01, 0.04, 0.06, 0.5, 0.99], dtype=torch.float64)
+WEIGHTS = normal(5, seed=2).abs()
+CASES = list(product(ESTIMATORS, ("mean", "sum", "none"), (None, WEIGHTS)))
 
 
-def _placer() -> tuple[Callable[..., Tensor], dict[str, Any]]:
+def placers():
+    """How a tensor can lie, the plain way first."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh("cpu", (len(SIZES),))
 
-    def place(tensor: Tensor, placement: Any) -> Tensor:
-        return tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
+    def onto(placement):
+        return partial(distribute_tensor, device_mesh=mesh, placements=[placement])
 
-    return place, {
-        "plain": None,
-        "replicated": Replicate(),
-        "batch": Shard(0),
-        "channels": Shard(1),
-    }
+    placed = {"replicated": onto(Replicate()), "batch": onto(Shard(0)), "channels": onto(Shard(1))}
+    return {"plain": lambda tensor: tensor, **placed}
 
 
-def losses_in_every_placement(batch: Batch) -> dict[Any, Any]:
-    """Return loss and gradient, in whole, by placement and case."""
-    place, placements = _placer()
-    results: dict[Any, Any] = {}
-    for case in CASES:
-        estimator, reduction, weigh = case
+def whole(tensor, like):
+    """The whole of what has to be a DTensor where the data are, and only there."""
+    assert type(tensor) is type(like)
+    return tensor if type(tensor) is Tensor else tensor.full_tensor()
+
+
+def losses_in_every_placement():
+    """Return loss and gradient, in whole, by case and placement."""
+    results = {}
+    for number, (estimator, reduction, weights) in enumerate(CASES):
         criterion = SkipStepLoss(LINEAR, 9, estimator=estimator, reduction=reduction)
-        for name, where in placements.items():
-            eps_hat = place(batch["x"].clone(), where).requires_grad_()
-            noise, xi = (place(x, where) for x in (batch["y"], batch["y"].flip(0).clone()))
-            given = {"skip_noise": xi} if estimator == "fresh" else {}
-            weights = batch["weights"] if weigh else None
-            loss = criterion.from_output(eps_hat, noise, batch["t"], weights=weights, **given)
+        results[number] = {}
+        for name, place in placers().items():
+            eps_hat, noise = place(X.clone()).requires_grad_(), place(Y)
+            xi = drawn(estimator, place(Y.flip(0).clone()))
+            loss = criterion.from_output(eps_hat, noise, AT, weights=weights, **xi)
             loss.sum().backward()
-            found = loss.detach(), eps_hat.grad
-            results[name, case] = found if where is None else [x.full_tensor() for x in found]
+            results[number][name] = [whole(x, noise) for x in (loss.detach(), eps_hat.grad)]
     return results
 
 
-def losses_of_placed_times(batch: Batch) -> dict[Any, Any]:
-    """Return each way's losses, in whole, by where t and the data lie: plain, or a DTensor."""
-    place, placements = _placer()
-    del placements["channels"]
-    results: dict[Any, Any] = {}
+def losses_of_placed_times():
+    """Return each way's losses, in whole, by where t and the data lie."""
+    ways = placers()
+    del ways["channels"]
+    results = {}
     for way, losses in WAYS.items():
-        for times, there in placements.items():
-            for data, where in placements.items():
-                loss = losses(
-                    *(place(batch[name], where) for name in ("x", "y")),
-                    *(place(batch[name], there) for name in ("t", "time")),
-                )
-                results[way, times, data] = loss if where is None else loss.full_tensor()
+        results[way] = {}
+        for (times, place_t), (data, place) in product(ways.items(), repeat=2):
+            x = place(X)
+            loss = losses(x, place(Y), place_t(AT), place_t(TIME))
+            results[way][times, data] = whole(loss, x)
     return results
 
 
-PLAIN: Any = {"skip_set": 9, "reduction": "none"}
-CRITERION, OF_V = (
-    SkipStepLoss(LINEAR, **PLAIN),
-    SkipStepLoss(LINEAR, prediction_type="v_prediction", **PLAIN),
-)
+PLAIN = {"skip_set": 9, "reduction": "none"}
+CRITERION = SkipStepLoss(LINEAR, **PLAIN)
+OF_V = SkipStepLoss(LINEAR, prediction_type="v_prediction", **PLAIN)
 CONTINUOUS = SkipStepLoss(ContinuousSchedule.cosine(), 0.05, reduction="none")
 WAYS = {
     "noise": lambda x, y, t, _: CRITERION.from_output(x, y, t),
@@ -255,37 +232,37 @@ WAYS = {
 }
 
 
-def mse_to(output: Tensor, changed: Any) -> Tensor:
+def mse_to(output, changed):
     return changed.weight * (output - changed.target).square().mean((1, 2))
 
 
 # Monitors
 
 
-def small_model(x_t: Tensor, t: Tensor) -> Tensor:
+def small_model(x_t, t):
     """A smooth model that is neither right nor constant."""
     return (0.7 * x_t + 0.001 * t.reshape(-1, 1, 1, 1).to(x_t)).tanh()
 
 
-def by_noise(rank: int, world_size: int, t: Tensor, losses: Tensor) -> dict[str, object]:
+def by_noise(rank):
     """Sum this process's part, save, restore, and go on with the same part."""
     monitor, restored = LossByNoise(LINEAR), LossByNoise(LINEAR)
-    part = slice(rank, None, world_size)
-    if rank < world_size - 1:  # the last process sees no batch before the first reduction
-        monitor.update(t[part], losses[part])
+    part = TIMES[rank :: len(SIZES)], BY_TIME[rank :: len(SIZES)]
+    if rank < len(SIZES) - 1:  # the last process sees no batch before the first reduction
+        monitor.update(*part)
     first, state = monitor.compute(), monitor.state_dict()
     restored.load_state_dict(state)
-    restored.update(t[part], losses[part])
+    restored.update(*part)
     return {"first": first, "state": state, "second": restored.compute()}
 
 
-def validated(rank: int, world_size: int, x0: Tensor) -> list[dict[str, Tensor]]:
+def validated(rank):
     """Validate on this process's part, dealt out as a DistributedSampler does, and with indices."""
-    index = torch.arange(len(x0))[rank::world_size]
+    index = torch.arange(len(X0))[rank :: len(SIZES)]
     # The last process repeats the first sample, as a sampler does that fills up its batch.
-    padded = torch.cat([index, index.new_zeros(int(rank == world_size - 1))])
+    padded = torch.cat([index, index.new_zeros(int(rank == len(SIZES) - 1))])
     results = (
         validation_loss(small_model, batches, LINEAR, skip_set=49)
-        for batches in (x0[index].split(3), [(x0[padded], {}, padded)])
+        for batches in (X0[index].split(3), [(X0[padded], {}, padded)])
     )
     return [{"index": result.index, **result.losses} for result in results]
