@@ -6,16 +6,15 @@ import importlib
 import json
 import pkgutil
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import s2dm_loss
 import s2dm_loss.adapters
+from tests.helpers.commands import ROOT, run
 
-DOCS = Path(__file__).parents[1] / "docs/api"
+DOCS = ROOT / "docs/api"
 
 
 @pytest.mark.skipif(not DOCS.is_dir(), reason="the pages are not beside these tests")
@@ -63,8 +62,7 @@ def test_importing_brings_the_core_alone_and_takes_a_tenth_of_what_torch_takes()
     # A share, since processors differ by three; the least of several runs, since memory is shared.
     shares = []
     while len(shares) < 5 and min(shares, default=1) > 0.1:
-        run = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True)  # noqa: S603
-        share, modules = json.loads(run.stdout)
+        share, modules = json.loads(run(sys.executable, "-c", IMPORT))
         shares.append(share)
         tops = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names)
         assert tops <= {"s2dm_loss", "einops", "torch", "typing_extensions"}
