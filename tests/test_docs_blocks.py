@@ -17,16 +17,10 @@ import pytest
 import torch
 
 from benchmarks.pages.tutorial import NOTEBOOK, PAGE, RUN, digest, notebook, ran
-
-ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(
-    r"^(?P<requires><!-- requires: (?P<module>[\w.]+) -->\n+)?"
-    r"^(?P<indent> *)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
-    re.M | re.S,
-)
-
+from tests.helpers.commands import ROOT
 
 FENCE = re.compile(
+    r"^(?:<!-- requires: (?P<module>[\w.]+) -->\n+)?"
     r"^(?P<indent> *)(?P<fence>```+|~~~+)(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=indent)(?P=fence)$",
     re.M | re.S,
 )
@@ -52,7 +46,9 @@ def blocks_of(page: Path) -> list[Block]:
         Block(text[: match.start()].count("\n"), None, match[1])
         for match in re.finditer(r"^<!-- test: (.*) -->$", text, re.M)
     ]
-    for match in BLOCK.finditer(text):
+    for match in FENCE.finditer(text):
+        if not match["info"].startswith("python"):
+            continue
         indent = len(match["indent"])
         code = "".join(line[indent:] or "\n" for line in match["code"].splitlines(keepends=True))
         blocks.append(Block(text[: match.start("code")].count("\n"), match["module"], code))
@@ -68,24 +64,14 @@ def snippets_of(page: Path, *requires: str | None) -> dict[str, object]:
     return namespace
 
 
-PAGES = [page for page in ALL_PAGES if blocks_of(page)]
+HEAVY = ("README.md", "correct.md")  # they train, or search over samplers
+PAGES = [
+    pytest.param(page, marks=[pytest.mark.slow] * (page.name in HEAVY))
+    for page in filter(blocks_of, ALL_PAGES)
+]
 
 
-# They train, or search over samplers.
-HEAVY = ("README.md", "correct.md")
-
-
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(
-            page,
-            id=str(page.relative_to(ROOT)),
-            marks=pytest.mark.slow if page.name in HEAVY else (),
-        )
-        for page in PAGES
-    ],
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -105,8 +91,9 @@ def test_every_python_fence_is_found_and_is_no_doctest(page):
     """A fence that the pattern above misses would go unrun, and `>>>` in one is text to it."""
     text = page.read_text(encoding="utf-8")
     fences = re.findall(r"^\s*(?:```+|~~~+) *\{?\.?py", text, re.M)
-    assert len(fences) == len(BLOCK.findall(text))
-    assert not any(block.code.lstrip().startswith(">>>") for block in blocks_of(page))
+    blocks = [block.code for block in blocks_of(page) if "\n" in block.code]
+    assert len(fences) == len(blocks)
+    assert not any(code.lstrip().startswith(">>>") for code in blocks)
 
 
 def columns_of(line: str) -> int:
@@ -118,16 +105,12 @@ def test_no_block_is_wider_than_its_column():
     """But diffs, which have a trainer's lines to the letter, and what a block has printed."""
     wide, seen = [], 0
     for page in ALL_PAGES:
-        text = page.read_text(encoding="utf-8")
-        for match in FENCE.finditer(text):
+        for match in FENCE.finditer(page.read_text(encoding="utf-8")):
             seen += 1
-            if match["info"].strip().startswith(("diff", "text")):
-                continue
-            first = text[: match.start("code")].count("\n") + 1
-            for number, line in enumerate(match["code"].splitlines(), first):
+            for line in match["code"].splitlines():
                 columns = columns_of(line) - len(match["indent"])
-                if columns > COLUMNS:
-                    wide.append(f"{page.relative_to(ROOT)}:{number}: {columns} columns: {line}")
+                if columns > COLUMNS and not match["info"].strip().startswith(("diff", "text")):
+                    wide.append(f"{page.relative_to(ROOT)}: {columns} columns: {line}")
     assert seen > 80
     assert not wide, "\n".join(wide)
 
@@ -156,11 +139,3 @@ def test_what_a_block_prints_stands_below_it_and_nothing_else_does():
     assert found == ("```python\n1\n```\n\nwords\n\n```python\n2\n```\n\n```text\nnew\n```\n")
     assert ran(found, {"1\n": "", "2\n": "new\n"}.__getitem__) == found
     assert digest(found) == digest(page) != digest(page.replace("2", "3"))
-
-
-def test_a_page_that_advises_another_solver_has_the_line():
-    texts = {page.name: page.read_text(encoding="utf-8") for page in ALL_PAGES}
-    advising = {name for name, text in texts.items() if "change the solver" in text.lower()}
-    assert {"README.md", "correct.md", "evidence.md"} <= advising
-    line = "pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)"
-    assert [name for name in advising if line not in texts[name]] == []

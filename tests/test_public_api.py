@@ -31,13 +31,6 @@ def test_every_public_name_and_every_adapter_is_documented():
     assert {f"s2dm_loss.adapters.{module.name}" for module in adapters} <= entries
 
 
-def test_all_is_sorted_and_what_a_star_import_brings():
-    assert s2dm_loss.__all__ == sorted(s2dm_loss.__all__)
-    namespace: dict[str, object] = {}
-    exec("from s2dm_loss import *", namespace)  # noqa: S102
-    assert sorted(namespace.keys() - {"__builtins__"}) == sorted(s2dm_loss.__all__)
-
-
 def test_no_name_hides_a_module():
     """`import s2dm_loss.coefficients as c` gives the module."""
     for module in pkgutil.iter_modules(s2dm_loss.__path__):

@@ -6,17 +6,18 @@ its code.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 import s2dm_loss
 from s2dm_loss.sampling import CorrectionSearch, EpsilonScaling, ScoreRescaling, SkipGain
+from tests.helpers.commands import ROOT
+from tests.strategies import LINEAR
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -36,14 +37,11 @@ def test_it_is_short():
 
 def test_it_hands_out_what_it_recommends():
     code = "".join(re.findall(r"^```(?:python|diff)\n(.*?)^```$", README, re.M | re.S))
-    asked = re.findall(r"skip_set=(\d+)", code)
-    assert asked
-    assert set(asked) == {"49"}
+    assert set(re.findall(r"skip_set=(\d+)", code)) == {"49"}
 
 
 def test_every_public_name_is_used_where_a_newcomer_reads():
-    pages = [README, *(p.read_text("utf-8") for p in (ROOT / "docs").rglob("*.md"))]
-    text = "\n".join(pages)
+    text = "\n".join([README, *(p.read_text("utf-8") for p in (ROOT / "docs").rglob("*.md"))])
     unused = [n for n in s2dm_loss.__all__ if n[0] != "_" and not re.search(rf"\b{n}[(.]", text)]
     assert not unused
     assert len(s2dm_loss.__all__) <= 13
@@ -51,35 +49,29 @@ def test_every_public_name_is_used_where_a_newcomer_reads():
 
 def images_of_a_search(num_samples):
     """How many images a search over five solvers and a pipeline's three corrections makes."""
-    made = 0
+    made = []
 
-    def solver(shrunk):
-        def sample(model, start):
-            nonlocal made
-            made += len(start)
-            return shrunk * start - 0.1 * model(start, torch.full((len(start),), 500))
+    def solver(kept, model, start):
+        made.append(len(start))
+        return kept * start - 0.1 * model(start, torch.full((len(start),), 500))
 
-        return sample
-
-    solvers = {str(n): solver(0.9 + 0.03 * n) for n in range(5)}
-    schedule = s2dm_loss.NoiseSchedule.linear()
-    corrections = [one(schedule) for one in (SkipGain, EpsilonScaling, ScoreRescaling)]
+    solvers = {str(n): functools.partial(solver, 0.9 + 0.03 * n) for n in range(5)}
+    corrections = [one(LINEAR) for one in (SkipGain, EpsilonScaling, ScoreRescaling)]
     model, data = torch.nn.Identity(), torch.randn(2000, 12)
     model.forward = lambda x_t, _t: 0.9 * x_t
     CorrectionSearch(model, solvers, data, corrections, num_samples=num_samples).recommend(False)
-    return made
+    return sum(made)
 
 
 def test_what_a_search_costs():
-    said = r"about ([\d,]+)\s+images\b.*?`num_samples=64` about ([\d,]+)"
     pytest.importorskip("diffusers")
     from s2dm_loss.adapters.diffusers_search import search_pipeline
 
     usual = inspect.signature(search_pipeline).parameters["num_samples"].default
     made = [images_of_a_search(usual), images_of_a_search(64)]
     for page in (README, (ROOT / "docs" / "correct.md").read_text("utf-8")):
-        (found,) = re.findall(said, page, re.S)
-        assert [int(n.replace(",", "")) for n in found] == pytest.approx(made, rel=0.05)
+        said = re.search(r"about ([\d,]+)\s+images\b.*?`num_samples=64` about ([\d,]+)", page, re.S)
+        assert [int(n.replace(",", "")) for n in said.groups()] == pytest.approx(made, rel=0.05)
 
 
 def test_its_files_and_pictures_exist():
