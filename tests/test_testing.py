@@ -3,6 +3,7 @@
 `check_target` tells what a trainer's target is, by closed forms of the targets.
 """
 
+import contextlib
 import itertools
 import math
 import random
@@ -261,46 +262,37 @@ class Trainer:
             self.check(*arguments, **options)
 
 
-KINDS = {
-    LINEAR: TYPES,
-    SIGMAS: TYPES,
-    FLOW: ["epsilon", "v_prediction", "sample", "flow"],
-    GVP: ["epsilon", "v_prediction", "sample", "flow", "velocity"],
-}
-PAIRS = [
-    pytest.param(s, kind, assumed, marks=[pytest.mark.slow] * (s in (SIGMAS, GVP)))
-    for s, kinds in KINDS.items()
-    for kind in kinds
-    for assumed in kinds
-]
-
-
 @pytest.mark.filterwarnings("ignore:prediction_type 'flow'")
-@pytest.mark.parametrize(("schedule", "kind", "assumed"), PAIRS)
-def test_8192_values_tell_the_prediction_type(schedule, kind, assumed):
+@pytest.mark.parametrize(
+    ("schedule", "kinds"),
+    [
+        (LINEAR, TYPES),
+        (FLOW, TYPES[:4]),
+        pytest.param(SIGMAS, TYPES, marks=pytest.mark.slow),
+        pytest.param(GVP, [*TYPES[:4], "velocity"], marks=pytest.mark.slow),
+    ],
+)
+def test_8192_values_tell_the_prediction_type(schedule, kinds):
     """On data of variance 1, where a v has mean square 1 too, and others."""
-    for seed, data in enumerate(DATA):
+    for (seed, data), kind in itertools.product(enumerate(DATA), kinds):
         trainer = Trainer(schedule, data, seed=seed)
-        if kind == assumed:
-            report = trainer.check(kind)
-            assert report.fits
-            assert 7000 < report.values <= 8192  # float32 says nothing next to the data
-            assert report.mean_square == pytest.approx(1, abs=0.06)
-            assert report.correlation == pytest.approx(0, abs=0.05)
-        else:
+        report = trainer.check(kind)
+        assert report.fits
+        assert 7000 < report.values <= 8192  # float32 says nothing next to the data
+        assert report.mean_square == pytest.approx(1, abs=0.06)
+        assert report.correlation == pytest.approx(0, abs=0.05)
+        for assumed in set(kinds) - {kind}:
             said = f"(?s){assumed}.* is not what.*What fits it: prediction_type='{kind}'"
             trainer.fails(said, kind, assumed)
 
 
 def test_it_rarely_accuses_a_right_target():
     """What the docstring's rate says, on a part: at most 1 %."""
-    wrong = 0
+    right = 0
     for seed in range(150):
-        try:
-            Trainer(LINEAR, "half", seed=1000 + seed).check("v_prediction")
-        except AssertionError:
-            wrong += 1
-    assert wrong <= 1
+        with contextlib.suppress(AssertionError):
+            right += Trainer(LINEAR, "half", seed=1000 + seed).check("v_prediction").fits
+    assert right >= 149
 
 
 def test_below_8192_values_it_asks_for_the_noise():
