@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import io
 import re
 import shutil
@@ -26,17 +25,11 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 PHONE, DESKTOP = 390, 1280
 
 
-def missing() -> str | None:
-    if not (ROOT / "mkdocs.yml").is_file():
-        return "the pages are not beside these tests"
-    for module in ("material", "mkdocstrings", "playwright"):
-        if importlib.util.find_spec(module) is None:
-            return f"the package {module!r} is not installed"
-    return None if BROWSER else f"no browser is installed: none of {', '.join(BROWSERS)}"
-
-
+for needed in ("material", "mkdocstrings", "playwright"):
+    pytest.importorskip(needed)
 pytestmark = [
-    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="no pages beside these tests"),
+    pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)}"),
     pytest.mark.xdist_group("site"),  # one build and one browser for all of them
 ]
 
