@@ -14,7 +14,6 @@ from tests.helpers.distributed_workers import (
     BY_TIME,
     CASES,
     HOW,
-    LOSSES,
     SIZES,
     TIMES,
     WAYS,
@@ -24,10 +23,10 @@ from tests.helpers.distributed_workers import (
     everything,
     small_model,
 )
-from tests.strategies import LINEAR
+from tests.strategies import ESTIMATORS, LINEAR
 from tests.test_docs_blocks import FENCE, ROOT
 
-for needed in ("accelerate", "diffusers", "torch.distributed.tensor"):  # torch 2.5
+for needed in ("accelerate", "torch.distributed.tensor"):  # torch 2.5
     pytest.importorskip(needed)
 pytestmark = pytest.mark.slow
 
@@ -38,7 +37,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "how", [*LOSSES, *(f"{wrapper}, {how}" for wrapper in WRAPPERS for how in HOW), "accelerate"]
+    "how", [*ESTIMATORS, *(f"{wrapper}, {how}" for wrapper in WRAPPERS for how in HOW)]
 )
 def test_every_wrapper_is_one_process_on_the_joined_batch(ranks, how):
     """With one call of the model a step, or for each part of an accumulated one."""

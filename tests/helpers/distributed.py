@@ -1,18 +1,13 @@
 """Run a function in several processes that share a gloo process group."""
 
-from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_distributed(
-    worker: Callable[..., Any], directory: Path, *args: Any, world_size: int = 2
-) -> list[Any]:
+def run_distributed(worker, directory, *args, world_size=2):
     """Return what `worker(rank, *args)` returns in each of `world_size` processes, by rank.
 
     The processes are spawned, so `worker` must be importable by name (a function of a module in
@@ -23,9 +18,7 @@ def run_distributed(
     return [torch.load(directory / f"rank{rank}.pt") for rank in range(world_size)]
 
 
-def _run(
-    rank: int, worker: Callable[..., Any], directory: str, world_size: int, args: tuple[Any, ...]
-) -> None:
+def _run(rank, worker, directory, world_size, args):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from itertools import product
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,9 +24,6 @@ TIMES, BY_TIME = timesteps(1000, 60, 0), normal(60, seed=3).abs()
 
 def everything(rank):
     """All of it in one group of processes: starting them is what takes time."""
-    # accelerate finds the process group by these.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(SIZES)))
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     return {
         "steps": steps(rank),
         "placed": {**losses_in_every_placement(), **losses_of_placed_times()},
@@ -55,7 +52,7 @@ class CountingModel(nn.Module):
 def of_core(reduction="mean", estimator="expected"):
     """The library calls the model."""
     criterion = SkipStepLoss(LINEAR, 9, reduction=reduction, estimator=estimator)
-    if reduction == "sum" and os.environ.get("RANK") == "0":
+    if reduction == "sum" and dist.is_initialized() and dist.get_rank() == 0:
         # A table in another type, on one rank alone: nothing that the ranks would have to agree on.
         one = torch.ones(1, 2, dtype=torch.float64)
         criterion.from_output(one, one, torch.tensor([5]))
@@ -65,30 +62,6 @@ def of_core(reduction="mean", estimator="expected"):
         return criterion(model, part["x0"], part["t"], noise=part["noise"], **xi)
 
     return loss
-
-
-def of_script(prediction_type):
-    """A diffusers script calls the model."""
-    from s2dm_loss.adapters.diffusers import SkipLoss
-    from tests.helpers.diffusers_parts import make_scheduler
-
-    scheduler = make_scheduler(prediction_type=prediction_type)
-    skip_loss = SkipLoss.from_scheduler(scheduler, skip_set=9)
-
-    def loss(model, part):
-        given = part["x0"], part["noise"], part["t"]
-        noisy = scheduler.add_noise(*given)
-        is_v = prediction_type == "v_prediction"
-        target = scheduler.get_velocity(*given) if is_v else part["noise"]
-        return skip_loss(model(noisy, part["t"]), target, part["t"], noisy)
-
-    return loss
-
-
-LOSSES = {
-    **{name: partial(of_core, estimator=name) for name in ESTIMATORS},
-    **{f"diffusers, {name}": partial(of_script, name) for name in ("epsilon", "v_prediction")},
-}
 
 
 class Whole(nn.Module):
@@ -114,7 +87,7 @@ WRAPPERS = {"ddp": DistributedDataParallel, "fsdp2": fsdp2}
 HOW = {"outside": {}, "inside": {"inside": True}, "accumulated": {"micro": 2}, "uneven": {}}
 
 
-def step(rank, sizes, loss, wrap=DistributedDataParallel, *, backward=Tensor.backward, **how):
+def step(rank, sizes, loss, wrap=DistributedDataParallel, **how):
     """One optimiser step's gradients: the mean over the joined batch, whatever the sizes are."""
     inside, micro = how.get("inside", False), how.get("micro", 1)
     model = CountingModel()
@@ -123,7 +96,7 @@ def step(rank, sizes, loss, wrap=DistributedDataParallel, *, backward=Tensor.bac
     scale = len(sizes) / sum(sizes) if "summed" in how else 1  # the wrappers average over ranks
     for part in zip(*mine, strict=True):
         named = dict(zip(BATCH, part, strict=True))
-        backward(scale * (wrapped(named) if inside else loss(wrapped, named)))
+        (scale * (wrapped(named) if inside else loss(wrapped, named))).backward()
     assert model.calls == micro
     grads = [parameter.grad for parameter in model.parameters()]
     return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
@@ -135,28 +108,18 @@ def joined(count):
 
 def steps(rank):
     """Return the gradients by loss and by wrapper."""
-    from accelerate import Accelerator
-
     even = [min(SIZES)] * len(SIZES)
-    results = {name: step(rank, even, make()) for name, make in LOSSES.items()}
+    results = {name: step(rank, even, of_core(estimator=name)) for name in ESTIMATORS}
     for (name, wrap), (how, options) in product(WRAPPERS.items(), HOW.items()):
         sizes = SIZES if how == "uneven" else even
         loss = of_core("sum")
         results[f"{name}, {how}"] = step(rank, sizes, loss, wrap, summed=True, **options)
-    accelerator = Accelerator(cpu=True)
-
-    def prepare(model):
-        wrapped = accelerator.prepare(model)
-        assert isinstance(wrapped, DistributedDataParallel)
-        return wrapped
-
-    results["accelerate"] = step(rank, even, of_core(), prepare, backward=accelerator.backward)
     return results
 
 
 def alone(count, how):
     """The mean over the first `count` samples in this process."""
-    model, loss = CountingModel(), LOSSES.get(how, of_core)()
+    model, loss = CountingModel(), of_core(estimator=how if how in ESTIMATORS else "expected")
     loss(model, joined(count)).backward()
     return [parameter.grad for parameter in model.parameters()]
 
