@@ -1,25 +1,20 @@
 """Holes of the pages resolve, or say where they do not; the committed pages are up to date."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 from matplotlib.figure import Figure
 
 from benchmarks.pages import render
 from benchmarks.pages.render import Renderer, find_holes, render_all, sources
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.commands import ROOT
 
 
 @pytest.fixture
-def renderer(tmp_path: Path) -> Renderer:
+def renderer(tmp_path):
     holes = {"change": lambda run, at=10: f"{run} {at}", "nothing": lambda: None, "four": 4}
     return Renderer(holes, {"room/seeds": Figure}, tmp_path)
 
 
-def test_holes_are_filled(renderer: Renderer) -> None:
+def test_holes_are_filled(renderer):
     text = "# Title {#top}\nAbout {{ change('unet', at=20) }} and {{ four }}.\n{% if four > 3 %}\nSo.\n{% endif %}\n"  # noqa: E501
     page = renderer.render("docs/page.md", text)
     assert page.startswith("# Title {#top}\n\n<!-- Written by `python -m benchmarks.pages` from ")
@@ -37,9 +32,7 @@ def test_holes_are_filled(renderer: Renderer) -> None:
         ("change('unet'", "unexpected '}'"),
     ],
 )
-def test_a_hole_that_does_not_resolve_names_its_place(
-    renderer: Renderer, hole: str, said: str
-) -> None:
+def test_a_hole_that_does_not_resolve_names_its_place(renderer, hole, said):
     with pytest.raises(ValueError, match=r"docs/page.md, line 3: ") as error:
         renderer.render("docs/page.md", f"# Title\n\n{{{{ {hole} }}}}\n")
     assert said in str(error.value)
@@ -49,25 +42,20 @@ def test_a_hole_that_does_not_resolve_names_its_place(
     ("page", "path"),
     [("docs/a.md", "assets/room/seeds.svg"), ("README.md", "docs/assets/room/seeds.svg")],
 )
-def test_a_figure_is_linked_from_where_its_page_lies(
-    renderer: Renderer, page: str, path: str
-) -> None:
+def test_a_figure_is_linked_from_where_its_page_lies(renderer, page, path):
     text = renderer.render(page, "# T\n{{ figure('room/seeds', 'Seeds') }}")
     assert text.endswith(f"\n![Seeds]({path})\n")
     assert renderer.shown == ["room/seeds"]
 
 
-def test_two_benchmarks_do_not_share_a_name() -> None:
+def test_two_benchmarks_do_not_share_a_name():
     with pytest.raises(ValueError, match=r"monitor\.holes: .* is another benchmark's name"):
         find_holes(("monitor", "monitor"))
 
 
-def test_a_page_that_differs_is_named_and_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        render, "sources", lambda: {"docs/a.md": "# A\n{{ 1 + 1 }}", "docs/b.md": "# B"}
-    )
+def test_a_page_that_differs_is_named_and_written(tmp_path, monkeypatch):
+    of_pages = {"docs/a.md": "# A\n{{ 1 + 1 }}", "docs/b.md": "# B"}
+    monkeypatch.setattr(render, "sources", lambda: of_pages)
     monkeypatch.setattr(render, "find_holes", lambda: ({}, {}))
     pages = [tmp_path / "docs/a.md", tmp_path / "docs/b.md"]
     assert render_all(tmp_path, write=False) == pages
@@ -80,5 +68,5 @@ def test_a_page_that_differs_is_named_and_written(
 
 
 @pytest.mark.parametrize("page", sources())
-def test_the_committed_pages_are_up_to_date(page: str) -> None:
+def test_the_committed_pages_are_up_to_date(page):
     assert render_all(ROOT, only=[page], write=False) == [], "python -m benchmarks.pages"
