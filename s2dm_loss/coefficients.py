@@ -62,7 +62,7 @@ from typing_extensions import TypedDict, Unpack
 
 from s2dm_loss.checks import check_choice, check_number, check_rows, describe
 from s2dm_loss.prediction import PathPoint, PredictionType, output_scales
-from s2dm_loss.schedule import Schedule, check_schedule, wide_dtype
+from s2dm_loss.schedule import Schedule, check_schedule, wide_times
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.weighting import weights_at
 
@@ -200,10 +200,7 @@ def coefficients(
     schedule.check_timesteps(t)
     path = PathPoint.at(schedule, t)
     earlier, valid = SkipSet.wrap(skip_set).earlier(t, schedule)
-    if t.is_floating_point():
-        t = t.to(wide_dtype(t.device))
-
-    at_earlier, at_t = (schedule.log_alphas_cumprod_at(time) for time in (earlier, t))
+    at_earlier, at_t = (schedule.log_alphas_cumprod_at(time) for time in (earlier, wide_times(t)))
     # Where a skip is lost in rounding, also between two infinities, nothing has been skipped.
     log_ratio = torch.where(at_earlier == at_t, 0.0, at_earlier - at_t)
     # The clamp stands before the `where`: a masked infinity would survive as NaN in 0 * inf below.

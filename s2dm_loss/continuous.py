@@ -31,7 +31,7 @@ from s2dm_loss.paths import (
     derivatives_of,
     probed,
 )
-from s2dm_loss.schedule import Schedule, drawn_by, since_data, wide_dtype
+from s2dm_loss.schedule import Schedule, drawn_by, is_inside, since_data, wide_times
 
 DataAt = Literal[0, 1]
 
@@ -212,7 +212,7 @@ class ContinuousSchedule:
         """
         if not t.is_floating_point():
             raise TypeError(f"t must hold floating-point times in [0, 1], got {describe(t)}")
-        if _reading_is_free(t) and not bool(_is_inside(t).all()):
+        if _reading_is_free(t) and not bool(is_inside(t).all()):
             raise ValueError(
                 f"t must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}: "
                 "a trainer's timesteps are divided by their number first"
@@ -261,8 +261,7 @@ class ContinuousSchedule:
     def _times(self, t: Tensor) -> Tensor:
         """Return times as float64 in [0, 1], NaN for one outside."""
         self.check_timesteps(t)
-        wide = t.to(wide_dtype(t.device))
-        return torch.where(_is_inside(t), wide.clamp(0, 1), math.nan)
+        return torch.where(is_inside(t), wide_times(t), math.nan)
 
     def draw_timesteps(
         self, batch_size: int, *, device: torch.device, generator: torch.Generator | None = None
@@ -325,12 +324,6 @@ def _arguments(positional: str, *, data_at: int, **changed: float) -> str:
     """Return a call's arguments, with only those that are not at their default."""
     given = {**({"data_at": data_at} if data_at else {}), **changed}
     return ", ".join(filter(None, [positional, *(f"{k}={v}" for k, v in given.items())]))
-
-
-def _is_inside(t: Tensor) -> Tensor:
-    """Return where times lie in [0, 1], to the rounding of their type or of float32."""
-    rounding = 2 * max(torch.finfo(t.dtype).eps, torch.finfo(torch.float32).eps)
-    return (t >= -rounding) & (t <= 1 + rounding)
 
 
 def _reading_is_free(t: Tensor) -> bool:

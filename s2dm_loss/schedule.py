@@ -26,6 +26,24 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def is_inside(t: Tensor) -> Tensor:
+    """Return where continuous times lie in [0, 1], to the rounding of their type or of float32."""
+    rounding = 2 * max(torch.finfo(t.dtype).eps, torch.finfo(torch.float32).eps)
+    return (t >= -rounding) & (t <= 1 + rounding)
+
+
+def wide_times(t: Tensor) -> Tensor:
+    """Return times in a type that holds their differences: small integers would wrap around.
+
+    A continuous time that rounding has put beyond an end is the end; by how much it may lie beyond
+    is known from its own type alone.
+    """
+    if not t.is_floating_point():
+        return t.long()
+    wide = t.to(wide_dtype(t.device))
+    return torch.where(is_inside(t), wide.clamp(0, 1), wide)
+
+
 _METHODS = (
     "timesteps",
     "check_timesteps",

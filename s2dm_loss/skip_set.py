@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from s2dm_loss._torch import real_tensors
 from s2dm_loss.checks import as_float64, check_all, check_count, describe
-from s2dm_loss.schedule import Schedule, data_at_of, since_data, wide_dtype
+from s2dm_loss.schedule import Schedule, data_at_of, since_data, wide_dtype, wide_times
 from s2dm_loss.tables import DeviceCopies
 
 
@@ -143,7 +143,7 @@ class SkipSet:
             mask.
         """
         self.check(schedule)
-        times = _as_times(t)
+        times = wide_times(t)
         distance = since_data(schedule, times)
         rounding = None
         if t.is_floating_point():
@@ -196,11 +196,6 @@ class SkipSet:
 
 Skips: TypeAlias = SkipSet | int | float | Iterable[int] | Iterable[float]
 """What every `skip_set` argument takes."""
-
-
-def _as_times(t: Tensor) -> Tensor:
-    """Return times in a type that holds their differences: small integers would wrap around."""
-    return t.to(wide_dtype(t.device)) if t.is_floating_point() else t.long()
 
 
 def _offset(value: object) -> float:

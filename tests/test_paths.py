@@ -287,11 +287,18 @@ def test_a_time_that_rounding_puts_beyond_an_end_is_the_end(dtype):
             assert values.isnan().all()
 
 
-def test_the_first_sigma_of_flowmatch_with_shift_132_is_the_end():
-    """It is 1 + 1 ulp. There an output says nothing of ε: the loss is τ times the plain one."""
-    criterion = SkipStepLoss(FLOW, 0.02, prediction_type="flow")
-    sigma, zero, one = torch.tensor([1 + 2**-23]), torch.zeros(1, 4), torch.ones(1, 4)
-    assert float(criterion.from_output(one, zero, t=sigma, x_t=zero)) == pytest.approx(0.99)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("data_at", [0, 1])
+def test_the_loss_at_a_time_that_rounding_puts_beyond_the_noise_is_that_of_the_end(data_at, dtype):
+    """FlowMatch's first sigma with shift 132 is 1 + 1 ulp. There an output says nothing of ε.
+
+    So the loss is τ times the plain one.
+    """
+    criterion = SkipStepLoss(ContinuousSchedule.flow(data_at=data_at), 0.02, prediction_type="flow")
+    ulp = torch.finfo(dtype).eps
+    t = torch.tensor([-ulp if data_at else 1 + ulp], dtype=dtype)
+    zero, one = torch.zeros(1, 4), torch.ones(1, 4)
+    assert float(criterion.from_output(one, zero, t=t, x_t=zero)) == pytest.approx(0.99)
 
 
 # Data at t = 1
