@@ -8,11 +8,9 @@ import torch
 from torch import nn
 
 from s2dm_loss import NoiseSchedule
-from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
+from s2dm_loss.prediction import output_from_epsilon
 from s2dm_loss.sampling import (
-    Correction,
     EpsilonScaling,
-    PredictionScaling,
     ScaledModel,
     ScoreRescaling,
     SkipGain,
@@ -28,26 +26,21 @@ def half(t):
     return torch.full_like(t, 0.5, dtype=torch.float64)
 
 
-def test_the_gain_and_its_inverse():
+def test_the_gain_its_inverse_and_epsilon_scaling():
     correction = SkipGain(LINEAR, [-99, 49], tau=0.9)
     lam = [1 + 1 / 9 * (float(BAR[t - 99] / BAR[t]) - 1) if t >= 99 else 1.0 for t in TIMES]
     assert correction.scale(TIMES, -99).tolist() == pytest.approx(lam)
     assert (1 / correction.scale(TIMES, 99)).tolist() == pytest.approx(lam)
-
-
-def test_constant_scaling_divides():
     assert EpsilonScaling(LINEAR, [1.25]).scale(TIMES, 1.25).tolist() == [0.8] * 4
 
 
-@pytest.mark.parametrize("psi", [0.1, 1.0])
-def test_score_rescaling(psi):
+@pytest.mark.parametrize(("psi", "options"), [(0.1, {"psi": 0.1}), (1.0, {})])
+def test_score_rescaling(psi, options):
     squared = (1 - BAR[TIMES]) / BAR[TIMES]  # σ²
-    scale = ScoreRescaling(LINEAR, [0.7], psi=psi).scale(TIMES, 0.7)
+    scale = ScoreRescaling(LINEAR, [0.7], **options).scale(TIMES, 0.7)
     torch.testing.assert_close(scale, (psi + squared) / (psi / 0.7 + squared))
-    assert ScoreRescaling(LINEAR).psi == 1.0
-    # It acts where there is little noise, by the factor k, and not at all in pure noise.
-    assert float(scale[0]) == pytest.approx(0.7, abs=0.01)
-    assert ScoreRescaling(ZERO_SNR, [0.7]).scale(TIMES[3:], 0.7).tolist() == [1.0]
+    pure_noise = ScoreRescaling(ZERO_SNR, [0.7], **options).scale(TIMES[3:], 0.7)
+    assert pure_noise.tolist() == [1.0]
 
 
 def test_a_correction_is_of_the_model_or_of_the_start_noise_and_can_be_kept():
@@ -55,25 +48,21 @@ def test_a_correction_is_of_the_model_or_of_the_start_noise_and_can_be_kept():
     for correction in standard_corrections(LINEAR):
         strength = correction.strengths[0]
         corrected, start = correction(model, noise, strength)
-        if isinstance(correction, PredictionScaling):
-            assert start is noise
-            assert isinstance(corrected, ScaledModel)
-            assert correction.correct_model(model, correction.none) is model
-            scaled = corrected.rescale(noise, noise, TIMES)
-            for again in (copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):  # noqa: S301
-                assert torch.equal(again(corrected).rescale(noise, noise, TIMES), scaled)
-        else:
+        if isinstance(correction, StartScaling):
             assert corrected is model
             assert torch.equal(start, strength * noise)
-        again = pickle.loads(pickle.dumps(correction))  # noqa: S301 - our own bytes
-        assert torch.equal(again.correct_noise(noise, strength), start)
+            continue
+        assert start is noise
+        assert correction.correct_model(model, correction.none) is model
+        scaled = corrected.rescale(noise, noise, TIMES)
+        for again in (copy.deepcopy(corrected), pickle.loads(pickle.dumps(corrected))):  # noqa: S301
+            assert torch.equal(again.rescale(noise, noise, TIMES), scaled)
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, FLOW], ids=repr)
 def test_the_standard_ones_go_both_ways(schedule):
     for correction in standard_corrections(schedule, prediction_type="sample"):
         assert min(correction.strengths) < correction.none < max(correction.strengths)
-        assert list(correction.strengths) == sorted(correction.strengths)
         if not isinstance(correction, StartScaling):
             assert correction.prediction_type == "sample"
             assert correction.schedule is schedule
@@ -82,28 +71,26 @@ def test_the_standard_ones_go_both_ways(schedule):
 def test_the_skips_of_a_scan_and_those_between_are_integers_where_skips_are():
     assert SkipGain(NoiseSchedule.linear(20)).strengths == (-1, 1, 2, 3)
     assert SkipGain(FLOW).strengths[-1] == 0.2
-    between = SkipGain(LINEAR).between(19, 50)
-    assert between == 34
+    between = SkipGain(LINEAR).between(19, 52)
+    assert between == 36
     assert isinstance(between, int)
-    assert SkipGain(LINEAR).between(19, 52) == 36
     assert SkipGain(FLOW).between(0.1, 0.2) == pytest.approx(0.15)
     assert StartScaling().between(1.0, 1.1) == pytest.approx(1.05)
 
 
-@pytest.mark.parametrize(
-    ("kind", "schedule"),
-    [
-        *((kind, LINEAR) for kind in ("epsilon", "v_prediction", "sample", "score")),
-        *((kind, FLOW) for kind in ("flow", "sample")),
-    ],
-)
-def test_a_scaled_model_scales_the_noise(kind, schedule):
-    t = TIMES if schedule is LINEAR else (TIMES + 1) / 1001.0
+def test_strengths_may_come_from_an_iterator_in_any_order():
+    assert EpsilonScaling(LINEAR, (s for s in (1.1, 0.9))).strengths == (0.9, 1.1)
+
+
+@pytest.mark.parametrize("kind", ["flow", "sample"])
+def test_a_scaled_model_scales_the_noise_in_continuous_time(kind):
+    t = (TIMES + 1) / 1001.0
     x_t, epsilon = normals(2, 4, 3)
-    output = output_from_epsilon(epsilon, x_t, t, schedule, kind)
-    model = ScaledModel(nn.Identity(), schedule, half, prediction_type=kind)
-    scaled = epsilon_from_output(model.rescale(output, x_t, t), x_t, t, schedule, kind)
-    torch.testing.assert_close(scaled, 0.5 * epsilon, rtol=1e-9, atol=1e-9)
+    output, expected = (
+        output_from_epsilon(noise, x_t, t, FLOW, kind) for noise in (epsilon, 0.5 * epsilon)
+    )
+    model = ScaledModel(nn.Identity(), FLOW, half, prediction_type=kind)
+    torch.testing.assert_close(model.rescale(output, x_t, t), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
@@ -125,21 +112,6 @@ def test_the_gain_is_that_of_a_shrunk_model(kind):
     torch.testing.assert_close(found, expected)
 
 
-def test_one_of_a_users_own():
-    class Clipped(Correction):
-        name, none, strengths = "clipped at", float("inf"), (1.0, 2.0)
-
-        def correct_noise(self, noise, strength):
-            return noise.clamp(-strength, strength)
-
-    model, noise = Clipped()(nn.Identity(), torch.tensor([3.0, -0.5]), 1.0)
-    assert isinstance(model, nn.Identity)
-    assert noise.tolist() == [1.0, -0.5]
-    assert repr(Clipped()) == "Clipped(1, 2)"
-    # Strengths may come from an iterator.
-    assert EpsilonScaling(LINEAR, (s for s in (1.1, 0.9))).strengths == (0.9, 1.1)
-
-
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
@@ -149,10 +121,8 @@ def test_one_of_a_users_own():
         (lambda: StartScaling([-0.9, 1.1]), ValueError, "strengths must be positive, got -0.9"),
         (lambda: StartScaling([float("nan")]), ValueError, "strengths must lie in"),
         (lambda: StartScaling(["1"]), TypeError, "strengths must be a real number"),
-        (lambda: StartScaling(1.1), TypeError, "strengths must be a sequence of numbers, got 1.1"),
         (lambda: SkipGain(LINEAR, 99), TypeError, "strengths must be a sequence of numbers, got"),
         (lambda: EpsilonScaling(LINEAR, [0.0]), ValueError, "strengths must be positive"),
-        (lambda: EpsilonScaling("linear"), TypeError, "schedule must be"),
         (lambda: EpsilonScaling(LINEAR, prediction_type="eps"), ValueError, "prediction_type"),
         (lambda: ScoreRescaling(LINEAR, psi=0.0), ValueError, "psi must lie in"),
         (lambda: ScoreRescaling(LINEAR, [-1.0]), ValueError, "strengths must be positive"),
@@ -161,10 +131,8 @@ def test_one_of_a_users_own():
         (lambda: SkipGain(LINEAR, [0.1]), TypeError, "int skips"),
         (lambda: SkipGain(LINEAR, tau=1), ValueError, "tau must lie in"),
         (lambda: SkipGain(LINEAR, tau=0), ValueError, "tau must lie in"),
-        (lambda: SkipGain(LINEAR, tau="0.99"), TypeError, "tau must be a real number"),
         (lambda: SkipGain(LINEAR, max_c2=-1.0), ValueError, "max_c2 must lie in"),
         (lambda: SkipGain("linear"), TypeError, "schedule must be"),
-        (lambda: ScaledModel(3, LINEAR, half), TypeError, "model must be an nn.Module"),
         (
             lambda: ScaledModel(nn.Identity(), LINEAR, half, prediction_type="eps"),
             ValueError,
