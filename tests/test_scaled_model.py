@@ -1,15 +1,17 @@
 """The gain without training, in a model of any kind."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
+from mpmath import mpf
 from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss, gain
-from s2dm_loss.prediction import epsilon_from_output
 from s2dm_loss.sampling import ScaledModel
+from tests.helpers import oracle
 from tests.strategies import COSINE, FLOW, LINEAR, TYPES, VP, ZERO_SNR, normal, normals, targets_of
 
 shrink = ScaledModel.with_gain
@@ -35,20 +37,10 @@ class Returning(nn.Module):
         return self.make(x_t)
 
 
-class Output:
-    def __init__(self, sample):
-        self.sample, self.other = sample, "kept"
-
-
 @dataclass(frozen=True)
 class Frozen:
     sample: torch.Tensor
     other: str = "kept"
-
-
-class Pair(NamedTuple):
-    first: torch.Tensor
-    second: str
 
 
 class Fields(NamedTuple):
@@ -62,8 +54,7 @@ class Fields(NamedTuple):
         (lambda x: x, lambda o: (o, None)),
         (lambda x: (x, "kept"), lambda o: o),
         (lambda x: [x, "kept"], lambda o: o),
-        (lambda x: Pair(x, "kept"), lambda o: o),
-        (Output, lambda o: (o.sample, o.other)),
+        (lambda x: SimpleNamespace(sample=x, other="kept"), lambda o: (o.sample, o.other)),
         (Frozen, lambda o: (o.sample, o.other)),
         (lambda x: Fields(5 * x, x), lambda o: (o.sample, o.logits)),
         (lambda x: torch.cat([x, 2 * x], 1), lambda o: o.chunk(2, 1)),  # a learned variance
@@ -149,28 +140,16 @@ def test_a_sigma_is_no_timestep_of_a_table_of_sigmas():
 
 
 def test_a_whole_number_is_a_time_in_continuous_time():
-    shrunk, x_t = shrink(Returning(), VP, 0.1), normal(2, 3, seed=0)
-    assert torch.equal(shrunk(x_t, 1), shrunk(x_t, 1.0))
-    s = float(gain(VP, 0.1, t=torch.tensor([1.0])))
-    torch.testing.assert_close(shrunk(x_t, 1), 0.7 * s * x_t, rtol=1e-12, atol=0)
+    x_t, s = normal(2, 3, seed=0), float(gain(VP, 0.1, t=torch.tensor([1.0])))
+    output = shrink(Returning(), VP, 0.1)(x_t, 1)
+    torch.testing.assert_close(output, 0.7 * s * x_t, rtol=1e-12, atol=0)
 
 
-# ∂ε̂/∂output squared, on a path with a² = ᾱ: what c² may be at most, over max_c2.
-RATIO_SQUARED = {
-    "epsilon": torch.ones_like,
-    "v_prediction": lambda bar: bar,
-    "sample": lambda bar: bar / (1 - bar),
-    "flow": lambda bar: bar / (bar.sqrt() + (1 - bar).sqrt()) ** 2,
-    "score": lambda bar: 1 - bar,
-}
-
-
-def taught(schedule, kind, k=99, tau=0.99, max_c2=100.0):
-    """The gain that the loss teaches a network of this type: c² has a bound of the output's too."""
+def scales_at(schedule, t, kind):
+    """The oracle's view of a timestep, with k = 99."""
     bar = schedule.alphas_cumprod
-    before = torch.cat([bar.new_full((k,), torch.nan), bar[:-k]])
-    c2 = (before / bar - 1).clamp(max=max_c2).minimum(max_c2 * RATIO_SQUARED[kind](bar))
-    return torch.where(torch.arange(len(bar)) < k, 1.0, 1 / (1 + (1 - tau) / tau * c2))
+    now, *earlier = (oracle.vp_pair(mpf(float(bar[i]))) for i in (t, t - 99) if i >= 0)
+    return oracle.scales(now, earlier, 0.99, kind=kind)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -180,21 +159,17 @@ def taught(schedule, kind, k=99, tau=0.99, max_c2=100.0):
     ids=repr,
 )
 def test_every_timestep_is_finite_and_has_the_gain_while_there_is_signal(schedule, kind):
-    t, x_t, model = torch.arange(1000), normal(1000, 4, seed=0), Returning()
-    output = shrink(model, schedule, 99, prediction_type=kind)(x_t, t)
+    x_t, found = normal(1000, 4, seed=0), gain(schedule, 99, prediction_type=kind)
+    output = shrink(Returning(), schedule, 99, prediction_type=kind)(x_t, torch.arange(1000))
     assert output.isfinite().all()
-    signal = schedule.alphas_cumprod > 1e-6  # conversions lose digits below
-    before, after = (
-        epsilon_from_output(out, x_t, t, schedule, kind)[signal] for out in (model(x_t, t), output)
-    )
-    s = taught(schedule, kind)[signal]
-    torch.testing.assert_close(after, s[:, None] * before, rtol=1e-7, atol=1e-7)
-    found = gain(schedule, 99, prediction_type=kind)[signal]
-    torch.testing.assert_close(found, s, rtol=1e-9, atol=0)
-    if schedule is LINEAR:  # while the bound of the output does not act it is that of ε
-        assert s[[200, 500]].tolist() == pytest.approx([s_of(200), s_of(500)], rel=1e-12)
+    for t in [98, *range(0, 1000, 9)]:
+        if schedule.alphas_cumprod[t] > 1e-6:  # conversions lose digits below
+            at = scales_at(schedule, t, kind)
+            assert float(found[t]) == pytest.approx(at.gain, rel=1e-9)
+            wanted = at.scaled(0.7 * x_t[t], x_t[t])
+            torch.testing.assert_close(output[t], wanted, rtol=1e-7, atol=1e-7)
     if schedule.alphas_cumprod[-1] == 0 and kind in ("v_prediction", "sample", "flow"):
-        assert torch.equal(output[-1], model(x_t, t)[-1])
+        assert torch.equal(output[-1], 0.7 * x_t[-1])
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -228,18 +203,13 @@ def test_data_at_1_is_the_path_turned(kind):
     assert torch.equal(expected[0], output[0])  # too near the data for a skip
 
 
-def test_computes_the_gain_once_however_many_sampling_steps(monkeypatch):
+def test_computes_its_scale_once_however_many_sampling_steps():
     calls = []
-    monkeypatch.setattr(
-        "s2dm_loss.sampling.scaled_model.gain",
-        lambda *a, **k: calls.append(k["t"]) or gain(*a, **k),
-    )
-    shrunk, x_t = shrink(Returning(), LINEAR, 99), torch.ones(2, 3, dtype=torch.float64)
+    scaled = ScaledModel(Returning(), LINEAR, lambda t: calls.append(t) or t.double())
     made = len(calls)
-    for dtype, rel in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+    for dtype in (torch.float64, torch.float32):
         for t in (999, 500, 0):
-            found = shrunk(x_t.to(dtype), t)[0, 0].item()
-            assert found == pytest.approx(0.7 * s_of(t), rel=rel)
+            scaled(torch.ones(2, 3, dtype=dtype), t)
     assert len(calls) == made
 
 
@@ -253,22 +223,20 @@ def test_keeps_dtype_and_gradient_and_weights():
     assert list(shrunk.state_dict()) == ["model.weight"]
 
 
-WRONG = "model output must have the shape of x_t"
+@pytest.mark.parametrize(("batch", "t"), [(1, [1, 2]), (2, [[1], [2]])])
+def test_times_do_not_broadcast(batch, t):
+    with pytest.raises(ValueError, match=rf"t must have shape \({batch},\)"):
+        shrink(Returning(), LINEAR, 99)(torch.ones(batch, 3), torch.tensor(t))
 
 
 @pytest.mark.parametrize(
-    ("shape", "t", "output", "message"),
-    [
-        ((1, 3), torch.tensor([1, 2]), None, r"t must have shape \(1,\)"),
-        ((2, 3), torch.tensor([[1], [2]]), None, r"t must have shape \(2,\).*\(2, 1\)"),
-        *(((2, 3, 4), 5, (2, 4, 4), WRONG), ((2, 3, 4), 5, (2, 6, 1), WRONG)),
-        *(((2, 3), 5, (1, 3), WRONG), ((2,), 5, (4,), WRONG)),
-    ],
+    ("shape", "output"),
+    [((2, 3, 4), (2, 4, 4)), ((2, 3, 4), (2, 6, 1)), ((2, 3), (1, 3)), ((2,), (4,))],
 )
-def test_nothing_broadcasts(shape, t, output, message):
-    model = Returning(lambda x: x if output is None else torch.ones(output))
-    with pytest.raises(ValueError, match=message):
-        shrink(model, LINEAR, 99)(torch.ones(shape), t)
+def test_outputs_do_not_broadcast(shape, output):
+    shrunk = shrink(Returning(lambda x: torch.ones(output)), LINEAR, 99)
+    with pytest.raises(ValueError, match="model output must have the shape of x_t"):
+        shrunk(torch.ones(shape), 5)
 
 
 @pytest.mark.parametrize(
