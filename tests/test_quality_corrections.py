@@ -15,7 +15,7 @@ from benchmarks.quality.corrections import (
     ScoreRescaling,
     StepPush,
 )
-from benchmarks.quality.data import ImageSet, to_model_range
+from benchmarks.quality.data import load_digits, to_model_range
 from benchmarks.quality.paths import EpsilonPath, FlowPath
 from benchmarks.quality.samplers import FLOW, HEUN, sample
 from benchmarks.quality.spectra import Frequencies, gaussian_variances, principal_axes
@@ -26,28 +26,14 @@ SCHEDULE = NoiseSchedule.linear(1000)
 LEVELS = SCHEDULE.alphas_cumprod.double()
 
 
-def an_image_set(count: int = 3000) -> ImageSet:
-    """Grey 4 x 4 images of two strong directions and some noise about the middle grey."""
-    draw = torch.Generator().manual_seed(0)
-    strong = torch.randn(count, 2, generator=draw) @ torch.randn(2, 16, generator=draw) * 15
-    values = 127.5 + strong + 6 * torch.randn(count, 16, generator=draw)
-    return ImageSet("made", values.round().clamp(0, 255).to(torch.uint8).view(-1, 1, 4, 4))
-
-
-DATA = an_image_set()
-
-
 class Ones(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return torch.ones_like(x)
 
 
 def factor(correction: Correction, t: int) -> float:
-    model = correction.apply(Ones(), EpsilonPath())
-    scaled: Tensor = model(torch.zeros(3, 1, 4, 4), torch.tensor(t))
-    assert scaled.shape == (3, 1, 4, 4)
-    assert bool((scaled == scaled[0, 0, 0, 0]).all())
-    return float(scaled[0, 0, 0, 0])
+    scaled = correction.apply(Ones(), EpsilonPath())(torch.zeros(3, 1, 4, 4), torch.tensor(t))
+    return float(scaled.unique())  # the same everywhere
 
 
 @pytest.mark.parametrize("t", [0, 50, 500, 999])
@@ -77,31 +63,19 @@ def test_frequencies_are_an_orthonormal_basis_of_cosines() -> None:
 
 
 def test_principal_axes_of_the_data() -> None:
-    variances, axes = principal_axes(DATA)
-    x, axes = to_model_range(DATA.images).double().flatten(1), axes.flatten(1)
-    torch.testing.assert_close(axes @ axes.T, torch.eye(16, dtype=torch.float64))
-    spread = (x @ axes.T).var(0)
-    torch.testing.assert_close(spread, variances, rtol=1e-3, atol=1e-6)
-    assert float(spread[-3]) < 0.05 * float(spread[-2])  # two strong directions
+    data = load_digits()
+    variances, axes = principal_axes(data)
+    x, axes = to_model_range(data.images).double().flatten(1), axes.flatten(1)
+    torch.testing.assert_close(axes @ axes.T, torch.eye(64, dtype=torch.float64))
+    torch.testing.assert_close((x @ axes.T).T.cov(), variances.diag(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [10, 50])
-def test_the_spread_that_ddim_leaves_of_gaussian_data_is_the_product_of_its_steps(
-    steps: int,
-) -> None:
+def test_the_spread_that_ddim_leaves_is_the_product_of_its_steps(steps: int) -> None:
     variances = torch.tensor([1e-3, 0.25, 4.0, 200.0], dtype=torch.float64)
-    wanted = recursions.ddim(variances, LEVELS, steps).square()
-    # DDIM's own loss, with nothing wrong in the network.
-    assert float((wanted.sum() / variances.sum()).sqrt()) < 0.97
     found = gaussian_variances("ddim", EpsilonPath(), steps, variances)
+    wanted = recursions.ddim(variances, LEVELS, steps).square()
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=0)
-
-
-def test_many_steps_and_better_solvers_keep_the_spread_of_gaussian_data() -> None:
-    variances = torch.tensor([0.25, 4.0, 100.0], dtype=torch.float64)
-    for sampler, steps in (("ddim", 1000), ("unipc", 50)):
-        found = gaussian_variances(sampler, EpsilonPath(), steps, variances)
-        assert float((found.sum() / variances.sum()).sqrt()) == pytest.approx(1, abs=0.01)
 
 
 # Of Gaussian data of variance 1, dx/dt = (2 t - 1) / ((1-t)² + t²) x; to three digits.
@@ -127,16 +101,14 @@ def test_what_euler_leaves_of_a_flow_with_a_gain_and_without(
     sampler: str, delta: float | None
 ) -> None:
     """Against Euler's steps written out, and against the figures of another program."""
-    path = FlowPath()
+    path, start = FlowPath(), torch.ones(1, 1, dtype=torch.float64)
     model = Velocity() if delta is None else Gain(delta).apply(Velocity(), path)
-    found = []
-    for steps in (10, 20, 28, 50):
-        start = torch.ones(1, 1, dtype=torch.float64)
-        found.append(float(sample(model, sampler, path.schedule, steps, start, torch.Generator())))
-        shift = 3.0 if sampler.endswith("3") else 1.0
+    shift = 3.0 if sampler == "euler-shift3" else 1.0
+    for steps, figure in zip((10, 20, 28, 50), LEFT_BY_EULER[sampler, delta], strict=True):
+        found = float(sample(model, sampler, path.schedule, steps, start, torch.Generator()))
         wanted = recursions.euler(1.0, steps, delta or 0.0, shift)
-        assert found[-1] == pytest.approx(wanted, rel=1e-4)
-    assert found == pytest.approx(LEFT_BY_EULER[sampler, delta], abs=6e-4)
+        assert found == pytest.approx(wanted, rel=1e-4)
+        assert found == pytest.approx(figure, abs=6e-4)
 
 
 def test_heun_calls_a_flow_network_no_more_often_than_euler() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from quality_tools import ONE_ARM
-from torch import Tensor, nn
+from torch import Tensor
 
 import benchmarks.quality.search as searching
 from benchmarks.files import load_json
@@ -20,16 +21,7 @@ from benchmarks.quality.search import search
 from benchmarks.quality.statistics import Cell
 from benchmarks.quality.streams import Purpose, generator
 from s2dm_loss import CorrectionSearch
-from s2dm_loss.sampling import Correction
-
-
-class Louder(Correction):
-    """The start noise times a constant, far from none."""
-
-    name, strengths = "louder", (1.5, 3.0)
-
-    def correct_noise(self, noise: Tensor, strength: float) -> Tensor:
-        return noise * strength
+from s2dm_loss.sampling import StartScaling
 
 
 def test_a_search_is_kept_and_judged_on_noise_of_its_own(
@@ -39,15 +31,16 @@ def test_a_search_is_kept_and_judged_on_noise_of_its_own(
     run(preset, tmp_path)
     asked = []
 
-    def small(model: nn.Module, *args: object, **settings: object) -> CorrectionSearch:
-        asked.append(settings)
-        return CorrectionSearch(model, *args, **{**settings, "num_samples": 64})  # type: ignore[arg-type]
+    def small(*args: Any, **settings: Any) -> CorrectionSearch:
+        asked.append(settings["num_samples"])
+        return CorrectionSearch(*args, **{**settings, "num_samples": 64})
 
+    far = StartScaling((1.5, 3.0))  # from no correction
     monkeypatch.setattr(searching, "CorrectionSearch", small)
-    monkeypatch.setattr(searching, "standard_corrections", lambda *_, **__: (Louder(),))
+    monkeypatch.setattr(searching, "standard_corrections", lambda *_, **__: (far,))
     cell = Cell("ddim", 2)
     found = search(preset, tmp_path, 0, cell)
-    assert asked[0]["num_samples"] == searching.SAMPLES
+    assert asked == [searching.SAMPLES]
     assert "5 x 32 samples to choose" in found["cost"]
 
     bench = Bench(preset, tmp_path)
@@ -59,11 +52,8 @@ def test_a_search_is_kept_and_judged_on_noise_of_its_own(
         return bench.distances.compare(datasets.to_uint8(images)).frechet
 
     assert found["plain"] == pytest.approx(distance(start), rel=1e-3)
-    if found["recommended"] == "none":
-        assert found["corrected"] == pytest.approx(found["plain"])
-    else:
-        strength = float(found["recommended"].split()[-1])
-        assert found["corrected"] == pytest.approx(distance(start * strength), rel=1e-3)
+    *_, strength = found["recommended"].replace("none", "1").split()
+    assert found["corrected"] == pytest.approx(distance(start * float(strength)), rel=1e-3)
 
     monkeypatch.setattr(searching, "Bench", None)  # all that follows reads the file
     assert search(preset, tmp_path, 0, cell) == found
