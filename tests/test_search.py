@@ -5,7 +5,6 @@ model that returns its input, so that the samples are s(999) times the noise. Da
 deviation s(999) at k = 99 then make k = 99 the exact answer, and unit data make "none" the one.
 """
 
-import builtins
 import json
 import math
 import pickle
@@ -54,19 +53,19 @@ class Echo(nn.Module):
         return x_t
 
 
-class Linear(nn.Module):
-    """The same with weights, which take inputs of their own dtype alone."""
-
-    def __init__(self, dtype):
-        super().__init__()
-        self.weight = nn.Parameter(torch.eye(3, dtype=dtype))
-
-    def forward(self, x_t, t):
-        return x_t @ self.weight
-
-
 def one_call(model, noise):
     return model(noise, torch.full((len(noise),), 999, device=noise.device))
+
+
+class Recorded:
+    """The same, and keeps the noise that it is given."""
+
+    def __init__(self):
+        self.noise = []
+
+    def __call__(self, model, noise):
+        self.noise.append(noise.clone())
+        return one_call(model, noise)
 
 
 def times(factor, calls=1):
@@ -82,7 +81,7 @@ def times(factor, calls=1):
 
 def s_of(skip):
     """What a strength does to the samples: below 0 the inverse."""
-    s = float(gain(LINEAR, abs(skip) or 1, t=torch.tensor([999]), tau=TAU)) if skip else 1.0
+    s = float(gain(LINEAR, abs(skip), t=torch.tensor([999]), tau=TAU)) if skip else 1.0
     return s if skip >= 0 else 1 / s
 
 
@@ -95,15 +94,11 @@ def data_for(skip, *args, **kwargs):
     return data_of(s_of(skip), *args, **kwargs)
 
 
-def search_of(
-    sample=one_call, data=None, corrections=None, *, skips=None, model=None, tau=TAU, **settings
-):
+def search_of(sample=one_call, data=None, corrections=None, *, skips=None, model=None, **settings):
     """A search over gains alone if not said; the skips given are all reported."""
     data = data_for(99) if data is None else data
-    if skips is not None:
-        settings.setdefault("scan", False)
-    corrections = [SkipGain(LINEAR, skips, tau=tau)] if corrections is None else corrections
-    settings.setdefault("num_samples", 1000)
+    corrections = [SkipGain(LINEAR, skips, tau=TAU)] if corrections is None else corrections
+    settings = {"num_samples": 1000, "scan": skips is None, **settings}
     return CorrectionSearch(model or Echo(), sample, data, corrections, **settings)
 
 
@@ -111,20 +106,16 @@ def search_of(
 def test_it_finds_the_skip_that_made_the_data(skip):
     result = search_of(data=data_for(skip), skips=[-99, 49, 99, 149]).recommend()
     assert result.strength == skip == result.best.strength
-    assert isinstance(result.correction, SkipGain)
-    assert result.best.high < 0
     assert result.at_edge == (skip in (-99, 149))
     assert not result.scan
     x = torch.randn(4, 3)
     scaled, noise = result(Echo(), x)
-    assert isinstance(scaled, ScaledModel)
     assert noise is x
     torch.testing.assert_close(scaled(x, torch.tensor([999] * 4)), s_of(skip) * x)
 
 
 def test_it_recommends_none_where_none_helps():
     result = search_of(data=data_for(0), skips=[49, 99, 149]).recommend()
-    assert not result.improves
     assert result.correction is NONE
     assert result.best.correction is NONE
     assert [c.strength for c in result.candidates] == [0, 49, 99, 149]
@@ -162,16 +153,12 @@ def test_the_best_of_several_corrections():
 
 
 def test_the_noise_that_chooses_is_not_that_which_compares():
-    seen = []
-
-    def recorded(model, noise):
-        seen.append(noise.clone())
-        return one_call(model, noise)
-
-    corrections, data = [EpsilonScaling(LINEAR, [0.9, 1.1])], data_of(1, (1,), 200)
-    search_of(recorded, data, corrections, num_samples=64, batch_size=64).recommend()
+    sample, settings = Recorded(), {"num_samples": 64, "batch_size": 64}
+    corrections = [EpsilonScaling(LINEAR, [0.9, 1.1])]
+    search_of(sample, data_of(1, (1,), 200), corrections, **settings).recommend()
     scanned, reported = (
-        {float(n) for noise in seen if len(noise) == size for n in noise} for size in (32, 64)
+        {float(n) for noise in sample.noise if len(noise) == size for n in noise}
+        for size in (32, 64)
     )
     assert (len(scanned), len(reported)) == (32, 64)
     assert not scanned & reported
@@ -182,18 +169,16 @@ def compared(monkeypatch):
     """The data of every comparison, and the axes found: on which values, and how many."""
     found = {"data": [], "axes": []}
 
-    class Recorded(Axes):
-        def __init__(self, data, count, seed):
-            found["axes"].append((set(data.flatten().tolist()), count))
-            super().__init__(data, count, seed)
+    def axes(data, count, seed):
+        found["axes"].append((set(data.flatten().tolist()), count))
+        return Axes(data, count, seed)
 
-    class Compared(FrechetComparison):
-        def __init__(self, data, num_samples, seed):
-            found["data"].append(data)
-            super().__init__(data, num_samples, seed)
+    def comparison(data, num_samples, seed):
+        found["data"].append(data)
+        return FrechetComparison(data, num_samples, seed)
 
-    monkeypatch.setattr("s2dm_loss.sampling.search.Axes", Recorded)
-    monkeypatch.setattr("s2dm_loss.sampling.trials.FrechetComparison", Compared)
+    monkeypatch.setattr("s2dm_loss.sampling.search.Axes", axes)
+    monkeypatch.setattr("s2dm_loss.sampling.trials.FrechetComparison", comparison)
     return found
 
 
@@ -235,27 +220,17 @@ def test_a_sampler_may_read_the_attributes_of_its_model():
     """As far as a correction leaves the model in its place, which one of the start noise does."""
     model = Echo()
     model.register_buffer("weight", torch.ones(1))
-
-    def search(sample):
-        return search_of(sample, data_of(1.2), [StartScaling([1.2])], model=model, num_samples=400)
-
-    found = search(lambda model, noise: one_call(model, noise.to(model.weight.dtype))).recommend()
-    assert found.strength is not None
+    options = {"corrections": [StartScaling([1.2])], "model": model, "num_samples": 64}
+    search_of(lambda model, noise: one_call(model, noise * model.weight), **options).recommend()
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        search(lambda model, noise: model.nothing).recommend()
+        search_of(lambda model, noise: model.nothing, **options).recommend()
 
 
 def test_images_are_compared_along_their_leading_axes(compared):
-    # 3072 values, whose spread is in a few directions: no 3072² eigenproblem.
-    scale = 0.8 ** torch.arange(3072.0)
-    turn = torch.linalg.qr(torch.randn(3072, 64, generator=torch.Generator().manual_seed(0))).Q.T
-
-    def turned(values):
-        return ((values.flatten(1) * scale)[:, :64] @ turn).reshape(-1, 3, 32, 32)
-
+    scale = (0.9 ** torch.arange(192.0)).reshape(3, 8, 8)
     result = search_of(
-        lambda model, noise: turned(one_call(model, noise)),
-        turned(data_for(99, (3072,), 1600)),
+        lambda model, noise: scale * one_call(model, noise),
+        scale * data_for(99, (3, 8, 8), 1600),
         **{"skips": [49, 99, 149], "num_samples": 1100, "batch_size": 200},
     ).recommend()
     assert [data.shape[1] for data in compared["data"]] == [MAX_AXES + 1]
@@ -279,54 +254,31 @@ def test_features():
     assert max(sizes) == 300
 
 
-def test_the_same_seed_gives_the_same_answer():
-    first, again, other = (
-        search_of(skips=[49, 99, 149], seed=seed).recommend().to_dict()["candidates"]
-        for seed in (3, 3, 4)
-    )
-    assert first == again != other
-
-
-def test_intervals_hold_the_truth():
-    s = s_of(99)
-    truth = {k: 2 * (s_of(k) - s) ** 2 - 2 * (1 - s) ** 2 for k in (49, 149)}
-    held = 0
-    for seed in range(40):
-        data = data_for(99, (2,), 500, seed=100 + seed)
-        search = search_of(data=data, skips=list(truth), num_samples=500, seed=seed)
-        plain, *others = search.recommend().candidates
-        assert (plain.low, plain.high) == (0, 0)
-        held += all(c.low <= truth[c.strength] <= c.high for c in others)
-    assert held >= 35  # of 40, where 95 % are promised
-
-
-@pytest.mark.parametrize(("num_samples", "batches"), [(100, 2), (64, 1)])
-def test_the_stated_cost_is_the_cost(num_samples, batches):
+def test_the_stated_cost_is_the_cost():
     model = Echo()
-    options = {"skips": [9, 99], "num_samples": num_samples, "batch_size": 64}
+    options = {"skips": [9, 99], "num_samples": 100, "batch_size": 64}
     search = search_of(times(1, calls=3), model=model, **options)
     assert model.calls == 0
     cost = search.cost
     assert model.calls == 3
     assert cost.calls == {"sample": 3}
-    assert (cost.stages, cost.runs) == (((3, num_samples),), 3 * batches)
-    assert (cost.samples, cost.network_calls) == (3 * num_samples, 9 * num_samples)
-    model.calls = 0
+    assert (cost.stages, cost.runs) == (((3, 100),), 3 * 2)
+    assert (cost.samples, cost.network_calls) == (300, 900)
     result = search.recommend()
-    assert model.calls == 9 * batches
+    assert model.calls == 3 + 3 * cost.runs
     assert result.cost == cost
 
 
 def test_the_cost_of_a_scan():
     corrections, model = standard_corrections(LINEAR), Echo()
     search = search_of(corrections=corrections, model=model, num_samples=100, batch_size=64)
-    strengths = sum(len(c.strengths) for c in corrections)
-    assert search.cost.stages == ((1 + strengths + 8, 50), (9, 100))
-    assert search.cost.runs == 1 + strengths + 8 + 2 * 9
+    strengths, cost = sum(len(c.strengths) for c in corrections), search.cost
+    assert cost.stages == ((1 + strengths + 8, 50), (9, 100))
+    assert cost.runs == 1 + strengths + 8 + 2 * 9
     model.drawn = 0
     search.recommend()
     # At an end of the scan there is one neighbour only.
-    assert search.cost.samples - 4 * (50 + 100) <= model.drawn <= search.cost.samples
+    assert cost.samples - 4 * (50 + 100) <= model.drawn <= cost.samples
 
 
 @pytest.mark.parametrize("skips", [[49, 99], None])
@@ -362,17 +314,15 @@ def test_stochastic_samplers_meet_the_same_numbers_and_the_global_state_is_kept(
     search_of(stochastic, **options).recommend()
     assert torch.equal(torch.randn(3), expected)
     assert not any((draw == start).any() for draw in draws for start in starts)
-    _, *runs = draws  # the first is the count of the cost
-    first, *others = zip(runs[::3], runs[1::3], runs[2::3], strict=True)
-    assert len(others) == 2
-    for batches in others:
-        assert all(torch.equal(*pair) for pair in zip(batches, first, strict=True))
-    assert not torch.equal(*first[:2])
+    # Three batches of each of three candidates; the first draw is the count of the cost.
+    runs = torch.stack(draws[1:]).unflatten(0, (3, 3))
+    assert (runs == runs[0]).all()
+    assert not torch.equal(runs[0, 0], runs[0, 1])
 
 
-def test_another_default_device_or_dtype_changes_nothing():
-    search = search_of(data=data_of(1.2), corrections=[StartScaling([0.8, 1.2])], num_samples=200)
-    search.model = Linear(torch.float32)
+def test_the_seed_changes_the_answer_and_another_default_device_or_dtype_does_not():
+    sample, corrections = Recorded(), [StartScaling([0.8, 1.2])]
+    search = search_of(sample, data_of(1.2), corrections, num_samples=200)
     expected = search.recommend()
     with torch.device("meta"):
         assert search.recommend() == expected
@@ -381,6 +331,9 @@ def test_another_default_device_or_dtype_changes_nothing():
         assert str(search.recommend()) == str(expected)
     finally:
         torch.set_default_dtype(torch.float32)
+    assert {noise.dtype for noise in sample.noise} == {torch.float32}
+    search.seed = 1
+    assert search.recommend().candidates != expected.candidates
 
 
 def test_a_candidate_that_overflows_loses_and_says_so():
@@ -394,22 +347,10 @@ def test_a_candidate_that_overflows_loses_and_says_so():
     assert "inf" in str(result)
 
 
-def test_noise_of_another_shape_than_the_data():
-    def decode(model, noise):
-        return one_call(model, noise).flatten(1)
-
-    data = data_for(99, (4,))
-    assert search_of(decode, data, skips=[99], noise_shape=(2, 2)).recommend().strength == 99
-
-
 def test_strengths_may_be_an_array():
-    class Louder(Correction):
-        name, none, strengths = "output times", 1.0, np.array([0.9, 1.1])
-
-        def correct_model(self, model, strength):
-            return ScaledModel(model, LINEAR, lambda t: torch.full_like(t, strength, dtype=float))
-
-    search = search_of(data=data_of(1.1), corrections=[Louder()], scan=False)
+    correction = StartScaling()
+    correction.strengths = np.array([0.9, 1.1])
+    search = search_of(data=data_of(1.1), corrections=[correction], scan=False)
     assert search.recommend().strength == 1.1
 
 
@@ -417,26 +358,22 @@ def test_strengths_may_be_an_array():
     ("settings", "error", "said"),
     [
         ({"model": 3}, TypeError, "model must be an nn.Module, got 3"),
-        ({"sample": None}, TypeError, "sample must be callable"),
         ({"sample": {}}, ValueError, "sample must hold at least one sampler"),
         ({"sample": {"a": 3}}, TypeError, r"sample must be callable .* got 'a': 3"),
         ({"sample": {1: times(1.0)}}, TypeError, "by their names, got 1"),
-        ({"data": [1.0]}, TypeError, "data must be a tensor"),
         ({"data": torch.ones(3, 2, dtype=torch.long)}, TypeError, "data must be a floating"),
         ({"data": torch.ones(40)}, ValueError, r"data must have shape \[N, ...\]"),
         ({"data": torch.ones(31, 8)}, ValueError, r"data must have shape \[N, ...\]"),
         ({"data": torch.full((40, 2), math.nan)}, ValueError, "data must be finite"),
         ({"features": 3}, TypeError, "features must be callable"),
         ({"num_samples": 31}, ValueError, "num_samples must be at least 32, got 31"),
-        ({"num_samples": 64.0}, TypeError, "num_samples must be an int"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"noise_shape": (0,)}, ValueError, "noise_shape must be at least 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"corrections": [StartScaling(), Correction()]}, ValueError, "have strengths .* got Corr"),
-        *(
-            ({"corrections": none}, TypeError, "corrections must be at least one Correction")
-            for none in ([], [3], [StartScaling], 3, StartScaling())
-        ),
+        ({"corrections": []}, TypeError, "corrections must be at least one Correction"),
+        ({"corrections": [StartScaling]}, TypeError, "corrections must be at least one"),
+        ({"corrections": StartScaling()}, TypeError, "corrections must be at least one"),
     ],
 )
 def test_a_bad_argument_is_named(settings, error, said):
@@ -451,18 +388,10 @@ def test_a_bad_argument_is_named(settings, error, said):
         (lambda model, noise: None, None, "sample must return a tensor"),
         (lambda _, noise: one_call(Echo(), noise), None, "sample must call the model that it is"),
         (times(math.nan), None, "sample must return finite samples"),
-        (
-            times(torch.tensor([1e200], dtype=torch.float64)),
-            None,
-            "finite samples, .* too large to square",
-        ),
+        (lambda m, noise: 1e200 * one_call(m, noise).double(), None, "too large to square"),
         (one_call, lambda values: values.mean(), r"features must return .* shape \[256, D\]"),
         (one_call, lambda values: values.log(), "features must return finite values for the data"),
-        (
-            {"good": one_call, "flat": lambda model, noise: model(noise, 999).flatten()},
-            None,
-            r"sample\['flat'\] must return a tensor of shape",
-        ),
+        ({"a": one_call, "b": lambda m, noise: m(noise, 9)[0]}, None, r"sample\['b'\] must return"),
     ],
 )
 def test_what_the_sampler_and_the_features_return_is_checked(sample, features, said):
@@ -470,59 +399,44 @@ def test_what_the_sampler_and_the_features_return_is_checked(sample, features, s
         search_of(sample, skips=[9], num_samples=32, features=features).recommend()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_noise_is_of_the_models_dtype(dtype):
-    """The same numbers in every precision; of float64 those of float32."""
-    data, found = data_for(99, count=200), []
-    for model, of in ((Linear(dtype), dtype), (Echo(), torch.float32)):
-        seen = []
+def test_the_noise_is_of_the_models_dtype(dtype, device):
+    """The same numbers in every precision; of float64 those of float32.
 
-        def sample(model, noise, seen=seen):
-            seen.append(noise)
-            return one_call(model, noise)
-
-        options = {"skips": [99], "num_samples": 64, "model": model}
-        search_of(sample, data.to(dtype), **options).recommend()
-        assert {noise.dtype for noise in seen} == {of}
-        found.append(seen[-1])
+    Offloaded weights are on "meta" until they are called: the noise is where the data are.
+    """
+    found = []
+    for weight in (torch.zeros(1, device=device, dtype=dtype), torch.zeros(1)):
+        model, sample, data = Echo(), Recorded(), data_for(99, count=200).to(dtype)
+        model.weight = nn.Parameter(weight)
+        search_of(sample, data, skips=[99], num_samples=64, model=model).recommend()
+        assert {noise.dtype for noise in sample.noise} == {weight.dtype}
+        found.append(sample.noise[-1])
     assert torch.equal(found[0], found[1].to(dtype))
 
 
-def test_a_model_whose_weights_are_elsewhere():
-    """Offloaded weights are on "meta" until they are called."""
-    model, kinds = Echo(), set()
-    model.weight = nn.Parameter(torch.zeros(1, device="meta", dtype=torch.bfloat16))
+class Noisy(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Dropout(0.5), nn.BatchNorm1d(3))
 
-    def sample(model, noise):
-        kinds.add((noise.dtype, noise.device.type))
-        return one_call(model, noise.float())
-
-    search = search_of(sample, skips=[49, 99], model=model, num_samples=500)
-    assert search.recommend().strength == 99
-    assert kinds == {(torch.bfloat16, "cpu")}
+    def forward(self, x_t, t=None):
+        return super().forward(x_t)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_evaluated_and_its_parts_left_in_their_modes(training, capsys):
     """Active dropout is noise that no sampler of a trained model has."""
-
-    class TakesTime(nn.Sequential):
-        def forward(self, x_t, t=None):
-            return super().forward(x_t)
-
-    model = TakesTime(nn.Dropout(0.5), nn.BatchNorm1d(3)).train(training)
+    model, seen = Noisy().train(training), set()
     model[1].eval()
-    seen = set()
 
     def sample(model, noise):
-        seen.add(tuple(module.training for module in model.modules()))
+        seen.update(module.training for module in model.modules())
         return model(noise)
 
     options = {"corrections": [StartScaling([1.2])], "scan": False, "num_samples": 64}
-    search = search_of(sample, model=model, **options)
-    assert search.cost.calls == {"sample": 1}
-    search.recommend()
-    assert not any(mode for modes in seen for mode in modes)
+    search_of(sample, model=model, **options).recommend()
+    assert seen == {False}
     assert ("into evaluation mode" in capsys.readouterr().err) is training
     with pytest.raises(ValueError, match="made no call"):
         search_of(lambda m, noise: noise, model=model, **options).recommend()
@@ -543,7 +457,6 @@ def test_it_finds_the_pair():
         return factors[candidate.sampler] * s_of(candidate.strength)
 
     assert abs(deviation(result.recommended) - truth) < 0.03
-    assert result.improves
     # The finalists, each one's sampler with no correction, and the sampler in use, which is first.
     first, *others = result.candidates
     assert (first.sampler, first.correction) == ("one", NONE)
@@ -574,8 +487,6 @@ def test_a_sampler_alone_and_the_one_in_use():
         result = search_of(samplers, data_of(1.2), corrections, num_samples=1024).recommend()
         assert (result.sampler, result.correction) == ("good", NONE)
     result = search_of(samplers, data_of(1.0), num_samples=1024).recommend()
-    assert not result.improves
-    assert (result.sampler, result.correction, result.strength) == ("used", NONE, 0)
     assert "Keep used with no correction" in str(result)
 
 
@@ -608,30 +519,29 @@ def test_the_samplers_make_as_many_calls_and_what_differs_is_said():
 @pytest.mark.parametrize("corrections", [standard_corrections(LINEAR), [SkipGain(LINEAR)]], ids=len)
 def test_it_draws_at_most_twice_the_samples_of_one_sampler(corrections):
     """And no more than it says, with noise of its own in each round."""
+    single = plan_of(1, corrections, 512).samples
     for count in range(2, 21):
         plan = plan_of(count, corrections, 512)
-        assert plan.samples <= 2 * plan_of(1, corrections, 512).samples
+        assert plan.samples <= 2 * single
         assert [samples for _, samples in plan.stages[1:]] == [128, 256, 512]
-    model, seen = Echo(), {}
-
-    def sample(model, noise):
-        seen.setdefault(len(noise), set()).add(float(noise[0, 0]))
-        return one_call(model, noise)
-
+    model, sample = Echo(), Recorded()
     samplers = {f"{i}": times(1 + 0.01 * i) for i in range(5)} | {"seen": sample}
     options = {"num_samples": 512, "model": model, "batch_size": 512}
     search = search_of(samplers, data_of(1.1, count=400), corrections, **options)
     cost = search.cost
-    assert cost.single_samples == plan_of(1, corrections, 512).samples
+    assert cost.single_samples == single
     model.drawn = 0
     search.recommend(progress=False)
     assert model.drawn <= cost.samples
+    seen = {}
+    for noise in sample.noise:
+        seen.setdefault(len(noise), set()).add(float(noise[0, 0]))
     first, *others = seen.values()
     assert not any(first & other for other in others)
 
 
 def test_the_plan_at_its_default():
-    """57,344 samples over one sampler, as before; the rest in the docs."""
+    """As the docs say."""
     corrections = standard_corrections(LINEAR)
     assert plan_of(1, corrections, 2048).samples == 57_344
     assert plan_of(6, corrections, 2048).samples == 78_848
@@ -653,6 +563,7 @@ def found(*candidates, cost=ONE, scan=()):
 
 
 def test_what_it_says():
+    """The nearest may have the widest interval; the sure one is recommended."""
     assert str(found(NO, SURE, NEARER)).splitlines() == [
         "Use gain k = 49: 25 % [10, 40] nearer to the data.",
         "",
@@ -667,20 +578,10 @@ def test_what_it_says():
     )
     assert str(found(NO)).startswith(f"{unsure}.")
     assert "; it is the outermost strength tried, so try more" in repr(found(NO, SURE))
+    assert found(NO, SURE, NEARER).best is NEARER
     # A distance may come out at 0 or below, of which there is no share.
     none, near = Candidate("sample", NONE, 0, -0.01), replace(NEARER, distance=-1.01)
     assert "by 1 [-0.5, 2.5])" in str(found(none, near))
-
-
-def test_the_sure_one_is_recommended_where_the_best_is_not_sure():
-    # Seen with large gains: the best of all has the widest interval.
-    result = found(NO, SURE, NEARER)
-    assert (result.best, result.recommended) == (NEARER, SURE)
-    assert (result.sampler, result.correction, result.strength) == ("sample", GAIN, 49)
-    assert result.improves
-    nothing = found(NO, NEARER)
-    assert (nothing.recommended, nothing.correction, nothing.strength) == (NO, NONE, 0)
-    assert not nothing.improves
 
 
 def test_with_several_samplers_the_correction_must_be_better_than_its_sampler_alone():
@@ -726,10 +627,6 @@ def test_what_it_keeps_can_be_read_without_the_data(result):
     assert loaded.cost == result.cost
     assert loaded.to_dict() == whole.to_dict() == values
     assert (values["searched"]["seed"], values["searched"]["data"]) == (0, [600, 3])
-    kinds = [correction["type"] for correction in values["searched"]["corrections"]]
-    assert kinds == ["SkipGain", "StartScaling", "ScoreRescaling"]
-    kept = {"type", "name", "strengths", "prediction_type", "tau", "max_c2"}
-    assert set(values["searched"]["corrections"][0]) == kept
     assert values["torch"] == torch.__version__
     assert values["recommended"] == [result.sampler, result.recommended.label]
     # With its schedule it does what the search's own does, options and all.
@@ -769,15 +666,7 @@ def test_its_figure(result, monkeypatch):
     assert set(GAIN.strengths) | {0} <= set(scans[0].lines[0].get_xdata())
     far = Candidate("sample", GAIN, 9, INF, 0.0, INF, INF, INF)
     found(NO, far).plot().canvas.draw()  # without a scan, and without a distance
-
-    usual = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return usual(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if not installed
     with pytest.raises(ImportError, match=r"pip install 's2dm-loss\[plot\]'"):
         result.plot()
 
