@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2dm_loss import NoiseSchedule
+from s2dm_loss import ContinuousSchedule, NoiseSchedule
 from s2dm_loss.prediction import output_from_epsilon
 from s2dm_loss.sampling import (
     EpsilonScaling,
@@ -82,14 +82,14 @@ def test_strengths_may_come_from_an_iterator_in_any_order():
     assert EpsilonScaling(LINEAR, (s for s in (1.1, 0.9))).strengths == (0.9, 1.1)
 
 
-@pytest.mark.parametrize("kind", ["flow", "sample"])
-def test_a_scaled_model_scales_the_noise_in_continuous_time(kind):
-    t = (TIMES + 1) / 1001.0
+@pytest.mark.parametrize(("kind", "data_at"), [("flow", 0), ("sample", 0), ("velocity", 1)])
+def test_a_scaled_model_scales_the_noise_in_continuous_time(kind, data_at):
+    t, path = (TIMES + 1) / 1001.0, ContinuousSchedule.flow(data_at=data_at)
     x_t, epsilon = normals(2, 4, 3)
     output, expected = (
-        output_from_epsilon(noise, x_t, t, FLOW, kind) for noise in (epsilon, 0.5 * epsilon)
+        output_from_epsilon(noise, x_t, t, path, kind) for noise in (epsilon, 0.5 * epsilon)
     )
-    model = ScaledModel(nn.Identity(), FLOW, half, prediction_type=kind)
+    model = ScaledModel(nn.Identity(), path, half, prediction_type=kind)
     torch.testing.assert_close(model.rescale(output, x_t, t), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -133,11 +133,7 @@ def test_the_gain_is_that_of_a_shrunk_model(kind):
         (lambda: SkipGain(LINEAR, tau=0), ValueError, "tau must lie in"),
         (lambda: SkipGain(LINEAR, max_c2=-1.0), ValueError, "max_c2 must lie in"),
         (lambda: SkipGain("linear"), TypeError, "schedule must be"),
-        (
-            lambda: ScaledModel(nn.Identity(), LINEAR, half, prediction_type="eps"),
-            ValueError,
-            "prediction_type",
-        ),
+        (lambda: ScaledModel(nn.Identity(), LINEAR, half, prediction_type="e"), ValueError, "'e'"),
     ],
 )
 def test_a_bad_argument_is_named(make, error, said):
