@@ -136,7 +136,7 @@ def test_a_set_that_is_not_finite_takes_no_part(factor):
     assert float(widths[0]) == pytest.approx(float(widths[1]), rel=0.04)
 
 
-def test_axes_lose_nothing():
+def test_axes_lose_nothing_and_few_dimensions_stay_as_they_are():
     scale = torch.linspace(0, -6, 40).double().exp()
     turn = torch.linalg.qr(normal(40, 40, seed=3)).Q
     values = (normal(500, 40, seed=0) * scale) @ turn + 1.0
@@ -148,12 +148,28 @@ def test_axes_lose_nothing():
     # The leading axes hold what the eight largest principal axes hold.
     largest = torch.linalg.eigvalsh(values.T.cov())[-8:].sum()
     assert float(coordinates[:, :-1].T.cov().trace()) == pytest.approx(float(largest), rel=1e-3)
+    assert torch.allclose(Axes(values, 40, seed=0)(values), inside(centered))
 
 
-def test_few_dimensions_stay_as_they_are():
-    values = normal(50, 6, seed=0)
-    coordinates = Axes(values, 6, seed=0)(values)
-    assert torch.allclose(coordinates, inside(values - values.mean(0)))
+def test_the_bound_is_of_both_sides_and_95_percent():
+    """A shift of the samples by δ changes the distance by 2 δ · (μ_x - μ_y) + δ²."""
+    samples, data = scaled_pair(3, 400, 0)
+    found = differences(data, samples, samples + 1.0)
+    deviation = 2 * float((samples.sum(1).var() + data.sum(1).var()) / 400) ** 0.5
+    assert float(found.high[1] - found.low[1]) == pytest.approx(2 * 1.96 * deviation, rel=0.05)
+
+
+def test_a_half_is_judged_by_the_map_of_the_other():
+    samples, data = map(inside, scaled_pair(3, 100, 0))
+    comparison = FrechetComparison(data, 100, seed=0)
+    comparison.add(samples)
+    ((by_sample, by_datum),) = comparison._influences
+    halves = list(zip(comparison._halves, comparison._data_halves, strict=True))
+    for (rows, data_rows), (others, data_others) in zip(halves, reversed(halves), strict=True):
+        pair = _Pair(_Gaussian(samples[others]), _Gaussian(data[data_others]))
+        expected = pair.influences(samples[rows], data[data_rows])
+        assert torch.equal(by_sample[rows], expected[0])
+        assert torch.equal(by_datum[data_rows], expected[1])
 
 
 def test_the_axes_leave_the_global_random_state_alone(monkeypatch):
