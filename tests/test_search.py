@@ -10,6 +10,7 @@ import math
 import pickle
 import sys
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -480,11 +481,8 @@ def test_all_pairs_are_compared_without_a_scan():
     assert search.cost.stages == ((6, 1000),)
     result = search.recommend()
     assert not result.scan
-    assert [(c.sampler, c.label) for c in result.candidates] == [
-        (name, label)
-        for name in samplers
-        for label in ("none", "start noise times 0.9", "start noise times 1.1")
-    ]
+    labels = ["none", "start noise times 0.9", "start noise times 1.1"]
+    assert [(c.sampler, c.label) for c in result.candidates] == [*product(samplers, labels)]
     assert result.best is result.candidates[3]
     # Each against its own sampler with no correction, too: 1.32 is nearer to 1.2 than 1 is, and
     # farther than 1.2.
@@ -554,10 +552,8 @@ def test_what_it_says():
         "gain k = 49       1.5    25 % [10, 40]                40%  <- use this",
         "gain k = 99         1  50 % [-25, 125]                60%",
     ]
-    unsure = "No correction is better than none"
-    assert str(found(NO, NEARER)).startswith(
-        f"{unsure} (the nearest, gain k = 99, by 50 % [-25, 125])."
-    )
+    unsure, nearest = "No correction is better than none", "gain k = 99, by 50 % [-25, 125]"
+    assert str(found(NO, NEARER)).startswith(f"{unsure} (the nearest, {nearest}).")
     assert str(found(NO)).startswith(f"{unsure}.")
     assert "; it is the outermost strength tried, so try more" in repr(found(NO, SURE))
     assert found(NO, SURE, NEARER).best is NEARER
@@ -593,13 +589,12 @@ def test_with_several_samplers_the_correction_must_be_better_than_its_sampler_al
 
 def small_search(**options):
     corrections = [GAIN, StartScaling(), ScoreRescaling(LINEAR, psi=2.0)]
-    options = {"num_samples": 128, **options}
     return search_of(data=data_of(0.9, count=600, seed=0), corrections=corrections, **options)
 
 
 @pytest.fixture(scope="module")
 def result():
-    return small_search().recommend(progress=False)
+    return small_search(num_samples=128).recommend(progress=False)
 
 
 def test_what_it_keeps_can_be_read_without_the_data(result):
