@@ -159,7 +159,8 @@ def test_diffusers_own_pipeline_which_hands_eta_to_every_scheduler():
     torch.manual_seed(0)
     pipe = diffusers.DDIMPipeline(unet=tiny_unet(), scheduler=make_scheduler("DDIMScheduler"))
     corrections = [SkipGain(NoiseSchedule.linear(1000), [-99, 99])]
-    found = search_pipeline(pipe, torch.rand(64, 1, 8, 8), corrections=corrections, **QUICK)
+    options = {**QUICK, "corrections": corrections, "output_type": "np"}
+    found = search_pipeline(pipe, torch.rand(64, 1, 8, 8), **options)
     assert list(found.recommendation.cost.calls) == ["DDIM", "PNDM", "DEIS", "DPMSolver", "UniPC"]
     with found:
         pipe(num_inference_steps=found.steps, output_type="np")
