@@ -1,41 +1,32 @@
 """A small double of score_sde_pytorch: the behaviour its users rely on, written anew.
 
-The repository has no package to test against. What is kept: the three SDEs and their tables, the
-labels its networks get, the losses with their order of random draws, defaults and weights, and the
-training step (warm-up, the average of the weights). Set S2DM_SCORE_SDE_ROOT to run the same tests,
-and the trainer's own loop, on a real checkout.
+The three SDEs and their tables (no drift), the labels its networks get, the losses with their order
+of random draws, defaults and weights, and the step with its average of the weights. With
+S2DM_SCORE_SDE_ROOT the same tests, and the trainer's own loop, run on a real checkout.
 """
 
 # ruff: noqa: N801, N803 - the trainer's names
 import math
 
 import torch
-
-from tests.helpers.small import Network
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def _column(values):
     return values.reshape(-1, 1, 1, 1)
 
 
-class SDE:
+class _LinearBeta:
     T = 1
 
-    def __init__(self, N):
-        self.N = N
-
-
-class _LinearBeta(SDE):
     def __init__(self, beta_min=0.1, beta_max=20, N=1000):
-        super().__init__(N)
-        self.beta_0, self.beta_1 = beta_min, beta_max
+        self.beta_0, self.beta_1, self.N = beta_min, beta_max, N
+
+    def _beta(self, t):
+        return self.beta_0 + t * (self.beta_1 - self.beta_0)
 
     def _log_mean(self, t):
         return -(t**2) * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
-
-    def _drift(self, x, t):
-        beta = self.beta_0 + t * (self.beta_1 - self.beta_0)
-        return -0.5 * _column(beta) * x, beta
 
 
 class VPSDE(_LinearBeta):
@@ -51,8 +42,7 @@ class VPSDE(_LinearBeta):
         return _column(log_mean.exp()) * x, (1 - (2 * log_mean).exp()).sqrt()
 
     def sde(self, x, t):
-        drift, beta = self._drift(x, t)
-        return drift, beta.sqrt()
+        return None, self._beta(t).sqrt()
 
 
 class subVPSDE(_LinearBeta):
@@ -61,38 +51,32 @@ class subVPSDE(_LinearBeta):
         return _column(log_mean.exp()) * x, 1 - (2 * log_mean).exp()
 
     def sde(self, x, t):
-        drift, beta = self._drift(x, t)
-        return drift, (beta * (1 - (4 * self._log_mean(t)).exp())).sqrt()
+        return None, (self._beta(t) * (1 - (4 * self._log_mean(t)).exp())).sqrt()
 
 
-class VESDE(SDE):
+class VESDE:
+    T = 1
+
     def __init__(self, sigma_min=0.01, sigma_max=50, N=1000):
-        super().__init__(N)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        logs = torch.linspace(math.log(sigma_min), math.log(sigma_max), N)
-        self.discrete_sigmas = logs.exp()
+        self.sigma_min, self.sigma_max, self.N = sigma_min, sigma_max, N
+        self.discrete_sigmas = torch.linspace(math.log(sigma_min), math.log(sigma_max), N).exp()
 
     def marginal_prob(self, x, t):
         return x, self.sigma_min * (self.sigma_max / self.sigma_min) ** t
 
     def sde(self, x, t):
         sigma = self.marginal_prob(x, t)[1]
-        return torch.zeros_like(x), sigma * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
+        return None, sigma * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
 
-def get_score_fn(sde, model, train=False, continuous=False):
-    model.train(train)
-
-    def score_fn(x, t):
-        if isinstance(sde, VESDE):
-            index = ((sde.T - t) * (sde.N - 1)).round().long()
-            return model(x, sde.marginal_prob(x, t)[1] if continuous else index)
-        if continuous or isinstance(sde, subVPSDE):
-            return -model(x, 999 * t) / _column(sde.marginal_prob(x, t)[1])
-        labels = t * (sde.N - 1)
-        return -model(x, labels) / _column(sde.sqrt_1m_alphas_cumprod[labels.long()])
-
-    return score_fn
+def _score(sde, model, continuous, x, t):
+    if isinstance(sde, VESDE):
+        index = ((sde.T - t) * (sde.N - 1)).round().long()
+        return model(x, sde.marginal_prob(x, t)[1] if continuous else index)
+    if continuous or isinstance(sde, subVPSDE):
+        return -model(x, 999 * t) / _column(sde.marginal_prob(x, t)[1])
+    labels = t * (sde.N - 1)
+    return -model(x, labels) / _column(sde.sqrt_1m_alphas_cumprod[labels.long()])
 
 
 def _over_data(squares, reduce_mean):
@@ -104,11 +88,11 @@ def get_sde_loss_fn(
     sde, train, reduce_mean=True, continuous=True, likelihood_weighting=True, eps=1e-5
 ):
     def loss_fn(model, batch):
-        score_fn = get_score_fn(sde, model, train, continuous)
+        model.train(train)
         t = torch.rand(len(batch)) * (sde.T - eps) + eps
         z = torch.randn_like(batch)
         mean, std = sde.marginal_prob(batch, t)
-        score = score_fn(mean + _column(std) * z, t)
+        score = _score(sde, model, continuous, mean + _column(std) * z, t)
         if not likelihood_weighting:
             return _over_data((score * _column(std) + z) ** 2, reduce_mean).mean()
         g = sde.sde(torch.zeros_like(batch), t)[1]
@@ -142,12 +126,7 @@ def get_smld_loss_fn(vesde, train, reduce_mean=False):
 
 
 def get_step_fn(
-    sde,
-    train,
-    optimize_fn=None,
-    reduce_mean=False,
-    continuous=True,
-    likelihood_weighting=False,
+    sde, train, optimize_fn=None, reduce_mean=False, continuous=True, likelihood_weighting=False
 ):
     if continuous:
         loss_fn = get_sde_loss_fn(sde, train, reduce_mean, True, likelihood_weighting)
@@ -166,49 +145,30 @@ def get_step_fn(
             state["step"] += 1
             ema.update(model.parameters())
             return loss
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
         with torch.no_grad():
-            ema.store(model.parameters())
-            ema.copy_to(model.parameters())
             loss = loss_fn(model, batch)
-            ema.restore(model.parameters())
+        ema.restore(model.parameters())
         return loss
 
     return step_fn
 
 
-def get_optimizer(config, params):
-    return torch.optim.Adam(params, lr=config.optim.lr)
-
-
-def optimization_manager(config):
-    def optimize_fn(optimizer, params, step):
-        # The learning rate is 0 at step 0.
-        for group in optimizer.param_groups:
-            group["lr"] = config.optim.lr * min(step / config.optim.warmup, 1.0)
-        optimizer.step()
-
-    return optimize_fn
-
-
 class ExponentialMovingAverage:
+    """Of all parameters as one vector."""
+
     def __init__(self, parameters, decay):
-        self.decay = decay
-        self.shadow_params = [p.clone().detach() for p in parameters]
+        self.decay, self.shadow_params = decay, [parameters_to_vector(parameters).detach()]
 
     def update(self, parameters):
-        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
-            shadow.lerp_(parameter.detach(), 1 - self.decay)
+        self.shadow_params[0].lerp_(parameters_to_vector(parameters).detach(), 1 - self.decay)
 
     def store(self, parameters):
-        self.collected_params = [p.clone() for p in parameters]
+        self.stored = parameters_to_vector(parameters).detach()
 
-    def copy_to(self, parameters, source=None):
-        for value, parameter in zip(source or self.shadow_params, parameters, strict=True):
-            parameter.data.copy_(value)
+    def copy_to(self, parameters):
+        vector_to_parameters(self.shadow_params[0], parameters)
 
     def restore(self, parameters):
-        self.copy_to(parameters, self.collected_params)
-
-
-def create_model(config):
-    return torch.nn.DataParallel(Network(config.data.num_channels))
+        vector_to_parameters(self.stored, parameters)

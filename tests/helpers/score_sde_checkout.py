@@ -4,8 +4,8 @@ import importlib
 import os
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import ClassVar
 
+import pytest
 import torch
 
 from tests.helpers.patches import patched
@@ -15,13 +15,9 @@ from tests.helpers.upstream import checkout_on_path, stubs
 # The fields of the trainer's configuration that its own code reads.
 CONFIG = {
     "training": {
-        "sde": "vpsde", "continuous": True, "reduce_mean": True, "likelihood_weighting": False,
+        "reduce_mean": True, "likelihood_weighting": False,
         "n_iters": 20, "batch_size": 32, "log_freq": 1, "eval_freq": 10, "snapshot_freq": 10**6,
         "snapshot_freq_for_preemption": 10**6, "snapshot_sampling": False,
-    },
-    "sampling": {
-        "method": "pc", "predictor": "euler_maruyama", "corrector": "none", "snr": 0.16,
-        "n_steps_each": 1, "probability_flow": False, "noise_removal": True,
     },
     "data": {
         "image_size": 8, "num_channels": 1, "centered": True, "uniform_dequantization": False,
@@ -40,30 +36,9 @@ CONFIG = {
 }  # fmt: skip
 
 
-def make_config(sde="vpsde", *, continuous=True):
-    training = {**CONFIG["training"], "sde": sde, "continuous": continuous}
+def make_config(sde, *, continuous):
+    training = {**CONFIG["training"], "sde": sde.lower(), "continuous": continuous}
     return tree({**CONFIG, "training": training})
-
-
-class _Writer:
-    """TensorBoard's writer, as far as the loop uses it; it keeps the training losses."""
-
-    losses: ClassVar[list[float]] = []
-
-    def __init__(self, _):
-        _Writer.losses = []
-
-    def add_scalar(self, name, value, _):
-        if name == "training_loss":
-            self.losses.append(value.item())
-
-
-def make_sde(trainer, config):
-    model = config.model
-    if config.training.sde == "vesde":
-        return trainer.VESDE(model.sigma_min, model.sigma_max, model.num_scales)
-    kind = {"vpsde": trainer.VPSDE, "subvpsde": trainer.subVPSDE}[config.training.sde]
-    return kind(model.beta_min, model.beta_max, model.num_scales)
 
 
 def _stubs():
@@ -71,7 +46,6 @@ def _stubs():
     gfile = SimpleNamespace(
         makedirs=lambda path: os.makedirs(path, exist_ok=True),  # noqa: PTH103
         exists=os.path.exists,
-        GFile=open,
     )
     stubbed = stubs(
         *("absl", "absl.flags", "datasets", "evaluation", "tensorflow", "tensorflow_gan"),
@@ -83,23 +57,26 @@ def _stubs():
 
 def load_score_sde(root: Path) -> SimpleNamespace:
     """The checkout's own classes and functions, and its own loop with the documented swap."""
-    names = ("losses", "sde_lib", "sampling", "utils", "models.utils", "models.ema", "models.ddpm")
+    names = ("losses", "sde_lib", "utils", "models.utils", "models.ema", "models.ddpm")
     # The stubs leave again after the imports: torch looks whether TensorFlow is there.
     with checkout_on_path(root, _stubs()):
-        losses, sde_lib, sampling, utils, models, ema, _ = map(importlib.import_module, names)
+        modules = [importlib.import_module(name) for name in names]
 
     def train(config, workdir, images, *, swap=False):
         source = (root / "run_lib.py").read_text()
         if swap:
             source = patched("score_sde_pytorch", "run_lib.py", source)
-        run_lib = ModuleType("run_lib")
-        stubbed = _stubs()
-        torch.utils.tensorboard = SimpleNamespace(SummaryWriter=_Writer)
-        try:
-            with checkout_on_path(root, stubbed):
-                exec(compile(source, "run_lib.py", "exec"), vars(run_lib))  # noqa: S102
-        finally:
-            del torch.utils.tensorboard
+        run_lib, stubbed, losses = ModuleType("run_lib"), _stubs(), []
+
+        def add_scalar(name, value, _):
+            if name == "training_loss":
+                losses.append(value.item())
+
+        writer = SimpleNamespace(add_scalar=add_scalar)
+        tensorboard = SimpleNamespace(SummaryWriter=lambda _: writer)
+        with pytest.MonkeyPatch.context() as patch, checkout_on_path(root, stubbed):
+            patch.setattr(torch.utils, "tensorboard", tensorboard, raising=False)
+            exec(compile(source, "run_lib.py", "exec"), vars(run_lib))  # noqa: S102
 
         def batches():
             for batch in images:
@@ -113,14 +90,7 @@ def load_score_sde(root: Path) -> SimpleNamespace:
         )
         run_lib.train(config, str(workdir))
         saved = sorted((Path(workdir) / "checkpoints").glob("*.pth"))
-        return _Writer.losses, saved[-1]
+        return losses, saved[-1]
 
-    def sample(config, sde, model):
-        data = config.data
-        shape = (2, data.num_channels, data.image_size, data.image_size)
-        return sampling.get_sampling_fn(config, sde, shape, lambda x: x, 1e-3)(model)[0]
-
-    own = {}
-    for module in (utils, models, ema, sde_lib, losses):
-        own |= vars(module)
-    return SimpleNamespace(**{**own, "train": train, "sample": sample})
+    own = {name: value for module in modules for name, value in vars(module).items()}
+    return SimpleNamespace(**{**own, "train": train})
