@@ -57,12 +57,9 @@ def test_the_tables_follow_the_betas_and_are_made_once_for_them(monkeypatch):
 
 def test_c_is_exact_though_beta_is_float32():
     """A float32 ᾱ, which the trainer makes on the way, would be off by more than 1e-4 at k = 1."""
-    b = betas()
     exact = coefficients(NoiseSchedule.linear(1000), 1).c[1:]
-    a = (1 - b).cumprod(0).double()
-    assert ((a[:-1] / a[1:] - 1).sqrt() / exact - 1).abs().max() > 1e-4
     loss_fn = ddim_loss(1)
-    loss_fn(Network(), *batch(), b)
+    loss_fn(Network(), *batch(), betas())
     used = coefficients(loss_fn._criterion.schedule, 1).c[1:]
     assert (used / exact - 1).abs().max() < 1e-6
 
@@ -80,30 +77,20 @@ def test_sampled_timesteps_are_those_the_sampler_visits(trainer, skip_type, step
     sampled = ddim_timesteps(1000, steps, skip_type)
     assert sampled == visited[::-1]
     assert (len(set(visited)) < len(visited)) == (skip_type == "quad" and steps >= 30)
-    # Skips follow its jumps.
-    schedule = NoiseSchedule.linear(1000)
-    earlier, valid = SkipSet.from_timesteps(sampled).earlier(schedule.timesteps, schedule)
-    assert all(earlier[0, i] == j for i, j in zip(sampled[1:], sampled, strict=False) if i != j)
-    assert valid[0].tolist() == [step > 0 for step in range(1000)]
-    if skip_type == "uniform":
-        strides, _ = SkipSet.for_sampling_steps(steps).earlier(schedule.timesteps, schedule)
-        assert strides[0, sampled[1:]].tolist() == sampled[:-1]
 
 
 def test_wrong_arguments_are_named():
-    x0, t, e = batch()
-    with pytest.raises(ValueError, match="data_reduction must be one of 'sum', 'mean', got 'none'"):
-        ddim_loss(9, data_reduction="none")
-    with pytest.raises(ValueError, match="a skip must be below 1000"):
-        ddim_loss(1000)(Network(), x0, t, e, betas())
-    with pytest.raises(ValueError, match=r"b must lie in \(0, 1\], got -1.0 at index 0"):
-        ddim_loss(9)(Network(), x0, t, e, -torch.ones(1000))
-    with pytest.raises(ValueError, match="output must have the shape of target"):
-        ddim_loss(9)(lambda x, _: x[:, :1], x0, t, e, betas())
-    with pytest.raises(ValueError, match="skip_type must be one of 'uniform', 'quad'"):
-        ddim_timesteps(1000, 10, "cubic")
-    with pytest.raises(ValueError, match="num_sampling_steps must be at most num_timesteps, 10"):
-        ddim_timesteps(10, 11)
+    loss_fn = ddim_loss(9)
+    for call, message in (
+        (lambda: ddim_loss(9, data_reduction="none"), "one of 'sum', 'mean', got 'none'"),
+        (lambda: ddim_loss(1000)(Network(), *batch(), betas()), "a skip must be below 1000"),
+        (lambda: loss_fn(Network(), *batch(), -betas()), r"b must lie in \(0, 1\], got -"),
+        (lambda: loss_fn(lambda x, _: x[:, :1], *batch(), betas()), "the shape of target"),
+        (lambda: ddim_timesteps(1000, 10, "cubic"), "skip_type must be one of 'uniform', 'quad'"),
+        (lambda: ddim_timesteps(10, 11), "num_sampling_steps must be at most num_timesteps, 10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_says_what_it_is_and_pickles():
@@ -116,12 +103,12 @@ def test_says_what_it_is_and_pickles():
 
 
 def test_the_trainers_own_loop(tmp_path):
-    """It learns, and its untouched sampler takes the checkpoint."""
+    """It learns, and its checkpoint is one of the trainer's."""
     trainer, runs = load_ddim(root_of("S2DM_DDIM_ROOT")), {}
+    images = (digits(20 * 32) + 1) / 2
     for name in ("plain", "adapted"):
         (tmp_path / name).mkdir()
         torch.manual_seed(0)
-        images = (digits(20 * 32) + 1) / 2
         runs[name] = trainer.train(CONFIG, tmp_path / name, images, swap=name == "adapted")
     losses = runs["adapted"]
     assert len(losses) == 20
@@ -131,6 +118,3 @@ def test_the_trainers_own_loop(tmp_path):
     saved, plain = (torch.load(tmp_path / name / "ckpt.pth") for name in ("adapted", "plain"))
     assert len(saved) == len(plain) == 5
     assert all(saved[part].keys() == plain[part].keys() for part in (0, 4))
-    sample = trainer.sample(CONFIG, tmp_path / "adapted")
-    assert sample.shape == (8, 1, 8, 8)
-    assert sample.isfinite().all()

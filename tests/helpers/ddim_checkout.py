@@ -4,11 +4,12 @@ import importlib
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from tests.helpers.patches import patched
 from tests.helpers.small import tree
-from tests.helpers.upstream import checkout_on_path, stub
+from tests.helpers.upstream import checkout_on_path, stub, stubs
 
 # The fields of the trainer's configuration that its own code reads.
 CONFIG = tree({
@@ -27,27 +28,20 @@ CONFIG = tree({
         "optimizer": "Adam", "lr": 3e-3, "weight_decay": 0.0, "beta1": 0.9, "amsgrad": False,
         "eps": 1e-8, "grad_clip": 1.0,
     },
-    "sampling": {"batch_size": 8},
     "device": torch.device("cpu"),
 })  # fmt: skip
 
 
 @contextmanager
-def _runner_module(root, *, images=None, saved=None, swap=False):
-    """The runner's module, fed with `images`; what it saves as pictures goes into `saved`."""
-    vision = stub("torchvision.utils", save_image=lambda x, _: saved.append(x))
-    stubs = {
-        "torchvision": stub("torchvision", utils=vision),
-        "torchvision.utils": vision,
-        "requests": stub("requests"),  # for downloading checkpoints
-        "datasets": stub(
-            "datasets",
-            get_dataset=lambda *_: (images, images),
-            data_transform=lambda _, x: 2 * x - 1,
-            inverse_data_transform=lambda _, x: x,
-        ),
-    }
-    with checkout_on_path(root, stubs):
+def _runner_module(root, *, images=None, swap=False):
+    """The runner's module, fed with `images`."""
+    stubbed = stubs("torchvision", "torchvision.utils", "requests")
+    stubbed["datasets"] = stub(
+        "datasets",
+        get_dataset=lambda *_: (images, images),
+        data_transform=lambda _, x: 2 * x - 1,
+    )
+    with checkout_on_path(root, stubbed):
         if swap:
             losses = importlib.import_module("functions.losses")
             source = (root / "functions" / "losses.py").read_text()
@@ -56,62 +50,35 @@ def _runner_module(root, *, images=None, saved=None, swap=False):
         yield importlib.import_module("runners.diffusion")
 
 
-@contextmanager
-def _on_the_cpu():
-    """The sampler moves its tensors to "cuda" by name; let that mean the CPU here."""
-    move = torch.Tensor.to
-
-    def to(tensor, *args, **kwargs):
-        here = ("cpu" if isinstance(arg, str) and arg == "cuda" else arg for arg in args)
-        return move(tensor, *here, **kwargs)
-
-    torch.Tensor.to = to
-    try:
-        yield
-    finally:
-        torch.Tensor.to = move
-
-
 def load_ddim(root):
     """The checkout's loss and schedules, and its own runner with the documented swap."""
     with _runner_module(root) as module:
         registry = importlib.import_module("functions.losses").loss_registry
         get_beta_schedule = module.get_beta_schedule
 
-    def runner(module, config, directory=None, **args):
-        given = {"resume_training": False, "log_path": str(directory), "use_pretrained": False}
-        return module.Diffusion(SimpleNamespace(**given, **args), config, device=config.device)
+    def runner(module, config, **args):
+        return module.Diffusion(SimpleNamespace(**args), config, device=config.device)
 
     def train(config, directory, images, *, swap=False):
         losses = []
-        config.tb_logger = SimpleNamespace(
-            add_scalar=lambda _, loss, global_step: losses.append(loss.item())
-        )
+        logger = SimpleNamespace(add_scalar=lambda _, loss, **__: losses.append(loss.item()))
+        config = SimpleNamespace(**vars(config), tb_logger=logger)
         pairs = torch.utils.data.TensorDataset(images, torch.zeros(len(images)))
         with _runner_module(root, images=pairs, swap=swap) as module:
-            runner(module, config, directory).train()
-        del config.tb_logger
+            runner(module, config, resume_training=False, log_path=str(directory)).train()
         return losses
 
-    options = {"sample_type": "generalized", "eta": 0.0, "skip": 1}
-
-    def sample(config, directory):
-        options.update(fid=False, interpolation=False, sequence=True, image_folder="")
-        saved = []
-        with _runner_module(root, saved=saved) as module, _on_the_cpu():
-            drawn = runner(module, config, directory, skip_type="uniform", timesteps=10, **options)
-            drawn.sample()
-        return torch.stack(saved[-8:])
-
     def sample_image(config, model, x, skip_type, timesteps):
-        with _runner_module(root) as module, _on_the_cpu():
+        options = {"sample_type": "generalized", "eta": 0.0}
+        with _runner_module(root) as module, pytest.MonkeyPatch.context() as patch:
             drawn = runner(module, config, skip_type=skip_type, timesteps=timesteps, **options)
+            # The sampler moves its tensors to "cuda" by name.
+            patch.setattr(torch.Tensor, "to", lambda tensor, _: tensor)
             return drawn.sample_image(x, model)
 
     return SimpleNamespace(
         noise_estimation_loss=registry["simple"],
         get_beta_schedule=get_beta_schedule,
         train=train,
-        sample=sample,
         sample_image=sample_image,
     )
