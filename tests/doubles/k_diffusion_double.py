@@ -5,35 +5,34 @@ Karras et al. (arXiv 2206.00364): D(x) = c_skip x + c_out F(c_in x, σ), and a l
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Denoiser(nn.Module):
-    def __init__(
-        self, inner_model: nn.Module, sigma_data: float = 1.0, weighting="karras", scales=1
-    ) -> None:
+    def __init__(self, inner_model, sigma_data=1.0, weighting="karras", scales=1):
         super().__init__()
         self.inner_model, self.sigma_data, self.scales = inner_model, sigma_data, scales
-        if weighting == "karras":
-            self.weighting = torch.ones_like
-        elif weighting == "snr":
-            self.weighting = lambda sigma: sigma_data**2 / (sigma**2 + sigma_data**2)
-        else:  # "soft-min-snr"
-            self.weighting = lambda sigma: (
-                (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2) ** 2
-            )
+        self.kind = weighting
 
-    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def weighting(self, sigma):
+        of_data = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+        return {
+            "karras": torch.ones_like(sigma),
+            "snr": of_data,
+            "soft-min-snr": of_data * (1 - of_data),
+        }[self.kind]
+
+    def get_scalings(self, sigma):
         total = (sigma**2 + self.sigma_data**2).sqrt()
         return (self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total
 
-    def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **kwargs) -> Tensor:  # noqa: A002
+    def loss(self, input, noise, sigma, **kwargs):  # noqa: A002
         c_skip, c_out, c_in = (s.reshape(-1, 1, 1, 1) for s in self.get_scalings(sigma))
         noised = input + sigma.reshape(-1, 1, 1, 1) * noise
         output = self.inner_model(c_in * noised, sigma, **kwargs)
         error = output - (input - c_skip * noised) / c_out
         return error.square().mean(dim=(1, 2, 3)) * self.weighting(sigma)
 
-    def forward(self, input: Tensor, sigma: Tensor, **kwargs) -> Tensor:  # noqa: A002
+    def forward(self, input, sigma, **kwargs):  # noqa: A002
         c_skip, c_out, c_in = (s.reshape(-1, 1, 1, 1) for s in self.get_scalings(sigma))
         return c_out * self.inner_model(c_in * input, sigma, **kwargs) + c_skip * input

@@ -4,10 +4,9 @@ One step of it with its loss types, masks and weights. Written from the behaviou
 48d368fa557731ad0488c07304dfeba8c07910eb, and compared with it where a checkout is at hand.
 """
 
-import math
-
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from torch.nn import functional as F
 
 
@@ -28,10 +27,7 @@ class NetworkTrainer:
         # Of the schedule before it is fixed, as the trainer has it.
         scheduler.all_snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
         if args.zero_terminal_snr:
-            root = scheduler.alphas_cumprod.sqrt()
-            root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-            bar = root**2
-            betas = 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
+            betas = rescale_zero_terminal_snr(scheduler.betas)
             scheduler.alphas_cumprod = (1 - betas).cumprod(0)
         return scheduler
 
@@ -54,28 +50,22 @@ class NetworkTrainer:
         if args.ip_noise_gamma:
             perturbed = noise + args.ip_noise_gamma * torch.randn_like(latents)
         noisy = noise_scheduler.add_noise(latents, perturbed, t).requires_grad_(train_unet)
+        inputs = (args, accelerator, unet, noisy, t, text_encoder_conds, batch, weight_dtype)
         with torch.set_grad_enabled(is_train):
-            prediction = self.call_unet(
-                args, accelerator, unet, noisy, t, text_encoder_conds, batch, weight_dtype
-            )
+            prediction = self.call_unet(*inputs)
         target = noise
         if args.v_parameterization:
             target = noise_scheduler.get_velocity(latents, noise, t)
         if preserved := preserved_of(batch):
             network.set_multiplier(0.0)
             with torch.no_grad():
-                prior = self.call_unet(
-                    args, accelerator, unet, noisy, t, text_encoder_conds, batch, weight_dtype,
-                    indices=preserved,
-                )  # fmt: skip
+                target[preserved] = self.call_unet(*inputs, indices=preserved)
             network.set_multiplier(1.0)
-            target[preserved] = prior
         return prediction, target, t, None
 
     def process_batch(
         self, batch, text_encoders, unet, network, vae, noise_scheduler, vae_dtype, weight_dtype,
-        accelerator, args, text_encoding_strategy, tokenize_strategy, is_train=True,
-        train_text_encoder=True, train_unet=True,
+        accelerator, args, *_, is_train=True, train_unet=True, **__,
     ):  # fmt: skip
         latents = batch["latents"] * 0.18215
         prediction, target, t, weighting = self.get_noise_pred_and_target(
@@ -86,8 +76,7 @@ class NetworkTrainer:
         if args.loss_type == "l2":
             loss = error**2
         else:
-            c = torch.exp(math.log(args.huber_c) / 1000 * t) * args.huber_scale
-            c = c.reshape(-1, 1, 1, 1)
+            c = args.huber_scale * (args.huber_c ** (t / 1000)).reshape(-1, 1, 1, 1)
             loss = 2 * c * ((error**2 + c**2).sqrt() - c)
         if weighting is not None:
             loss = loss * weighting
