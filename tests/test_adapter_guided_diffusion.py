@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from s2dm_loss import NoiseSchedule, SkipSet
 from s2dm_loss.adapters.guided_diffusion import SkipStepMixin, skip_step
 from s2dm_loss.coefficients import coefficients
-from tests.helpers.guided_diffusion_parts import KIN, make_diffusion
+from tests.helpers.distributed import run_distributed
+from tests.helpers.guided_diffusion_parts import KIN, ddp_gradients, make_diffusion
 from tests.helpers.patches import patched
 from tests.helpers.small import Network
 from tests.helpers.trainers import GUIDED, GUIDED_KIN
@@ -132,13 +132,20 @@ def test_a_model_that_maps_timesteps_already_is_not_mapped_twice():
     assert model.seen[1][1].tolist() == [plain.timestep_map[i] for i in t.tolist()]
 
 
-def test_the_model_is_called_once_as_it_is_given():
-    """DistributedDataParallel joins the gradients of its own calls alone."""
-    diffusion, calls = skip_step(make_diffusion(), 9), []
-    model = nn.DataParallel(make_model(diffusion))
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
-    diffusion.training_losses(model, *make_batch(diffusion))
-    assert len(calls) == 1
+@pytest.mark.slow
+def test_one_model_call_per_step_and_joined_gradients_in_two_processes(tmp_path):
+    torch.manual_seed(1)
+    batch = {
+        "x": torch.randn(8, 1, 6, 6),
+        "noise": torch.randn(8, 1, 6, 6),
+        "t": torch.tensor([0, 999, 8, 500, 9, 10, 700, 3]),
+    }
+    alone = ddp_gradients(0, 1, batch)
+    ranks = run_distributed(ddp_gradients, tmp_path, 2, batch)
+    assert [rank["calls"] for rank in ranks] == [1, 1]
+    torch.testing.assert_close(torch.cat([rank["loss"] for rank in ranks]), alone["loss"])
+    for rank in ranks:
+        torch.testing.assert_close(rank["gradients"], alone["gradients"])
 
 
 def test_fresh_noise_may_be_given_and_the_signature_has_one_more_name():
@@ -175,11 +182,47 @@ def test_refuses_what_it_cannot_serve():
 # The trainer's own network, samplers and training loop.
 
 
-def make_unet():
-    from guided_diffusion.script_util import create_model
+def make_unet(kind="class-conditional"):
+    from guided_diffusion import script_util
 
-    sizes = {"channel_mult": "1", "num_heads": 1, "attention_resolutions": "4"}
-    return create_model(8, 32, 1, **sizes, learn_sigma=True, class_cond=True)
+    options = {
+        "num_channels": 32,
+        "num_res_blocks": 1,
+        "attention_resolutions": "4",
+        "learn_sigma": True,
+        "class_cond": kind == "class-conditional",
+        "use_fp16": kind == "fp16",
+    }
+    if kind == "super-resolution":  # its widths are tied to images of 64 pixels and up
+        options |= {"use_checkpoint": False, "num_heads": 1, "num_head_channels": -1}
+        options |= {"num_heads_upsample": -1, "use_scale_shift_norm": True, "dropout": 0.0}
+        model = script_util.sr_create_model(64, 16, **options, resblock_updown=False)
+    else:
+        model = script_util.create_model(8, channel_mult="1", num_heads=1, **options)
+    # The last layer starts at zero, which would hide whatever goes wrong before it.
+    torch.nn.init.normal_(model.out[-1].weight, std=0.02)
+    if kind == "fp16":
+        model.convert_to_fp16()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["class-conditional", "super-resolution", "fp16"])
+def test_real_networks_at_tau_one_and_below(kind):
+    size = 64 if kind == "super-resolution" else 8
+    more = {
+        "class-conditional": {"y": torch.tensor([1, 5])},
+        "super-resolution": {"low_res": torch.randn(2, 3, size // 4, size // 4)},
+    }.get(kind, {})
+    plain = make_diffusion(variance="LEARNED_RANGE", loss="RESCALED_MSE", rescale=True)
+    batch = make_unet(kind), torch.randn(2, 3, size, size), torch.tensor([4, 800])
+    expected, wanted = run(plain, *batch, **more)
+    terms, gradients = run(skip_step(plain, 9, tau=1.0), *batch, **more)
+    assert all(torch.equal(terms[name], expected[name]) for name in ("mse", "vb", "loss"))
+    assert all(map(torch.equal, gradients, wanted))
+    terms, gradients = run(skip_step(plain, 9), *batch, **more)
+    assert terms["loss"].dtype == torch.float32
+    assert (terms["loss"] == expected["loss"]).tolist() == [True, False]
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.fixture
