@@ -13,6 +13,7 @@ from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.sd_scripts import loss_of, skip_step
+from s2dm_loss.head import along
 from s2dm_loss.testing import check_swap
 from tests.doubles import sd_scripts_double as double
 from tests.helpers import sd_scripts_parts as parts
@@ -99,6 +100,28 @@ def test_the_pages_diff_in_the_scripts_with_a_loop(script, name):
         return namespace["loss"]
 
     check_swap(loss, loss, rtol=1e-6)
+    if name not in ("plain", "zero terminal snr, v"):
+        return
+    # Below τ = 1 it is the core's loss of what the model was given.
+    seen = []
+
+    def model(x_t, t):
+        seen[:] = x_t, t, torch.sin(3 * x_t)
+        return seen[2]
+
+    found = loss(model, 0.9)
+    x_t, t, output = seen
+    batch = parts.make_batch(double.NetworkTrainer)
+    schedule, x0, kind = NoiseSchedule.scaled_linear(1000), 0.18215 * batch["latents"], "epsilon"
+    if name != "plain":
+        schedule, kind = schedule.rescale_zero_terminal_snr(), "v_prediction"
+    a, b = (along(value, x0).float() for value in schedule.alpha_sigma(t))
+    noise = (x_t - a * x0) / b
+    target = noise if kind == "epsilon" else a * noise - b * x0
+    criterion = SkipStepLoss(schedule, 49, tau=0.9, prediction_type=kind)
+    weights = batch["loss_weights"] if script == "train_db" else None
+    expected = criterion.from_output(output, target, t, x_t, weights=weights)
+    assert abs(float(found / expected) - 1) < 1e-4 < abs(float(found / loss(model)) - 1)
 
 
 @pytest.mark.parametrize("zero", [False, True])
