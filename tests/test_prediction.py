@@ -1,5 +1,7 @@
 """Conversions between prediction types, against the definitions on x_t = a x_0 + b ε."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -62,6 +64,12 @@ def test_half_outputs_are_lifted(kind):
     assert eps_hat.dtype == torch.float32
     exact = epsilon_from_output(output.double(), x_t.double(), t, LINEAR, kind)
     torch.testing.assert_close(eps_hat.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_what_holds_a_prediction():
+    x = torch.zeros(2)
+    for output in (x, (x, None), [x], SimpleNamespace(sample=x)):
+        assert read_output(output) is x
 
 
 @pytest.mark.parametrize("output", [(), ("extra", torch.zeros(2)), {"sample": torch.zeros(2)}])
