@@ -1,20 +1,15 @@
 """A tiny run for the tests of the quality bench."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.quality.budget import Budget
 from benchmarks.quality.corrections import Gain
 from benchmarks.quality.data import load_digits
 from benchmarks.quality.features import ClassifierFeatures
 from benchmarks.quality.networks import MLPSpec
-from benchmarks.quality.objectives import Objective, Plain, SkipStep
+from benchmarks.quality.objectives import Plain, SkipStep
 from benchmarks.quality.paths import EpsilonPath
 from benchmarks.quality.presets import DIGITS, arm
 from benchmarks.quality.training import train
@@ -56,9 +51,9 @@ KILLED = replace(
 )
 
 
-def a_run(folder: Path, objective: Objective, seed: int = 3, **changes: Any) -> nn.Module:
+def a_run(folder, objective, seed=3, **changes):
     """Train the tiny network."""
-    settings: dict[str, Any] = {
+    settings = {
         "data": load_digits(),
         "path": EpsilonPath(),
         "network": TINY.network,

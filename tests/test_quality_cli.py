@@ -1,7 +1,5 @@
 """What a user can do wrong on the command line is answered in one line, with how to go on."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import signal
@@ -29,14 +27,14 @@ Call = Callable[..., Result]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
+def call(monkeypatch, tmp_path):
     """Call the command line in an empty folder, with a tiny run for `digits`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "digits", replace(ONE_ARM, name="digits"))
     return lambda *arguments: CliRunner().invoke(cli.main, list(map(str, arguments)))
 
 
-def is_one_line(said: Result, line: str) -> None:
+def is_one_line(said, line):
     assert said.exit_code == 1, said.output
     assert isinstance(said.exception, SystemExit)  # and not what was raised inside
     errors = [text for text in said.output.splitlines() if text.startswith("Error: ")]
@@ -45,9 +43,7 @@ def is_one_line(said: Result, line: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["cifar10-wide-10k", "cifar10-16-flow"])
-def test_a_data_set_that_needs_a_folder_says_which_and_leaves_none(
-    call: Call, tmp_path: Path, preset: str
-) -> None:
+def test_a_data_set_that_needs_a_folder_says_which_and_leaves_none(call, tmp_path, preset):
     said = call("run", preset)
     is_one_line(said, "needs files; name their folder with --data: the folder")
     assert "https://" in said.output
@@ -56,7 +52,7 @@ def test_a_data_set_that_needs_a_folder_says_which_and_leaves_none(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_run_would_cost_is_said_without_its_data(call: Call, tmp_path: Path) -> None:
+def test_what_a_run_would_cost_is_said_without_its_data(call, tmp_path):
     small = replace(
         ONE_ARM, data="cifar10-16", network=PixelUNetSpec(UNetSpec(8, (1,), blocks=1), fast=False)
     )
@@ -68,7 +64,7 @@ def test_what_a_run_would_cost_is_said_without_its_data(call: Call, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_preset_that_is_misspelt(call: Call) -> None:
+def test_a_preset_that_is_misspelt(call):
     said = call("run", "digit")
     assert said.exit_code == 2
     assert "there is no preset 'digit'; did you mean digits? The presets:" in said.output
@@ -78,7 +74,7 @@ def test_a_preset_that_is_misspelt(call: Call) -> None:
     assert list(CATALOGUE) == list(PRESETS)
 
 
-def test_help_is_there_at_once() -> None:
+def test_help_is_there_at_once():
     """Without torch, which takes seconds to import."""
     code = "import sys, benchmarks.quality.cli as c\nprint('torch' in sys.modules, c.main.help)"
     done = subprocess.run(  # noqa: S603 - this very interpreter
@@ -87,7 +83,7 @@ def test_help_is_there_at_once() -> None:
     assert done.stdout.startswith("False ")
 
 
-def test_a_run_that_failed_keeps_what_was_there(call: Call, tmp_path: Path) -> None:
+def test_a_run_that_failed_keeps_what_was_there(call, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
     is_one_line(call("run", "cifar10-wide", "--out", "mine"), "name their folder with --data")
@@ -105,15 +101,15 @@ NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhe
         pytest.param("locked/out", "Permission denied: 'locked/out'", marks=NOT_ROOT),
     ],
 )
-def test_an_out_that_can_be_no_folder(call: Call, tmp_path: Path, out: str, said: str) -> None:
+def test_an_out_that_can_be_no_folder(call, tmp_path, out, said):
     (tmp_path / "file").touch()
     (tmp_path / "locked").mkdir(mode=0o500)
     is_one_line(call("run", "digits", "--out", out), said)
 
 
 def test_a_run_says_what_it_prepares_what_it_left_and_that_it_is_complete(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    call, tmp_path, monkeypatch
+):
     monkeypatch.setitem(PRESETS, "digits", replace(TINY, name="digits", seeds=(0,)))
     dry = call("run", "digits", "--dry-run")
     assert dry.exit_code == 0, dry.output
@@ -139,10 +135,8 @@ def test_a_run_says_what_it_prepares_what_it_left_and_that_it_is_complete(
     assert (tmp_path / "benchmarks/results/quality/digits.json").exists()
 
 
-def test_ctrl_c_says_how_to_go_on(
-    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def interrupted(*_: object) -> None:
+def test_ctrl_c_says_how_to_go_on(call, monkeypatch, tmp_path):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "sample", interrupted)
@@ -153,8 +147,8 @@ def test_ctrl_c_says_how_to_go_on(
     assert (tmp_path / "a folder/models/plain/seed0/weights.pt").exists()
 
 
-def test_a_worker_that_dies_is_reported(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dead(*_: object) -> None:
+def test_a_worker_that_dies_is_reported(call, monkeypatch):
+    def dead(*_):
         raise BrokenProcessPool
 
     monkeypatch.setattr(runner, "_share", dead)
@@ -178,7 +172,7 @@ if __name__ == "__main__":
 """
 
 
-def is_alive(session: int) -> bool:
+def is_alive(session):
     try:
         os.killpg(session, 0)
     except ProcessLookupError:
@@ -187,7 +181,7 @@ def is_alive(session: int) -> bool:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_the_run(tmp_path: Path, sent: signal.Signals) -> None:
+def test_no_worker_outlives_the_run(tmp_path, sent):
     """A job that would take hours is not waited for, and no process is left with its locks."""
     here, out = Path(__file__).parent, tmp_path / "out"
     (tmp_path / "script.py").write_text(WORKERS)
@@ -219,7 +213,7 @@ def test_no_worker_outlives_the_run(tmp_path: Path, sent: signal.Signals) -> Non
         time.sleep(0.1)
 
 
-def test_the_labs_help_says_what_each_study_is() -> None:
+def test_the_labs_help_says_what_each_study_is():
     said = CliRunner().invoke(lab, ["--help"]).output
     for name, study in STUDIES.items():
         (line,) = [line for line in said.splitlines() if line.split()[:1] == [name]]
@@ -229,9 +223,7 @@ def test_the_labs_help_says_what_each_study_is() -> None:
             assert (study.__doc__ or "").splitlines()[0] in line
 
 
-def test_results_of_other_settings_are_not_taken_for_ones_own(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_of_other_settings_are_not_taken_for_ones_own(call, tmp_path, monkeypatch):
     assert call("run", "digits").exit_code == 0
     longer = replace(PRESETS["digits"].budget, steps=13)
     monkeypatch.setitem(PRESETS, "digits", replace(PRESETS["digits"], budget=longer))
@@ -247,7 +239,7 @@ def test_results_of_other_settings_are_not_taken_for_ones_own(
         ("one", "expected numbers such as 0,1,2, got 'one'"),
     ],
 )
-def test_wrong_seeds_are_named(call: Call, seeds: str, said: str) -> None:
+def test_wrong_seeds_are_named(call, seeds, said):
     found = call("run", "digits", "--seeds", seeds)
     assert found.exit_code == 2
     assert said in found.output

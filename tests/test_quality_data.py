@@ -1,8 +1,4 @@
-from __future__ import annotations
-
 import pickle
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,24 +10,23 @@ from benchmarks.quality import data
 from benchmarks.quality.data import load, to_model_range, to_uint8
 
 
-def test_digits() -> None:
+def test_digits():
     digits = load("digits")
     assert digits.images.shape == (1797, 1, 8, 8)
     assert digits.shape == (1, 8, 8)
     assert len(digits.images.unique()) == 17
-    assert digits.labels is not None
     assert digits.labels.unique().tolist() == list(range(10))
     values = to_model_range(digits.images)
     assert (float(values.min()), float(values.max())) == (-1, 1)
 
 
-def test_uint8_and_back() -> None:
+def test_uint8_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_model_range(levels)), levels)
     assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
-def write_cifar10(folder: Path, rows: int = 4) -> np.ndarray:
+def write_cifar10(folder, rows=4):
     folder.mkdir(parents=True)
     every = np.random.default_rng(0).integers(256, size=(6, rows, 3072), dtype=np.uint8)
     for number, (name, batch) in enumerate(zip(data.CIFAR10_FILES, every, strict=True), start=1):
@@ -40,7 +35,7 @@ def write_cifar10(folder: Path, rows: int = 4) -> np.ndarray:
     return every
 
 
-def write_cifar10_pictures(folder: Path, rows: int = 4) -> np.ndarray:
+def write_cifar10_pictures(folder, rows=4):
     """The npm package's layout: an image in each row of a picture, its 1024 pixels in RGB."""
     folder.mkdir(parents=True, exist_ok=True)
     every = np.random.default_rng(1).integers(256, size=(6, rows, 1024, 3), dtype=np.uint8)
@@ -50,23 +45,21 @@ def write_cifar10_pictures(folder: Path, rows: int = 4) -> np.ndarray:
 
 
 @pytest.mark.parametrize("named", ["cifar-10-batches-py", "."])
-def test_cifar10(tmp_path: Path, named: str) -> None:
+def test_cifar10(tmp_path, named):
     written = write_cifar10(tmp_path / "cifar-10-batches-py")
     images = load("cifar10", tmp_path / named)
     assert images.images.shape == (20, 3, 32, 32)
     # The format: 1024 reds, 1024 greens, 1024 blues, each row by row.
     assert int(images.images[5, 2, 3, 4]) == written[1, 1, 2048 + 3 * 32 + 4]
-    assert images.held_out is not None
     assert images.held_out.shape == (4, 3, 32, 32)
     assert int(images.held_out[3, 1, 31, 0]) == written[5, 3, 1024 + 31 * 32]
 
 
-def test_cifar10_as_pictures(tmp_path: Path) -> None:
+def test_cifar10_as_pictures(tmp_path):
     written = write_cifar10_pictures(tmp_path)
     images = load("cifar10", tmp_path)
     assert images.images.shape == (20, 3, 32, 32)
     assert images.images.dtype == torch.uint8
-    assert images.held_out is not None
     assert images.held_out.shape == (4, 3, 32, 32)
     for channel in range(3):
         # The second image of the third picture, and the last of the held-out one.
@@ -74,7 +67,7 @@ def test_cifar10_as_pictures(tmp_path: Path) -> None:
         assert int(images.held_out[3, channel, 31, 0]) == written[5, 3, 31 * 32, channel]
 
 
-def test_cifar10_as_pictures_says_what_is_wrong(tmp_path: Path) -> None:
+def test_cifar10_as_pictures_says_what_is_wrong(tmp_path):
     write_cifar10_pictures(tmp_path)
     narrow = Image.fromarray(np.zeros((4, 96, 3), np.uint8))
     narrow.save(tmp_path / "data_batch_2.png")
@@ -88,7 +81,7 @@ def test_cifar10_as_pictures_says_what_is_wrong(tmp_path: Path) -> None:
         load("cifar10", tmp_path)
 
 
-def test_cifar10_says_what_is_missing(tmp_path: Path) -> None:
+def test_cifar10_says_what_is_missing(tmp_path):
     write_cifar10(tmp_path / "cifar-10-batches-py")
     for gone in ("data_batch_3", "test_batch"):
         (tmp_path / "cifar-10-batches-py" / gone).unlink()
@@ -107,7 +100,7 @@ def test_cifar10_says_what_is_missing(tmp_path: Path) -> None:
         ([1, 2], "got no array"),
     ],
 )
-def test_cifar10_checks_a_batch(tmp_path: Path, content: object, message: str) -> None:
+def test_cifar10_checks_a_batch(tmp_path, content, message):
     write_cifar10(tmp_path / "cifar-10-batches-py")
     (tmp_path / "cifar-10-batches-py/data_batch_2").write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match=message):
@@ -115,19 +108,17 @@ def test_cifar10_checks_a_batch(tmp_path: Path, content: object, message: str) -
 
 
 class Harmful:
-    def __init__(self, call: Callable[..., object]) -> None:
+    def __init__(self, call):
         self.call = call
 
-    def __reduce__(self) -> tuple[object, tuple[str, dict[str, object]]]:
+    def __reduce__(self):
         return self.call, ("open('ran', 'w')", {})
 
 
 @pytest.mark.parametrize(
     ("call", "found"), [(exec, r"builtins\.exec"), (runstring, r"numpy\.testing.*runstring")]
 )
-def test_cifar10_runs_no_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., object], found: str
-) -> None:
+def test_cifar10_runs_no_code(tmp_path, monkeypatch, call, found):
     monkeypatch.chdir(tmp_path)
     write_cifar10(tmp_path / "cifar-10-batches-py")
     harmful = pickle.dumps({b"data": Harmful(call)})
@@ -137,7 +128,7 @@ def test_cifar10_runs_no_code(
     assert not (tmp_path / "ran").exists()
 
 
-def test_local_data_needs_a_folder(tmp_path: Path) -> None:
+def test_local_data_needs_a_folder(tmp_path):
     with pytest.raises(
         ValueError, match="cifar10 needs files; name their folder with --data: the folder"
     ):
@@ -150,10 +141,9 @@ def test_local_data_needs_a_folder(tmp_path: Path) -> None:
         load("mnist")
 
 
-def test_textures_have_hardly_a_pixel_to_clamp() -> None:
+def test_textures_have_hardly_a_pixel_to_clamp():
     textures = load("textures")
     assert textures.images.shape == (8192, 1, 8, 8)
-    assert textures.labels is not None
     assert textures.labels.unique().tolist() == list(range(18))
     at_an_end = (textures.images == 0) | (textures.images == 255)
     assert float(at_an_end.float().mean()) < 0.001
@@ -163,9 +153,7 @@ def test_textures_have_hardly_a_pixel_to_clamp() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"<html>", None], ids=["empty", "a page", "cut off"])
 @pytest.mark.parametrize("name", ["data_batch_4", "data_batch_4.png"])
-def test_a_damaged_file_of_cifar10_is_named(
-    tmp_path: Path, name: str, content: bytes | None
-) -> None:
+def test_a_damaged_file_of_cifar10_is_named(tmp_path, name, content):
     (write_cifar10 if name == "data_batch_4" else write_cifar10_pictures)(tmp_path / "made")
     path = tmp_path / "made" / name
     whole = path.read_bytes()

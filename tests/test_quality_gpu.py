@@ -1,9 +1,6 @@
 """The plan for a GPU, rehearsed on a tiny network on the CPU."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +10,11 @@ from benchmarks.files import load_json, load_tensors
 from benchmarks.quality import gpu, search
 from benchmarks.quality.corrections import Gain
 from benchmarks.quality.objectives import Plain, SkipStep
-from benchmarks.quality.presets import Preset, arm
+from benchmarks.quality.presets import arm
 from benchmarks.quality.statistics import Cell
 
 
-def shrunk(preset: Preset) -> Preset:
+def shrunk(preset):
     """The same arms and seeds on digits, few steps and images."""
     tiny = replace(
         preset, data=TINY.data, network=TINY.network, features=TINY.features, samples=16,
@@ -28,7 +25,7 @@ def shrunk(preset: Preset) -> Preset:
 
 
 @pytest.mark.parametrize("part", gpu.PARTS[:4], ids=lambda part: part.name)
-def test_each_part_writes_its_record(part: gpu.Part, tmp_path: Path) -> None:
+def test_each_part_writes_its_record(part, tmp_path):
     small = replace(part, preset=shrunk(part.preset))
     said = gpu.do(small, tmp_path, None)
     record = load_json(tmp_path / f"{part.name}.json")
@@ -38,7 +35,7 @@ def test_each_part_writes_its_record(part: gpu.Part, tmp_path: Path) -> None:
     assert (tmp_path / "weights").exists() == part.keep_weights
 
 
-def test_the_plan_asks_what_it_says() -> None:
+def test_the_plan_asks_what_it_says():
     first, loss, _, flow, last = gpu.PARTS
     assert first.preset.seeds == last.preset.seeds == (1,)
     assert loss.preset.budget.branch_at is None
@@ -51,14 +48,12 @@ def test_the_plan_asks_what_it_says() -> None:
         assert last.preset.settings[key] == first.preset.settings[key]
 
 
-def test_a_part_that_takes_too_long_stops_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_that_takes_too_long_stops_and_goes_on(tmp_path, monkeypatch):
     part = gpu.Part(
         "made", "of a test", replace(ONE_ARM, arms=(arm(Plain(), None, ("ddim",), (2,)),))
     )
 
-    def slow(*_: object, **__: object) -> None:
+    def slow(*_, **__):
         raise TimeoutError
 
     with monkeypatch.context() as patch:
@@ -69,9 +64,7 @@ def test_a_part_that_takes_too_long_stops_and_goes_on(
     assert "complete; 1 cells" in gpu.do(part, tmp_path, None)
 
 
-def test_the_search_is_asked_in_the_first_parts_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_search_is_asked_in_the_first_parts_folder(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(gpu, "search", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(gpu, "run", lambda *_, **__: None)
@@ -82,7 +75,7 @@ def test_the_search_is_asked_in_the_first_parts_folder(
     assert search.SAMPLES > 0
 
 
-def test_weights_are_kept_in_small_files(tmp_path: Path) -> None:
+def test_weights_are_kept_in_small_files(tmp_path):
     draw = torch.Generator().manual_seed(0)
     weights = {f"layer{n}": torch.randn(100, 10, generator=draw) for n in range(5)}
     weights["count"] = torch.tensor([3])

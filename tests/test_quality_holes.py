@@ -1,12 +1,9 @@
 """Holes of the quality results against numbers computed here from the committed JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import pytest
 import torch
@@ -19,21 +16,17 @@ T_975 = {2: 12.706, 3: 4.303, 5: 2.776}
 """Student's, by seeds, as tables print it."""
 
 
-def load(preset: str) -> dict[str, Any]:
-    path = FOLDER / f"{preset}.json"
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+def load(preset):
+    return json.loads((FOLDER / f"{preset}.json").read_text())
 
 
-def by_seed(
-    record: dict[str, Any], method: str, sampler: str, steps: int, name: str
-) -> list[float]:
+def by_seed(record, method, sampler, steps, name):
     place = record["columns"].index(name)
     rows = [row for row in record["rows"] if (row[0], *row[2:4]) == (method, sampler, steps)]
     return [row[place] for row in sorted(rows, key=lambda row: row[1])]
 
 
-def wanted(ours: list[float], theirs: list[float]) -> str:
+def wanted(ours, theirs):
     logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
     mean = 100 * (1 - math.exp(fmean(logs)))
     if len(logs) == 1:
@@ -56,8 +49,8 @@ def wanted(ours: list[float], theirs: list[float]) -> str:
 )
 @pytest.mark.parametrize("measure", ["frechet", "kernel"])
 def test_a_change_is_over_plain_ddim_in_as_many_steps(
-    run: str, preset: str, words: str, method: str, sampler: str, steps: int, measure: str
-) -> None:
+    run, preset, words, method, sampler, steps, measure
+):
     record, column = load(preset), f"images_{measure}"
     ours = by_seed(record, method, sampler, steps, column)
     theirs = by_seed(record, "plain", "ddim", steps, column)
@@ -68,7 +61,7 @@ def test_a_change_is_over_plain_ddim_in_as_many_steps(
     )
 
 
-def test_a_change_over_something_else_and_one_that_was_not_measured() -> None:
+def test_a_change_over_something_else_and_one_that_was_not_measured():
     record = load("digits-full")
     ours, theirs = (
         by_seed(record, name, "ddim", 10, "images_frechet")
@@ -83,7 +76,7 @@ def test_a_change_over_something_else_and_one_that_was_not_measured() -> None:
         holes.change("nothing", "gain 49")
 
 
-def test_the_dose_of_a_loss_is_by_its_spread() -> None:
+def test_the_dose_of_a_loss_is_by_its_spread():
     record = load("cifar10-unet")
     plain, loss, gain = (
         by_seed(record, name, "ddim", 10, "spread")[0]
@@ -94,7 +87,7 @@ def test_the_dose_of_a_loss_is_by_its_spread() -> None:
     assert load("digits-full")["trainings"]["skip9-expected"]["0"]["loss_share"] == 1
 
 
-def test_distances_facts_and_the_floor() -> None:
+def test_distances_facts_and_the_floor():
     record = load("cifar10-unet")
     frechet = by_seed(record, "plain", "ddim", 10, "images_frechet")[0]
     kernel = by_seed(record, "plain", "unipc", 10, "images_kernel")[0]
@@ -109,7 +102,7 @@ def test_distances_facts_and_the_floor() -> None:
         holes.fact("unet", "weather")
 
 
-def test_a_correction_chosen_on_the_other_seeds() -> None:
+def test_a_correction_chosen_on_the_other_seeds():
     record = load("cifar10-wide")
     names = sorted({row[0] for row in record["rows"] if row[0].startswith("plain+rescaling")})
     plain = by_seed(record, "plain", "ddim", 10, "images_frechet")
@@ -122,7 +115,7 @@ def test_a_correction_chosen_on_the_other_seeds() -> None:
     assert holes.change("small", "rescaling") == wanted(ours, plain)
 
 
-def test_a_table_says_doses_and_leaves_out_what_nobody_measured() -> None:
+def test_a_table_says_doses_and_leaves_out_what_nobody_measured():
     rows = [("loss", "loss 9", None), ("none", "gain 7", None), ("UniPC", "plain", "unipc")]
     columns = [("F", "unet", "frechet"), ("small images", "eps16", "frechet")]
     head, _, *lines = holes.table("x", columns, rows).splitlines()
@@ -136,7 +129,7 @@ def test_a_table_says_doses_and_leaves_out_what_nobody_measured() -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar10-16", "cifar10-16-flow"])
-def test_the_best_pair_is_the_nearest_by_the_kernel_distance(name: str) -> None:
+def test_the_best_pair_is_the_nearest_by_the_kernel_distance(name):
     record = load(name)
     pairs = {(row[0], row[2]) for row in record["rows"] if row[3] == 10}
     means = {pair: fmean(by_seed(record, *pair, 10, "images_kernel")) for pair in pairs}
@@ -150,7 +143,7 @@ def test_the_best_pair_is_the_nearest_by_the_kernel_distance(name: str) -> None:
 @pytest.mark.parametrize(
     ("run", "preset"), [("unet", "cifar10-unet"), ("flow16", "cifar10-16-flow")]
 )
-def test_where_a_gain_helps(run: str, preset: str) -> None:
+def test_where_a_gain_helps(run, preset):
     record, gain = load(preset), "plain+gain0.05" if run == "flow16" else "plain+gain49"
     helped, total = 0, 0
     for sampler, steps in {(row[2], row[3]) for row in record["rows"] if row[0] == gain}:
@@ -163,7 +156,7 @@ def test_where_a_gain_helps(run: str, preset: str) -> None:
     assert total > 1
 
 
-def test_spread_in_an_octave() -> None:
+def test_spread_in_an_octave():
     bands = load("cifar10-wide")["band_spreads"]
     values = [bands[f"ddim-10, seed {seed}"][-1] for seed in range(3)]
     assert holes.octave("small", "plain", "ddim", 10, -1) == f"{fmean(values):.2f}"
@@ -172,7 +165,7 @@ def test_spread_in_an_octave() -> None:
     assert holes.octave("eps16", "gain 49", None, 20, -1) == f"{fmean(values):.2f}"
 
 
-def test_holms_correction_is_over_the_rows_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holms_correction_is_over_the_rows_shown(monkeypatch):
     logs = {"a": [-1.0, -1.01, -0.99], "b": [-0.1, -0.2, 0.0], "c": [-0.5, -0.55, -0.45]}
     monkeypatch.setattr(
         holes,
@@ -189,7 +182,7 @@ def test_holms_correction_is_over_the_rows_shown(monkeypatch: pytest.MonkeyPatch
     assert (found.weakest, found.weakest_p) == ("B", found.p_of_missed)
 
 
-def test_the_archive_keeps_the_form_of_a_record() -> None:
+def test_the_archive_keeps_the_form_of_a_record():
     archive = json.loads((FOLDER / "archive.json").read_text())
     assert archive.keys() <= records().keys()
     for name, record in archive.items():
@@ -199,25 +192,25 @@ def test_the_archive_keeps_the_form_of_a_record() -> None:
         assert len(holes.archive_row(name)) == 5
 
 
-def test_names_of_methods_in_words() -> None:
+def test_names_of_methods_in_words():
     assert method_name("loss 0.05 + gain 0.1") == "skip0.05-expected+gain0.1"
     assert method_name("gain -49") == "plain+gain-49"
     assert method_name("min-snr-5") == "min-snr-5"
 
 
-def test_a_claim_that_no_longer_holds_is_an_error() -> None:
+def test_a_claim_that_no_longer_holds_is_an_error():
     assert holes.claim(True) == ""
     with pytest.raises(ValueError, match="no longer say"):
         holes.claim(False)
 
 
 @pytest.mark.parametrize("skip", [9, 49])
-def test_the_gap_of_continuous_time_is_computed(skip: int) -> None:
+def test_the_gap_of_continuous_time_is_computed(skip):
     """From ᾱ by the betas, and by the VP-SDE's own integral."""
     levels = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().log1p().cumsum(0)
     n = torch.arange(skip + 1, 1000)
 
-    def integral(t: torch.Tensor) -> torch.Tensor:
+    def integral(t):
         return -(0.1 * t + 19.9 * t**2 / 2)
 
     times = (n.double() + 1) / 1000
@@ -231,6 +224,6 @@ def test_the_gap_of_continuous_time_is_computed(skip: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["gains", "seeds", "skips", "readme"])
-def test_figures_are_drawn_from_the_committed_results(name: str) -> None:
+def test_figures_are_drawn_from_the_committed_results(name):
     figure = evidence_figures.FIGURES[name]()
     assert all(axes.lines for axes in figure.axes)

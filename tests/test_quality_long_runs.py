@@ -1,7 +1,5 @@
 """Kills, a full disk, a damaged checkpoint, a second process: nothing good is lost."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import shutil
@@ -9,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -71,9 +68,9 @@ for done in range(done + 1):
 """
 
 
-def what_was_made(preset: Any, root: Path) -> dict[str, Any]:
+def what_was_made(preset, root):
     """Every weight, sample and result of a run, less what depends on the clock."""
-    made: dict[str, Any] = {}
+    made = {}
     for path in sorted([*root.glob("models/**/*.pt"), *root.glob("cells/**/*.pt")]):
         tensors = load_tensors(path)
         made[str(path.relative_to(root))] = {k: v.numpy().tobytes() for k, v in tensors.items()}
@@ -88,7 +85,7 @@ def what_was_made(preset: Any, root: Path) -> dict[str, Any]:
     return {**made, "record": record}
 
 
-def test_a_run_killed_at_twenty_random_moments_makes_the_same(tmp_path: Path) -> None:
+def test_a_run_killed_at_twenty_random_moments_makes_the_same(tmp_path):
     from quality_tools import KILLED
 
     here = Path(__file__).parent
@@ -110,21 +107,21 @@ def test_a_run_killed_at_twenty_random_moments_makes_the_same(tmp_path: Path) ->
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory):
     """The run of ONE_ARM that nobody stopped."""
     root = tmp_path_factory.mktemp("whole")
     run(ONE_ARM, root)
     return root
 
 
-def stopped_at(preset: Any, root: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped_at(preset, root, step, monkeypatch):
     """Train up to a step, as far as a run that is stopped there gets; return the model's folder."""
     with monkeypatch.context() as patched:
 
-        def stop(bench: Any, objective: Any, seed: int, advance: Any) -> Any:
+        def stop(bench, objective, seed, advance):
             done = 0
 
-            def count(cost: float) -> None:
+            def count(cost):
                 nonlocal done
                 done += 1
                 if done == step:
@@ -141,8 +138,8 @@ def stopped_at(preset: Any, root: Path, step: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text"])
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
-    damage: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+    damage, whole, tmp_path, monkeypatch, capsys
+):
     folder = stopped_at(ONE_ARM, tmp_path, 11, monkeypatch)
     newest, before = folder / NEWEST, folder / BEFORE
     assert (load_tensors(newest)["step"], load_tensors(before)["step"]) == (10, 5)
@@ -157,9 +154,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert not list(folder.glob("checkpoint*"))
 
 
-def test_without_a_checkpoint_that_can_be_read_the_user_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_checkpoint_that_can_be_read_the_user_is_told(tmp_path, monkeypatch):
     folder = stopped_at(ONE_ARM, tmp_path, 6, monkeypatch)
     (folder / NEWEST).write_bytes(b"nothing")
     monkeypatch.setitem(PRESETS, "digits", ONE_ARM)
@@ -185,8 +180,8 @@ cli.main(["run", "digits", "--workers", "1", "--out", sys.argv[1]])
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits on the size of files")
 def test_a_full_disk_ends_a_run_in_one_line_and_keeps_the_last_good_state(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    whole, tmp_path, monkeypatch
+):
     """A limit on the size of files stands for the disk: a checkpoint no longer fits."""
     folder = stopped_at(ONE_ARM, tmp_path, 6, monkeypatch)
     good = (folder / NEWEST).read_bytes()
@@ -210,12 +205,10 @@ def test_a_full_disk_ends_a_run_in_one_line_and_keeps_the_last_good_state(
     assert what_was_made(ONE_ARM, tmp_path) == what_was_made(ONE_ARM, whole)
 
 
-def test_torchs_own_complaint_about_the_disk_is_an_oserror(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchs_own_complaint_about_the_disk_is_an_oserror(tmp_path, monkeypatch):
     save_tensors(tmp_path / "a.pt", {"x": torch.zeros(1)})
 
-    def full(content: object, path: Path) -> None:
+    def full(content, path):
         Path(path).write_bytes(b"half")
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nat")
 
@@ -230,9 +223,7 @@ def test_torchs_own_complaint_about_the_disk_is_an_oserror(
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_a_second_process_in_the_folder_is_told_and_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_process_in_the_folder_is_told_and_changes_nothing(tmp_path, monkeypatch):
     folder = stopped_at(ONE_ARM, tmp_path, 6, monkeypatch)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setitem(PRESETS, "digits", ONE_ARM)
@@ -248,11 +239,11 @@ def test_a_second_process_in_the_folder_is_told_and_changes_nothing(
 
 
 class Harmful:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
+    def __reduce__(self):
         return (print, ("a checkpoint ran code",))
 
 
-def test_a_checkpoint_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_runs_no_code(tmp_path, capsys):
     torch.save({"step": 1, "model": Harmful()}, tmp_path / NEWEST)
     with pytest.raises(ValueError, match="cannot be read"):
         newest_state(tmp_path)
@@ -262,7 +253,7 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "ran code" not in capsys.readouterr().out
 
 
-def test_a_run_killed_just_before_it_tidied_up_is_tidied_up(whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_just_before_it_tidied_up_is_tidied_up(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     folder = Layout(tmp_path, tmp_path).model(Plain(), 0)
     (folder / NEWEST).write_bytes(b"left")
@@ -275,33 +266,29 @@ def test_a_run_killed_just_before_it_tidied_up_is_tidied_up(whole: Path, tmp_pat
     assert (tmp_path / "cells/plain/seed0/ddim-2.json").exists()
 
 
-def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
+def test_two_checkpoints_are_kept(tmp_path):
     assert newest_state(tmp_path) is None
     for step in (1, 2, 3):
         save_state(tmp_path, {"step": step})
     assert [load_tensors(tmp_path / name)["step"] for name in (NEWEST, BEFORE)] == [3, 2]
     (tmp_path / NEWEST).unlink()  # killed between the two renames
-    state = newest_state(tmp_path)
-    assert state is not None
-    assert state["step"] == 2
+    assert newest_state(tmp_path)["step"] == 2
 
 
-def test_damaged_json_is_named(tmp_path: Path) -> None:
+def test_damaged_json_is_named(tmp_path):
     save_json(tmp_path / "a.json", {"x": 1})
     (tmp_path / "a.json").write_text('{"x": ')
     with pytest.raises(ValueError, match=r"a\.json cannot be read \(.*\); remove it to have it"):
         load_json(tmp_path / "a.json")
 
 
-def test_a_full_disk_between_checkpoint_and_kept_state_costs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_between_checkpoint_and_kept_state_costs_nothing(tmp_path, monkeypatch):
     """What a run goes on from must not lie behind what it still has to keep."""
     budget = replace(ONE_ARM.budget, steps=10, checkpoint_every=5, keep_at=(0.5,))
     preset = replace(ONE_ARM, budget=budget)
     whole = training_module.save_tensors
 
-    def full(path: Path, tensors: Any) -> None:
+    def full(path, tensors):
         if path.name == "state-50.pt":
             raise OSError(28, "No space left on device")
         whole(path, tensors)

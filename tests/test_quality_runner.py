@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -7,19 +5,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from quality_tools import ONE_ARM, TINY
 from scipy.fft import dctn
-from torch import Tensor
 
 from benchmarks.files import load_json, load_tensors, write_whole
 from benchmarks.quality import runner
@@ -39,13 +33,13 @@ TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     run(TINY, root)
     return root
 
 
-def contents(root: Path) -> dict[str, Any]:
+def contents(root):
     """Everything that a run measured, by file, less what depends on the clock."""
     found = {}
     for path in sorted(root.glob("cells/**/*.json")):
@@ -55,7 +49,7 @@ def contents(root: Path) -> dict[str, Any]:
     return found
 
 
-def test_every_cell_has_its_result(finished: Path) -> None:
+def test_every_cell_has_its_result(finished):
     cells = contents(finished)
     assert len(cells) == 2 * (4 + 4 + 1)
     cell = cells["cells/plain/seed0/ddim-2.json"]
@@ -97,12 +91,12 @@ run(tiny, Path(sys.argv[1]))
 """
 
 
-def _run_alone(command: list[str], environment: dict[str, str]) -> None:
+def _run_alone(command, environment):
     subprocess.run(command, check=True, env=environment)  # noqa: S603 - our own interpreter and code
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_run_on_a_gpu(tmp_path: Path) -> None:
+def test_a_run_on_a_gpu(tmp_path):
     environment = dict(os.environ, S2DM_DEVICE="cuda")
     environment["PYTHONPATH"] = os.pathsep.join((str(TESTS.parent), str(TESTS)))
     command = [sys.executable, "-W", "ignore", "-c", ON_A_GPU, str(tmp_path / "tiny")]
@@ -119,9 +113,7 @@ def test_a_run_on_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "factor"), [("plain", None), ("plain+gain99", gain)])
-def test_a_cell_is_of_its_own_methods_samples(
-    finished: Path, name: str, factor: Callable[..., Tensor] | None
-) -> None:
+def test_a_cell_is_of_its_own_methods_samples(finished, name, factor):
     bench = Bench(TINY, finished)
     network = bench.model(Plain(), 0, lambda cost: None)
     table = torch.ones(1000) if factor is None else factor(bench.path.schedule, 99).float()
@@ -146,13 +138,13 @@ def test_a_cell_is_of_its_own_methods_samples(
     assert cell["images"]["frechet"] == pytest.approx(saved.frechet)
 
 
-def test_what_the_sampler_alone_leaves_of_each_band(finished: Path) -> None:
+def test_what_the_sampler_alone_leaves_of_each_band(finished):
     """By matrices in pixels, where the code has a number for each principal axis."""
     pixels = to_model_range(load_digits().images).double().flatten(1)
     covariance = np.cov(pixels.numpy().T)
     levels = NoiseSchedule.linear(1000).alphas_cumprod.double()
 
-    def exact(x: Tensor, t: Tensor) -> Tensor:
+    def exact(x, t):
         level = float(levels[t])
         total = level * covariance + (1 - level) * np.eye(64)
         return (1 - level) ** 0.5 * x @ torch.from_numpy(np.linalg.inv(total))
@@ -161,7 +153,7 @@ def test_what_the_sampler_alone_leaves_of_each_band(finished: Path) -> None:
     schedule = NoiseSchedule.linear(1000)
     linear = sample(exact, "ddim", schedule, 3, start, torch.Generator()).numpy()
 
-    def bands(squares: NDArray[np.float64]) -> list[float]:
+    def bands(squares):
         cosines = dctn(np.eye(64).reshape(64, 8, 8), axes=(1, 2), norm="ortho").reshape(64, 64)
         powers = np.einsum("ik,ij,jk->k", cosines, squares, cosines).reshape(8, 8)
         place = np.maximum(*np.indices((8, 8)))
@@ -179,9 +171,7 @@ def test_what_the_sampler_alone_leaves_of_each_band(finished: Path) -> None:
     )
 
 
-def test_the_spread_before_the_clamp_of_samples_that_are_kept_in_8_bits(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_the_spread_before_the_clamp_of_samples_that_are_kept_in_8_bits(finished, tmp_path):
     """Batches of 20, which are kept as images: what the clamp takes of the spread is known."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "cells/plain/seed0/ddim-2.json").unlink()
@@ -206,9 +196,7 @@ def test_the_spread_before_the_clamp_of_samples_that_are_kept_in_8_bits(
     assert kept == {"ddim-2": {"0": pytest.approx(cell["raw_spread"], abs=1e-5)}}
 
 
-def test_samples_are_compared_with_what_is_held_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_are_compared_with_what_is_held_out(tmp_path, monkeypatch):
     digits = load_digits()
     split = replace(digits, images=digits.images[:1500], held_out=digits.images[1500:] // 2)
     monkeypatch.setattr(runner.datasets, "load", lambda name, folder: split)
@@ -221,7 +209,7 @@ def test_samples_are_compared_with_what_is_held_out(
     assert (floor["images_each"], floor["reference"]) == (TINY.samples, 297)
 
 
-def test_a_folder_is_of_one_kind_of_features(tmp_path: Path) -> None:
+def test_a_folder_is_of_one_kind_of_features(tmp_path):
     bench = Bench(TINY, tmp_path)
     of_here = bench.floor()["features"]
     # A processor without bfloat16 takes ImageNet features in float32.
@@ -231,8 +219,8 @@ def test_a_folder_is_of_one_kind_of_features(tmp_path: Path) -> None:
 
 
 def test_what_is_there_is_not_done_again_and_what_is_lost_comes_back_the_same(
-    finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    finished, monkeypatch
+):
     before = contents(finished)
     with monkeypatch.context() as patched:
         patched.setattr(runner, "train", None)
@@ -246,15 +234,13 @@ def test_what_is_there_is_not_done_again_and_what_is_lost_comes_back_the_same(
     assert contents(finished) == before
 
 
-def test_batches_of_a_killed_cell_are_kept(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_of_a_killed_cell_are_kept(finished, tmp_path, monkeypatch):
     batched = replace(ONE_ARM, sample_batch=20)
     run(batched, tmp_path / "whole")
     calls = []
     sample = runner.sample
 
-    def interrupted(*arguments: Any) -> torch.Tensor:
+    def interrupted(*arguments):
         calls.append(len(arguments[4]))
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -271,7 +257,7 @@ def test_batches_of_a_killed_cell_are_kept(
     assert not list((tmp_path / "killed").glob("cells/plain/seed0/*/"))
 
 
-def test_a_plan_counts_what_is_left(tmp_path: Path, finished: Path) -> None:
+def test_a_plan_counts_what_is_left(tmp_path, finished):
     new, done = plan(TINY, tmp_path), plan(TINY, finished)
     assert (new.trainings, new.network_steps, new.cells) == (4, 48, 18)
     assert new.sampling_calls == 2 * ((2 + 3) * 2 * 2 + 2)
@@ -280,7 +266,7 @@ def test_a_plan_counts_what_is_left(tmp_path: Path, finished: Path) -> None:
     assert done.done == new.cost == 48 * 8 * 3 + 64 * new.sampling_calls
 
 
-def test_the_whole_grid_is_what_was_promised() -> None:
+def test_the_whole_grid_is_what_was_promised():
     full = PRESETS["digits-full"]
     cells = {(arm.method.name, s, n) for arm in full.arms for s in arm.samplers for n in arm.steps}
     names = {name for name, *_ in cells}
@@ -294,7 +280,7 @@ def test_the_whole_grid_is_what_was_promised() -> None:
     assert len(full.seeds) == 5
 
 
-def test_a_preset_samples_the_networks_of_another(finished: Path, tmp_path: Path) -> None:
+def test_a_preset_samples_the_networks_of_another(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
     more = replace(ONE_ARM, name="more", samples=128, networks_of=TINY)
     assert plan(more, tmp_path / "more").trainings == 0
@@ -311,7 +297,7 @@ def test_a_preset_samples_the_networks_of_another(finished: Path, tmp_path: Path
     assert {row[3] for row in record["rows"]} == {2, 3}
 
 
-def test_networks_that_another_preset_is_to_have_are_trained_in_its_folder(tmp_path: Path) -> None:
+def test_networks_that_another_preset_is_to_have_are_trained_in_its_folder(tmp_path):
     more = replace(ONE_ARM, name="more", samples=128, networks_of=ONE_ARM)
     run(more, tmp_path / "more")
     assert load_json(tmp_path / "tiny/settings.json") == ONE_ARM.settings
@@ -325,7 +311,7 @@ def test_networks_that_another_preset_is_to_have_are_trained_in_its_folder(tmp_p
     assert not (tmp_path / "other").exists()
 
 
-def test_what_samples_anothers_networks_has_its_settings() -> None:
+def test_what_samples_anothers_networks_has_its_settings():
     shared = [preset for preset in PRESETS.values() if preset.networks_of is not None]
     assert [preset.name for preset in shared] == ["cifar10-16-10k", "cifar10-wide-10k"]
     for preset in shared:
@@ -334,7 +320,7 @@ def test_what_samples_anothers_networks_has_its_settings() -> None:
             assert preset.settings[key] == preset.networks_of.settings[key]
 
 
-def test_what_branches_and_what_is_trained_from_the_start() -> None:
+def test_what_branches_and_what_is_trained_from_the_start():
     preset = PRESETS["cifar10-wide-10k"]
     steps = {
         one.method.objective.name: training_steps(preset, one.method.objective)
@@ -349,14 +335,12 @@ def test_what_branches_and_what_is_trained_from_the_start() -> None:
 
 
 @pytest.mark.parametrize("reports", ["seldom", "each"])
-def test_progress_ends_at_its_total(
-    reports: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_ends_at_its_total(reports, tmp_path, monkeypatch):
     """And no rounding error beyond it, of which tqdm warns: from the start, and resumed."""
     ends = []
 
-    class Bar(runner.tqdm):  # type: ignore[type-arg]  # generic in the stubs alone
-        def close(self) -> None:
+    class Bar(runner.tqdm):
+        def close(self):
             ends.append((self.n, self.total))
             super().close()
 
@@ -366,7 +350,7 @@ def test_progress_ends_at_its_total(
         slow = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
         monkeypatch.setattr(runner, "time", slow)
 
-    def killed(*state: Any) -> None:
+    def killed(*state):
         save_state(*state)
         raise KeyboardInterrupt
 
@@ -383,8 +367,8 @@ def test_progress_ends_at_its_total(
         assert ends[0][0] == ends[0][1] > 0
 
 
-def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
-    def torn(partial: Path) -> None:
+def test_a_file_is_whole_or_absent(tmp_path):
+    def torn(partial):
         partial.write_text("half")
         raise KeyboardInterrupt
 
@@ -396,7 +380,7 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     assert target.read_text() == "whole"
 
 
-def test_the_report(finished: Path, tmp_path: Path) -> None:
+def test_the_report(finished, tmp_path):
     text = write_report(TINY, finished)
     assert text == (finished / "table.md").read_text()
     assert "| DDIM, 2 steps |" in text
@@ -412,9 +396,7 @@ def test_the_report(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("steps", "shown"), [((2, 3), True), ((3,), False)])
-def test_a_column_that_lacks_cells(
-    finished: Path, tmp_path: Path, steps: tuple[int, ...], shown: bool
-) -> None:
+def test_a_column_that_lacks_cells(finished, tmp_path, steps, shown):
     """The picture shows the cells that every column has; before, the report was lost with it."""
     plain, gain_with_two_steps = replace(TINY.arms[0], steps=steps), TINY.arms[2]
     preset = replace(TINY, arms=(plain, gain_with_two_steps), columns=("plain", "plain+gain99"))
@@ -427,9 +409,7 @@ def test_a_column_that_lacks_cells(
     assert not (root / "loss.png").exists()
 
 
-def test_other_data_are_not_mixed_into_a_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_data_are_not_mixed_into_a_folder(tmp_path, monkeypatch):
     run(ONE_ARM, tmp_path)
     digits = runner.datasets.load("digits")
     other = replace(digits, images=digits.images.flip(0))

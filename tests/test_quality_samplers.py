@@ -1,8 +1,5 @@
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks.quality.samplers import SAMPLERS, TITLES, make_scheduler, sample, visited
 from benchmarks.quality.streams import Purpose, generator
@@ -12,20 +9,20 @@ SCHEDULE = NoiseSchedule.linear(1000)
 SPREAD = 0.5
 
 
-def exact(x: Tensor, t: Tensor) -> Tensor:
+def exact(x, t):
     """E[ε | x_t] for data drawn from N(0.3, SPREAD²)."""
     alphas_cumprod = SCHEDULE.alphas_cumprod[t].to(x)
     variance = alphas_cumprod * SPREAD**2 + 1 - alphas_cumprod
     return (1 - alphas_cumprod).sqrt() * (x - alphas_cumprod.sqrt() * 0.3) / variance
 
 
-def draw(name: str, steps: int, seed: int = 0) -> Tensor:
+def draw(name, steps, seed=0):
     start = torch.randn(4096, 1, 2, 2, generator=generator(seed, Purpose.START))
     return sample(exact, name, SCHEDULE, steps, start, generator(seed, Purpose.SAMPLER))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_recovers_gaussian_data_from_its_exact_model(name: str) -> None:
+def test_every_sampler_recovers_gaussian_data_from_its_exact_model(name):
     # DDPM's own variance is right for small steps only.
     steps = 1000 if name == "ddpm" else 100
     samples = draw(name, steps)
@@ -35,14 +32,14 @@ def test_every_sampler_recovers_gaussian_data_from_its_exact_model(name: str) ->
     assert not torch.equal(samples, draw(name, steps, seed=1))
 
 
-def test_few_steps_of_ddim_spread_too_little() -> None:
+def test_few_steps_of_ddim_spread_too_little():
     """The effect that the gain corrects, in the one case where nothing is learned."""
     spreads = [float(draw("ddim", steps).std()) for steps in (5, 10, 50)]
     assert spreads[0] < spreads[1] < spreads[2] < SPREAD * 1.01
     assert spreads[0] < 0.95 * SPREAD
 
 
-def test_ddim_is_its_formula() -> None:
+def test_ddim_is_its_formula():
     start = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     x = start
     for t, earlier in ((750, 500), (500, 250), (250, 0), (0, None)):
@@ -56,7 +53,7 @@ def test_ddim_is_its_formula() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_schedulers_have_the_schedules_own_table(name: str) -> None:
+def test_schedulers_have_the_schedules_own_table(name):
     scheduler = make_scheduler(name, SCHEDULE)
     torch.testing.assert_close(
         scheduler.alphas_cumprod.double(), SCHEDULE.alphas_cumprod, rtol=1e-5, atol=0
@@ -66,12 +63,12 @@ def test_schedulers_have_the_schedules_own_table(name: str) -> None:
     assert name in TITLES
 
 
-def test_visited_timesteps() -> None:
+def test_visited_timesteps():
     for name in ("ddim", "pndm", "ddpm"):
         assert visited(name, SCHEDULE, 10).tolist() == list(range(0, 1000, 100))
     assert visited("deis", SCHEDULE, 10).tolist() == list(range(90, 901, 90))
 
 
-def test_an_unknown_sampler() -> None:
+def test_an_unknown_sampler():
     with pytest.raises(ValueError, match=r"sampler: expected one of ddim, pndm, .*, got 'euler'"):
         make_scheduler("euler", SCHEDULE)
