@@ -1,47 +1,37 @@
-from __future__ import annotations
-
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from quality_tools import TINY, a_run
-from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.quality import objectives
+from benchmarks.quality import training
+from benchmarks.quality.layout import Layout
 from benchmarks.quality.objectives import (
     Batch,
     InputPerturbation,
     MinSNR,
-    Objective,
     Plain,
     SampledTimesteps,
     SequenceAware,
     SkipStep,
 )
 from benchmarks.quality.paths import EpsilonPath, FlowPath
-from benchmarks.quality.paths import Path as NoisePath
+from benchmarks.quality.plan import jobs
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.streams import Stream
 from s2dm_loss import NoiseSchedule, ScoreRescaling
-from s2dm_loss.coefficients import Estimator
 
 SCHEDULE = NoiseSchedule.linear(1000)
 PATH = EpsilonPath()
+ESTIMATORS = ("expected", "fresh", "shared")
 ALL = (
-    Plain(),
-    SkipStep(9),
-    SkipStep(9, "fresh"),
-    SkipStep(9, "shared"),
-    MinSNR(),
-    InputPerturbation(),
-    SequenceAware(),
-    SampledTimesteps(10),
+    *(Plain(), MinSNR(), InputPerturbation(), SequenceAware(), SampledTimesteps(10)),
+    *(SkipStep(9, estimator) for estimator in ESTIMATORS),
 )
 
 
-def a_batch(size: int = 24) -> Batch:
+def a_batch(size=24):
     draw = torch.Generator().manual_seed(1)
     x0 = torch.randn(size, 1, 4, 4, generator=draw)
     # Both ends of the schedule and t < k are among the times.
@@ -50,29 +40,29 @@ def a_batch(size: int = 24) -> Batch:
     return Batch(x0, t, torch.randn(size, 1, 4, 4, generator=draw), extra)
 
 
-def more_noise(like: Tensor, draws: int = 1) -> list[Tensor]:
+def more_noise(like, draws=1):
     """What the extra stream of `a_batch` will draw."""
     draw = torch.Generator().manual_seed(2)
     return [torch.randn(like.shape, generator=draw) for _ in range(draws)]
 
 
-def model(x: Tensor, t: Tensor) -> Tensor:
+def model(x, t):
     """Some smooth function of both arguments."""
     return torch.tanh(x) * (1 + t[:, None, None, None] / 1000) - 0.1 * x
 
 
-def noisy(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def noisy(x0, noise, t):
     alphas_cumprod = SCHEDULE.alphas_cumprod[t][:, None, None, None]
     return (alphas_cumprod.sqrt() * x0 + (1 - alphas_cumprod).sqrt() * noise).float()
 
 
-def per_sample(error: Tensor) -> Tensor:
+def per_sample(error):
     return error.square().flatten(1).mean(1)
 
 
 @pytest.mark.parametrize("estimator", ["fresh", "shared"])
 @pytest.mark.parametrize("skip", [1, 9, 99])
-def test_skip_step_is_the_two_term_formula(estimator: str, skip: int) -> None:
+def test_skip_step_is_the_two_term_formula(estimator, skip):
     batch = a_batch()
     predicted = model(noisy(batch.x0, batch.noise, batch.t), batch.t).requires_grad_()
     zeta = more_noise(batch.x0)[0] if estimator == "fresh" else batch.noise
@@ -81,8 +71,7 @@ def test_skip_step_is_the_two_term_formula(estimator: str, skip: int) -> None:
     c = (earlier / alphas_cumprod[batch.t] - 1).sqrt()[:, None, None, None]
     plain, skipped = per_sample(batch.noise - predicted), per_sample(zeta - c * predicted)
     terms = torch.where(batch.t < skip, plain, 0.99 * plain + 0.01 * skipped).mean()
-    built = SkipStep(skip, estimator).build(PATH)  # type: ignore[arg-type]
-    loss, errors, t = built(lambda *_: predicted, batch)
+    loss, errors, t = SkipStep(skip, estimator).build(PATH)(lambda *_: predicted, batch)
     # Up to what the network cannot change.
     wanted, found = (torch.autograd.grad(value, predicted)[0] for value in (terms, loss))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
@@ -91,9 +80,7 @@ def test_skip_step_is_the_two_term_formula(estimator: str, skip: int) -> None:
 
 
 @pytest.mark.parametrize("skip", [None, 0.05, 0.2])
-def test_a_flow_is_trained_on_the_velocity_and_its_loss_on_the_noise_in_it(
-    skip: float | None,
-) -> None:
+def test_a_flow_is_trained_on_the_velocity_and_its_loss_on_the_noise_in_it(skip):
     """The two-term formula on ε̂ = x_t + (1 - t) û: its minimiser, û with s ε̂ in place of ε̂."""
     batch = a_batch()
     t = ((batch.t + 0.5) / 1000).double()[:, None, None, None]
@@ -101,9 +88,9 @@ def test_a_flow_is_trained_on_the_velocity_and_its_loss_on_the_noise_in_it(
     velocity = (batch.noise - batch.x0).double()
     output = model(x_t.float(), 1000 * t.flatten().float()).double().requires_grad_()
     loss = (Plain() if skip is None else SkipStep(skip)).build(FlowPath())
-    seen: list[Tensor] = []
+    seen = []
 
-    def called(x: Tensor, time: Tensor) -> Tensor:
+    def called(x, time):
         seen.extend((x, time))
         return output.float()
 
@@ -126,12 +113,12 @@ def test_a_flow_is_trained_on_the_velocity_and_its_loss_on_the_noise_in_it(
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-5)
 
 
-def test_an_objective_of_noise_alone_is_refused_on_a_flow() -> None:
+def test_an_objective_of_noise_alone_is_refused_on_a_flow():
     with pytest.raises(ValueError, match=r"objective: min-snr-5 is one of networks that predict ε"):
         MinSNR().build(FlowPath())
 
 
-def test_min_snr_weighs_by_the_clipped_snr() -> None:
+def test_min_snr_weighs_by_the_clipped_snr():
     batch = a_batch()
     alphas_cumprod = SCHEDULE.alphas_cumprod[batch.t]
     snr = alphas_cumprod / (1 - alphas_cumprod)
@@ -140,7 +127,7 @@ def test_min_snr_weighs_by_the_clipped_snr() -> None:
     assert float(MinSNR(5.0).build(PATH)(model, batch)[0]) == pytest.approx(float(wanted))
 
 
-def test_input_perturbation_moves_the_input_and_not_the_target() -> None:
+def test_input_perturbation_moves_the_input_and_not_the_target():
     batch = a_batch()
     perturbed = batch.noise + 0.1 * more_noise(batch.x0)[0]
     wanted = F.mse_loss(model(noisy(batch.x0, perturbed, batch.t), batch.t), batch.noise)
@@ -149,7 +136,7 @@ def test_input_perturbation_moves_the_input_and_not_the_target() -> None:
 
 
 @pytest.mark.parametrize("window", [2, 3])
-def test_sequence_aware_sums_the_residuals_of_consecutive_timesteps(window: int) -> None:
+def test_sequence_aware_sums_the_residuals_of_consecutive_timesteps(window):
     batch = a_batch()
     noise = [batch.noise, *more_noise(batch.x0, window - 1)]
     total = torch.zeros_like(batch.x0)
@@ -164,22 +151,16 @@ def test_sequence_aware_sums_the_residuals_of_consecutive_timesteps(window: int)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_sampled_timesteps_are_the_samplers_and_all_of_them() -> None:
-    seen = set()
-
-    def spy(x: Tensor, t: Tensor) -> Tensor:
-        seen.update(t.tolist())
-        return x
-
-    every = torch.arange(1000)
-    batch = Batch(torch.zeros(1000, 1, 2, 2), every, torch.zeros(1000, 1, 2, 2), a_batch().extra)
-    SampledTimesteps(20).build(PATH)(spy, batch)
-    assert seen == set(range(0, 1000, 50))
+def test_sampled_timesteps_are_the_samplers_and_all_of_them():
+    zeros = torch.zeros(1000, 1, 2, 2)
+    batch = Batch(zeros, torch.arange(1000), zeros, a_batch().extra)
+    _, _, times = SampledTimesteps(20).build(PATH)(lambda x, t: x, batch)
+    assert set(times.tolist()) == set(range(0, 1000, 50))
 
 
 @pytest.mark.parametrize("t", [300, 800])
 @pytest.mark.parametrize("objective", [Plain(), InputPerturbation(0.5), SequenceAware()])
-def test_the_minimisers_of_peers_are_gains(objective: Objective, t: int) -> None:
+def test_the_minimisers_of_peers_are_gains(objective, t):
     """On Gaussian data of variance v, in closed form."""
     v, size = 0.3, 100_000
     draw = torch.Generator().manual_seed(4)
@@ -207,73 +188,48 @@ def test_the_minimisers_of_peers_are_gains(objective: Objective, t: int) -> None
         assert best == pytest.approx(exact * float(same), rel=0.01)
 
 
-class Recorder(nn.Module):
-    """Keeps the batches that a loss was given."""
+def test_random_numbers_are_common_to_all_objectives(tmp_path, monkeypatch):
+    batches = []
 
-    def __init__(self, loss: nn.Module, kept: list[Batch]) -> None:
-        super().__init__()
-        self.loss, self.kept = loss, kept
+    def kept(*parts):
+        batches.append(Batch(*parts))
+        return batches[-1]
 
-    def forward(self, model: objectives.Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        self.kept.append(batch)
-        result: tuple[Tensor, Tensor, Tensor] = self.loss(model, batch)
-        return result
-
-
-@pytest.mark.parametrize("objective", ALL[1:], ids=lambda o: o.name)
-def test_random_numbers_are_common_to_all_objectives(
-    objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept: dict[str, list[Batch]] = {}
-    for one in (Plain(), objective):
-        build = type(one).build
-        kept[one.name] = []
-
-        def recorded(self: Objective, path: NoisePath, build=build) -> nn.Module:  # type: ignore[no-untyped-def]
-            return Recorder(build(self, path), kept[self.name])
-
-        monkeypatch.setattr(type(one), "build", recorded)
-        a_run(tmp_path / one.name, one)
-    pairs = list(zip(kept["plain"], kept[objective.name], strict=True))
-    assert len(pairs) == TINY.budget.steps
-    for plain, other in pairs:
-        assert torch.equal(plain.x0, other.x0)
-        assert torch.equal(plain.t, other.t)
-        assert torch.equal(plain.noise, other.noise)
-    assert not torch.equal(kept["plain"][0].noise, kept["plain"][1].noise)
+    monkeypatch.setattr(training, "Batch", kept)
+    for objective in ALL:
+        a_run(tmp_path / objective.name, objective)
+    steps = TINY.budget.steps
+    assert len(batches) == steps * len(ALL)
+    for number, batch in enumerate(batches):
+        plain = batches[number % steps]
+        for name in ("x0", "t", "noise"):
+            assert torch.equal(getattr(batch, name), getattr(plain, name)), ALL[number // steps]
+    assert not torch.equal(batches[0].noise, batches[1].noise)
 
 
-@pytest.mark.parametrize("estimator", ["expected", "fresh", "shared"])
-def test_tau_one_trains_as_plain_does(estimator: Estimator, tmp_path: Path) -> None:
-    plain, skip, different = (
-        a_run(tmp_path / objective.name, objective).state_dict()
-        for objective in (
-            Plain(),
-            SkipStep(9, estimator, tau=1.0),
-            SkipStep(99, estimator, tau=0.5),
-        )
-    )
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_tau_one_trains_as_plain_does(estimator, tmp_path):
+    objectives = (Plain(), SkipStep(9, estimator, tau=1.0), SkipStep(99, estimator, tau=0.5))
+    plain, skip, different = (a_run(tmp_path / one.name, one).state_dict() for one in objectives)
     for name, weights in plain.items():
         torch.testing.assert_close(skip[name], weights, rtol=1e-4, atol=1e-6)
     assert any(not torch.allclose(different[n], w, rtol=1e-4, atol=1e-6) for n, w in plain.items())
 
 
-def test_seeds_differ(tmp_path: Path) -> None:
+def test_seeds_differ(tmp_path):
     one, other = (a_run(tmp_path / f"{seed}", Plain(), seed).state_dict() for seed in (0, 1))
     assert not torch.equal(one["inlet.weight"], other["inlet.weight"])
 
 
-def test_names_are_different_and_can_be_folders() -> None:
+def test_names_are_different_and_can_be_folders():
     for preset in PRESETS.values():
-        coordinates = [
-            (arm.method.name, sampler, steps)
-            for arm in preset.arms
-            for sampler in arm.samplers
-            for steps in arm.steps
+        files = [
+            Layout.of(preset, Path()).cell(job.arm.method, job.seed, *cell)
+            for job in jobs(preset)
+            for cell in job.cells()
         ]
-        assert len(set(coordinates)) == len(coordinates)
-        names = {arm.method.name: arm.method for arm in preset.arms}
-        assert len({method.title for method in names.values()}) == len(names)
-        assert not any(set("/\\ :*?") & set(name) for name in names)
-        assert all(name == replace(m).name for name, m in names.items())
-        assert set(preset.columns) <= set(names)
+        assert len(set(files)) == len(files)
+        titles = {arm.method.name: arm.method.title for arm in preset.arms}
+        assert len(set(titles.values())) == len(titles)
+        assert not set("/\\ :*?") & set("".join(titles))
+        assert set(preset.columns) <= set(titles)
