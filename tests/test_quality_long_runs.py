@@ -12,20 +12,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 from filelock import FileLock
-from quality_tools import ONE_ARM, TINY
+from quality_tools import KILLED, ONE_ARM, stopped_at, what_was_made
 
 from benchmarks import files
-from benchmarks.files import load_json, load_tensors, save_json, save_tensors
-from benchmarks.quality import cli, runner
-from benchmarks.quality import training as training_module
+from benchmarks.files import load_json, load_tensors, save_tensors
+from benchmarks.quality import cli
 from benchmarks.quality.checkpoint import BEFORE, NEWEST, newest_state, save_state
-from benchmarks.quality.layout import InUseError, Layout
-from benchmarks.quality.objectives import Plain
 from benchmarks.quality.plan import plan
 from benchmarks.quality.presets import PRESETS
-from benchmarks.quality.record import collect
 from benchmarks.quality.runner import run
 
+HERE = Path(__file__).parent
 KILLS = 20
 # One process imports everything once and forks a run for every kill.
 KILLER = """
@@ -68,32 +65,11 @@ for done in range(done + 1):
 """
 
 
-def what_was_made(preset, root):
-    """Every weight, sample and result of a run, less what depends on the clock."""
-    made = {}
-    for path in sorted([*root.glob("models/**/*.pt"), *root.glob("cells/**/*.pt")]):
-        tensors = load_tensors(path)
-        made[str(path.relative_to(root))] = {k: v.numpy().tobytes() for k, v in tensors.items()}
-    for path in sorted(root.glob("cells/**/*.json")):
-        cell = load_json(path)
-        del cell["sampling_seconds"], cell["metric_seconds"]
-        made[str(path.relative_to(root))] = cell
-    record = collect(preset, root)
-    for runs in record["trainings"].values():
-        for training in runs.values():
-            del training["seconds"]
-    return {**made, "record": record}
-
-
 def test_a_run_killed_at_twenty_random_moments_makes_the_same(tmp_path):
-    from quality_tools import KILLED
-
-    here = Path(__file__).parent
     subprocess.run(  # noqa: S603 - this very interpreter
-        [sys.executable, "-c", KILLER, tmp_path / "killed", str(KILLS), here, here.parent],
-        check=True,
+        [sys.executable, "-c", KILLER, tmp_path, str(KILLS), HERE, HERE.parent], check=True
     )
-    first, *killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
+    first, *killed = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
     whole = what_was_made(KILLED, first)  # of the run that nobody killed
     assert sum(name.endswith("weights.pt") for name in whole) == 2
     assert sum(name.endswith(".json") for name in whole) == 4
@@ -114,33 +90,11 @@ def whole(tmp_path_factory):
     return root
 
 
-def stopped_at(preset, root, step, monkeypatch):
-    """Train up to a step, as far as a run that is stopped there gets; return the model's folder."""
-    with monkeypatch.context() as patched:
-
-        def stop(bench, objective, seed, advance):
-            done = 0
-
-            def count(cost):
-                nonlocal done
-                done += 1
-                if done == step:
-                    raise KeyboardInterrupt
-
-            return model(bench, objective, seed, count)
-
-        model = runner.Bench.model
-        patched.setattr(runner.Bench, "model", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(preset, root)
-    return Layout(root, root).model(Plain(), 0)
-
-
 @pytest.mark.parametrize("damage", ["half", "empty", "text"])
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     damage, whole, tmp_path, monkeypatch, capsys
 ):
-    folder = stopped_at(ONE_ARM, tmp_path, 11, monkeypatch)
+    folder = stopped_at(ONE_ARM, tmp_path, 10, monkeypatch)
     newest, before = folder / NEWEST, folder / BEFORE
     assert (load_tensors(newest)["step"], load_tensors(before)["step"]) == (10, 5)
     content = newest.read_bytes()
@@ -154,15 +108,21 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert not list(folder.glob("checkpoint*"))
 
 
-def test_without_a_checkpoint_that_can_be_read_the_user_is_told(tmp_path, monkeypatch):
-    folder = stopped_at(ONE_ARM, tmp_path, 6, monkeypatch)
-    (folder / NEWEST).write_bytes(b"nothing")
+def error_of(root, monkeypatch):
+    """What the command line says of a run of ONE_ARM that cannot be."""
     monkeypatch.setitem(PRESETS, "digits", ONE_ARM)
-    said = CliRunner().invoke(cli.main, ["run", "digits", "--out", str(tmp_path)])
+    said = CliRunner().invoke(cli.main, ["run", "digits", "--out", str(root)])
     assert said.exit_code == 1
-    assert f"Error: {folder / NEWEST} cannot be read (" in said.output
-    assert "remove it to have it made again" in said.output
     assert "Traceback" not in said.output
+    return said.output
+
+
+def test_without_a_checkpoint_that_can_be_read_the_user_is_told(tmp_path, monkeypatch):
+    folder = stopped_at(ONE_ARM, tmp_path, 5, monkeypatch)
+    (folder / NEWEST).write_bytes(b"nothing")
+    said = error_of(tmp_path, monkeypatch)
+    assert f"Error: {folder / NEWEST} cannot be read (" in said
+    assert "remove it to have it made again" in said
 
 
 FULL = """
@@ -183,20 +143,16 @@ def test_a_full_disk_ends_a_run_in_one_line_and_keeps_the_last_good_state(
     whole, tmp_path, monkeypatch
 ):
     """A limit on the size of files stands for the disk: a checkpoint no longer fits."""
-    folder = stopped_at(ONE_ARM, tmp_path, 6, monkeypatch)
+    folder = stopped_at(ONE_ARM, tmp_path, 5, monkeypatch)
     good = (folder / NEWEST).read_bytes()
-    here = Path(__file__).parent
+    arguments = (tmp_path, str(len(good) // 2), HERE, HERE.parent)
     done = subprocess.run(  # noqa: S603 - this very interpreter
-        [sys.executable, "-c", FULL, tmp_path, str(len(good) // 2), here, here.parent],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", FULL, *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
-    assert len(lines) == 1
-    assert f"cannot write {folder / NEWEST}: " in lines[0]
-    assert "the one that was there is kept" in lines[0]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert f"cannot write {folder / NEWEST}: " in line
+    assert "the one that was there is kept" in line
     assert f"`python -m benchmarks.quality run digits --out {tmp_path}` goes on" in done.stderr
     assert "Traceback" not in done.stderr
     assert (folder / NEWEST).read_bytes() == good
@@ -224,18 +180,15 @@ def test_torchs_own_complaint_about_the_disk_is_an_oserror(tmp_path, monkeypatch
 
 
 def test_a_second_process_in_the_folder_is_told_and_changes_nothing(tmp_path, monkeypatch):
-    folder = stopped_at(ONE_ARM, tmp_path, 6, monkeypatch)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setitem(PRESETS, "digits", ONE_ARM)
+    def contents():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    stopped_at(ONE_ARM, tmp_path, 5, monkeypatch)
+    before = contents()
     with FileLock(tmp_path / "lock"):
-        with pytest.raises(InUseError, match="another run is at work in"):
-            run(TINY, tmp_path)
-        said = CliRunner().invoke(cli.main, ["run", "digits", "--out", str(tmp_path)])
-    assert said.exit_code == 1
-    assert f"Error: out: another run is at work in {tmp_path}; wait for it" in said.output
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert after == before
-    assert newest_state(folder) is not None
+        said = error_of(tmp_path, monkeypatch)
+    assert f"Error: out: another run is at work in {tmp_path}; wait for it" in said
+    assert contents() == before
 
 
 class Harmful:
@@ -244,26 +197,24 @@ class Harmful:
 
 
 def test_a_checkpoint_runs_no_code(tmp_path, capsys):
-    torch.save({"step": 1, "model": Harmful()}, tmp_path / NEWEST)
-    with pytest.raises(ValueError, match="cannot be read"):
-        newest_state(tmp_path)
-    (tmp_path / NEWEST).write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(ValueError, match="cannot be read"):
-        newest_state(tmp_path)
+    for save in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))):
+        save({"step": 1, "model": Harmful()}, tmp_path / NEWEST)
+        with pytest.raises(ValueError, match="cannot be read"):
+            newest_state(tmp_path)
     assert "ran code" not in capsys.readouterr().out
 
 
 def test_a_run_killed_just_before_it_tidied_up_is_tidied_up(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    folder = Layout(tmp_path, tmp_path).model(Plain(), 0)
-    (folder / NEWEST).write_bytes(b"left")
-    (tmp_path / "cells/plain/seed0/ddim-2").mkdir()
-    (tmp_path / "cells/plain/seed0/ddim-2/0.pt").write_bytes(b"left")
-    (tmp_path / "cells/plain/seed0/deis-2.json").unlink()
+    cells, checkpoint = tmp_path / "cells/plain/seed0", tmp_path / "models/plain/seed0" / NEWEST
+    checkpoint.write_bytes(b"left")
+    (cells / "ddim-2").mkdir()
+    (cells / "ddim-2/0.pt").write_bytes(b"left")
+    (cells / "deis-2.json").unlink()
     run(ONE_ARM, tmp_path)
-    assert not (folder / NEWEST).exists()
-    assert not (tmp_path / "cells/plain/seed0/ddim-2").exists()
-    assert (tmp_path / "cells/plain/seed0/ddim-2.json").exists()
+    assert not checkpoint.exists()
+    assert not (cells / "ddim-2").exists()
+    assert (cells / "ddim-2.json").exists()
 
 
 def test_two_checkpoints_are_kept(tmp_path):
@@ -276,7 +227,6 @@ def test_two_checkpoints_are_kept(tmp_path):
 
 
 def test_damaged_json_is_named(tmp_path):
-    save_json(tmp_path / "a.json", {"x": 1})
     (tmp_path / "a.json").write_text('{"x": ')
     with pytest.raises(ValueError, match=r"a\.json cannot be read \(.*\); remove it to have it"):
         load_json(tmp_path / "a.json")
@@ -286,18 +236,15 @@ def test_a_full_disk_between_checkpoint_and_kept_state_costs_nothing(tmp_path, m
     """What a run goes on from must not lie behind what it still has to keep."""
     budget = replace(ONE_ARM.budget, steps=10, checkpoint_every=5, keep_at=(0.5,))
     preset = replace(ONE_ARM, budget=budget)
-    whole = training_module.save_tensors
 
     def full(path, tensors):
-        if path.name == "state-50.pt":
-            raise OSError(28, "No space left on device")
-        whole(path, tensors)
+        raise OSError(28, f"No space left for {path.name}")
 
-    monkeypatch.setattr(training_module, "save_tensors", full)
-    with pytest.raises(OSError, match="No space left"):
-        run(preset, tmp_path)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr("benchmarks.quality.training.save_tensors", full)
+        with pytest.raises(OSError, match=r"No space left for state-50\.pt"):
+            run(preset, tmp_path)
     run(preset, tmp_path)
-    folder = Layout.of(preset, tmp_path).model(Plain(), 0)
+    folder = tmp_path / "models/plain/seed0"
     assert load_tensors(folder / "state-50.pt")["step"] == 5
     assert (folder / "weights.pt").exists()
