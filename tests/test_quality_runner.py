@@ -12,14 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from quality_tools import ONE_ARM, TINY
+from quality_tools import ONE_ARM, TINY, stopped_at, what_was_made
 from scipy.fft import dctn
 
-from benchmarks.files import load_json, load_tensors, write_whole
+from benchmarks.files import load_json, load_tensors
 from benchmarks.quality import runner
-from benchmarks.quality.checkpoint import save_state
 from benchmarks.quality.data import load_digits, to_model_range, to_uint8
-from benchmarks.quality.objectives import Plain
+from benchmarks.quality.objectives import MinSNR, Plain, SkipStep
 from benchmarks.quality.plan import jobs, plan, training_steps
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.record import collect
@@ -39,20 +38,9 @@ def finished(tmp_path_factory):
     return root
 
 
-def contents(root):
-    """Everything that a run measured, by file, less what depends on the clock."""
-    found = {}
-    for path in sorted(root.glob("cells/**/*.json")):
-        cell = load_json(path)
-        del cell["sampling_seconds"], cell["metric_seconds"]
-        found[str(path.relative_to(root))] = cell
-    return found
-
-
 def test_every_cell_has_its_result(finished):
-    cells = contents(finished)
-    assert len(cells) == 2 * (4 + 4 + 1)
-    cell = cells["cells/plain/seed0/ddim-2.json"]
+    assert len(list(finished.glob("cells/**/*.json"))) == 2 * (4 + 4 + 1)
+    cell = load_json(finished / "cells/plain/seed0/ddim-2.json")
     assert cell["images"]["frechet"] > 0
     assert cell["raw"]["frechet"] != cell["images"]["frechet"]
     assert cell["settings"] == TINY.settings
@@ -91,41 +79,36 @@ run(tiny, Path(sys.argv[1]))
 """
 
 
-def _run_alone(command, environment):
-    subprocess.run(command, check=True, env=environment)  # noqa: S603 - our own interpreter and code
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_on_a_gpu(tmp_path):
-    environment = dict(os.environ, S2DM_DEVICE="cuda")
-    environment["PYTHONPATH"] = os.pathsep.join((str(TESTS.parent), str(TESTS)))
-    command = [sys.executable, "-W", "ignore", "-c", ON_A_GPU, str(tmp_path / "tiny")]
-    _run_alone(command, environment)
-    assert len(list(tmp_path.glob("tiny/cells/**/*.json"))) == 3 + 3 + 1
-    training = load_json(tmp_path / "tiny/models/plain/seed0/training.json")
+    """The same numbers as on a CPU, but for rounding: the same images, noise and first weights."""
+    for device in ("cuda", "cpu"):
+        command = [sys.executable, "-W", "ignore", "-c", ON_A_GPU, tmp_path / device]
+        python_path = f"{TESTS.parent}{os.pathsep}{TESTS}"
+        environment = {**os.environ, "S2DM_DEVICE": device, "PYTHONPATH": python_path}
+        subprocess.run(command, check=True, env=environment)  # noqa: S603 - our own interpreter
+    assert len(list(tmp_path.glob("cuda/cells/**/*.json"))) == 3 + 3 + 1
+    training = load_json(tmp_path / "cuda/models/plain/seed0/training.json")
     assert training["device"] == torch.cuda.get_device_name()
-    # The same numbers as on a CPU, but for rounding: the same images, noise and first weights.
-    command[-1] = str(tmp_path / "cpu")
-    _run_alone(command, {**environment, "S2DM_DEVICE": "cpu"})
-    for path in tmp_path.glob("cpu/cells/plain*/seed0/ddim-2.json"):
-        there = load_json(tmp_path / "tiny" / path.relative_to(tmp_path / "cpu"))
-        assert there["spread"] == pytest.approx(load_json(path)["spread"], rel=0.02), path
+    for cell in ("plain", "plain+gain99", "plain+rescaling1.1"):
+        there, here = (
+            load_json(tmp_path / device / f"cells/{cell}/seed0/ddim-2.json")["spread"]
+            for device in ("cuda", "cpu")
+        )
+        assert there == pytest.approx(here, rel=0.02), cell
 
 
 @pytest.mark.parametrize(("name", "factor"), [("plain", None), ("plain+gain99", gain)])
 def test_a_cell_is_of_its_own_methods_samples(finished, name, factor):
     bench = Bench(TINY, finished)
-    network = bench.model(Plain(), 0, lambda cost: None)
+    network = bench.model(Plain(), 0)
     table = torch.ones(1000) if factor is None else factor(bench.path.schedule, 99).float()
     start = torch.randn(64, 1, 8, 8, generator=generator(0, Purpose.START))
-    samples = sample(
-        lambda x, t: table[t] * network(x, t),
-        "ddim",
-        bench.path.schedule,
-        2,
-        start,
-        torch.Generator(),
-    )
+
+    def corrected(x, t):
+        return table[t] * network(x, t)
+
+    samples = sample(corrected, "ddim", bench.path.schedule, 2, start, torch.Generator())
     cell = load_json(finished / f"cells/{name}/seed0/ddim-2.json")
     data = to_model_range(load_digits().images)
     wanted = samples.std(0).mean() / data.std(0).mean()
@@ -142,15 +125,14 @@ def test_what_the_sampler_alone_leaves_of_each_band(finished):
     """By matrices in pixels, where the code has a number for each principal axis."""
     pixels = to_model_range(load_digits().images).double().flatten(1)
     covariance = np.cov(pixels.numpy().T)
-    levels = NoiseSchedule.linear(1000).alphas_cumprod.double()
+    schedule = NoiseSchedule.linear(1000)
 
     def exact(x, t):
-        level = float(levels[t])
+        level = float(schedule.alphas_cumprod[t])
         total = level * covariance + (1 - level) * np.eye(64)
         return (1 - level) ** 0.5 * x @ torch.from_numpy(np.linalg.inv(total))
 
     start = torch.eye(64, dtype=torch.float64)
-    schedule = NoiseSchedule.linear(1000)
     linear = sample(exact, "ddim", schedule, 3, start, torch.Generator()).numpy()
 
     def bands(squares):
@@ -166,9 +148,8 @@ def test_what_the_sampler_alone_leaves_of_each_band(finished):
     assert cell["gaussian_band_spreads"] == pytest.approx(wanted, rel=1e-3)
     assert cell["gaussian_spread"] == pytest.approx((sum(left) / sum(whole)) ** 0.5, rel=1e-3)
     assert max(wanted) - min(wanted) > 0.05
-    assert "gaussian_band_spreads" not in load_json(
-        finished / "cells/skip9-expected/seed0/ddim-3.json"
-    )
+    other = load_json(finished / "cells/skip9-expected/seed0/ddim-3.json")
+    assert "gaussian_band_spreads" not in other
 
 
 def test_the_spread_before_the_clamp_of_samples_that_are_kept_in_8_bits(finished, tmp_path):
@@ -179,7 +160,7 @@ def test_the_spread_before_the_clamp_of_samples_that_are_kept_in_8_bits(finished
     bench.features.takes_floats = False
     for job in jobs(replace(TINY, seeds=(0,))):
         bench.do(job)
-    network = bench.model(Plain(), 0, lambda cost: None)
+    network = bench.model(Plain(), 0)
     starts = [
         torch.randn(count, 1, 8, 8, generator=generator(0, Purpose.START, part))
         for part, count in enumerate([20, 20, 20, 4])
@@ -218,26 +199,24 @@ def test_a_folder_is_of_one_kind_of_features(tmp_path):
         bench.floor()
 
 
-def test_what_is_there_is_not_done_again_and_what_is_lost_comes_back_the_same(
-    finished, monkeypatch
-):
-    before = contents(finished)
+def test_what_is_there_is_not_done_again_and_what_is_lost_comes_back(finished, monkeypatch):
+    before = what_was_made(TINY, finished)
     with monkeypatch.context() as patched:
         patched.setattr(runner, "train", None)
         patched.setattr(runner, "sample", None)
         run(TINY, finished)
-    assert contents(finished) == before
+    assert what_was_made(TINY, finished) == before
     for lost in ("seed1/deis-3", "seed0/ddim-2"):
         (finished / f"cells/plain/{lost}.json").unlink()
     assert plan(TINY, finished).cells == 2
     run(TINY, finished)
-    assert contents(finished) == before
+    assert what_was_made(TINY, finished) == before
 
 
-def test_batches_of_a_killed_cell_are_kept(finished, tmp_path, monkeypatch):
-    batched = replace(ONE_ARM, sample_batch=20)
-    run(batched, tmp_path / "whole")
-    calls = []
+def test_batches_of_a_killed_cell_are_kept(tmp_path, monkeypatch):
+    batched, calls = replace(ONE_ARM, sample_batch=20), []
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(batched, whole)
     sample = runner.sample
 
     def interrupted(*arguments):
@@ -248,13 +227,13 @@ def test_batches_of_a_killed_cell_are_kept(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(batched, tmp_path / "killed")
-    run(batched, tmp_path / "killed")
+        run(batched, killed)
+    run(batched, killed)
     # Of the first cell's 20 + 20 + 20 + 4 images, the first two batches were not made again.
     assert calls[:5] == [20, 20, 20, 20, 4]
     assert len(calls) == 1 + 4 * 4
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob("cells/plain/seed0/*/"))
+    assert what_was_made(batched, killed) == what_was_made(batched, whole)
+    assert not list(killed.glob("cells/plain/seed0/*/"))
 
 
 def test_a_plan_counts_what_is_left(tmp_path, finished):
@@ -266,20 +245,6 @@ def test_a_plan_counts_what_is_left(tmp_path, finished):
     assert done.done == new.cost == 48 * 8 * 3 + 64 * new.sampling_calls
 
 
-def test_the_whole_grid_is_what_was_promised():
-    full = PRESETS["digits-full"]
-    cells = {(arm.method.name, s, n) for arm in full.arms for s in arm.samplers for n in arm.steps}
-    names = {name for name, *_ in cells}
-    for estimator in ("expected", "fresh", "shared"):
-        assert {f"skip{k}-{estimator}" for k in (1, 9, 49, 99)} <= names
-    assert {f"plain+gain{k}" for k in (1, 9, 49, 99)} <= names
-    assert {"min-snr-5", "ddpm-ip-0.1", "sa-dpm-2", "only-ddim-10"} <= names
-    names -= {"only-ddim-10", "only-ddim-20", "only-ddim-50"}
-    grid = itertools.product(names, ("ddim", "pndm", "deis"), (10, 20, 50, 100))
-    assert set(grid) <= cells
-    assert len(full.seeds) == 5
-
-
 def test_a_preset_samples_the_networks_of_another(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
     more = replace(ONE_ARM, name="more", samples=128, networks_of=TINY)
@@ -287,11 +252,9 @@ def test_a_preset_samples_the_networks_of_another(finished, tmp_path):
     run(more, tmp_path / "more")
     assert not (tmp_path / "more" / "models").exists()
     # The first batch starts from the same noise.
-    few, many = (
-        load_tensors(tmp_path / name / "cells/plain/seed0/ddim-2.pt")["samples"]
-        for name in ("tiny", "more")
-    )
-    torch.testing.assert_close(few, many, rtol=0, atol=0)
+    paths = (tmp_path / name / "cells/plain/seed0/ddim-2.pt" for name in ("tiny", "more"))
+    few, many = (load_tensors(path)["samples"] for path in paths)
+    assert torch.equal(few, many)
     record = collect(more, tmp_path / "more")
     assert record["trainings"]["plain"]["0"]["steps"] == TINY.budget.steps
     assert {row[3] for row in record["rows"]} == {2, 3}
@@ -322,16 +285,10 @@ def test_what_samples_anothers_networks_has_its_settings():
 
 def test_what_branches_and_what_is_trained_from_the_start():
     preset = PRESETS["cifar10-wide-10k"]
-    steps = {
-        one.method.objective.name: training_steps(preset, one.method.objective)
-        for one in preset.arms
-    }
-    assert steps == {
-        "plain": 16_000,
-        "min-snr-5": 16_000,
-        "skip9-expected": 4_000,
-        "skip49-expected": 4_000,
-    }
+    steps = {Plain(): 16_000, MinSNR(): 16_000, SkipStep(9): 4_000, SkipStep(49): 4_000}
+    assert {one.method.objective for one in preset.arms} == steps.keys()
+    for objective, wanted in steps.items():
+        assert training_steps(preset, objective) == wanted
 
 
 @pytest.mark.parametrize("reports", ["seldom", "each"])
@@ -350,41 +307,16 @@ def test_progress_ends_at_its_total(reports, tmp_path, monkeypatch):
         slow = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
         monkeypatch.setattr(runner, "time", slow)
 
-    def killed(*state):
-        save_state(*state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as context:
-        context.setattr("benchmarks.quality.training.save_state", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(TINY, tmp_path / "tiny")
-    for preset in (
-        TINY,
-        replace(ONE_ARM, name="more", samples=128, networks_of=TINY),
-    ):
+    stopped_at(TINY, tmp_path / "tiny", 5, monkeypatch)
+    for preset in (TINY, replace(ONE_ARM, name="more", samples=128, networks_of=TINY)):
         ends.clear()
         run(preset, tmp_path / preset.name)
         assert ends[0][0] == ends[0][1] > 0
 
 
-def test_a_file_is_whole_or_absent(tmp_path):
-    def torn(partial):
-        partial.write_text("half")
-        raise KeyboardInterrupt
-
-    target = tmp_path / "result.json"
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(target, torn)
-    assert not target.exists()
-    write_whole(target, lambda partial: partial.write_text("whole"))
-    assert target.read_text() == "whole"
-
-
 def test_the_report(finished, tmp_path):
     text = write_report(TINY, finished)
     assert text == (finished / "table.md").read_text()
-    assert "| DDIM, 2 steps |" in text
-    assert "test accuracy" in text
     record = load_json(finished / "results.json")
     assert record == collect(TINY, finished)
     cell = load_json(finished / "cells/skip9-expected/seed1/deis-3.json")
@@ -400,23 +332,21 @@ def test_a_column_that_lacks_cells(finished, tmp_path, steps, shown):
     """The picture shows the cells that every column has; before, the report was lost with it."""
     plain, gain_with_two_steps = replace(TINY.arms[0], steps=steps), TINY.arms[2]
     preset = replace(TINY, arms=(plain, gain_with_two_steps), columns=("plain", "plain+gain99"))
-    root = tmp_path / "run"
-    shutil.copytree(finished, root, ignore=shutil.ignore_patterns("*.png"))
-    assert "| DDIM, 3 steps |" in write_report(preset, root)
-    assert (root / "samples.png").exists() == shown
+    ignored = shutil.ignore_patterns("*.png")
+    shutil.copytree(finished, tmp_path, ignore=ignored, dirs_exist_ok=True)
+    assert "| DDIM, 3 steps |" in write_report(preset, tmp_path)
+    assert (tmp_path / "samples.png").exists() == shown
     # With one seed there are loss curves, and a correction has none.
-    write_report(replace(preset, seeds=TINY.seeds[:1]), root)
-    assert not (root / "loss.png").exists()
+    write_report(replace(preset, seeds=TINY.seeds[:1]), tmp_path)
+    assert not (tmp_path / "loss.png").exists()
 
 
 def test_other_data_are_not_mixed_into_a_folder(tmp_path, monkeypatch):
-    run(ONE_ARM, tmp_path)
-    digits = runner.datasets.load("digits")
+    run(ONE_ARM, tmp_path / "tiny")
+    digits = load_digits()
     other = replace(digits, images=digits.images.flip(0))
     monkeypatch.setattr(runner.datasets, "load", lambda *_: other)
-    with pytest.raises(ValueError, match=r"data: .* is of other images than"):
-        run(replace(ONE_ARM, seeds=(1,)), tmp_path)
     sampling = replace(ONE_ARM, name="more", samples=32, networks_of=ONE_ARM)
-    shutil.copytree(tmp_path, tmp_path.parent / "tiny")
-    with pytest.raises(ValueError, match=r"data: .*tiny is of other images than"):
-        run(sampling, tmp_path.parent / "more")
+    for preset in (replace(ONE_ARM, seeds=(1,)), sampling):
+        with pytest.raises(ValueError, match=r"data: .*tiny is of other images than"):
+            run(preset, tmp_path / preset.name)
