@@ -1,4 +1,5 @@
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -12,8 +13,7 @@ from benchmarks.quality.data import load, to_model_range, to_uint8
 
 def test_digits():
     digits = load("digits")
-    assert digits.images.shape == (1797, 1, 8, 8)
-    assert digits.shape == (1, 8, 8)
+    assert (len(digits), digits.shape) == (1797, (1, 8, 8))
     assert len(digits.images.unique()) == 17
     assert digits.labels.unique().tolist() == list(range(10))
     values = to_model_range(digits.images)
@@ -27,68 +27,65 @@ def test_uint8_and_back():
 
 
 def write_cifar10(folder, rows=4):
+    """1024 reds, 1024 greens and 1024 blues of an image, each row by row."""
     folder.mkdir(parents=True)
     every = np.random.default_rng(0).integers(256, size=(6, rows, 3072), dtype=np.uint8)
     for number, (name, batch) in enumerate(zip(data.CIFAR10_FILES, every, strict=True), start=1):
         content = {b"data": batch, b"labels": [number] * rows, b"batch_label": b"made by a test"}
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    return every
+    return every.reshape(6, rows, 3, 32, 32)
 
 
 def write_cifar10_pictures(folder, rows=4):
     """The npm package's layout: an image in each row of a picture, its 1024 pixels in RGB."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     every = np.random.default_rng(1).integers(256, size=(6, rows, 1024, 3), dtype=np.uint8)
     for name, batch in zip(data.CIFAR10_FILES, every, strict=True):
         Image.fromarray(batch).save(folder / f"{name}.png")
-    return every
+    return np.moveaxis(every.reshape(6, rows, 32, 32, 3), -1, 2)
 
 
-@pytest.mark.parametrize("named", ["cifar-10-batches-py", "."])
-def test_cifar10(tmp_path, named):
-    written = write_cifar10(tmp_path / "cifar-10-batches-py")
+@pytest.mark.parametrize(
+    ("write", "folder", "named"),
+    [
+        (write_cifar10, "cifar-10-batches-py", "cifar-10-batches-py"),
+        (write_cifar10, "cifar-10-batches-py", "."),
+        (write_cifar10_pictures, "package", "package"),
+    ],
+)
+def test_cifar10(tmp_path, write, folder, named):
+    *batches, held_out = torch.from_numpy(write(tmp_path / folder))
     images = load("cifar10", tmp_path / named)
-    assert images.images.shape == (20, 3, 32, 32)
-    # The format: 1024 reds, 1024 greens, 1024 blues, each row by row.
-    assert int(images.images[5, 2, 3, 4]) == written[1, 1, 2048 + 3 * 32 + 4]
-    assert images.held_out.shape == (4, 3, 32, 32)
-    assert int(images.held_out[3, 1, 31, 0]) == written[5, 3, 1024 + 31 * 32]
-
-
-def test_cifar10_as_pictures(tmp_path):
-    written = write_cifar10_pictures(tmp_path)
-    images = load("cifar10", tmp_path)
-    assert images.images.shape == (20, 3, 32, 32)
     assert images.images.dtype == torch.uint8
-    assert images.held_out.shape == (4, 3, 32, 32)
-    for channel in range(3):
-        # The second image of the third picture, and the last of the held-out one.
-        assert int(images.images[9, channel, 3, 4]) == written[2, 1, 3 * 32 + 4, channel]
-        assert int(images.held_out[3, channel, 31, 0]) == written[5, 3, 31 * 32, channel]
+    assert torch.equal(images.images, torch.cat(batches))
+    assert torch.equal(images.held_out, held_out)
 
 
-def test_cifar10_as_pictures_says_what_is_wrong(tmp_path):
-    write_cifar10_pictures(tmp_path)
-    narrow = Image.fromarray(np.zeros((4, 96, 3), np.uint8))
-    narrow.save(tmp_path / "data_batch_2.png")
-    with pytest.raises(ValueError, match=r"data_batch_2\.png: expected RGB with 1024 .* with 96"):
-        load("cifar10", tmp_path)
-    Image.fromarray(np.zeros((4, 1024), np.uint8)).save(tmp_path / "data_batch_2.png")
-    with pytest.raises(ValueError, match="an image in each row, got L with 1024"):
-        load("cifar10", tmp_path)
-    (tmp_path / "data_batch_2.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks data_batch_2\.png; exp"):
-        load("cifar10", tmp_path)
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((4, 96, 3), r"data_batch_2\.png: expected RGB with 1024 .* with 96"),
+        ((4, 1024), "an image in each row, got L with 1024"),
+    ],
+)
+def test_cifar10_checks_a_picture(tmp_path, size, message):
+    write_cifar10_pictures(tmp_path / "made")
+    Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "made/data_batch_2.png")
+    with pytest.raises(ValueError, match=message):
+        load("cifar10", tmp_path / "made")
 
 
-def test_cifar10_says_what_is_missing(tmp_path):
-    write_cifar10(tmp_path / "cifar-10-batches-py")
-    for gone in ("data_batch_3", "test_batch"):
-        (tmp_path / "cifar-10-batches-py" / gone).unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"lacks data_batch_3, test_batch; expected the folder cifar-10"
-    ):
-        load("cifar10", tmp_path)
+@pytest.mark.parametrize(
+    ("write", "suffix"), [(write_cifar10, ""), (write_cifar10_pictures, ".png")]
+)
+def test_cifar10_says_what_is_missing(tmp_path, write, suffix):
+    write(tmp_path / "made")
+    gone = [f"{name}{suffix}" for name in ("data_batch_3", "test_batch")]
+    for name in gone:
+        (tmp_path / "made" / name).unlink()
+    said = f"lacks {', '.join(gone)}; expected the folder cifar-10"
+    with pytest.raises(FileNotFoundError, match=re.escape(said)):
+        load("cifar10", tmp_path / "made")
 
 
 @pytest.mark.parametrize(
@@ -129,15 +126,11 @@ def test_cifar10_runs_no_code(tmp_path, monkeypatch, call, found):
 
 
 def test_local_data_needs_a_folder(tmp_path):
-    with pytest.raises(
-        ValueError, match="cifar10 needs files; name their folder with --data: the folder"
-    ):
+    with pytest.raises(ValueError, match="cifar10 needs files; name their folder with --data"):
         load("cifar10")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         load("cifar10", tmp_path / "nowhere")
-    with pytest.raises(
-        ValueError, match="expected one of digits, textures, cifar10, cifar10-16, got"
-    ):
+    with pytest.raises(ValueError, match=r"expected one of digits, textures, .*, got 'mnist'"):
         load("mnist")
 
 
@@ -147,8 +140,6 @@ def test_textures_have_hardly_a_pixel_to_clamp():
     assert textures.labels.unique().tolist() == list(range(18))
     at_an_end = (textures.images == 0) | (textures.images == 255)
     assert float(at_an_end.float().mean()) < 0.001
-    digits = load("digits").images
-    assert float(((digits == 0) | (digits == 255)).float().mean()) > 0.5
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", None], ids=["empty", "a page", "cut off"])

@@ -30,11 +30,20 @@ def test_one_time_for_all_is_the_same_as_one_for_each(spec):
     assert not torch.allclose(shared, network(x, torch.tensor(322)))
 
 
-def test_the_large_network_has_the_papers_size():
-    """DDPM's published U-Net of CIFAR10 has 35.7 million parameters."""
+@pytest.mark.parametrize(
+    ("preset", "size", "millions", "near", "said"),
+    [
+        ("cifar10-16", 16, 4.24, 0.006, "4.24 M parameters"),
+        ("cifar10-wide", 32, 2.68, 0.006, "2.68 M parameters"),
+        ("cifar10-unet", 32, 35.7, 0.1, "the paper's size"),  # DDPM's published U-Net of CIFAR10
+    ],
+)
+def test_networks_have_the_size_that_their_presets_say(preset, size, millions, near, said):
     with torch.device("meta"):
-        network = PRESETS["cifar10-unet"].network.build((3, 32, 32))
-    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(35.7, abs=0.1)
+        network = PRESETS[preset].network.build((3, size, size))
+    found = sum(p.numel() for p in network.parameters()) / 1e6
+    assert found == pytest.approx(millions, abs=near)
+    assert said in CATALOGUE[preset].about
 
 
 def test_attention_stands_where_it_is_asked_for():
@@ -64,19 +73,28 @@ def coloured(count):
     return images.view(-1, 2, 8, 8), mean, covariance
 
 
+def white():
+    network = SpectralUNetSpec(UNetSpec(8, (1, 1), blocks=1), fast=False).build((2, 8, 8))
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
 def spectral():
     torch.manual_seed(0)
-    network = SpectralUNetSpec(UNetSpec(8, (1, 1), blocks=1), fast=False).build((2, 8, 8)).eval()
+    network = white()
     network.measure(coloured(100_000)[0].float())
-    return network.requires_grad_(False)
+    return network
+
+
+def answering(network, output, monkeypatch):
+    """Have a U-Net answer with one tensor, whatever it is asked."""
+    monkeypatch.setattr(network.unet, "forward", lambda x, t, return_dict: (output,))
 
 
 @pytest.mark.parametrize("t", [0, 100, 400, 999])
-def test_with_nothing_learned_a_spectral_network_is_exact_for_gaussian_data(t):
+def test_with_nothing_learned_a_spectral_network_is_exact(t, spectral, monkeypatch):
     """ε̂ = √(1−ᾱ) (ᾱ Σ + (1−ᾱ) I)⁻¹ (x_t − √ᾱ μ), from μ and Σ themselves."""
-    network = spectral()
-    for weights in network.unet.conv_out.parameters():
-        torch.nn.init.zeros_(weights)
+    answering(spectral, torch.zeros(64, 8, 4, 4), monkeypatch)
     images, mean, covariance = coloured(64)
     a = NoiseSchedule.linear(1000).alphas_cumprod.double()[t]
     noise = torch.randn(images.shape, dtype=torch.float64)
@@ -84,35 +102,31 @@ def test_with_nothing_learned_a_spectral_network_is_exact_for_gaussian_data(t):
     total = a * covariance + (1 - a) * torch.eye(128, dtype=torch.float64)
     centred = (x.flatten(1) - a.sqrt() * mean).T
     wanted = (1 - a).sqrt() * torch.linalg.solve(total, centred).T
-    found = network(x.float(), torch.tensor(t)).flatten(1).double()
+    found = spectral(x.float(), torch.tensor(t)).flatten(1).double()
     assert float((found - wanted).norm() / wanted.norm()) < 0.01
 
 
-def test_what_a_spectral_network_learns_has_the_size_of_what_is_unknown():
+def test_what_a_spectral_network_learns_has_the_size_of_what_is_unknown(spectral, monkeypatch):
     """With F of variance 1, as white noise, ε̂ moves by √(ᾱ Σ (ᾱ Σ + 1 − ᾱ)⁻¹) of it."""
-    network = spectral()
-    shape = (500, 2, 8, 8)
-    noise = torch.randn(shape)
-    given = torch.nn.functional.pixel_unshuffle(noise, 2)
+    zeros = torch.zeros(500, 2, 8, 8)
+    given = torch.nn.functional.pixel_unshuffle(torch.randn(zeros.shape), 2)
     _, _, covariance = coloured(1)
     for t in (0, 300, 999):
         a = NoiseSchedule.linear(1000).alphas_cumprod.double()[t]
         outputs = []
         for answer in (torch.zeros_like(given), given):
-            network.unet.forward = lambda x, t, return_dict, answer=answer: (answer,)
-            outputs.append(network(torch.zeros(shape), torch.tensor(t)))
+            answering(spectral, answer, monkeypatch)
+            outputs.append(spectral(zeros, torch.tensor(t)))
         moved = (outputs[1] - outputs[0]).flatten(1).double()
         total = a * covariance + (1 - a) * torch.eye(128, dtype=torch.float64)
         wanted = torch.trace(torch.linalg.solve(total, a * covariance)) / 128
         assert float(moved.square().mean()) == pytest.approx(float(wanted), rel=0.05)
 
 
-def test_a_spectral_network_keeps_what_it_measured():
-    network = spectral()
-    again = SpectralUNetSpec(UNetSpec(8, (1, 1), blocks=1), fast=False).build((2, 8, 8)).eval()
-    again.requires_grad_(False).load_state_dict(network.state_dict())
-    x = torch.randn(2, 2, 8, 8)
-    assert torch.equal(again(x, torch.tensor(500)), network(x, torch.tensor(500)))
+def test_a_spectral_network_keeps_what_it_measured(spectral):
+    again, x, t = white(), torch.randn(2, 2, 8, 8), torch.tensor(500)
+    again.load_state_dict(spectral.state_dict())
+    assert torch.equal(again(x, t), spectral(x, t))
 
 
 def pixel_unet(fast=False):
@@ -142,12 +156,3 @@ def test_blocks_of_pixels_are_channels_and_come_back():
     x = torch.randn(2, 3, 16, 16)
     network = PixelUNet(inner, patch=2, fast=False)
     torch.testing.assert_close(network(x, torch.tensor(500)), x, rtol=0, atol=0)
-
-
-def test_the_small_networks_have_the_size_that_their_presets_say():
-    for preset, size, millions in (("cifar10-16", 16, 4.24), ("cifar10-wide", 32, 2.68)):
-        network = PRESETS[preset].network.build((3, size, size))
-        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(
-            millions, abs=0.006
-        )
-        assert f"{millions} M parameters" in CATALOGUE[preset].about

@@ -40,8 +40,7 @@ def test_few_steps_of_ddim_spread_too_little():
 
 
 def test_ddim_is_its_formula():
-    start = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
-    x = start
+    x = start = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     for t, earlier in ((750, 500), (500, 250), (250, 0), (0, None)):
         noise = exact(x, torch.tensor(t))
         here = SCHEDULE.alphas_cumprod[t]
@@ -55,10 +54,8 @@ def test_ddim_is_its_formula():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_schedulers_have_the_schedules_own_table(name):
     scheduler = make_scheduler(name, SCHEDULE)
-    torch.testing.assert_close(
-        scheduler.alphas_cumprod.double(), SCHEDULE.alphas_cumprod, rtol=1e-5, atol=0
-    )
-    assert scheduler.config.prediction_type == "epsilon"
+    table = scheduler.alphas_cumprod.double()
+    torch.testing.assert_close(table, SCHEDULE.alphas_cumprod, rtol=1e-5, atol=0)
     assert not scheduler.config.get("clip_sample", False)
     assert name in TITLES
 
@@ -67,8 +64,5 @@ def test_visited_timesteps():
     for name in ("ddim", "pndm", "ddpm"):
         assert visited(name, SCHEDULE, 10).tolist() == list(range(0, 1000, 100))
     assert visited("deis", SCHEDULE, 10).tolist() == list(range(90, 901, 90))
-
-
-def test_an_unknown_sampler():
     with pytest.raises(ValueError, match=r"sampler: expected one of ddim, pndm, .*, got 'euler'"):
         make_scheduler("euler", SCHEDULE)

@@ -17,8 +17,13 @@ COLUMNS = ["method", "seed", "sampler", "steps", "raw_frechet", "images_frechet"
 
 
 def results(rows):
-    record = {"columns": COLUMNS, "rows": rows, "titles": {"plain": "Plain"}, "preset": "made"}
-    return Results(record)
+    return Results({"columns": COLUMNS, "rows": rows, "preset": "made"})
+
+
+def rows_of(values, columns):
+    """Rows of DDIM at 10 steps from a value for each method and seed."""
+    each = [(name, seed, x) for name, row in values.items() for seed, x in enumerate(row)]
+    return [[name, seed, "ddim", 10, *columns(x)] for name, seed, x in each]
 
 
 def test_the_t_interval_is_scipys():
@@ -26,9 +31,7 @@ def test_the_t_interval_is_scipys():
     found = interval(values)
     wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
-    assert found.mean == pytest.approx(5.5)
-    assert found.seeds == 5
-    assert interval(values) == found
+    assert (found.mean, found.seeds) == (pytest.approx(5.5), 5)
 
 
 def test_the_sign_is_the_t_intervals():
@@ -36,9 +39,6 @@ def test_the_sign_is_the_t_intervals():
     assert interval([-1.0, -1.1, -0.9]).sign == -1
     assert interval([-1.0, 1.0, 0.2]).sign == 0
     assert interval([7.0]).sign == 0  # one seed shows nothing
-
-
-def test_no_values():
     with pytest.raises(ValueError, match="values: expected one value per seed, got none"):
         interval([])
 
@@ -56,6 +56,8 @@ def test_ratios_are_averaged_in_logarithms():
     assert [found.low, found.high] == pytest.approx(ends)
     assert found.seeds == 3
     assert change({0: 1.0}, {1: 1.0}) is None
+    with pytest.raises(ValueError, match="distances: expected positive ones"):
+        change({0: -0.001}, {0: 0.002})  # kernel distances at the floor have no ratio
 
 
 def test_p_values_are_scipys():
@@ -67,15 +69,9 @@ def test_p_values_are_scipys():
 
 def test_holms_p_values_are_those_of_his_example():
     """By hand: 3 · 0.01, then 2 · 0.03, then the largest so far, and never above 1."""
-    assert holm({"b": 0.03, "c": 0.04, "a": 0.01}) == pytest.approx(
-        {"a": 0.03, "b": 0.06, "c": 0.06}
-    )
+    found = holm({"b": 0.03, "c": 0.04, "a": 0.01})
+    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
-
-
-def test_kernel_distances_at_the_floor_have_no_ratio():
-    with pytest.raises(ValueError, match="distances: expected positive ones"):
-        change({0: -0.001}, {0: 0.002})
 
 
 def test_changes_are_paired_by_seed():
@@ -97,10 +93,8 @@ def test_changes_are_paired_by_seed():
     solver = found.change("plain", Cell("unipc", 10), over=("plain", cell))
     assert solver.mean == pytest.approx(50.0)
     assert found.change("unknown", cell) is None
-    assert found.methods == ["plain", "skip"]
     assert found.cells("plain") == [cell, Cell("unipc", 10)]
-    assert found.base == "ddim"
-    assert found.title("plain") == "Plain"
+    assert (found.methods, found.base) == (["plain", "skip"], "ddim")
     with pytest.raises(LookupError, match="has no images_frechet of skip"):
         found.mean("skip", Cell("ddim", 20))
 
@@ -121,30 +115,24 @@ def test_a_mean_over_cells_uses_seeds_that_have_them_all():
 def test_a_choice_is_made_on_the_other_seeds():
     cell = Cell("ddim", 10)
     distances = {"a": (1.0, 9.0, 3.0), "b": (6.0, 1.0, 2.0), "c": (0.1, 0.1)}
-    rows = [[name, s, *cell, 0.0, d, 1.0] for name, all_of in distances.items()
-            for s, d in enumerate(all_of)]  # fmt: skip
+    rows = rows_of(distances, lambda d: (0.0, d, 1.0))
     # Without seed 0: a 6, b 1.5; without 1: a 2, b 4; without 2: a 5, b 3.5. c lacks a seed.
     assert results(rows).chosen_elsewhere(["a", "b", "c"], cell) == {0: "b", 1: "a", 2: "b"}
     assert results(rows[:1]).chosen_elsewhere(["a"], cell) == {}
 
 
 def test_the_dose_is_the_share_of_the_way_to_the_gain():
-    cell = Cell("ddim", 10)
     spreads = {"plain": (0.8, 0.9), "gain": (0.9, 0.95), "loss": (0.87, 0.91)}
-    rows = [[name, s, *cell, 0.0, 1.0, x] for name, both in spreads.items()
-            for s, x in enumerate(both)]  # fmt: skip
-    found = results(rows).dose("loss", "gain", cell)
-    assert found.mean == pytest.approx((0.7 + 0.2) / 2)
-    assert results(rows).dose("loss", "none", cell) is None
+    found = results(rows_of(spreads, lambda x: (0.0, 1.0, x)))
+    assert found.dose("loss", "gain", Cell("ddim", 10)).mean == pytest.approx((0.7 + 0.2) / 2)
+    assert found.dose("loss", "none", Cell("ddim", 10)) is None
 
 
 def test_the_floor_is_of_as_many_images_as_there_are_samples():
     """Two sets of 898 are 0.5 apart, so 4,096 and 1,796 are 0.5 (1/4096 + 1/1796) / (2/898)."""
-    record = {
-        "columns": COLUMNS, "rows": [["plain", 0, "ddim", 10, 0.0, 0.2, 1.0]], "titles": {},
-        "settings": {"samples": 4096}, "floor": {"frechet": 0.5, "images_each": 898},
-    }  # fmt: skip
+    found = results([["plain", 0, "ddim", 10, 0.0, 0.2, 1.0]])
+    found.record |= {"settings": {"samples": 4096}, "floor": {"frechet": 0.5, "images_each": 898}}
     floor = 0.5 * (1 / 4096 + 1 / 1796) / (2 / 898)
-    assert Results(record).floor == pytest.approx(floor)
-    assert Results(record).at_floor("plain", Cell("ddim", 10)) == (1.25 * floor > 0.2)
-    assert not Results(record).at_floor("plain", Cell("ddim", 10), "spread")
+    assert found.floor == pytest.approx(floor)
+    assert found.at_floor("plain", Cell("ddim", 10)) == (1.25 * floor > 0.2)
+    assert not found.at_floor("plain", Cell("ddim", 10), "spread")
