@@ -66,14 +66,11 @@ def test_comparisons_do_not_mix_and_leave_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_noise_floor_compares_halves_without_overlap():
-    floor = noise_floor(Pixels(), images(0), repeats=3)
+def test_the_noise_floor_compares_halves_without_overlap_or_with_what_is_held_out():
+    data, held_out = images(0), images(1, shift=2.0)
+    floor = noise_floor(Pixels(), data, repeats=3)
     assert floor["images_each"] == 350
     assert 0 < floor["frechet"] < 0.2
-
-
-def test_the_noise_floor_compares_training_images_with_those_held_out():
-    data, held_out = images(0), images(1, shift=2.0)
     floor = noise_floor(Pixels(), data, held_out, images=500, repeats=2)
     assert (floor["images_each"], floor["reference"]) == (500, 700)
     # The shift alone is 6 · 2²; with as many images as there are, there is nothing to choose.

@@ -236,15 +236,6 @@ def test_batches_of_a_killed_cell_are_kept(tmp_path, monkeypatch):
     assert not list(killed.glob("cells/plain/seed0/*/"))
 
 
-def test_a_plan_counts_what_is_left(tmp_path, finished):
-    new, done = plan(TINY, tmp_path), plan(TINY, finished)
-    assert (new.trainings, new.network_steps, new.cells) == (4, 48, 18)
-    assert new.sampling_calls == 2 * ((2 + 3) * 2 * 2 + 2)
-    assert new.done == 0
-    assert (done.trainings, done.cells, done.cost) == (0, 0, 0)
-    assert done.done == new.cost == 48 * 8 * 3 + 64 * new.sampling_calls
-
-
 def test_a_preset_samples_the_networks_of_another(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "tiny")
     more = replace(ONE_ARM, name="more", samples=128, networks_of=TINY)
@@ -272,15 +263,6 @@ def test_networks_that_another_preset_is_to_have_are_trained_in_its_folder(tmp_p
         with pytest.raises(ValueError, match=said):
             run(other, tmp_path / other.name)
     assert not (tmp_path / "other").exists()
-
-
-def test_what_samples_anothers_networks_has_its_settings():
-    shared = [preset for preset in PRESETS.values() if preset.networks_of is not None]
-    assert [preset.name for preset in shared] == ["cifar10-16-10k", "cifar10-wide-10k"]
-    for preset in shared:
-        assert preset.networks_of is PRESETS[preset.name.removesuffix("-10k")]
-        for key in ("data", "schedule", "network", "budget"):
-            assert preset.settings[key] == preset.networks_of.settings[key]
 
 
 def test_what_branches_and_what_is_trained_from_the_start():
