@@ -77,9 +77,7 @@ def test_a_preset_that_is_misspelt(call):
 
 def test_help_is_there_at_once():
     """Without torch, which takes seconds to import."""
-    code = (
-        "import sys, benchmarks.quality.cli as c; assert c.main.help and 'torch' not in sys.modules"
-    )
+    code = "import sys, benchmarks.quality.cli\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)  # noqa: S603 - ours
 
 

@@ -47,11 +47,11 @@ def test_networks_have_the_size_that_their_presets_say(preset, size, millions, n
 
 
 def test_attention_stands_where_it_is_asked_for():
-    unet = UNetSpec(8, (1, 1, 2), blocks=1, attention_at=(8,)).diffusers_unet((3, 16, 16))
+    unet = UNetSpec(8, (1, 1, 2), blocks=1, attention_at=(16, 8)).diffusers_unet((3, 16, 16))
     kinds = [type(block).__name__ for block in unet.down_blocks]
-    assert kinds == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]
+    assert kinds == ["AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"]
     kinds = [type(block).__name__ for block in unet.up_blocks]
-    assert kinds == ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
+    assert kinds == ["UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D"]
 
 
 def coloured(count):

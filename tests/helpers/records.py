@@ -134,11 +134,7 @@ def of_today(case):
 def criterion_of(case, tau):
     """The loss that a trainer's patch makes, for what this case trains."""
     today, options = trainers_of_today, case.options
-    if case.file[0] in (
-        "flow_matching",
-        "conditional-flow-matching",
-        "sd-scripts",
-    ):  # it makes none
+    if case.file[0] in ("flow_matching", "conditional-flow-matching", "sd-scripts"):  # makes none
         schedule, predicts = trainers.path_of_today(case)
         skips = SkipSet.for_sampling_steps(20)
         return SkipStepLoss(schedule, skips, tau=tau, prediction_type=predicts)
@@ -165,10 +161,8 @@ def criterion_of(case, tau):
 def ours(case, tau):
     """Our loss on what the trainer compared, and its gradient."""
     record = read()[case.file[0]]["losses"][case.name]
-    names = ("output", "target", "x_t", "weight")
-    output, target, x_t, weights = (
-        torch.tensor(record[name]).reshape(record["shape"]) for name in names
-    )
+    parts = (record[name] for name in ("output", "target", "x_t", "weight"))
+    output, target, x_t, weights = (torch.tensor(x).reshape(record["shape"]) for x in parts)
     t = torch.tensor(record["t"])
     t = t.long() if "prediction_type" in case.options else t
     changed, weight = criterion_of(case, tau).regression_target(target, t, x_t)
