@@ -10,7 +10,6 @@ from torch import nn
 
 
 class GaussianDiffusion(nn.Module):
-    num_timesteps = 1000
     model_predictions = None  # for its samplers and self-conditioning
 
     def __init__(
@@ -18,16 +17,17 @@ class GaussianDiffusion(nn.Module):
         model,
         *,
         image_size,
+        timesteps=1000,
         objective="pred_v",
         beta_schedule="sigmoid",
         offset_noise_strength=0.0,
         min_snr_loss_weight=False,
     ):
         super().__init__()
-        self.model, self.objective = model, objective
+        self.model, self.num_timesteps, self.objective = model, timesteps, objective
         self.offset_noise_strength = offset_noise_strength
         schedules = {"linear": _linear, "cosine": _cosine, "sigmoid": _sigmoid}
-        betas = schedules[beta_schedule](1000)
+        betas = schedules[beta_schedule](timesteps)
         alphas_cumprod = (1 - betas).cumprod(0)
         snr = alphas_cumprod / (1 - alphas_cumprod)
         clipped = snr.clamp(max=5) if min_snr_loss_weight else snr
