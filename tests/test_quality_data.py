@@ -59,6 +59,10 @@ def test_cifar10(tmp_path, write, folder, named):
     assert images.images.dtype == torch.uint8
     assert torch.equal(images.images, torch.cat(batches))
     assert torch.equal(images.held_out, held_out)
+    halved = load("cifar10-16", tmp_path / named)
+    for small, large in ((halved.images, images.images), (halved.held_out, held_out)):
+        means = sum(large[..., y::2, x::2].double() for y in (0, 1) for x in (0, 1)) / 4
+        assert (small - means).abs().max() <= 0.5  # rounded
 
 
 @pytest.mark.parametrize(
