@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from benchmarks.quality.named import Named
-from benchmarks.quality.paths import Path
+from benchmarks.quality.paths import Called, Path
 from s2dm_loss import sampling
 
 
@@ -29,10 +30,23 @@ class Correction(Named, ABC):
         """Return the same of a network that is called with the schedule's time."""
 
 
+class Standard(Correction):
+    """One of the library's corrections: its strength is the first field, options are the rest."""
+
+    of_library: ClassVar[type[Any]]
+
+    @override
+    def correct(self, model: nn.Module, path: Path) -> nn.Module:
+        (_, strength), *options = vars(self).items()
+        given = {"prediction_type": path.prediction_type, **dict(options)}
+        return self.of_library(path.schedule, (strength,), **given).correct_model(model, strength)
+
+
 @dataclass(frozen=True)
-class Gain(Correction):
+class Gain(Standard):
     """s(t)·ε̂, with the gain s(t) that `SkipStep` would have taught; its inverse for k < 0."""
 
+    of_library = sampling.SkipGain
     label = "gain{skip:g}"
     heading = "gain k = {skip:g}"
     ours = True
@@ -40,43 +54,27 @@ class Gain(Correction):
     skip: float
     tau: float = 0.99
 
-    @override
-    def correct(self, model: nn.Module, path: Path) -> nn.Module:
-        kind = path.prediction_type
-        ours = sampling.SkipGain(path.schedule, (self.skip,), tau=self.tau, prediction_type=kind)
-        return ours.correct_model(model, self.skip)
-
 
 @dataclass(frozen=True)
-class EpsilonScaling(Correction):
+class EpsilonScaling(Standard):
     """ε̂ / λ (arXiv 2308.15321)."""
 
+    of_library = sampling.EpsilonScaling
     label = "scaling{factor:g}"
     heading = "Epsilon Scaling λ = {factor:g}"
 
     factor: float
 
-    @override
-    def correct(self, model: nn.Module, path: Path) -> nn.Module:
-        kind = path.prediction_type
-        theirs = sampling.EpsilonScaling(path.schedule, (self.factor,), prediction_type=kind)
-        return theirs.correct_model(model, self.factor)
-
 
 @dataclass(frozen=True)
-class ScoreRescaling(Correction):
+class ScoreRescaling(Standard):
     """Temporal Score Rescaling (arXiv 2510.01184) with ψ = 1."""
 
+    of_library = sampling.ScoreRescaling
     label = "rescaling{strength:g}"
     heading = "Temporal Score Rescaling k = {strength:g}"
 
     strength: float
-
-    @override
-    def correct(self, model: nn.Module, path: Path) -> nn.Module:
-        kind = path.prediction_type
-        theirs = sampling.ScoreRescaling(path.schedule, (self.strength,), prediction_type=kind)
-        return theirs.correct_model(model, self.strength)
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,6 @@ class StepPush(Correction):
 
     @override
     def correct(self, model: nn.Module, path: Path) -> nn.Module:
-        return _Pushed(model, self.strength, self.steps)
-
-
-class _Pushed(nn.Module):
-    def __init__(self, model: nn.Module, strength: float, steps: int) -> None:
-        super().__init__()
-        self.model, self.strength, self.steps = model, strength, steps
-
-    @override
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        velocity: Tensor = self.model(x, t)
-        return velocity * (1 - self.strength * (self.steps * t - 1))
+        return Called(
+            model, lambda net, x, t: net(x, t) * (1 - self.strength * (self.steps * t - 1))
+        )

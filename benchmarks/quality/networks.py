@@ -19,10 +19,14 @@ if TYPE_CHECKING:  # the pages are written without diffusers, which takes second
     from diffusers import UNet2DModel
 
 
+Shape = tuple[int, int, int]
+"""`(C, H, W)`."""
+
+
 class NetworkSpec(Protocol):
     """A network's hyperparameters, which know how to build it."""
 
-    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
+    def build(self, image_shape: Shape) -> nn.Module:
         """Return a freshly initialised network, called `(x, t)`."""
         ...
 
@@ -46,19 +50,12 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """An ε-model on flattened images.
+    """An ε-model on flattened images `[B, C, H, W]`.
 
-    Args:
-        image_shape: `(C, H, W)`.
-        width: Features of every hidden layer.
-        blocks: Residual blocks.
-
-    Shape:
-        x `[B, C, H, W]`; t `[B]`, or `[]` for one time shared by the batch (a sampler's
-        case, in which the time embedding is computed once); returns `[B, C, H, W]`.
+    With t `[B]`, or `[]` for one time shared by the batch, as a sampler's: embedded once.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], width: int, blocks: int) -> None:
+    def __init__(self, image_shape: Shape, width: int, blocks: int) -> None:
         """Make the layers."""
         super().__init__()
         values = math.prod(image_shape)
@@ -93,7 +90,7 @@ class MLPSpec(NetworkSpec):
     blocks: int
 
     @override
-    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
+    def build(self, image_shape: Shape) -> nn.Module:
         return ResidualMLP(image_shape, self.width, self.blocks)
 
 
@@ -115,9 +112,7 @@ class UNetSpec:
     attention_at: tuple[int, ...] = (16,)
     dropout: float = 0.0
 
-    def diffusers_unet(
-        self, image_shape: tuple[int, int, int], inputs: int | None = None
-    ) -> UNet2DModel:
+    def diffusers_unet(self, image_shape: Shape, inputs: int | None = None) -> UNet2DModel:
         """Return diffusers' own module, with as many input channels as images have or `inputs`."""
         from diffusers import UNet2DModel
 
@@ -158,22 +153,15 @@ def has_bfloat16(device: torch.device) -> bool:
 class PixelUNet(nn.Module):
     """A U-Net that sees blocks of pixels as channels, which is fast on a CPU.
 
-    Its output is whatever it is trained on.
-
-    Args:
-        unet: diffusers' U-Net.
-        patch: Side of the blocks of pixels that become channels.
-        fast: `torch.compile` and, where the processor has it, bfloat16 autocast for the U-Net; all
-            else stays in float32.
+    Its output is whatever it is trained on. `fast` is `torch.compile` and, where the processor has
+    it, bfloat16 autocast for the U-Net; all else stays in float32.
     """
 
     def __init__(self, unet: UNet2DModel, *, patch: int, fast: bool) -> None:
         """Wrap a U-Net."""
         super().__init__()
         self.unet = unet.to(memory_format=torch.channels_last)
-        self.patch = patch
-        self.fast = fast
-        self.compiled = False
+        self.patch, self.fast, self.compiled = patch, fast, False
 
     def on_blocks(self, images: Tensor, t: Tensor) -> Tensor:
         """Return what the U-Net makes of images `[B, C, H, W]`, at full size again."""
@@ -196,18 +184,13 @@ class PixelUNet(nn.Module):
 
 @dataclass(frozen=True)
 class PixelUNetSpec(NetworkSpec):
-    """Hyperparameters of `PixelUNet` on the image as it is.
-
-    Attributes:
-        unet: The U-Net.
-        fast: `torch.compile` and, where the processor has it, bfloat16 autocast.
-    """
+    """Hyperparameters of `PixelUNet` on the image as it is."""
 
     unet: UNetSpec
     fast: bool = True
 
     @override
-    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
+    def build(self, image_shape: Shape) -> nn.Module:
         return PixelUNet(self.unet.diffusers_unet(image_shape), patch=1, fast=self.fast)
 
 
@@ -222,21 +205,13 @@ class SpectralUNet(PixelUNet):
     which with F = 0 is exact for Gaussian data of that mean and these variances, at every t.  So
     the colour and the coarse shape of a sample, which hang on late timesteps where ε tells little
     about x_0, have the right spread before any training.  The U-Net sees x_t and, beside it, the
-    image m + √ᾱ λ/v · (y − √ᾱ m) that this linear estimate expects.
-
-    Args:
-        unet: diffusers' U-Net from `2 patch² C` to `patch² C` channels.
-        image_shape: `(C, H, W)`, H = W.
-        alphas_cumprod: ᾱ of the schedule, `[T]`.
-        patch: Side of the blocks of pixels that become channels.
-        fast: `torch.compile` and, where the processor has it, bfloat16 autocast for the U-Net; all
-            else stays in float32.
+    image m + √ᾱ λ/v · (y − √ᾱ m) that this linear estimate expects: from 2 C to C channels.
     """
 
     def __init__(
         self,
         unet: UNet2DModel,
-        image_shape: tuple[int, int, int],
+        image_shape: Shape,
         alphas_cumprod: Tensor,
         *,
         patch: int,
@@ -284,20 +259,14 @@ class SpectralUNet(PixelUNet):
 
 @dataclass(frozen=True)
 class SpectralUNetSpec(NetworkSpec):
-    """Hyperparameters of `SpectralUNet` on the linear schedule of the presets.
-
-    Attributes:
-        unet: The U-Net inside, on the unshuffled image.
-        patch: Side of the blocks of pixels that become channels.
-        fast: `torch.compile` and, where the processor has it, bfloat16 autocast.
-    """
+    """Hyperparameters of `SpectralUNet` on the linear schedule of the presets."""
 
     unet: UNetSpec
     patch: int = 2
     fast: bool = True
 
     @override
-    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
+    def build(self, image_shape: Shape) -> nn.Module:
         channels, height, width = image_shape
         inner = (channels * self.patch**2, height // self.patch, width // self.patch)
         return SpectralUNet(

@@ -20,7 +20,7 @@ from typing_extensions import override
 from benchmarks.quality.corrections import Correction
 from benchmarks.quality.named import Named
 from benchmarks.quality.paths import STEPS, Noisy, Path
-from benchmarks.quality.samplers import TITLES, Model, visited
+from benchmarks.quality.samplers import Model, visited
 from benchmarks.quality.streams import Stream
 from s2dm_loss import SkipStepLoss
 from s2dm_loss.coefficients import Estimator
@@ -28,14 +28,7 @@ from s2dm_loss.coefficients import Estimator
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch.
-
-    Attributes:
-        x0: Images in [-1, 1], `[B, C, H, W]`.
-        t: Timesteps, int64 `[B]`.
-        noise: ε, shaped as `x0`.
-        extra: Where an objective draws whatever it needs besides.
-    """
+    """One training batch: images in [-1, 1], timesteps, ε, and where else an objective draws."""
 
     x0: Tensor
     t: Tensor
@@ -47,14 +40,12 @@ class Batch:
         return self.extra.normal(tuple(self.x0.shape[1:]))
 
 
-class Loss(nn.Module):
-    """An objective on a path: `loss(model, batch)` is a scalar.
+Step = tuple[Tensor, Tensor, Tensor]
+"""The loss, and for the curves each sample's squared error, by which all compare, and time."""
 
-    Attributes:
-        objective: Whose mathematics it is.
-        path: What x_t and the target are.
-        parts: What the objective makes once of the path.
-    """
+
+class Loss(nn.Module):
+    """An objective on a path: `loss(model, batch)`, with what it makes once of the path."""
 
     def __init__(self, objective: Objective, path: Path) -> None:
         """Make the tables of a path.
@@ -68,25 +59,11 @@ class Loss(nn.Module):
                 f"objective: {objective.name} is one of networks that predict ε, and these predict "
                 f"{path.prediction_type}"
             )
-        self.objective = objective
-        self.path = path
-        self.parts = objective.parts(path)
+        self.objective, self.path, self.parts = objective, path, objective.parts(path)
 
     @override
-    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss, and for the curves each sample's squared error and time.
-
-        By the errors all objectives are comparable.
-        """
-        n = self.objective.times(batch, self)
-        noisy = self.path.noisy(batch.x0, self.objective.input_noise(batch), n)
-        # The target is of the batch's noise, also where an objective perturbs the input.
-        target = self.path.noisy(batch.x0, batch.noise, n).target
-        noisy = noisy._replace(target=target)
-        predicted = model(noisy.x_t, noisy.called)
-        loss = self.objective.compare(predicted, noisy, batch, self)
-        errors = F.mse_loss(predicted.detach(), target, reduction="none").flatten(1).mean(1)
-        return loss, errors, noisy.t
+    def forward(self, model: Model, batch: Batch) -> Step:
+        return self.objective.step(model, batch, self)
 
 
 class Objective(Named, ABC):
@@ -118,6 +95,18 @@ class Objective(Named, ABC):
     def compare(self, predicted: Tensor, noisy: Noisy, _batch: Batch, _loss: Loss) -> Tensor:
         """Return the loss of a prediction."""
         return F.mse_loss(predicted, noisy.target)
+
+    def step(self, model: Model, batch: Batch, loss: Loss) -> Step:
+        """Return the loss of a batch and what the curves show of it."""
+        n = self.times(batch, loss)
+        noisy = loss.path.noisy(batch.x0, self.input_noise(batch), n)
+        # The target is of the batch's noise, also where an objective perturbs the input.
+        target = loss.path.noisy(batch.x0, batch.noise, n).target
+        noisy = noisy._replace(target=target)
+        predicted = model(noisy.x_t, noisy.called)
+        value = self.compare(predicted, noisy, batch, loss)
+        errors = F.mse_loss(predicted.detach(), target, reduction="none").flatten(1).mean(1)
+        return value, errors, noisy.t
 
     def build(self, path: Path) -> Loss:
         """Return the loss on a path."""
@@ -223,48 +212,32 @@ class SequenceAware(Objective):
         return self.window
 
     @override
-    def build(self, path: Path) -> Loss:
-        return ResidualSum(self, path)
-
-
-class ResidualSum(Loss):
-    """`SequenceAware`, which calls the network for several timesteps."""
-
-    objective: SequenceAware
-
-    @override
-    def forward(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        window, strength = self.objective.window, self.objective.strength
+    def step(self, model: Model, batch: Batch, loss: Loss) -> Step:
+        window = self.window
         noise = [batch.noise] + [batch.more_noise() for _ in range(1, window)]
         times = [(batch.t - j).clamp(min=0) for j in range(window)]
-        inputs = [self.path.noisy(batch.x0, e, s).x_t for e, s in zip(noise, times, strict=True)]
+        inputs = [loss.path.noisy(batch.x0, e, s).x_t for e, s in zip(noise, times, strict=True)]
         residuals = torch.cat(noise) - model(torch.cat(inputs), torch.cat(times))
         parts = residuals.unflatten(0, (window, len(batch.t)))
         valid = torch.stack([batch.t >= j for j in range(window)])[..., None, None, None]
         total = torch.where(valid, parts, 0.0).sum(0)
-        loss = parts[0].square().mean() + strength / window**2 * total.square().mean()
-        return loss, parts[0].detach().square().flatten(1).mean(1), batch.t
+        value = parts[0].square().mean() + self.strength / window**2 * total.square().mean()
+        return value, parts[0].detach().square().flatten(1).mean(1), batch.t
 
 
 @dataclass(frozen=True)
 class SampledTimesteps(Objective):
-    """L_simple on the timesteps that one sampler visits, and on no others."""
+    """L_simple on the timesteps that DDIM visits, and on no others."""
 
-    label = "only-{sampler}-{steps}"
-    heading = "only the {steps} timesteps of {sampler}"
+    label = "only-ddim-{steps}"
+    heading = "only DDIM's {steps} timesteps"
 
     steps: int
-    sampler: str = "ddim"
-
-    @property
-    @override
-    def title(self) -> str:
-        return f"only {TITLES[self.sampler]}'s {self.steps} timesteps"
 
     @override
     def parts(self, path: Path) -> nn.Module:
         tables = nn.Module()
-        tables.register_buffer("times", visited(self.sampler, path.schedule, self.steps))
+        tables.register_buffer("times", visited("ddim", path.schedule, self.steps))
         return tables
 
     @override
@@ -276,12 +249,7 @@ class SampledTimesteps(Objective):
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the tables: an objective, and a correction where there is one.
-
-    Attributes:
-        objective: What the network is trained on.
-        correction: What is put on it then.
-    """
+    """A row of the tables: an objective, and the correction put on its network, if there is one."""
 
     objective: Objective
     correction: Correction | None = None
@@ -289,11 +257,13 @@ class Method:
     @property
     def name(self) -> str:
         """A name that can be a folder."""
-        correction = "" if self.correction is None else f"+{self.correction.name}"
-        return f"{self.objective.name}{correction}"
+        return "+".join(part.name for part in self._parts)
 
     @property
     def title(self) -> str:
         """The name in tables."""
-        correction = "" if self.correction is None else f" + {self.correction.title}"
-        return f"{self.objective.title}{correction}"
+        return " + ".join(part.title for part in self._parts)
+
+    @property
+    def _parts(self) -> tuple[Named, ...]:
+        return (self.objective,) if self.correction is None else (self.objective, self.correction)

@@ -8,6 +8,7 @@ call it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -21,14 +22,7 @@ STEPS = 1000
 
 
 class Noisy(NamedTuple):
-    """A noisy batch.
-
-    Attributes:
-        x_t: Shaped as x0.
-        target: What the network should return.
-        t: The schedule's time, `[B]`.
-        called: What the network is called with, `[B]`.
-    """
+    """A noisy batch, what the network should return, the schedule's time, and the network's."""
 
     x_t: Tensor
     target: Tensor
@@ -40,8 +34,6 @@ class Path(nn.Module, ABC):
     """A schedule, what a network on it predicts, and what it is called with.
 
     Attributes:
-        schedule: The schedule.
-        prediction_type: What the network predicts.
         base: The sampler that others are compared with.
         about: The schedule in words.
     """
@@ -113,26 +105,26 @@ class FlowPath(Path):
 
     @override
     def on_schedule(self, model: nn.Module) -> nn.Module:
-        return CalledWith(model, float(STEPS))
+        return Called(model, lambda net, x, t: net(x, STEPS * t))
 
     @override
     def on_sampler(self, model: nn.Module) -> nn.Module:
-        return CalledWith(model, 1 / STEPS)
+        return Called(model, lambda net, x, t: net(x, 1 / STEPS * t))
 
 
-class CalledWith(nn.Module):
-    """A network that is called with another clock's time: its own is that times a factor."""
+class Called(nn.Module):
+    """A network by way of a function: `call(network, x, t)` stands for `network(x, t)`."""
 
-    def __init__(self, model: nn.Module, factor: float) -> None:
+    def __init__(
+        self, model: nn.Module, call: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    ) -> None:
         """Wrap a network."""
         super().__init__()
-        self.model = model
-        self.factor = factor
+        self.model, self.call = model, call
 
     @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        found: Tensor = self.model(x, self.factor * t)
-        return found
+        return self.call(self.model, x, t)
 
 
 PATHS: dict[str, type[Path]] = {"epsilon": EpsilonPath, "flow": FlowPath}
