@@ -27,20 +27,18 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: If there are checkpoints and none can be read.
     """
-    trouble: ValueError | None = None
-    for path in (folder / NEWEST, folder / BEFORE):
-        if not path.exists():
-            continue
+    there = [path for path in (folder / NEWEST, folder / BEFORE) if path.exists()]
+    for path in there:
         try:
             state = load_tensors(path)
         except ValueError as error:
-            trouble = error
-            continue
-        if trouble is not None:
-            tqdm.write(f"{trouble}. Going on from {path}, step {state['step']:,}.")
-        return state
-    if trouble is not None:
-        raise trouble
+            if path == there[-1]:
+                raise
+            tqdm.write(f"{error}.")
+        else:
+            if path != there[0]:
+                tqdm.write(f"Going on from {path}, step {state['step']:,}.")
+            return state
     return None
 
 

@@ -6,6 +6,7 @@ started again, and writes its record before the next begins.
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,14 +34,9 @@ SOLVERS = ("ddim", "unipc", "pndm", "deis")
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the plan.
+    """A part of the plan: what is trained and measured, and the cells in which the search is asked.
 
-    Attributes:
-        name: What it is called, and its folder.
-        about: What it asks.
-        preset: What is trained and measured.
-        keep_weights: Whether the plain network's averaged weights are kept in bfloat16.
-        searches: The cells in which the search is asked.
+    The plain network's averaged weights may be kept, in bfloat16.
     """
 
     name: str
@@ -66,15 +62,13 @@ PARTS = (
         ),
         keep_weights=True,
     ),
-    Part(
-        "unet-loss49",
-        "k = 49 from the start, seed 0, beside the recorded plain network",
-        replace(_UNET, budget=_FROM_START, arms=(arm(SkipStep(49), samplers=SOLVERS, steps=TEN),)),
-    ),
-    Part(
-        "unet-loss9",
-        "k = 9 from the start, seed 0",
-        replace(_UNET, budget=_FROM_START, arms=(arm(SkipStep(9), samplers=SOLVERS, steps=TEN),)),
+    *(
+        Part(
+            f"unet-loss{k}",
+            f"k = {k} from the start, seed 0, beside the recorded plain network",
+            replace(_UNET, budget=_FROM_START, arms=(arm(SkipStep(k), None, SOLVERS, TEN),)),
+        )
+        for k in (49, 9)
     ),
     Part(
         "flow-unet",
@@ -101,23 +95,15 @@ PARTS = (
 
 
 def do(part: Part, out: Path, data: Path | None, seconds: int = LIMIT) -> str:
-    """Do a part, or go on with it, for so many seconds; return what came of it.
-
-    Args:
-        part: The part.
-        out: The folder of all parts.
-        data: Where the data lie.
-        seconds: After these it stops.
-    """
+    """Do a part in `out`, or go on with it, for so many seconds; return what came of it."""
     # The search has the networks of the first part.
     root = out / (PARTS[0].name if part.searches else part.name)
     ended = "complete"
     try:
         with _limited(seconds):
             run(part.preset, root, data_folder=data)
-            for cell in part.searches:
-                for seed in part.preset.seeds:
-                    search(part.preset, root, seed, cell, data)
+            for cell, seed in itertools.product(part.searches, part.preset.seeds):
+                search(part.preset, root, seed, cell, data)
     except TimeoutError:
         ended = f"stopped after {seconds} seconds; the same command goes on"
     record = collect(part.preset, root)

@@ -26,44 +26,21 @@ from benchmarks.files import load_json, save_json
 from benchmarks.quality.objectives import Method, Objective
 from benchmarks.quality.presets import Preset
 
+SETTINGS, REFERENCE, FLOOR = "settings.json", "reference.pt", "floor.json"
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a run keeps its files.
-
-    Attributes:
-        root: The run's folder.
-        networks: The folder of the run that its networks are of: its own, or another's.
-    """
+    """Where a run keeps its files; its networks may be another run's, in that run's folder."""
 
     root: Path
     networks: Path
 
     @classmethod
     def of(cls, preset: Preset, root: Path) -> Layout:
-        """Return the layout of a preset's folder, beside that of the preset whose networks it has.
-
-        Args:
-            preset: The experiment.
-            root: Its folder.
-        """
+        """Return a preset's, in a folder beside that of the preset whose networks it has."""
         other = preset.networks_of
         return cls(root, root if other is None else root.resolve().parent / other.name)
-
-    @property
-    def settings(self) -> Path:
-        """What all cells depend on."""
-        return self.root / "settings.json"
-
-    @property
-    def reference(self) -> Path:
-        """The features of what samples are compared with."""
-        return self.root / "reference.pt"
-
-    @property
-    def floor(self) -> Path:
-        """The distances between sets of real images."""
-        return self.root / "floor.json"
 
     def model(self, objective: Objective, seed: int) -> Path:
         """Return the folder of one training run."""
@@ -81,10 +58,6 @@ class InUseError(RuntimeError):
 @contextmanager
 def claimed(preset: Preset, root: Path) -> Iterator[None]:
     """Hold a folder for a preset; a run that leaves nothing behind leaves no folder either.
-
-    Args:
-        preset: Whose results the folder is for.
-        root: The folder.
 
     Raises:
         ValueError: If the folder is a file, or holds results made with other settings.
@@ -107,8 +80,8 @@ def claimed(preset: Preset, root: Path) -> Iterator[None]:
     try:
         check_settings(preset, root)
         for one, layout in _with_networks(preset, root):
-            if not layout.settings.exists():
-                save_json(layout.settings, one.settings)
+            if not (layout.root / SETTINGS).exists():
+                save_json(layout.root / SETTINGS, one.settings)
         yield
     finally:
         _remove_what_is_empty(made)
@@ -118,9 +91,9 @@ def claimed(preset: Preset, root: Path) -> Iterator[None]:
 def check_settings(preset: Preset, root: Path) -> None:
     """Raise ValueError if a preset's folder, or its networks', holds results of other settings."""
     for one, layout in _with_networks(preset, root):
-        if not layout.settings.exists():
+        if not (layout.root / SETTINGS).exists():
             continue
-        stored = load_json(layout.settings)
+        stored = load_json(layout.root / SETTINGS)
         if differing := [key for key, value in one.settings.items() if stored.get(key) != value]:
             key = differing[0]
             raise ValueError(
@@ -144,7 +117,7 @@ def _remove_what_is_empty(made: list[Path]) -> None:
         if not folder.is_dir():
             continue
         content = list(folder.iterdir())
-        if {path.name for path in content} <= {"lock", "settings.json"}:
+        if {path.name for path in content} <= {"lock", SETTINGS}:
             for path in content:
                 path.unlink()
             folder.rmdir()

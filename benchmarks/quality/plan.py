@@ -30,6 +30,11 @@ class Job:
     arm: Arm
     seed: int
 
+    @property
+    def name(self) -> str:
+        """What it says of itself while it is done."""
+        return f"{self.arm.method.name}, seed {self.seed}"
+
     def cells(self) -> Iterator[tuple[str, int]]:
         """Yield (sampler, steps)."""
         yield from itertools.product(self.arm.samplers, self.arm.steps)
@@ -57,7 +62,7 @@ def training_cost(preset: Preset, objective: Objective) -> float:
     return images * objective.model_calls * (1 + BACKWARD_COST)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What is left to do.
 
@@ -70,42 +75,37 @@ class Plan:
         done: What is done already, in the same unit.
     """
 
-    trainings: int
-    network_steps: int
-    cells: int
-    sampling_calls: int
-    cost: float
-    done: float
+    trainings: int = 0
+    network_steps: int = 0
+    cells: int = 0
+    sampling_calls: int = 0
+    cost: float = 0.0
+    done: float = 0.0
 
 
 def plan(preset: Preset, root: Path) -> Plan:
     """Return what a run would have to do; reads the folder and starts nothing."""
-    layout = Layout.of(preset, root)
-    trainings = network_steps = cells = sampling_calls = 0
-    cost = done = 0.0
-    seen = set()
+    layout, todo = Layout.of(preset, root), Plan()
+    trainings = dict.fromkeys((job.arm.method.objective, job.seed) for job in jobs(preset))
+    for objective, seed in trainings:
+        folder = layout.model(objective, seed)
+        whole, steps = training_cost(preset, objective), training_steps(preset, objective)
+        left = 0 if (folder / "training.json").exists() else steps
+        if left and (state := newest_state(folder)) is not None:
+            left = preset.budget.steps - state["step"]
+        todo.trainings += left > 0
+        todo.network_steps += left * objective.model_calls
+        todo.cost += whole * left / steps
+        todo.done += whole * (steps - left) / steps
     for job in jobs(preset):
-        method, seed = job.arm.method, job.seed
-        if (method.objective, seed) not in seen:
-            seen.add((method.objective, seed))
-            folder = layout.model(method.objective, seed)
-            whole = training_cost(preset, method.objective)
-            steps = training_steps(preset, method.objective)
-            left = 0 if (folder / "training.json").exists() else steps
-            if left and (state := newest_state(folder)) is not None:
-                left = preset.budget.steps - state["step"]
-            trainings += left > 0
-            network_steps += left * method.objective.model_calls
-            cost += whole * left / steps
-            done += whole * (steps - left) / steps
         for sampler, steps in job.cells():
-            if layout.cell(method, seed, sampler, steps).exists():
-                done += preset.samples * steps
+            if layout.cell(job.arm.method, job.seed, sampler, steps).exists():
+                todo.done += preset.samples * steps
             else:
-                cells += 1
-                sampling_calls += steps
-                cost += preset.samples * steps
-    return Plan(trainings, network_steps, cells, sampling_calls, cost, done)
+                todo.cells += 1
+                todo.sampling_calls += steps
+                todo.cost += preset.samples * steps
+    return todo
 
 
 def estimate(preset: Preset, todo: Plan) -> float:

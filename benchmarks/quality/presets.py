@@ -12,11 +12,7 @@ from benchmarks.quality.corrections import (
     ScoreRescaling,
     StepPush,
 )
-from benchmarks.quality.features import (
-    ClassifierFeatures,
-    EfficientNetFeatures,
-    FeatureSpec,
-)
+from benchmarks.quality.features import ClassifierFeatures, EfficientNetFeatures, FeatureSpec
 from benchmarks.quality.networks import (
     MLPSpec,
     NetworkSpec,
@@ -48,8 +44,8 @@ class Arm:
     """One method, and the samplers and step counts that it is measured with."""
 
     method: Method
-    samplers: tuple[str, ...] = CORE
-    steps: tuple[int, ...] = STEPS
+    samplers: tuple[str, ...]
+    steps: tuple[int, ...]
 
 
 def arm(
@@ -68,9 +64,9 @@ class Preset:
 
     Attributes:
         name: What the command line calls it.
-        data: The data set.
-        network: The network.
-        budget: The training budget, the same for every objective.
+        data: The data set, a key of `data.SETS`.
+        network: What is trained.
+        budget: How, the same for every objective.
         features: The feature space of the distances.
         samples: Images per cell.
         sample_batch: Images sampled at once.
@@ -157,10 +153,14 @@ TEXTURES = replace(
         *(arm(Plain(), Gain(k)) for k in (49, 99, 9, 149)),
         *(arm(SkipStep(k)) for k in (49, 99, 9)),
     ),
-    columns=("plain", "skip9-expected", "skip49-expected"),
 )
 
 # Near the data: a plain U-Net on CIFAR10 at 16 x 16 pixels, trained from the start with each loss.
+MAIN: tuple[tuple[Objective, Correction | None], ...] = (
+    (Plain(), None),
+    (Plain(), Gain(49)),
+    (SkipStep(49), None),
+)
 CIFAR10_16 = Preset(
     name="cifar10-16",
     data="cifar10-16",
@@ -171,7 +171,6 @@ CIFAR10_16 = Preset(
         learning_rate=1e-3,
         warmup=200,
         flip=True,
-        ema_decay=0.999,
         ema_power=0.9,
         checkpoint_every=200,
     ),
@@ -179,18 +178,14 @@ CIFAR10_16 = Preset(
     samples=1_024,
     sample_batch=256,
     arms=(
-        *(arm(Plain(), one, ("ddim", "unipc"), TEN) for one in (None, Gain(49))),
-        arm(SkipStep(49), samplers=("ddim", "unipc"), steps=TEN),
-        *(arm(Plain(), one, ("ddim", "unipc"), (20,)) for one in (None, Gain(49))),
-        arm(SkipStep(49), samplers=("ddim", "unipc"), steps=(20,)),
+        *(arm(*one, ("ddim", "unipc"), (steps,)) for steps in SHORT for one in MAIN),
         *(arm(Plain(), one, ("pndm", "deis", "dpm++2m"), TEN) for one in (None, Gain(49))),
         *(arm(Plain(), Gain(k), ("ddim",), TEN) for k in (99, -49, 9)),
         arm(Plain(), samplers=("ddim",), steps=(50, 100)),
         *(arm(Plain(), ScoreRescaling(k), ("ddim",), TEN) for k in (0.97, 1.03)),
         *(arm(Plain(), EpsilonScaling(factor), ("ddim",), TEN) for factor in (0.99, 1.01)),
         arm(SkipStep(49), Gain(49), ("ddim",), TEN),
-        *(arm(Plain(), one, ("ddim",), (50,)) for one in (Gain(49),)),
-        arm(SkipStep(49), samplers=("ddim",), steps=(50,)),
+        *(arm(*one, ("ddim",), (50,)) for one in MAIN[1:]),
         *(arm(Plain(), one, ("pndm", "deis", "dpm++2m"), (20,)) for one in (None, Gain(49))),
         *(arm(one, samplers=("ddim", "unipc"), steps=SHORT) for one in (SkipStep(9), MinSNR())),
         *(arm(MinSNR(), Gain(k), ("ddim",), TEN) for k in (49, -49)),
@@ -203,11 +198,7 @@ CIFAR10_16_10K = replace(
     name="cifar10-16-10k",
     samples=10_000,
     sample_batch=250,
-    arms=tuple(
-        arm(objective, correction, (sampler,), TEN)
-        for sampler in ("ddim", "unipc")
-        for objective, correction in ((Plain(), None), (Plain(), Gain(49)), (SkipStep(49), None))
-    ),
+    arms=tuple(arm(*one, (sampler,), TEN) for sampler in ("ddim", "unipc") for one in MAIN),
     networks_of=CIFAR10_16,
 )
 CIFAR10_16_FLOW = replace(
@@ -261,22 +252,20 @@ CIFAR10_WIDE = Preset(
     sample_batch=500,
     arms=(
         *ANSWER_ARMS,
-        *(arm(one, correction, ("unipc",), TEN) for one, correction in
-          ((Plain(), Gain(49)), (SkipStep(49), None))),
+        *(arm(*one, ("unipc",), TEN) for one in MAIN[1:]),
         arm(Plain(), samplers=("deis", "pndm", "dpm++2m"), steps=TEN),
         *(arm(Plain(), Gain(49), (sampler,), TEN) for sampler in ("deis", "pndm")),
         *(arm(Plain(), one, ("ddim",), TEN) for one in (Gain(99), Gain(-9), Gain(149))),
         *(arm(Plain(), ScoreRescaling(k), ("ddim",), TEN) for k in (0.9, 1.1)),
         *(arm(Plain(), EpsilonScaling(x), ("ddim",), TEN) for x in (0.98, 0.99, 1.01, 1.02)),
-        *(arm(one, samplers=CORE, steps=(20, 50, 100)) for one in
-          (Plain(), SkipStep(9), SkipStep(49))),
+        *(arm(one, steps=(20, 50, 100)) for one in (Plain(), SkipStep(9), SkipStep(49))),
         arm(Plain(), Gain(49), ("ddim",), (20, 50)),
         arm(Plain(), samplers=("unipc",), steps=(20, 50)),
     ),
     seeds=(0, 1, 2),
     workers=2,
-    columns=("plain", "skip9-expected", "skip49-expected"),
-)  # fmt: skip
+    columns=DIGITS.columns,
+)
 CIFAR10_WIDE_10K = replace(
     CIFAR10_WIDE,
     name="cifar10-wide-10k",

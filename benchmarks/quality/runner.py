@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.files import load_json, load_tensors, save_json, save_tensors
 from benchmarks.provenance import versions
 from benchmarks.quality import data as datasets
-from benchmarks.quality.layout import Layout, claimed
+from benchmarks.quality.layout import FLOOR, REFERENCE, Layout, claimed
 from benchmarks.quality.metrics import FeatureDistances, noise_floor
 from benchmarks.quality.networks import default_device
 from benchmarks.quality.objectives import Method, Objective, Plain
@@ -40,23 +40,18 @@ KEPT_SAMPLES = 32
 Advance = Callable[[float], object]
 
 
-def _no_progress(amount: float) -> None:
-    """Tell nobody."""
-
-
 class Bench:
     """A preset's data, schedule, features and folder, and what is done with them."""
 
     def __init__(self, preset: Preset, root: Path, data_folder: Path | None = None) -> None:
         """Load the data and make the feature network."""
-        self.preset = preset
-        self.layout = Layout.of(preset, root)
+        self.preset, self.root, self.layout = preset, root, Layout.of(preset, root)
         self.device = default_device()
         self.path = PATHS[preset.path]().to(self.device)
         self.data = datasets.load(preset.data, data_folder)
         self.features = preset.features.build(self.data, root, self.device)
         self.distances = FeatureDistances(
-            self.features, self.data.reference, cache=self.layout.reference
+            self.features, self.data.reference, cache=root / REFERENCE
         )
         self.versions = versions()
         # One network for all weights that are sampled with: it is compiled once.
@@ -69,15 +64,10 @@ class Bench:
 
     def floor(self) -> dict[str, Any]:
         """Return the distances between sets of real images; measured once."""
-        path, digest = self.layout.floor, self.data.digest
+        path, digest = self.root / FLOOR, self.data.digest
         if not path.exists():
-            floor = noise_floor(
-                self.features,
-                self.data.images,
-                self.data.held_out,
-                self.preset.samples,
-                cache=self.layout.reference,
-            )
+            compared = self.data.images, self.data.held_out, self.preset.samples
+            floor = noise_floor(self.features, *compared, cache=self.root / REFERENCE)
             save_json(path, {"features": self.features.description, "data": digest, **floor})
         stored: dict[str, Any] = load_json(path)
         if stored["features"] != self.features.description:
@@ -85,7 +75,7 @@ class Bench:
                 f"features: the folder's distances are of {stored['features']}, this machine's "
                 f"would be of {self.features.description}; take a new folder"
             )
-        for floor_of in dict.fromkeys((path, self.layout.networks / path.name)):
+        for floor_of in dict.fromkeys((path, self.layout.networks / FLOOR)):
             if floor_of.exists() and load_json(floor_of).get("data") != digest:
                 raise ValueError(
                     f"data: {floor_of.parent} is of other images than these {len(self.data)} of "
@@ -93,7 +83,9 @@ class Bench:
                 )
         return stored
 
-    def model(self, objective: Objective, seed: int, advance: Advance = _no_progress) -> nn.Module:
+    def model(
+        self, objective: Objective, seed: int, advance: Advance = lambda _: None
+    ) -> nn.Module:
         """Return a trained network, trained here if it is not yet."""
         folder = self.layout.model(objective, seed)
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +109,7 @@ class Bench:
                 progress=lambda steps: advance(steps * cost),
             )
 
-    def do(self, job: Job, advance: Advance = _no_progress) -> None:
+    def do(self, job: Job, advance: Advance = lambda _: None) -> None:
         """Do whatever of a job is not done."""
         method, seed = job.arm.method, job.seed
         paths = {cell: self.layout.cell(method, seed, *cell) for cell in job.cells()}
@@ -126,18 +118,15 @@ class Bench:
             shutil.rmtree(paths[cell].with_suffix(""), ignore_errors=True)
         if not missing:
             return
-        trained = self.model(method.objective, seed, advance)
-        model = self.network
-        model.load_state_dict(trained.state_dict())
+        self.network.load_state_dict(self.model(method.objective, seed, advance).state_dict())
         for sampler, steps in missing:
-            self._measure(model, method, seed, sampler, steps)
+            self._measure(method, seed, sampler, steps)
             advance(self.preset.samples * steps)
 
-    def _measure(
-        self, model: nn.Module, method: Method, seed: int, sampler: str, steps: int
-    ) -> None:
+    def _measure(self, method: Method, seed: int, sampler: str, steps: int) -> None:
         path = self.layout.cell(method, seed, sampler, steps)
         began = time.perf_counter()
+        model = self.network
         if method.correction is not None:
             model = method.correction.apply(model, self.path).to(self.device)
         samples, moments = self._samples(model, seed, sampler, steps, path.with_suffix(""))
@@ -222,8 +211,8 @@ class Bench:
 
     def _band_spreads(self, samples: Tensor) -> Tensor:
         """Return the standard deviation in each octave of frequencies."""
-        values = samples if samples.is_floating_point() else datasets.to_model_range(samples)
-        found = self.frequencies.coordinates(values.cpu().double()).var(0).mean(0).flatten()
+        values = datasets.to_model_range(samples).cpu().double()
+        found = self.frequencies.coordinates(values).var(0).mean(0).flatten()
         bands = self.frequencies.bands.flatten()
         sums = found.new_zeros(self.frequencies.count).index_add_(0, bands, found)
         return (sums / bands.bincount()).sqrt()
@@ -244,13 +233,7 @@ def _spread(moments: Tensor) -> float:
 
 
 def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | None = None) -> None:
-    """Do all jobs of a preset that are not done.
-
-    Args:
-        preset: The experiment.
-        root: The run's folder.
-        workers: Processes that share the jobs, each with one thread; 1 for a GPU.
-        data_folder: Where a local data set lies.
+    """Do all jobs of a preset that are not done, in processes of one thread each if several.
 
     Raises:
         ValueError: If the folder is a file or holds results of other settings.
@@ -274,7 +257,7 @@ def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | Non
             if workers == 1:
                 advance = _Batched(bar.update)
                 for job in jobs(preset):
-                    bar.set_postfix_str(f"{job.arm.method.name}, seed {job.seed}")
+                    bar.set_postfix_str(job.name)
                     bench.do(job, advance)
                     advance.flush()
             else:
@@ -286,13 +269,11 @@ class _Batched:
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance
-        self.pending = 0.0
-        self.last = time.monotonic()
+        self.pending, self.last = 0.0, time.monotonic()
 
     def __call__(self, cost: float) -> None:
         self.pending += cost
-        now = time.monotonic()
-        if now - self.last > 0.25:
+        if time.monotonic() - self.last > 0.25:
             self.flush()
 
     def flush(self) -> None:
@@ -301,17 +282,15 @@ class _Batched:
         self.pending, self.last = 0.0, time.monotonic()
 
 
-_bench: Bench | None = None
-_advance: _Batched | None = None
+_worker: tuple[Bench, _Batched] | None = None
 
 
 def _start_worker(preset: Preset, root: Path, data_folder: Path | None, queue: Any) -> None:
-    global _bench, _advance
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process sees to its end
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _bench = Bench(preset, root, data_folder)
-    _advance = _Batched(queue.put)
+    _worker = Bench(preset, root, data_folder), _Batched(queue.put)
 
 
 def _end_with_parent() -> None:
@@ -323,11 +302,12 @@ def _end_with_parent() -> None:
 
 
 def _work(job: Job) -> str:
-    if _bench is None or _advance is None:
+    if _worker is None:
         raise RuntimeError("the worker has not been started")
-    _bench.do(job, _advance)
-    _advance.flush()
-    return f"{job.arm.method.name}, seed {job.seed}"
+    bench, advance = _worker
+    bench.do(job, advance)
+    advance.flush()
+    return job.name
 
 
 def _share(

@@ -114,18 +114,11 @@ def sample(
     start: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Turn noise into samples.
+    """Turn standard normal noise into samples, not clamped, `[B, C, H, W]`.
 
-    Args:
-        model: Called `(x, t)` with `t` of shape `[]`; returns ε̂ or, on a flow, the velocity.
-        sampler: A key of `SAMPLERS`, or of `FLOW` or `HEUN` on a continuous schedule.
-        schedule: The schedule the model was trained on.
-        steps: Sampling steps.
-        start: Standard normal noise `[B, C, H, W]`.
-        generator: For the noise that a stochastic sampler adds.
-
-    Returns:
-        Samples `[B, C, H, W]`, not clamped.
+    The model is called `(x, t)` with t of shape `[]`, and returns ε̂ or, on a flow, the velocity.
+    The sampler is a key of `SAMPLERS`, or of `FLOW` or `HEUN` on a continuous schedule; the
+    generator is for the noise that a stochastic one adds.
     """
     if sampler in HEUN:
         return _heun(model, HEUN[sampler], steps, start)

@@ -33,13 +33,6 @@ def search(
 
     The search sees training images and noise of its own; the judge compares samples from further
     noise with the preset's reference, as a cell is measured.  Kept in a file of the run's folder.
-
-    Args:
-        preset: The experiment.
-        root: Its folder, where the network is trained if it is not yet.
-        seed: The network's.
-        cell: A sampler and its steps.
-        data_folder: Where a local data set lies.
     """
     check_settings(preset, root)
     path = root / f"search-seed{seed}-{cell.sampler}-{cell.steps}.json"
@@ -47,16 +40,14 @@ def search(
         stored: dict[str, Any] = load_json(path)
         return stored
     with claimed(preset, root):
-        return _searched(preset, root, seed, cell, data_folder, path)
+        result = _searched(Bench(preset, root, data_folder), seed, cell)
+        save_json(path, result)
+        return result
 
 
-def _searched(
-    preset: Preset, root: Path, seed: int, cell: Cell, data_folder: Path | None, path: Path
-) -> dict[str, Any]:
-    bench = Bench(preset, root, data_folder)
+def _searched(bench: Bench, seed: int, cell: Cell) -> dict[str, Any]:
     bench.floor()  # which knows the data and the features that the folder is of
-    model = bench.network
-    model.load_state_dict(bench.model(Plain(), seed, lambda _: None).state_dict())
+    bench.network.load_state_dict(bench.model(Plain(), seed).state_dict())
     noise = generator(seed, Purpose.SAMPLER)
 
     def run(network: nn.Module, start: Tensor) -> Tensor:
@@ -68,7 +59,7 @@ def _searched(
         return found
 
     kind = bench.path.prediction_type
-    model = bench.path.on_schedule(model)
+    model = bench.path.on_schedule(bench.network)
     question = CorrectionSearch(
         model,
         run,
@@ -82,18 +73,17 @@ def _searched(
     tqdm.write(str(question.cost))
     found = question.recommend(tqdm)
     draw = generator(seed, Purpose.START, 1_000)
-    starts = torch.randn(preset.samples, *bench.data.shape, generator=draw).split(
-        preset.sample_batch
-    )
+    starts = torch.randn(bench.preset.samples, *bench.data.shape, generator=draw)
 
     def judged(corrected: bool) -> float:
         network = found.correct_model(model) if corrected else model
         change = found.correct_noise if corrected else torch.clone
-        images = [datasets.to_uint8(run(network, change(start))) for start in starts]
+        batches = starts.split(bench.preset.sample_batch)
+        images = [datasets.to_uint8(run(network, change(start))) for start in batches]
         return bench.distances.compare(torch.cat(images)).frechet
 
     best, plain = found.best, found.candidates[0].distance
-    result = {
+    return {
         "seed": seed,
         "sampler": cell.sampler,
         "steps": cell.steps,
@@ -105,5 +95,3 @@ def _searched(
         "plain": judged(corrected=False),
         "corrected": judged(corrected=True),
     }
-    save_json(path, result)
-    return result

@@ -50,10 +50,9 @@ class Frequencies(nn.Module):
 
 
 def principal_axes(data: ImageSet) -> tuple[Tensor, Tensor]:
-    """Return the data's variance along each principal axis, and the axes, an orthonormal basis.
+    """Return the data's variance along each principal axis, float64 `[D]`, and the axes.
 
-    Returns:
-        Variances, float64 `[D]`, and images of length 1, float64 `[D, C, H, W]`.
+    These are an orthonormal basis of images, float64 `[D, C, H, W]`.
     """
     values = torch.cat([to_model_range(part).flatten(1) for part in data.images.split(4096)])
     centred = values - values.mean(0)
@@ -68,12 +67,6 @@ def gaussian_variances(sampler: str, path: Path, steps: int, variances: Tensor) 
     With the exact prediction along an axis of variance v, E[x_0 | x_t] = α v x_t / (α² v + σ²) and
     E[ε | x_t] = σ x_t / (α² v + σ²), each sample is proportional to its start. So this is what a
     sampler alone leaves, with nothing left to learn.
-
-    Args:
-        sampler: A sampler that draws no noise.
-        path: What it samples on.
-        steps: Sampling steps.
-        variances: The data's variances along axes, float64 `[D]`.
     """
 
     def exact(x: Tensor, t: Tensor) -> Tensor:

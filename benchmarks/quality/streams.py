@@ -32,19 +32,11 @@ def generator(seed: int, purpose: Purpose, part: int = 0) -> torch.Generator:
 
 
 class Stream:
-    """Draws for a batch.
-
-    Args:
-        source: The generator.
-        batch_size: Rows of the batch.
-        device: Where the draws go.
-    """
+    """Draws for a batch."""
 
     def __init__(self, source: torch.Generator, batch_size: int, device: torch.device) -> None:
         """Keep where numbers come from and go to."""
-        self.source = source
-        self.batch_size = batch_size
-        self.device = device
+        self.source, self.batch_size, self.device = source, batch_size, device
 
     def integers(self, high: int) -> Tensor:
         """Return uniform integers in `[0, high)`, shape `[B]`."""

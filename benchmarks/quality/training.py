@@ -47,14 +47,12 @@ def train(
         objective: What to train on.
         seed: Seed of the initialisation and of all streams.
         data: The images.
-        path: What it is trained on.
-        network: The network.
-        budget: The training budget.
-        folder: Where this run's files go: checkpoints while it is under way, then `weights.pt`
-            and `training.json`.
+        path: What x_t and the target are.
+        network: What is built.
+        budget: How it is trained.
+        folder: Of checkpoints while it is under way, then of `weights.pt` and `training.json`.
         device: Where it is trained.
-        branch: The state of another run to start from, weights, optimiser and random streams;
-            without it a fresh network.
+        branch: The state of another run to start from; without it a fresh network.
         progress: Called with the number of steps just done; may raise to stop the run.
 
     Returns:
@@ -116,11 +114,13 @@ class _Run:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=budget.learning_rate, fused=True)
         self.ema = averaged_as_in(budget, model.parameters())
         self.ema.to(device)
-        self.step = 0
-        self.seconds = 0.0
+        self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
         self.sums = torch.zeros(2, device=device)
         self.by_noise = LossByNoise(path.schedule, name="mse")
+        self.parts: dict[str, Any] = {
+            "model": model, "ema": self.ema, "optimizer": self.optimizer, "by_noise": self.by_noise
+        }  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """Return what is worth keeping of a finished run."""
@@ -207,9 +207,7 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **{name: part.state_dict() for name, part in self.parts.items()},
             "streams": {int(p): s.source.get_state() for p, s in self.streams.items()},
             # Dropout draws from the global generators.
             "global": torch.get_rng_state(),
@@ -218,14 +216,12 @@ class _Run:
             "seconds": self.seconds,
             "curve": self.curve,
             "sums": self.sums,
-            "by_noise": self.by_noise.state_dict(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
         self.ema.to(self.device)
-        self.optimizer.load_state_dict(state["optimizer"])
         for purpose, stream in self.streams.items():
             stream.source.set_state(state["streams"][int(purpose)])
         torch.set_rng_state(state["global"])
@@ -234,4 +230,3 @@ class _Run:
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve = state["curve"]
         self.sums = state["sums"].to(self.device)
-        self.by_noise.load_state_dict(state["by_noise"])
