@@ -17,6 +17,7 @@ from benchmarks.pages.figures import save_figure
 SOURCES = Path(__file__).parent / "sources"
 ROOMS = ("quality", "overhead", "lab", "monitor")
 ASSETS = Path("docs/assets")
+Draw = Callable[[], Figure]
 COMMITTED = frozenset({"README.md"})
 """Pages that are read where no build draws their figures; these figures are files."""
 
@@ -45,21 +46,12 @@ def sources(root: Path = SOURCES) -> dict[str, str]:
 
 
 class Renderer:
-    """Fills holes.
-
-    Args:
-        holes: What a source can name.
-        figures: What its hole `figure(name, alt)` can draw, by name such as "quality/seeds".
-        root: Folder of the sources, which may include one another.
-    """
+    """Fills holes: what a source can name, and what its hole `figure(name, alt)` can draw."""
 
     def __init__(
-        self,
-        holes: Mapping[str, Any],
-        figures: Mapping[str, Callable[[], Figure]],
-        root: Path = SOURCES,
+        self, holes: Mapping[str, Any], figures: Mapping[str, Draw], root: Path = SOURCES
     ) -> None:
-        """Set Jinja2 up."""
+        """Set Jinja2 up, for sources that may include others in `root`."""
         self.figures = figures
         self.shown: list[str] = []
         self.page = ""
@@ -85,11 +77,7 @@ class Renderer:
         return f"![{alt}]({(folder / name).as_posix()}.svg)"
 
     def render(self, page: str, text: str) -> str:
-        """Return a page, with a note of where its source lies.
-
-        Args:
-            page: Its path in the repository.
-            text: Its source.
+        """Return a page from its source, with a note of where that lies.
 
         Raises:
             ValueError: If a hole does not resolve; it names the page and the line.
@@ -99,23 +87,17 @@ class Renderer:
             body = self.environment.from_string(text).render()
         except (TemplateError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
             frames = traceback.extract_tb(error.__traceback__)
-            line = getattr(error, "lineno", None) or max(
-                (frame.lineno or 0 for frame in frames if frame.filename == "<template>"),
-                default=0,
-            )
+            lines = [frame.lineno or 0 for frame in frames if frame.filename == "<template>"]
+            line = getattr(error, "lineno", None) or max(lines, default=0)
             raise ValueError(f"{page}, line {line}: {type(error).__name__}: {error}") from error
         heading, _, rest = body.partition("\n")
-        note = f"<!-- Written by `python -m benchmarks.pages` from {_shown(page)}. -->"
+        source = f"benchmarks/pages/sources/{page}"
+        note = f"<!-- Written by `python -m benchmarks.pages` from {source}. -->"
         return f"{heading}\n\n{note}\n\n{rest.strip()}\n"
 
 
 def render_all(root: Path, only: Iterable[str] = (), *, write: bool = True) -> list[Path]:
-    """Fill the holes of all pages; return the pages that change.
-
-    Args:
-        root: The repository.
-        only: Paths of pages; without any, all pages.
-        write: Whether to write them, and the figures of pages that need files.
+    """Fill the holes of a repository's pages, all or those in `only`; return those that change.
 
     Raises:
         ValueError: If a hole does not resolve, or there is no source of a page in `only`.
@@ -149,7 +131,3 @@ def _filled(value: object) -> object:
     if value is None:
         raise ValueError("a hole resolved to None: nothing was measured there")
     return value
-
-
-def _shown(page: str) -> str:
-    return f"benchmarks/pages/sources/{page}"

@@ -26,7 +26,7 @@ another preset of the same runner.  The rooms, each about one thing:
 `search`            what the library's search recommends for a run's networks
 `gpu`               what is planned for minutes on a GPU
 `record`            a run's results in one record
-`report`            the report of one run, with `tables` and `pictures`
+`report`            the report of one run, with `pictures`
 `statistics`        improvements over plain training, paired by seed, with intervals
 `committed`         the committed records by short names
 `holes`             what pages can say of them, with `evidence_figures`

@@ -6,7 +6,7 @@ import difflib
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,36 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from typing_extensions import override
 
 from benchmarks.quality.catalogue import CATALOGUE, listed
 
 if TYPE_CHECKING:  # torch and its friends take seconds to import, and help should be there at once
     from benchmarks.quality.presets import Preset
 
-FOR_THE_REPOSITORY = ("keep",)
 RESULTS = Path("benchmarks/results/quality")
 """Where committed results lie, in the checkout from which `keep` is called."""
 
 
-class Commands(click.Group):
-    """What a user runs first, then what the repository's own results need."""
-
-    @override
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, ours in (("Commands", False), ("For this repository's results", True)):
-            with formatter.section(title):
-                formatter.write_dl(
-                    [
-                        (name, command.get_short_help_str(80))
-                        for name, command in self.commands.items()
-                        if (name in FOR_THE_REPOSITORY) == ours
-                    ]
-                )
-
-
 @click.group(
-    cls=Commands,
     help="What the loss does to samples: `run digits` is the README's run.\n\n\b\nPresets:\n"
     + listed(),
 )
@@ -51,27 +32,26 @@ def main() -> None:
     """Group the commands."""
 
 
-class PresetName(click.ParamType):  # type: ignore[type-arg]
-    """A preset's name."""
-
-    name = "preset"
-
-    @override
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in CATALOGUE:
-            return value
-        near = difflib.get_close_matches(value, CATALOGUE, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return self.fail(
-            f"there is no preset {value!r}; {hint}The presets:\n{listed()}", param, ctx
-        )
+def _known(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    """Return a preset's name, or say what it may have been meant to be."""
+    if value in CATALOGUE:
+        return value
+    near = difflib.get_close_matches(value, CATALOGUE, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise click.BadParameter(f"there is no preset {value!r}; {hint}The presets:\n{listed()}")
 
 
 @contextmanager
-def _in_one_line(again: str) -> Iterator[None]:
+def _in_one_line() -> Iterator[None]:
     """Say what went wrong in one line where a user can mend it, and how to go on."""
     from benchmarks.quality.layout import InUseError
 
+    context = click.get_current_context()
+    words = [str(context.info_name), *filter(None, [context.params.get("preset")])]
+    for name in ("sampler", "steps", "out", "seeds", "data", "parts"):
+        if (value := context.params.get(name)) is not None:
+            words += [f"--{name}", str(value)]
+    again = f"python -m benchmarks.quality {shlex.join(words)}"
     try:
         yield
     except BrokenProcessPool as error:
@@ -150,14 +130,7 @@ def _run(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
             click.echo(f"  {name:18} {purpose}")
 
 
-def _again(command: str, preset: str, options: Mapping[str, object]) -> str:
-    """Return the command line that goes on with what this one began."""
-    given = [(name, str(value)) for name, value in options.items() if value is not None]
-    words = [command, preset, *(word for pair in given for word in pair)]
-    return f"python -m benchmarks.quality {shlex.join(words)}"
-
-
-PRESET = click.argument("preset", metavar="PRESET", type=PresetName())
+PRESET = click.argument("preset", metavar="PRESET", callback=_known)
 OUT = click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
 SEEDS = click.option("--seeds", help="Seeds, such as 0,1,2 [the preset's].")
 DATA = click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10.")
@@ -182,7 +155,7 @@ def run_command(
     chosen = _preset(preset, seeds)
     root = out or Path("runs") / preset
     processes = workers or min(chosen.workers, os.cpu_count() or 1)
-    with _in_one_line(_again("run", preset, {"--out": out, "--seeds": seeds, "--data": data})):
+    with _in_one_line():
         if dry_run:
             _describe(chosen, root, processes)
         else:
@@ -199,10 +172,9 @@ def run_command(
 def search_command(
     preset: str, sampler: str, steps: int, out: Path | None, seeds: str | None, data: Path | None
 ) -> None:
-    """Ask the library's search which correction PRESET's plain networks want."""
+    """Ask the library's search which correction PRESET's networks want."""
     chosen = _preset(preset, seeds)
-    options = {"--sampler": sampler, "--steps": steps, "--out": out, "--seeds": seeds}
-    with _in_one_line(_again("search", preset, {**options, "--data": data})):
+    with _in_one_line():
         from benchmarks.quality.samplers import TITLES
         from benchmarks.quality.search import search
         from benchmarks.quality.statistics import Cell
@@ -231,7 +203,7 @@ def gpu_command(out: Path, data: Path | None, parts: str | None, dry_run: bool) 
         click.echo(f"{part.name}: {part.about}")
     if dry_run:
         return
-    with _in_one_line("python -m benchmarks.quality gpu"):
+    with _in_one_line():
         for part in chosen:
             click.echo(gpu.do(part, out, data))
 
@@ -241,9 +213,9 @@ def gpu_command(out: Path, data: Path | None, parts: str | None, dry_run: bool) 
 @OUT
 @SEEDS
 def keep_command(preset: str, out: Path | None, seeds: str | None) -> None:
-    """Copy the results of PRESET, finished or not, to where they are committed."""
+    """Copy PRESET's results, finished or not, to the committed ones."""
     from benchmarks.quality.report import keep
 
-    with _in_one_line(_again("keep", preset, {"--out": out, "--seeds": seeds})):
+    with _in_one_line():
         path = keep(_preset(preset, seeds), out or Path("runs") / preset, RESULTS)
         click.echo(f"Wrote {path}.")

@@ -22,7 +22,7 @@ NAMES = {
     "flow16": "cifar10-16-flow",
 }
 """Short names of runs; any other is a preset's own."""
-_METHOD = re.compile(r"(?P<kind>gain|loss) (?P<skip>-?[\d.]+)$")
+IN_WORDS = {r"gain (-?[\d.]+)": r"plain+gain\1", r"loss (-?[\d.]+)": r"skip\1-expected"}
 
 
 @cache
@@ -50,17 +50,10 @@ def method_name(words: str) -> str:
 
     "loss 49 + gain 9" is the gain put on the trained loss.
     """
-    first, _, rest = words.partition(" + ")
-    found = _METHOD.match(first)
-    if found is None:
-        name = first
-    elif found["kind"] == "loss":
-        name = f"skip{found['skip']}-expected"
-    else:
-        name = f"plain+gain{found['skip']}"
-    if not rest:
-        return name
-    return f"{name}+{method_name(rest).removeprefix('plain+')}"
+    name, _, rest = words.partition(" + ")
+    for pattern, recorded in IN_WORDS.items():
+        name = re.sub(f"^{pattern}$", recorded, name)
+    return f"{name}+{method_name(rest).removeprefix('plain+')}" if rest else name
 
 
 def cell(run: str, sampler: str | None, steps: int) -> Cell:

@@ -22,16 +22,10 @@ ROWS = (
     ("PNDM", "plain", "pndm"),
 )
 LINES = {
-    "unet": (("plain", "plain"), ("loss 49", "loss, k = 49")),
-    "eps16": (("plain", "plain"), ("gain 49", "gain, k = 49"), ("loss 49", "loss, k = 49")),
-    "flow16": (
-        ("plain", "plain"),
-        ("gain 0.05", "gain, δ = 0.05"),
-        ("loss 0.05", "loss, δ = 0.05"),
-    ),
+    "unet": {"plain": "plain", "loss 49": "loss, k = 49"},
+    "eps16": {"plain": "plain", "gain 49": "gain, k = 49", "loss 49": "loss, k = 49"},
+    "flow16": {"plain": "plain", "gain 0.05": "gain, δ = 0.05", "loss 0.05": "loss, δ = 0.05"},
 }
-
-
 GAINED = {
     "unet": "U-Net",
     "small": "small network",
@@ -96,7 +90,7 @@ def by_steps(run: str) -> Figure:
     """Draw kernel distance and spread against the number of steps, with the base sampler."""
     table = results(run)
     figure, ((left, right),) = new_figure(2.7, 1, 2)
-    for (method, label), color in zip(LINES[run], COLORS, strict=False):
+    for (method, label), color in zip(LINES[run].items(), COLORS, strict=False):
         name = method_name(method)
         cells = sorted(c for c in table.cells(name) if c.sampler == table.base)
         for axes, key, scale in ((left, KERNEL, 1e3), (right, SPREAD, 1.0)):

@@ -17,34 +17,14 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.pages.tables import counted, listed, markdown_table
-from benchmarks.quality import evidence_figures
+from benchmarks.quality import evidence_figures, statistics
 from benchmarks.quality.committed import cell, method_name, results
 from benchmarks.quality.samplers import TITLES
-from benchmarks.quality.statistics import (
-    FRECHET,
-    KERNEL,
-    RAW_FRECHET,
-    RAW_KERNEL,
-    SPREAD,
-    Cell,
-    Results,
-    cell_key,
-    holm,
-    log_ratios,
-    p_value,
-)
-from benchmarks.quality.statistics import change as ratio_change
-from benchmarks.quality.tables import percent
+from benchmarks.quality.statistics import FRECHET, KERNEL, SPREAD, Cell, Results, percent
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, gain
 
 ALPHA = 0.05
-MEASURES = {
-    "frechet": FRECHET,
-    "kernel": KERNEL,
-    "raw frechet": RAW_FRECHET,
-    "raw kernel": RAW_KERNEL,
-    "spread": SPREAD,
-}
+MEASURES = {"frechet": FRECHET, "kernel": KERNEL, "raw frechet": statistics.RAW_FRECHET}
 GRID = [Cell(sampler, n) for sampler in ("ddim", "pndm", "deis") for n in (10, 20, 50, 100)]
 """The cells of the digits' means."""
 
@@ -61,10 +41,8 @@ def compared(
     found, key, where = results(run), MEASURES[measure], cell(run, sampler, steps)
     if method == "search":
         kept = _searches(found, where) if key == FRECHET else []
-        ours, plain = (
-            {one["seed"]: float(one[side]) for one in kept} for side in ("corrected", "plain")
-        )
-        return ours, plain
+        ours = {one["seed"]: float(one["corrected"]) for one in kept}
+        return ours, {one["seed"]: float(one["plain"]) for one in kept}
     if isinstance(over, tuple):
         baseline = method_name(over[0]), cell(run, *over[1:])
     else:
@@ -77,23 +55,23 @@ def compared(
     return {seed: values[seed] for seed, values in by_seed.items() if seed in values}, theirs
 
 
-def change(run: str, method: str, *where: Any, digits: int = 1, **more: Any) -> str | None:
-    """Return by how many per cent a method's samples are nearer to the data than plain ones."""
-    return percent(ratio_change(*compared(run, method, *where, **more)), digits)
+def change(*of: Any, digits: int = 1, **more: Any) -> str | None:
+    """Return by how many per cent a method's samples are nearer to the data than plain ones.
+
+    This and the next three take the arguments of `compared`.
+    """
+    return percent(statistics.change(*compared(*of, **more)), digits)
 
 
-def moved(run: str, method: str, *where: Any, digits: int = 1, **more: Any) -> str | None:
+def moved(*of: Any, digits: int = 1, **more: Any) -> str:
     """Return the mean of `change` in words: "4.4 % nearer", or "10.3 % farther"."""
-    value = points(run, method, *where, **more)
-    if value is None:
-        return None
+    value = points(*of, **more)
     return f"{abs(value):.{digits}f} % {'nearer' if value > 0 else 'farther'}"
 
 
-def points(run: str, method: str, *where: Any, **more: Any) -> float | None:
+def points(*of: Any, **more: Any) -> float:
     """Return the mean of `change` as a number, for a claim that a page makes on a condition."""
-    found = ratio_change(*compared(run, method, *where, **more))
-    return None if found is None else found.mean
+    return _measured(*of, **more).mean
 
 
 def mean_change(run: str, method: str, measure: str = "frechet", over: str = "plain") -> str | None:
@@ -102,30 +80,27 @@ def mean_change(run: str, method: str, measure: str = "frechet", over: str = "pl
     return percent(results(run).mean_change(names[0], GRID, MEASURES[measure], names[1]))
 
 
-def verdict(run: str, method: str, *where: Any, **more: Any) -> str | None:
+def verdict(*of: Any, **more: Any) -> str:
     """Return "better", "worse" or "no difference shown", by the interval over the seeds."""
-    found = ratio_change(*compared(run, method, *where, **more))
-    return (
-        None if found is None else {1: "better", -1: "worse", 0: "no difference shown"}[found.sign]
-    )
+    return {1: "better", -1: "worse", 0: "no difference shown"}[_measured(*of, **more).sign]
 
 
 def distance(
-    run: str, method: str = "plain", sampler: str | None = None, steps: int = 10, **more: Any
+    run: str,
+    method: str = "plain",
+    sampler: str | None = None,
+    steps: int = 10,
+    measure: str = "frechet",
 ) -> str:
     """Return the mean Fréchet distance, or kernel distance in thousandths, as text."""
-    measure = more.pop("measure", "frechet")
     value = results(run).mean(method_name(method), cell(run, sampler, steps), MEASURES[measure])
     value *= 1000 if "kernel" in measure else 1
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def spread(
-    run: str, method: str = "plain", sampler: str | None = None, steps: int = 10, digits: int = 3
-) -> str:
+def spread(run: str, method: str = "plain", sampler: str | None = None, steps: int = 10) -> str:
     """Return the spread of the samples over the data's, the mean over the seeds, as text."""
-    value = results(run).mean(method_name(method), cell(run, sampler, steps), SPREAD)
-    return f"{value:.{digits}f}"
+    return f"{results(run).mean(method_name(method), cell(run, sampler, steps), SPREAD):.3f}"
 
 
 def dose(run: str, skip: float, steps: int = 10) -> str | None:
@@ -135,10 +110,10 @@ def dose(run: str, skip: float, steps: int = 10) -> str | None:
     return None if found is None else f"{100 * found.mean:.0f} %"
 
 
-def times_floor(run: str, *where: Any, **more: Any) -> str:
+def times_floor(run: str, sampler: str | None = None, steps: int = 10) -> str:
     """Return how many times farther than real images the plain network's samples are."""
-    cell_ = cell(run, *(where or (None, 10)), **more)
-    return f"{results(run).mean('plain', cell_) / results(run).floor:.1f}"
+    mean = results(run).mean("plain", cell(run, sampler, steps))
+    return f"{mean / results(run).floor:.1f}"
 
 
 def fact(run: str, name: str) -> str:
@@ -146,21 +121,17 @@ def fact(run: str, name: str) -> str:
     found = results(run)
     record = found.record
     budget, trainings = record["settings"]["budget"], record["trainings"]
-    plain = next(iter(trainings["plain"].values()))
-    loss_shares = [
-        next(iter(each.values()))["loss_share"]
-        for name, each in trainings.items()
-        if "skip" in name
-    ]
+    first = {name: next(iter(by_seed.values())) for name, by_seed in trainings.items()}
+    loss_shares = [one["loss_share"] for name, one in first.items() if "skip" in name]
     number = {word: float(value) for word, value in re.findall(r"(steps|batch_size)=(\d+)", budget)}
     facts: dict[str, Callable[[], str]] = {
         "seeds": lambda: counted(found.table.index.unique("seed").size, "seed"),
         "samples": lambda: f"{record['settings']['samples']:,}",
         "images": lambda: f"{int(number['steps'] * number['batch_size']):,}",
-        "parameters": lambda: f"{plain['parameters'] / 1e6:.2f}",
+        "parameters": lambda: f"{first['plain']['parameters'] / 1e6:.2f}",
         "floor": lambda: f"{found.floor:.1f}" if found.floor > 10 else f"{found.floor:.2f}",
         "features": lambda: str(record["floor"]["features"]),
-        "device": lambda: str(plain["device"]),
+        "device": lambda: str(first["plain"]["device"]),
         "versions": lambda: ", ".join(
             f"{key} {value}" for key, value in record["versions"].items()
             if value and key in ("python", "torch", "diffusers", "torchmetrics")
@@ -182,11 +153,7 @@ def table(
 ) -> str:
     """Return a table of changes; a row of the loss says its dose, an empty cell is not measured.
 
-    Args:
-        head: Title of the first column.
-        columns: (title, run, measure).
-        rows: (title, method, sampler).
-        steps: Sampling steps.
+    Columns are (title, run, measure), rows (title, method, sampler).
     """
     lines = []
     for title, method, sampler in rows:
@@ -198,9 +165,8 @@ def table(
                 share = dose(run, float(method.split()[1]), steps)
                 text += f" (dose {share})" if share else ""
             line.append(text)
-        if any(line[1:]):
-            lines.append(line)
-    return markdown_table([head, *(title for title, *_ in columns)], lines).rstrip()
+        lines.append(line)
+    return _table([head, *(title for title, *_ in columns)], lines)
 
 
 def cells_table(run: str, rows: Sequence[tuple[str, str, str | None]], steps: Sequence[int]) -> str:
@@ -214,9 +180,8 @@ def cells_table(run: str, rows: Sequence[tuple[str, str, str | None]], steps: Se
                 text = distance(run, method, sampler, n, measure="kernel")
                 text += f", {spread(run, method, sampler, n)}"
             line.append(text)
-        if any(line[1:]):
-            lines.append(line)
-    return markdown_table(["", *(f"{n} steps" for n in steps)], lines).rstrip()
+        lines.append(line)
+    return _table(["", *(f"{n} steps" for n in steps)], lines)
 
 
 def mean_table(run: str) -> str:
@@ -231,8 +196,7 @@ def mean_table(run: str) -> str:
             line.append(mean_change(run, method, measure) or "")
             line.append(change(run, method, "ddim", 10, measure) or "")
         lines.append(line)
-    head = ["", "8-bit, mean", "8-bit, DDIM 10", "raw, mean", "raw, DDIM 10"]
-    return markdown_table(head, lines).rstrip()
+    return _table(["", "8-bit, mean", "8-bit, DDIM 10", "raw, mean", "raw, DDIM 10"], lines)
 
 
 class Together(NamedTuple):
@@ -250,11 +214,11 @@ def together(run: str, rows: Sequence[tuple[str, str, str | None]], steps: int =
     """Return which rows of `table` differ from plain together, and which one just misses it."""
     p_values = {}
     for title, method, sampler in rows:
-        logs = log_ratios(*compared(run, method, sampler, steps))
+        logs = statistics.log_ratios(*compared(run, method, sampler, steps))
         if len(logs) > 1:
-            p_values[title] = p_value(logs)
-    adjusted = holm(p_values)
-    order = sorted(adjusted, key=lambda title: adjusted[title])
+            p_values[title] = statistics.p_value(logs)
+    adjusted = statistics.holm(p_values)
+    order = sorted(adjusted, key=adjusted.__getitem__)
     held = [title for title in p_values if adjusted[title] < ALPHA]
     missed = next((title for title in order if adjusted[title] >= ALPHA), "none")
     return Together(
@@ -274,19 +238,15 @@ def gains_that_help(low: float, high: float, *runs: str) -> str:
     name.
     """
     names = runs or [run for run in evidence_figures.GAINED if results(run).base == "ddim"]
-    found = [
-        points
-        for run in names
-        for spread, points in evidence_figures.spreads_and_gains(run)
-        if low <= spread < high
-    ]
-    return f"{sum(one > 0 for one in found)} of {len(found)}"
+    pairs = [pair for run in names for pair in evidence_figures.spreads_and_gains(run)]
+    found = [nearer > 0 for spread, nearer in pairs if low <= spread < high]
+    return f"{sum(found)} of {len(found)}"
 
 
 def octave(run: str, method: str, sampler: str | None, steps: int, index: int) -> str:
     """Return the spread in an octave of frequencies over the data's; the first is the coarsest."""
     found, name, where = results(run), method_name(method), cell(run, sampler, steps)
-    bands, key = found.record["band_spreads"], cell_key(name, where)
+    bands, key = found.record["band_spreads"], statistics.cell_key(name, where)
     seeds = found.values(name, where, SPREAD)
     values = [bands[f"{key}, seed {seed}"][index] for seed in seeds]
     return f"{sum(values) / len(values):.2f}"
@@ -335,10 +295,22 @@ def archive_row(preset: str) -> list[str]:
     """Return images, seeds, plain DDIM 10 over the floor, and what gain and loss 49 do there."""
     found = results(preset)
     where = Cell("ddim", 10)
-    gains = [
-        percent(found.change(method_name(f"{kind} 49"), where)) or "" for kind in ("gain", "loss")
-    ]
+    changes = [found.change(method_name(f"{kind} 49"), where) for kind in ("gain", "loss")]
+    gains = [percent(one) or "" for one in changes]
     return [fact(preset, "images"), fact(preset, "seeds").split()[0], times_floor(preset), *gains]
+
+
+def _measured(*of: Any, **more: Any) -> statistics.Interval:
+    """Return the change of `compared`, and refuse where nothing was measured."""
+    found = statistics.change(*compared(*of, **more))
+    if found is None:
+        raise ValueError(f"nothing was measured of {of}")
+    return found
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table of the lines that say something."""
+    return markdown_table(head, [line for line in lines if any(line[1:])]).rstrip()
 
 
 def _rescaling(found: Results, where: Cell) -> dict[int, str]:

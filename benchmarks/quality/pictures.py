@@ -36,11 +36,9 @@ def _tile(images: Tensor) -> Tensor:
 def _show(axes: Axes, images: Tensor) -> None:
     tile = _tile(images)
     axes.imshow(tile.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def samples_figure(

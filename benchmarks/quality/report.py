@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.files import save_record, write_whole
 from benchmarks.pages.figures import save_figure
-from benchmarks.pages.tables import counted
+from benchmarks.pages.tables import MISSING, counted, markdown_table
 from benchmarks.quality import data as datasets
 from benchmarks.quality.layout import check_settings
 from benchmarks.quality.pictures import loss_figure, samples_figure
 from benchmarks.quality.presets import CORE, Preset
 from benchmarks.quality.record import collect
-from benchmarks.quality.statistics import Cell, Results
-from benchmarks.quality.tables import distance_table
+from benchmarks.quality.samplers import TITLES
+from benchmarks.quality.statistics import Cell, Results, percent
 
 FILES = {
     "table.md": "the tables above",
@@ -43,6 +45,34 @@ def keep(preset: Preset, root: Path, folder: Path) -> Path:
     path = folder / f"{preset.name}.json"
     save_record(path, record)
     return path
+
+
+def distance_table(
+    results: Results, methods: Sequence[str], cells: Sequence[Cell], measure: str
+) -> str:
+    """Return a table of distances, sampler and steps down, methods across.
+
+    With one seed the change over the first method stands beside each distance, unless both are at
+    the floor; with several, the standard deviation over them.
+    """
+    rows = []
+    for cell in cells:
+        row = [f"{TITLES[cell.sampler]}, {cell.steps} steps"]
+        for method in methods:
+            values = list(results.values(method, cell, measure).values())
+            if not values:
+                row.append(MISSING)
+                continue
+            text = f"{np.mean(values):.3f}"
+            if len(values) > 1:
+                text += f" ± {np.std(values, ddof=1):.3f}"
+            elif method != methods[0]:
+                floored = all(results.at_floor(one, cell, measure) for one in (method, methods[0]))
+                over = results.change(method, cell, measure, (methods[0], cell))
+                text += f" ({'at the floor' if floored else percent(over) or MISSING})"
+            row.append(text)
+        rows.append(row)
+    return markdown_table(["sampler", *(results.title(m) for m in methods)], rows)
 
 
 def write_report(preset: Preset, root: Path, data_folder: Path | None = None) -> str:

@@ -18,8 +18,8 @@ from scipy import stats
 FLOOR_MARGIN = 1.25
 """A distance of less than this many floors says nothing of the samples."""
 FRECHET, KERNEL, SPREAD = "images_frechet", "images_kernel", "spread"
-RAW_FRECHET, RAW_KERNEL = "raw_frechet", "raw_kernel"
-KEYS = ("method", "sampler", "steps", "seed")
+RAW_FRECHET = "raw_frechet"
+KEYS = ["method", "sampler", "steps", "seed"]
 
 
 class Cell(NamedTuple):
@@ -110,23 +110,27 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-class Results:
-    """One run's record as a long table: a row for each method, sampler, steps and seed.
+def percent(found: Interval | None, digits: int = 1) -> str | None:
+    """Return a change as text, with its interval where there is one, bold where it excludes 0."""
+    if found is None:
+        return None
+    if found.seeds == 1:
+        return f"{found.mean:+.{digits}f} %"
+    text = f"{found.mean:+.{digits}f} % [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"**{text}**" if found.sign else text
 
-    Args:
-        record: What `benchmarks.quality.record.collect` returns.
-    """
+
+class Results:
+    """One run's record as a long table: a row for each method, sampler, steps and seed."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        """Make the table."""
+        """Make the table of what `benchmarks.quality.record.collect` returns."""
         self.record = record
         table = pd.DataFrame(record["rows"], columns=record["columns"])
-        self.table = table.set_index(list(KEYS)).sort_index()
-        self.methods: list[str] = list(dict.fromkeys(table["method"]))
+        self.table = table.set_index(KEYS).sort_index()
+        self.methods: list[str] = list(table["method"].unique())
         cells = table[["method", "sampler", "steps"]].drop_duplicates()
-        self._cells = [
-            (row.method, Cell(row.sampler, int(row.steps))) for row in cells.itertuples()
-        ]
+        self._cells = [(name, Cell(sampler, steps)) for name, sampler, steps in cells.to_numpy()]
 
     @property
     def base(self) -> str:
@@ -181,19 +185,11 @@ class Results:
         return near and self.mean(method, cell, measure) < FLOOR_MARGIN * self.floor
 
     def change(
-        self,
-        method: str,
-        cell: Cell,
-        measure: str = FRECHET,
-        over: tuple[str, Cell] | None = None,
+        self, method: str, cell: Cell, measure: str = FRECHET, over: tuple[str, Cell] | None = None
     ) -> Interval | None:
         """Return by how many per cent a method is nearer to the data; None if not measured.
 
-        Args:
-            method: The method.
-            cell: Its sampler and steps.
-            measure: A distance.
-            over: The method and cell that it is compared with; the plain network in the same cell.
+        Over the plain network in the same cell, or the method and cell that `over` names.
         """
         theirs = self.values(*(over or ("plain", cell)), measure)
         return change(self.values(method, cell, measure), theirs)
@@ -213,15 +209,13 @@ class Results:
         means = {s: math.exp(sum(one[s] for one in per_cell) / len(per_cell)) for s in seeds}
         return change(means, dict.fromkeys(means, 1.0))
 
-    def chosen_elsewhere(
-        self, methods: Iterable[str], cell: Cell, measure: str = FRECHET
-    ) -> dict[int, str]:
+    def chosen_elsewhere(self, methods: Iterable[str], cell: Cell) -> dict[int, str]:
         """Return, for each seed, the method that is nearest on average in the other seeds.
 
         So that what is reported of a seed was not chosen on it. Methods that lack a seed are left
         out; empty with one seed.
         """
-        found = {name: self.values(name, cell, measure) for name in methods}
+        found = {name: self.values(name, cell) for name in methods}
         seeds: set[int] = set().union(*found.values())
         whole = {name: values for name, values in found.items() if set(values) == seeds}
 
