@@ -79,6 +79,8 @@ def test_help_is_there_at_once():
     """Without torch, which takes seconds to import."""
     code = "import sys, benchmarks.quality.cli\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)  # noqa: S603 - ours
+    runs, keeps = call("--help").split("For this repository's results:")
+    assert ("\n  run " in runs, "\n  keep " in runs, "\n  keep " in keeps) == (True, False, True)
 
 
 NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

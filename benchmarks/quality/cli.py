@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from typing_extensions import override
 
 from benchmarks.quality.catalogue import CATALOGUE, listed
 
@@ -24,7 +25,20 @@ RESULTS = Path("benchmarks/results/quality")
 """Where committed results lie, in the checkout from which `keep` is called."""
 
 
+class Commands(click.Group):
+    """What a user runs first, then what the repository's own results need."""
+
+    @override
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, one.get_short_help_str(80)) for name, one in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl([row for row in rows if row[0] != "keep"])
+        with formatter.section("For this repository's results"):
+            formatter.write_dl([row for row in rows if row[0] == "keep"])
+
+
 @click.group(
+    cls=Commands,
     help="What the loss does to samples: `run digits` is the README's run.\n\n\b\nPresets:\n"
     + listed(),
 )
@@ -172,7 +186,7 @@ def run_command(
 def search_command(
     preset: str, sampler: str, steps: int, out: Path | None, seeds: str | None, data: Path | None
 ) -> None:
-    """Ask the library's search which correction PRESET's networks want."""
+    """Ask the search which correction PRESET's plain networks want."""
     chosen = _preset(preset, seeds)
     with _in_one_line():
         from benchmarks.quality.samplers import TITLES

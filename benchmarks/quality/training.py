@@ -119,8 +119,11 @@ class _Run:
         self.sums = torch.zeros(2, device=device)
         self.by_noise = LossByNoise(path.schedule, name="mse")
         self.parts: dict[str, Any] = {
-            "model": model, "ema": self.ema, "optimizer": self.optimizer, "by_noise": self.by_noise
-        }  # fmt: skip
+            "model": model,
+            "ema": self.ema,
+            "optimizer": self.optimizer,
+            "by_noise": self.by_noise,
+        }
 
     def record(self) -> dict[str, Any]:
         """Return what is worth keeping of a finished run."""
