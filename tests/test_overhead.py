@@ -16,8 +16,7 @@ from click.testing import CliRunner
 
 from benchmarks.overhead import __main__ as command
 from benchmarks.overhead import holes, levels, plan
-from benchmarks.overhead.against import other_loss
-from benchmarks.overhead.contenders import contenders, released_loss
+from benchmarks.overhead.contenders import contenders, other_loss, released_loss
 from benchmarks.overhead.levels import KNOWN, Settings
 from benchmarks.overhead.measure import gradient_error
 from s2dm_loss import NoiseSchedule
@@ -210,7 +209,7 @@ def test_a_rehearsal_measures_what_a_gpu_would(
     monkeypatch.setattr(torch, "compile", lambda given, **_options: given)
     explained = types.SimpleNamespace(graph_break_count=0)
     monkeypatch.setattr(torch._dynamo, "explain", lambda loss: lambda *arguments: explained)
-    monkeypatch.setattr("benchmarks.overhead.levels.inductor_bytes", lambda loss, arguments: 1)
+    monkeypatch.setattr("benchmarks.overhead.measure.inductor_bytes", lambda loss, arguments: 1)
     call = ["run", "--device", "cpu", "--small", "--seconds", "0.01", "--step-seconds", "0.01"]
     call += ["--largest", "14", "--step-batch", "1", "--out", str(tmp_path)]
     said = CliRunner().invoke(command.main, call)

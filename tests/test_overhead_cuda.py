@@ -5,6 +5,7 @@ import json
 import time
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -146,6 +147,9 @@ def test_what_is_captured_runs_before_and_is_replayed(gpu):
     replay, result = step.capture(work)
     assert gpu.diary == ["work"] * 4
     assert result is value
+    held = weakref.ref(work)
+    del work
+    assert held() is not None  # a graph reads its inputs where they lie
     replay()
     assert gpu.diary[-1] == "replay"
 
@@ -189,7 +193,7 @@ def small(monkeypatch):
     known = {"CIFAR10": (4, 3, 2, 2), "SD latents": (4, 4, 2, 2)}
     monkeypatch.setattr(levels, "KNOWN", known)
     monkeypatch.setattr(levels, "flat_shape", lambda log2: (8, 4, 2, 2))
-    monkeypatch.setattr(levels, "inductor_bytes", lambda loss, arguments: 0)
+    monkeypatch.setattr(measure, "inductor_bytes", lambda loss, arguments: 0)
     explained = types.SimpleNamespace(graph_break_count=0)
     monkeypatch.setattr(torch._dynamo, "explain", lambda loss: lambda *arguments: explained)
     monkeypatch.setattr(torch, "compile", lambda given, **options: given)
@@ -215,13 +219,13 @@ def gpu_there(gpu, small, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", any_adamw)
     monkeypatch.setattr(torch, "autocast", any_autocast)
-    copy_bandwidth = levels.copy_bandwidth
+    copy_bandwidth = measure.copy_bandwidth
 
     def small_copies(device, mebibytes, seconds):
         assert mebibytes == 1024
         return copy_bandwidth(device, 1, seconds)
 
-    monkeypatch.setattr(levels, "copy_bandwidth", small_copies)
+    monkeypatch.setattr(measure, "copy_bandwidth", small_copies)
     with OnTheCpu(gpu):
         yield gpu
 
@@ -303,7 +307,7 @@ def test_a_gpu_has_sizes_of_its_own(gpu_there, tmp_path, monkeypatch):
 def test_losses_compute_where_they_are_told_to(small):
     """On meta tensors: beside one on the CPU an operator fails, as beside one on a GPU it would."""
     for name, loss in contenders.contenders(META, torch.bfloat16).items():
-        arguments = levels.some_arguments((4, 3, 2, 2), torch.float32, META)
+        arguments = measure.some_arguments((4, 3, 2, 2), torch.float32, META)
         if name == "released":  # the host needs values to know the shape
             with pytest.raises(NotImplementedError, match="nonzero"):
                 loss(*arguments)

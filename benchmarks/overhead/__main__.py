@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
 from benchmarks.files import load_json, save_json
 from benchmarks.overhead import levels, plan
-from benchmarks.overhead.against import other_loss
+from benchmarks.overhead.contenders import other_loss
 from benchmarks.overhead.levels import Cell, Settings
 from benchmarks.overhead.step import step
 from benchmarks.provenance import git, machine
@@ -68,14 +69,12 @@ def main() -> None:
 def run(
     device: str | None,
     names: tuple[str, ...],
-    seconds: float,
     largest: int | None,
     step_batch: int | None,
-    step_seconds: float,
     budget: float | None,
-    small: bool,
     against: Path | None,
     out: Path,
+    **sizes: Any,
 ) -> None:
     """Measure, and write after each result; a level measured before is replaced."""
     began = time.monotonic()
@@ -87,13 +86,11 @@ def run(
     try:
         settings = Settings(
             device=torch.device(device),
-            seconds=seconds,
             largest=largest or (28 if on_gpu else 26),
             step_batch=step_batch or (128 if on_gpu else 4),
-            step_seconds=step_seconds,
             deadline=began + (budget or float("inf")),
-            small=small,
             other=other_loss(against, torch.device(device)) if against else {},
+            **sizes,
         )
         for name in names or tuple(LEVELS):
             click.echo(f"Measuring {name} on {device}:", err=True)
@@ -152,11 +149,9 @@ def gpu(minutes: float, rehearse: bool, against: Path | None, out: Path) -> None
     if not rehearse and not torch.cuda.is_available():
         raise click.ClickException("gpu: torch sees no GPU here; --rehearse needs none")
     options = ["--out", str(out), "--seconds", "1", "--step-seconds", "25"]
-    options += ["--device", "cpu" if rehearse else "cuda"]
-    if against is not None:
-        options += ["--against", str(against)]
-    if rehearse:
-        options += ["--small", "--largest", "14", "--step-batch", "1"]
+    options += ["--against", str(against)] if against else []
+    rehearsal = ["--device", "cpu", "--small", "--largest", "14", "--step-batch", "1"]
+    options += rehearsal if rehearse else ["--device", "cuda"]
     plan.follow(options, 60 * minutes - 5, click.echo)
 
 

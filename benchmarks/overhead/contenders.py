@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,15 +57,43 @@ def compiled(losses: dict[str, Loss]) -> dict[str, Loss]:
     }
 
 
-def min_snr_loss(device: torch.device, gamma: float = 5.0) -> Loss:
-    """Min-SNR-γ (arXiv 2303.09556) in the steps that the training scripts of diffusers take."""
+def other_loss(folder: Path, device: torch.device) -> dict[str, Loss]:
+    """Return the loss of a checkout of another version, `expected`, by its version.
+
+    Raises:
+        ValueError: If there is no package in the folder.
+    """
+    if not (folder / "s2dm_loss" / "__init__.py").exists():
+        raise ValueError(f"against: expected a checkout with a folder s2dm_loss, got {folder}")
+    ours = _forget_modules()
+    sys.path.insert(0, str(folder))
+    try:
+        other: Any = importlib.import_module("s2dm_loss")
+        criterion = other.SkipStepLoss(other.NoiseSchedule.linear(), SKIP).to(device)
+    finally:
+        sys.path.remove(str(folder))
+        _forget_modules()
+        sys.modules.update(ours)
+    # Until 0.2 a trainer that had called its model used `from_prediction`.
+    loss: Loss = getattr(criterion, "from_prediction", None) or criterion.from_output
+    return {f"version {other.__version__}": loss}
+
+
+def _forget_modules() -> dict[str, Any]:
+    """Take the loss's modules out of those that Python knows, and return them."""
+    ours = [name for name in sys.modules if name.partition(".")[0] == "s2dm_loss"]
+    return {name: sys.modules.pop(name) for name in ours}
+
+
+def min_snr_loss(device: torch.device) -> Loss:
+    """Min-SNR-5 (arXiv 2303.09556) in the steps that the training scripts of diffusers take."""
     alphas_cumprod = NoiseSchedule.linear().alphas_cumprod.float().to(device)
 
     def loss(eps_hat: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         alpha = alphas_cumprod.sqrt()[t]
         sigma = (1.0 - alphas_cumprod).sqrt()[t]
         snr = (alpha / sigma) ** 2
-        weight = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0] / snr
+        weight = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1)[0] / snr
         error = F.mse_loss(eps_hat.float(), noise.float(), reduction="none")
         return (error.mean(dim=list(range(1, error.ndim))) * weight).mean()
 

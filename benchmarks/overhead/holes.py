@@ -6,19 +6,18 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks.files import load_json
 from benchmarks.overhead.contenders import LABELS
-from benchmarks.overhead.levels import KNOWN, LATENTS
+from benchmarks.overhead.levels import KNOWN, LATENTS, Cell
 from benchmarks.pages.figures import COLORS, new_figure
 from benchmarks.provenance import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "overhead"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-BYTES = {"float32": 4, "bfloat16": 2}
 HEADS = (
     ("float32", "float32"),
     ("bfloat16", "bfloat16"),
@@ -28,14 +27,10 @@ HEADS = (
 """Levels of the loss alone, and their types."""
 STEPS = ("eager", "compiled", "graph", "compiled graph")
 DRAWN = {"expected": 1, "mse": 0, "min_snr": 3, "released": 4}
-Cell = dict[str, Any]
 
 
 class Device:
     """One device's results, as a template asks for them.
-
-    Args:
-        path: The JSON that `python -m benchmarks.overhead run` wrote.
 
     Attributes:
         label: The kind of device.
@@ -46,7 +41,7 @@ class Device:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the results."""
+        """Read what `python -m benchmarks.overhead run` wrote."""
         self.label, self.levels = DEVICES[path.stem], load_json(path)
         machine = self.levels["float32"]["machine"]
         self.machine = machine.get("gpu", machine["cpu"])
@@ -56,8 +51,11 @@ class Device:
 
     def cells(self, level: str) -> list[Cell]:
         """Return the results of a level, sizes in order before the shapes people train on."""
-        found: list[Cell] = self.levels.get(level, {}).get("figures", [])
-        return sorted(found, key=_order)
+
+        def order(cell: Cell) -> tuple[bool, int]:
+            return not cell.get("name", "2^").startswith("2^"), math.prod(cell.get("shape", ()))
+
+        return sorted(self.levels.get(level, {}).get("figures", []), key=order)
 
     def known(self) -> list[tuple[str, Cell]]:
         """Return the float32 cells of the shapes people train on, by name."""
@@ -128,11 +126,8 @@ class Device:
 
     def counted(self, dtype: str, shape: Sequence[int] = LATENTS) -> dict[str, Cell]:
         """Return the counts at one shape, by contender."""
-        return {
-            row["contender"]: row
-            for row in self.cells("counts")
-            if row["dtype"] == dtype and tuple(row["shape"]) == tuple(shape)
-        }
+        wanted = {"dtype": dtype, "shape": list(shape)}.items()
+        return {row["contender"]: row for row in self.cells("counts") if wanted <= row.items()}
 
     def held(self, name: str) -> float:
         """Return the most tensors of the data's size that a loss holds at once, in float32."""
@@ -150,13 +145,8 @@ class Device:
 
     def losses(self, level: str, dtype: str) -> list[str]:
         """Return what was timed beside `F.mse_loss`, in the tables' order."""
-        timed = {
-            pair.removesuffix("/mse")
-            for cell in self.cells(level)
-            for pair in cell["ratios"]
-            if cell["dtype"] == dtype
-        }
-        return [name for name in LABELS if name in timed]
+        timed = {p for c in self.cells(level) if c["dtype"] == dtype for p in c["ratios"]}
+        return [name for name in LABELS if f"{name}/mse" in timed]
 
     @property
     def large(self) -> list[Cell]:
@@ -172,11 +162,6 @@ class Device:
         return moved / 3 * least, least
 
 
-def _order(cell: Cell) -> tuple[bool, int]:
-    """Sort by size, the shapes that people train on last."""
-    return not cell.get("name", "2^").startswith("2^"), math.prod(cell.get("shape", ()))
-
-
 def _plain(cell: Cell) -> float:
     return float(cell["microseconds"]["mse"][1])
 
@@ -188,7 +173,7 @@ def extra_time(timed: Cell) -> float:
 
 def useful_rate(cell: Cell, name: str) -> float:
     """Return bytes a second that any loss must move: ε̂ and ε read, one gradient written."""
-    size = BYTES[cell["dtype"]] * math.prod(cell["shape"])
+    size = getattr(torch, cell["dtype"]).itemsize * math.prod(cell["shape"])
     return 3 * size / (cell["microseconds"][name][1] / 1e6)
 
 

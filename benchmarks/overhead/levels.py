@@ -10,21 +10,8 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from benchmarks.overhead import measure
 from benchmarks.overhead.contenders import Loss, compiled, contenders
-from benchmarks.overhead.measure import (
-    OperatorCount,
-    copy_bandwidth,
-    forward_backward,
-    gradient_error,
-    inductor_bytes,
-    inputs_in_turn,
-    interleave,
-    kernels,
-    peak_memory,
-    some_arguments,
-    summarise,
-    syncs_forbidden,
-)
 
 T = TypeVar("T")
 Cell = dict[str, Any]
@@ -39,8 +26,6 @@ KNOWN = {
     "video latents": (4, 16, 13, 60, 90),
 }
 """What people train on, by the end of a cell's name."""
-SMALLEST = 14
-"""log2 of the smallest size."""
 # The losses that compute in the type they are given and draw nothing.
 SAME_IN_FLOAT64 = ("mse", "expected", "shared")
 ALLOCATIONS = 5
@@ -88,8 +73,7 @@ class Settings:
             f"2^20, {name}" if shape == LATENTS else name: (1, *shape[1:]) if self.small else shape
             for name, shape in KNOWN.items()
         }
-        sizes = range(self.largest, SMALLEST - 1, -2)
-        flat = {f"2^{log2}": flat_shape(log2) for log2 in sizes}
+        flat = {f"2^{log2}": flat_shape(log2) for log2 in range(self.largest, 13, -2)}
         return known | {name: shape for name, shape in flat.items() if shape != LATENTS}
 
     def in_time(
@@ -121,9 +105,12 @@ def interleave_heads(
     """
     times: dict[str, list[float]] = {name: [] for name in losses}
     for _ in range(ALLOCATIONS):
-        inputs = inputs_in_turn(shape, dtype, settings.device, settings.cache_bytes)
-        calls = {name: forward_backward(loss, inputs) for name, loss in losses.items()}
-        part = interleave(calls, settings.device, seconds / ALLOCATIONS, 20 // ALLOCATIONS)
+        inputs = measure.inputs_in_turn(shape, dtype, settings.device, settings.cache_bytes)
+        calls = {
+            name: lambda loss=loss, inputs=inputs: measure.gradient_of(loss, next(inputs))
+            for name, loss in losses.items()
+        }
+        part = measure.interleave(calls, settings.device, seconds / ALLOCATIONS, 20 // ALLOCATIONS)
         for name, values in part.items():
             times[name] += values
     return times
@@ -132,7 +119,7 @@ def interleave_heads(
 def bandwidth(settings: Settings) -> Iterator[Cell]:
     """Speed of a copy between tensors that exist already."""
     mebibytes = 16 if settings.small else 1024 if settings.device.type == "cuda" else 128
-    rates = copy_bandwidth(settings.device, mebibytes, settings.seconds)
+    rates = measure.copy_bandwidth(settings.device, mebibytes, settings.seconds)
     yield {"mebibytes": mebibytes, "copy_bytes_per_second": [round(rate) for rate in rates]}
 
 
@@ -165,7 +152,7 @@ def heads(settings: Settings, mode: str, dtypes: Sequence[torch.dtype]) -> Itera
             "mode": mode,
             "allocations": ALLOCATIONS,
             "rounds": len(times["mse"]),
-            **summarise(times),
+            **measure.summarise(times),
         }
 
 
@@ -189,36 +176,32 @@ def counts(settings: Settings) -> Iterator[Cell]:
             **_count(loss, shape, dtype, settings.device, compile_too=shape == latents),
         }
         if name in SAME_IN_FLOAT64:
-            arguments = some_arguments(shape, dtype, settings.device)
-            row["gradient_error"] = gradient_error(loss, arguments)
+            arguments = measure.some_arguments(shape, dtype, settings.device)
+            row["gradient_error"] = measure.gradient_error(loss, arguments)
         yield row
 
 
 def _count(
     loss: Loss, shape: Shape, dtype: torch.dtype, device: torch.device, *, compile_too: bool
 ) -> Cell:
-    arguments = some_arguments(shape, dtype, device)
-    eps_hat, noise, _ = arguments
-
-    def work() -> None:
-        eps_hat.grad = None
-        loss(*arguments).backward()
-
+    arguments = measure.some_arguments(shape, dtype, device)
+    work = measure.gradient_of(loss, arguments)
     work()  # what happens once only, such as the first read of a table
-    eps_hat.grad = None
-    result: Cell = {"peak_bytes": peak_memory(lambda: loss(*arguments).backward(), device)}
-    with OperatorCount(large=min(eps_hat.nbytes, noise.nbytes)) as count:
+    arguments[0].grad = None
+    peak = measure.peak_memory(work, device)
+    with measure.OperatorCount(large=arguments[0].nbytes) as count:
         work()
-    result |= {
+    result: Cell = {
+        "peak_bytes": peak,
         "operators": count.operators,
         "data_operators": count.data_operators,
         "bytes": count.bytes,
         "sync_operators": count.syncs,
     }
     if device.type == "cuda":
-        result["kernels"] = kernels(work)
+        result["kernels"] = measure.kernels(work)
         try:
-            with syncs_forbidden():
+            with measure.syncs_forbidden():
                 work()
             result["sync"] = None
         except RuntimeError as error:
@@ -228,5 +211,5 @@ def _count(
         explained = torch._dynamo.explain(loss)(*arguments)
         result["graph_breaks"] = explained.graph_break_count
         if explained.graph_break_count == 0:
-            result["compiled_bytes"] = inductor_bytes(loss, arguments)
+            result["compiled_bytes"] = measure.inductor_bytes(loss, arguments)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import random
 import statistics
 import time
@@ -51,16 +52,16 @@ def inputs_in_turn(
         arguments[0].grad = None
 
 
-def forward_backward(
-    loss: Callable[..., Tensor], inputs: Iterator[tuple[Tensor, Tensor, Tensor]]
-) -> Prepare:
-    """Prepare a forward and a backward of one loss."""
+def gradient_of(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """Return the work of a forward and a backward, which begins with no gradient of ε̂ held."""
 
-    def prepare() -> Callable[[], None]:
-        arguments = next(inputs)
-        return lambda: loss(*arguments).backward()
+    def work() -> Tensor:
+        arguments[0].grad = None
+        value = loss(*arguments)
+        value.backward()
+        return value
 
-    return prepare
+    return work
 
 
 def interleave(
@@ -68,9 +69,8 @@ def interleave(
     device: torch.device,
     seconds: float,
     least_rounds: int = 20,
-    most_rounds: int = 400,
 ) -> dict[str, list[float]]:
-    """Time each contender once a round, for `seconds` in all; return seconds by name.
+    """Time each contender once a round, for `seconds` or 400 rounds; return seconds by name.
 
     Each round has an order of its own: what ran just before leaves caches and the allocator in a
     state that must not be the same contender's luck every time.
@@ -84,7 +84,7 @@ def interleave(
             call()()
     names, order = list(prepare), random.Random(0)  # noqa: S311
     began, rounds = time.perf_counter(), 0
-    while rounds < least_rounds or (time.perf_counter() - began < seconds and rounds < most_rounds):
+    while rounds < least_rounds or (time.perf_counter() - began < seconds and rounds < 400):
         order.shuffle(names)
         for name in names:
             times[name].append(_time(prepare[name](), device))
@@ -206,10 +206,8 @@ class OperatorCount(TorchDispatchMode):
 
 def _bytes(tensor: Tensor) -> int:
     """Bytes that lie in memory: an expanded axis is there once."""
-    elements = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        elements *= size if stride else min(size, 1)
-    return elements * tensor.element_size()
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * math.prod(n if stride else min(n, 1) for n, stride in axes)
 
 
 def gradient_error(loss: Callable[..., Tensor], arguments: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -275,11 +273,6 @@ def copy_bandwidth(device: torch.device, mebibytes: int, seconds: float) -> list
     count = mebibytes * 2**20 // 4
     # Written once, so that no page is touched first inside the measurement.
     pairs = [[torch.ones(count, device=device) for _ in range(2)] for _ in range(3)]
-    in_turn = itertools.cycle(pairs)
-
-    def prepare_pair() -> Callable[[], object]:
-        target, source = next(in_turn)
-        return lambda: target.copy_(source)
-
-    times = interleave({"copy": prepare_pair}, device, seconds)["copy"]
+    copies = itertools.cycle([partial(target.copy_, source) for target, source in pairs])
+    times = interleave({"copy": partial(next, copies)}, device, seconds)["copy"]
     return spread([8 * count / value for value in times])

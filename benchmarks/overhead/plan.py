@@ -48,30 +48,24 @@ def follow(options: Sequence[str], seconds: float, say: Callable[[str], object])
         limit = (end - began) * share / later
         later -= share
         say(f"{names}: at most {limit:.0f} s")
-        status = _run([*command(levels, max(limit - START_UP, limit / 2)), *options], limit)
-        if status is None:
-            say(f"{names}: ended after {limit:.0f} s; what it had written is kept")
-        elif status:
-            say(f"{names}: failed with exit status {status}; what it had written is kept")
-        else:
-            say(f"{names}: done in {time.monotonic() - began:.0f} s")
+        program = [*command(levels, max(limit - START_UP, limit / 2)), *options]
+        process = subprocess.Popen(program, start_new_session=True)  # noqa: S603 - our own command
+        try:
+            status = process.wait(limit)
+            outcome = f"failed with exit status {status}; what it had written is kept"
+            if status == 0:
+                outcome = f"done in {time.monotonic() - began:.0f} s"
+        except subprocess.TimeoutExpired:
+            outcome = f"ended after {limit:.0f} s; what it had written is kept"
+        finally:
+            # What compiles for it stays behind when the process itself is gone.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        say(f"{names}: {outcome}")
 
 
 def command(levels: Levels, seconds: float) -> list[str]:
     """Return what measures some levels, and stops by itself after so many seconds."""
     program = [sys.executable, "-m", "benchmarks.overhead", "run", "--budget", f"{seconds:.0f}"]
     return [*program, *(word for level in levels for word in ("--level", level))]
-
-
-def _run(command: Sequence[str], seconds: float) -> int | None:
-    """Return a command's exit status, or end it with all that it started and return None."""
-    process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - our own command
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        # What compiles for it stays behind when the process itself is gone.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

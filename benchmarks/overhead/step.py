@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.overhead import measure
 from benchmarks.overhead.contenders import Loss, compiled, contenders
 from benchmarks.overhead.levels import Cell, Settings, interleave_heads
-from benchmarks.overhead.measure import interleave, peak_memory, some_arguments, summarise
 from s2dm_loss import NoiseSchedule
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -30,7 +30,8 @@ class Training:
 
     def __init__(self, settings: Settings, mode: str) -> None:
         """Build the model with random weights."""
-        self.device, self.half = settings.device, mode != "eager"
+        self.settings, self.device = settings, settings.device
+        self.dtype = torch.float32 if mode == "eager" else torch.bfloat16
         unet = cifar10_unet((32, 32), 1) if settings.small else cifar10_unet()
         self.model = unet.to(self.device)
         self.network: Callable[..., Any] = self.model
@@ -41,7 +42,7 @@ class Training:
         self.alpha, self.sigma = alpha.float().to(self.device), sigma.float().to(self.device)
         side = 8 if settings.small else 32
         self.x0 = torch.randn(settings.step_batch, 3, side, side, device=self.device)
-        fast = self.half and self.device.type == "cuda"
+        fast = mode != "eager" and self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, fused=fast, capturable=fast
         )
@@ -70,9 +71,9 @@ class Training:
         noise = torch.randn_like(self.x0)
         t = torch.randint(1000, self.x0.shape[:1], device=self.device)
         mixed: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self.half:
+        if self.dtype == torch.bfloat16:
             # A CUDA graph cannot hold what autocast keeps between calls.
-            mixed = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+            mixed = torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
         def step() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)
@@ -96,42 +97,40 @@ def step(settings: Settings, modes: Sequence[str]) -> Iterator[Cell]:
         measured = _captured if "graph" in mode else _launched
         yield {
             "mode": mode,
-            "dtype": "bfloat16" if training.half else "float32",
+            "dtype": str(training.dtype).removeprefix("torch."),
             "model": "UNet2DModel of google/ddpm-cifar10-32, random weights, AdamW",
             "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
             "shape": tuple(training.x0.shape),
-            **measured(settings, training, losses, seconds),
+            **measured(training, losses, seconds),
         }
 
 
-def _launched(
-    settings: Settings, training: Training, losses: Mapping[str, Loss], seconds: float
-) -> Cell:
+def _launched(training: Training, losses: Mapping[str, Loss], seconds: float) -> Cell:
     """Return times and memory of steps that the host launches."""
-    objectives = {name: training.objective(loss) for name, loss in losses.items()}
-    if not training.half:
-        objectives["sa_dpm"] = training.sa_dpm
-    steps = {name: partial(training.work, objective) for name, objective in objectives.items()}
-    times = interleave(steps, settings.device, seconds, LEAST_ROUNDS)
+    settings, shape = training.settings, tuple(training.x0.shape)
+    steps = {
+        name: partial(training.work, training.objective(loss)) for name, loss in losses.items()
+    }
+    if training.dtype == torch.float32:
+        steps["sa_dpm"] = partial(training.work, training.sa_dpm)
+    times = measure.interleave(steps, training.device, seconds, LEAST_ROUNDS)
     memory = {}
     for name, prepare in steps.items():
         work = prepare()
         training.optimizer.zero_grad(set_to_none=True)  # each begins with no gradients held
-        memory[name] = peak_memory(work, settings.device)
+        memory[name] = measure.peak_memory(work, training.device)
     training.optimizer.zero_grad(set_to_none=True)
     # The head alone at this shape: what a step can gain or lose, without the step's noise.
-    dtype, shape = torch.bfloat16 if training.half else torch.float32, tuple(training.x0.shape)
     least = min(seconds / 5, settings.seconds)
-    heads = summarise(interleave_heads(settings, losses, shape, dtype, least))
+    heads = measure.summarise(interleave_heads(settings, losses, shape, training.dtype, least))
     rounds = len(times["mse"])
-    return {"rounds": rounds, **summarise(times), "peak_bytes": memory, "head": heads}
+    return {"rounds": rounds, **measure.summarise(times), "peak_bytes": memory, "head": heads}
 
 
-def _captured(
-    settings: Settings, training: Training, losses: Mapping[str, Loss], seconds: float
-) -> Cell:
+def _captured(training: Training, losses: Mapping[str, Loss], seconds: float) -> Cell:
     """Return times of steps that are captured in a CUDA graph, and whether their loss falls."""
     steps, heads, falls = {}, {}, {}
+    device, shape = training.device, tuple(training.x0.shape)
     for name, loss in losses.items():
         if name == "released":  # its masks make the host wait, which a graph cannot hold
             continue
@@ -139,24 +138,14 @@ def _captured(
         steps[name] = lambda replay=replay: replay
         values = [(replay(), value.item())[1] for _ in range(10)]
         falls[name] = math.isfinite(values[-1]) and values[-1] < values[0]
-        head = _captured_head(loss, training)
-        heads[name] = lambda head=head: head
-    times = interleave(steps, settings.device, seconds, LEAST_ROUNDS)
-    alone = interleave(heads, settings.device, min(seconds / 5, settings.seconds))
+        arguments = measure.some_arguments(shape, training.dtype, device)
+        alone, _ = capture(measure.gradient_of(loss, arguments))
+        heads[name] = lambda alone=alone: alone
+    times = measure.interleave(steps, device, seconds, LEAST_ROUNDS)
+    least = min(seconds / 5, training.settings.seconds)
+    head = measure.summarise(measure.interleave(heads, device, least))
     rounds = len(times["mse"])
-    return {"rounds": rounds, **summarise(times), "loss_falls": falls, "head": summarise(alone)}
-
-
-def _captured_head(loss: Loss, training: Training) -> Callable[[], None]:
-    arguments = some_arguments(tuple(training.x0.shape), torch.bfloat16, training.device)
-
-    def work() -> Tensor:
-        arguments[0].grad = None
-        value = loss(*arguments)
-        value.backward()
-        return value
-
-    return capture(work)[0]
+    return {"rounds": rounds, **measure.summarise(times), "loss_falls": falls, "head": head}
 
 
 def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -170,7 +159,12 @@ def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = work()
-    return graph.replay, result
+
+    def replay(_held: object = work) -> None:
+        """Replay; the graph reads the work's tensors where they lie, so these are held."""
+        graph.replay()
+
+    return replay, result
 
 
 def cifar10_unet(channels: tuple[int, ...] = (128, 256, 256, 256), layers: int = 2) -> nn.Module:
