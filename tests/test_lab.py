@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from benchmarks.lab import coverage, flow, holes, studies
-from benchmarks.lab.linear import Imperfection, frechet, output_variances
+from benchmarks.lab.linear import Imperfection, frechet, gains, output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.samplers import sample
 from s2dm_loss import NoiseSchedule, ScaledModel, gain
@@ -51,11 +51,7 @@ def test_epsilon_is_the_score_of_the_density(alphas_cumprod):
 
 def test_epsilon_is_the_conditional_mean_of_the_noise():
     """By numerical integration over x_0 in one dimension."""
-    mixture = Mixture.from_covariances(
-        torch.tensor([1.0, 3.0]),
-        torch.tensor([[-1.0], [0.8]]),
-        torch.tensor([[[0.04]], [[0.3]]]),
-    )
+    mixture = some_mixture(size=1)
     a = 0.6
     x0 = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
     prior = density(mixture, 1.0).log_prob(x0[:, None])
@@ -88,8 +84,8 @@ def test_draws_have_the_stated_moments():
 @pytest.mark.parametrize("skip", [0, 99])
 def test_ddim_on_a_gaussian_is_its_recursion(skip):
     variances = torch.tensor([2.0, 0.3, 0.01], dtype=torch.float64)
-    table = studies.gains([skip])
-    output = output_variances(variances, table, LINEAR, "ddim", 10)
+    table = gains([skip])
+    output = output_variances(variances, table, "ddim", 10)
     expected = recursions.ddim(variances, LINEAR.alphas_cumprod, 10, table[0]).square()
     torch.testing.assert_close(output[0], expected, rtol=1e-4, atol=0)
 
@@ -100,13 +96,13 @@ def test_the_linear_push_is_what_sampling_gives(sampler):
     model = ExactModel(Mixture.gaussian(variances), LINEAR)
     start = torch.randn(4, 2, generator=draw(), dtype=torch.float64)
     samples = sample(ScaledModel.with_gain(model, LINEAR, 49), sampler, LINEAR, 8, start, draw())
-    output = output_variances(variances, studies.gains([49]), LINEAR, sampler, 8)[0]
+    output = output_variances(variances, gains([49]), sampler, 8)[0]
     torch.testing.assert_close((samples / start).square(), output.expand(4, 2), rtol=1e-3, atol=0)
 
 
 def test_many_steps_of_the_exact_model_are_exact():
     variances = torch.tensor([1.0, 0.1], dtype=torch.float64)
-    output = output_variances(variances, studies.gains([0]), LINEAR, "ddim", 1000)
+    output = output_variances(variances, gains([0]), "ddim", 1000)
     assert float(frechet(output, variances)) < 1e-4
     assert float(frechet(torch.zeros(1, 2).double(), variances)) == 1
 
@@ -116,9 +112,7 @@ def test_an_independent_error_adds_its_variance(steps):
     # A DDIM step takes x to on_x · x + on_error · error; variances of independent errors add up.
     variances, added = torch.tensor([0.5], dtype=torch.float64), 0.0
     plain, noisy = (
-        output_variances(
-            variances, studies.gains([0]), LINEAR, "ddim", steps, Imperfection(noise=noise)
-        )
+        output_variances(variances, gains([0]), "ddim", steps, Imperfection(noise=noise))
         for noise in (0.0, 3.0)
     )
     times = [1000 // steps * n for n in reversed(range(steps))]
@@ -134,10 +128,10 @@ def test_an_independent_error_adds_its_variance(steps):
 def test_what_the_page_says_of_the_exact_model():
     """DDIM's few steps leave too little spread, which a gain mends; from 20 on PNDM needs none."""
     variances = studies.digit_variances()
-    table = studies.gains(range(0, 300, 5))
+    table = gains(range(0, 300, 5))
     best = {}
     for sampler, steps in [("ddim", 10), ("ddim", 20), ("ddim", 50), ("pndm", 20)]:
-        output = output_variances(variances, table, LINEAR, sampler, steps)
+        output = output_variances(variances, table, sampler, steps)
         distance = frechet(output, variances)
         best[sampler, steps] = 5 * int(distance.argmin())
         if sampler == "ddim":
@@ -174,12 +168,10 @@ def test_what_the_page_says_of_euler():
     assert max(row["gain"]["0.3"] for row in rows if row["steps"] == 50) > 1.03
 
 
-@pytest.mark.parametrize(
-    ("law", "degrees"), [("gaussian", None), ("mixture", None), ("gaussian", 9)]
-)
-def test_the_truth_of_the_coverage_study(law, degrees):
-    pool = coverage.ring_pool(5, 4096)
-    drawn = replace(coverage.population(law, 4, 5, pool), degrees=degrees)
+@pytest.mark.parametrize(("pooled", "degrees"), [(0, None), (4096, None), (0, 9)])
+def test_the_truth_of_the_coverage_study(pooled, degrees):
+    pool = coverage.ring_pool(5, pooled) if pooled else None
+    drawn = replace(coverage.population(4, 5, pool), degrees=degrees)
     truth = drawn.distances()
     data, samples = drawn.draw(200_000, draw())
     assert samples.shape == (1 + len(coverage.STRENGTHS), 200_000, 5)
@@ -192,10 +184,9 @@ def test_the_truth_of_the_coverage_study(law, degrees):
 
 
 def test_the_boundary_is_where_the_smallest_gain_changes_nothing():
-    pool = coverage.ring_pool(5, 4096)
     smallest = 1 + coverage.STRENGTHS.index(9)
-    for law in ("gaussian", "mixture"):
-        drawn = coverage.population(law, 4, 5, pool).at_the_boundary(smallest)
+    for pool in (None, coverage.ring_pool(5, 4096)):
+        drawn = coverage.population(4, 5, pool).at_the_boundary(smallest)
         distances = drawn.distances() - drawn.distances()[0]
         assert float(distances[smallest]) == pytest.approx(0, abs=1e-12)
         assert all(float(d) > 1e-6 for k, d in enumerate(distances) if k not in (0, smallest))
@@ -210,7 +201,7 @@ def test_the_pool_is_what_the_sampler_returns():
 
 
 def test_repeats_are_counted():
-    drawn = coverage.population("gaussian", 2, 10)
+    drawn = coverage.population(2, 10)
     found = coverage.repeated(drawn, 512, 20)
     assert found["truth"] == [
         float(f"{d:.4g}") for d in (drawn.distances()[1:] - drawn.distances()[0])
@@ -222,9 +213,10 @@ def test_repeats_are_counted():
 
 
 def test_gains_hold_the_librarys_gain():
-    table = studies.gains((0, 99))
-    assert torch.equal(table[0], torch.ones(1000).double())
-    assert torch.equal(table[1], gain(LINEAR, 99))
+    plain, gained, inverse = gains((0, 99, -99))
+    assert torch.equal(plain, torch.ones(1000).double())
+    assert torch.equal(gained, gain(LINEAR, 99))
+    assert torch.equal(inverse, 1 / gained)
 
 
 def test_the_committed_results_are_complete():
@@ -249,10 +241,8 @@ def test_rows_of_the_table_of_best_gains():
     rows = dict(holes.best_gains())
     assert [len(cells) for cells in rows.values()] == [5] * len(studies.SAMPLERS)
     found = holes.gaussian("ddim", 50)
-    assert (
-        rows["DDIM"][3]
-        == f"{found['best_skip']}: {100 * (found['best'] / found['plain'] - 1):.0f} %"
-    )
+    change = 100 * (found["best"] / found["plain"] - 1)
+    assert rows["DDIM"][3] == f"{found['best_skip']}: {change:.0f} %"
     assert rows["PNDM"][1:] == ["none"] * 4
 
 

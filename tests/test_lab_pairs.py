@@ -4,25 +4,22 @@ import pytest
 import torch
 
 from benchmarks.lab import pairs
-from benchmarks.lab.linear import output_variances
+from benchmarks.lab.linear import gains, output_variances
 from s2dm_loss.sampling import EpsilonScaling, SkipGain, StartScaling
 
 
 @pytest.mark.parametrize("name", ["ddim", "pndm"])
 def test_the_judge_is_exact_on_a_gaussian(name):
     judge = pairs.Judge(pairs.CASES["Gaussian, 10 steps"])
-    times = torch.arange(1000)
     for correction, strength in (
         (SkipGain(pairs.SCHEDULE), 99),
         (EpsilonScaling(pairs.SCHEDULE), 1.02),
         (StartScaling(), 1.1),
     ):
-        table = torch.ones(1, 1000, dtype=torch.float64)
-        if not isinstance(correction, StartScaling):
-            table = correction.scale(times, strength)[None]
-        outputs = output_variances(pairs.VARIANCES, table, pairs.SCHEDULE, name, 10)[0]
-        if isinstance(correction, StartScaling):
-            outputs = outputs * strength**2
+        start = isinstance(correction, StartScaling)
+        table = gains([0]) if start else correction.scale(torch.arange(1000), strength)[None]
+        outputs = output_variances(pairs.VARIANCES, table, name, 10)[0]
+        outputs = outputs * strength**2 if start else outputs
         expected = float((outputs.sqrt() - pairs.VARIANCES.sqrt()).square().sum())
         assert judge(name, correction, strength) == pytest.approx(expected, rel=1e-4, abs=1e-7)
 

@@ -11,25 +11,21 @@ truth.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.lab.linear import output_variances
+from benchmarks.lab.linear import SCHEDULE, gains, output_variances, recommend, run
 from benchmarks.lab.mixtures import ExactModel, Mixture
-from benchmarks.quality.samplers import sample
-from s2dm_loss import CorrectionSearch, NoiseSchedule, SkipGain
-from s2dm_loss.sampling import (
-    Correction,
-    PredictionScaling,
-    StartScaling,
-    standard_corrections,
-)
+from s2dm_loss import SkipGain
+from s2dm_loss.sampling import Correction, PredictionScaling, StartScaling, standard_corrections
+from s2dm_loss.sampling.corrections import NONE
 from s2dm_loss.sampling.frechet import FrechetComparison
 
-SCHEDULE = NoiseSchedule.linear(1000)
+RING = Mixture.ring()
 
 
 class Cells(NamedTuple):
@@ -55,14 +51,6 @@ TAILS = {"normal": None, "Student's t, 5 degrees": 5, "Student's t, 3 degrees": 
 """Degrees of freedom: with 3, values have no fourth moment and estimated variances no variance."""
 
 
-def scales() -> Tensor:
-    """Return s(t) of no gain and of each of ``STRENGTHS``, ``[K, 1000]``."""
-    correction = SkipGain(SCHEDULE, STRENGTHS)
-    times = torch.arange(SCHEDULE.num_train_timesteps)
-    plain = torch.ones(len(times), dtype=torch.float64)
-    return torch.stack([plain, *(correction.scale(times, k) for k in STRENGTHS)])
-
-
 @dataclass(frozen=True)
 class Population:
     """Data of independent parts, and what a sampler makes of noise.
@@ -70,8 +58,8 @@ class Population:
     Attributes:
         variances: The Gaussian axes' variances, ``[D]``.
         outputs: The samples' variances along them, ``[K, D]``.
-        ring: The mixture of the first two axes; None where all are Gaussian.
-        pool: The sampler's output there, ``[K, POOL, 2]``.
+        pool: The sampler's output on the first two axes, whose data are the ring,
+            ``[K, POOL, 2]``; None where all axes are Gaussian.
         data_scale: Factor on the data.
         degrees: Of the multivariate Student's t, scaled to the variances, that the axes have in
             place of a Gaussian's.
@@ -79,7 +67,6 @@ class Population:
 
     variances: Tensor
     outputs: Tensor
-    ring: Mixture | None = None
     pool: Tensor | None = None
     data_scale: float = 1.0
     degrees: int | None = None
@@ -88,8 +75,8 @@ class Population:
         """Return the true Fréchet distances, ``[K]``."""
         spread, overlap = self._parts()
         total = self.variances.sum()
-        if self.ring is not None:
-            total = total + self.ring.covariance.trace()
+        if self.pool is not None:
+            total = total + RING.covariance.trace()
         return spread + self.data_scale**2 * total - 2 * self.data_scale * overlap
 
     def at_the_boundary(self, index: int) -> Population:
@@ -106,12 +93,12 @@ class Population:
         """Return |μ|² + tr C and tr (C_x C_y)^½ of every strength, for data of mean 0."""
         spread = self.outputs.sum(1)
         overlap = (self.outputs * self.variances).sqrt().sum(1)
-        if self.ring is not None and self.pool is not None:
+        if self.pool is not None:
             centered = self.pool - self.pool.mean(1, keepdim=True)
             covariance = centered.mT @ centered / self.pool.shape[1]
-            product = torch.linalg.eigvals(covariance @ self.ring.covariance).real
+            common = torch.linalg.eigvals(covariance @ RING.covariance).real
             spread = spread + self.pool.square().sum(2).mean(1)
-            overlap = overlap + product.sqrt().sum(1)
+            overlap = overlap + common.sqrt().sum(1)
         return spread, overlap
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -130,8 +117,8 @@ class Population:
 
         data = [unit() * self.variances.sqrt()]
         samples = [unit() * self.outputs.sqrt()[:, None]]
-        if self.ring is not None and self.pool is not None:
-            data.insert(0, self.ring.draw(count, generator))
+        if self.pool is not None:
+            data.insert(0, RING.draw(count, generator))
             rows = torch.randint(self.pool.shape[1], (count,), generator=generator)
             samples.insert(0, self.pool[:, rows])
         # The last column is what lies outside the axes: nothing.
@@ -140,28 +127,22 @@ class Population:
         return self.data_scale * torch.cat(data, 1), torch.cat(samples, 2)
 
 
+@cache
 def ring_pool(steps: int, size: int = POOL) -> Tensor:
     """Return DDIM's output on the ring for every strength, from the same noise."""
-    ring = Mixture.ring()
-    correction = SkipGain(SCHEDULE, STRENGTHS)
-    model = ExactModel(ring, SCHEDULE)
+    correction, model = SkipGain(SCHEDULE), ExactModel(RING, SCHEDULE)
     noise = torch.randn(size, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    models = [model, *(correction.correct_model(model, k) for k in STRENGTHS)]
-    draw = torch.Generator()
-    return torch.stack([sample(m, "ddim", SCHEDULE, steps, noise, draw).clone() for m in models])
-
-
-def population(law: str, size: int, steps: int, pool: Tensor | None = None) -> Population:
-    """Return a population of ``size`` axes, the i-th Gaussian one of variance 1 / √i."""
-    variances = torch.arange(1, size + 1, dtype=torch.float64).rsqrt()
-    if law == "gaussian":
-        outputs = output_variances(variances, scales(), SCHEDULE, "ddim", steps)
-        return Population(variances, outputs)
-    variances = variances[: size - 2]
-    outputs = output_variances(variances, scales(), SCHEDULE, "ddim", steps)
-    return Population(
-        variances, outputs, Mixture.ring(), ring_pool(steps) if pool is None else pool
+    return torch.stack(
+        [run(correction.correct_model(model, k), noise, steps=steps) for k in (0, *STRENGTHS)]
     )
+
+
+def population(size: int, steps: int, pool: Tensor | None = None) -> Population:
+    """Return a population of ``size`` axes, the i-th Gaussian one of variance 1 / √i."""
+    gaussian = size if pool is None else size - 2
+    variances = torch.arange(1, gaussian + 1, dtype=torch.float64).rsqrt()
+    outputs = output_variances(variances, gains((0, *STRENGTHS)), "ddim", steps)
+    return Population(variances, outputs, pool)
 
 
 def repeated(drawn: Population, count: int, repeats: int, seed: int = 0) -> dict[str, Any]:
@@ -205,7 +186,6 @@ def repeated(drawn: Population, count: int, repeats: int, seed: int = 0) -> dict
 
 def coverage(bar: Any, law: str) -> dict[str, Any]:
     """Joint coverage, false alarms at a boundary, and power, of the statistic of the search."""
-    pools: dict[int, Tensor] = {}
     rows = []
     cells = [
         (size, steps, count)
@@ -214,9 +194,7 @@ def coverage(bar: Any, law: str) -> dict[str, Any]:
         for count in measured.counts
     ]
     for cell, (size, steps, count) in enumerate(bar(cells)):
-        if law == "mixture" and steps not in pools:
-            pools[steps] = ring_pool(steps)
-        drawn = population(law, size, steps, pools.get(steps))
+        drawn = population(size, steps, ring_pool(steps) if law == "mixture" else None)
         repeats = CELLS[size].repeats
         seed = cell * 10_000 + (5_000_000 if law == "mixture" else 0)
         row = {"law": law, "size": size, "steps": steps, "count": count, "repeats": repeats}
@@ -231,10 +209,9 @@ def coverage(bar: Any, law: str) -> dict[str, Any]:
 
 def tails(bar: Any, repeats: int = 400) -> dict[str, Any]:
     """Joint coverage where the values have heavy tails, in 16 dimensions with 10 steps."""
-    gaussian = population("gaussian", 16, 10)
-    cells = [(law, count) for law in TAILS for count in (512, 1024, 4096)]
+    gaussian = population(16, 10)
     rows = []
-    for law, count in bar(cells):
+    for law, count in bar(list(product(TAILS, (512, 1024, 4096)))):
         drawn = replace(gaussian, degrees=TAILS[law])
         row = {"law": law, "size": 16, "steps": 10, "count": count, "repeats": repeats}
         rows.append(row | repeated(drawn, count, repeats, seed=9_000_000))
@@ -249,42 +226,29 @@ def whole_search(bar: Any, repeats: int = 200, num_samples: int = 512) -> dict[s
     """
     variances = torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
     model = ExactModel(Mixture.gaussian(variances), SCHEDULE)
-    corrections = standard_corrections(SCHEDULE)
     rows = []
     for null, steps in bar([(True, 10), (False, 10), (False, 20)]):
-        plain = _outputs(variances, None, 0.0, steps)
-        data_variances = plain if null else variances
-        holds, alarms, recommended, left = 0, 0, dict.fromkeys(["none"], 0), []
-        best = min(
-            float(_gap(_outputs(variances, c, s, steps), data_variances))
-            for c in corrections
-            for s in c.strengths
-        )
+        data_variances = _outputs(variances, NONE, 0, steps) if null else variances
+        law = Mixture.gaussian(data_variances)
+
+        def distance(
+            correction: Correction, strength: float, steps: int = steps, law: Mixture = law
+        ) -> float:
+            outputs = _outputs(variances, correction, strength, steps)
+            return float((outputs.sqrt() - law.variances[0].sqrt()).square().sum())
+
+        holds, alarms, recommended, left = 0, 0, {"none": 0}, []
         for seed in range(repeats):
             draw = torch.Generator().manual_seed(20_000 + seed)
-            data = Mixture.gaussian(data_variances).draw(2 * num_samples, draw).float()
-            found = CorrectionSearch(
-                model,
-                partial(_ddim, steps=steps),
-                data,
-                corrections,
-                num_samples=num_samples,
-                batch_size=num_samples,
-                seed=seed,
-            ).recommend()
-            truths = {
-                c.label: float(
-                    _gap(_outputs(variances, c.correction, c.strength, steps), data_variances)
-                )
-                for c in found.candidates
-            }
-            distance = truths["none"]
+            data = law.draw(2 * num_samples, draw).float()
+            ddim = {"ddim": partial(run, steps=steps)}
+            found = recommend(model, ddim, data, num_samples, seed)
+            truths = {c.label: distance(c.correction, c.strength) for c in found.candidates}
+            plain, chosen = truths["none"], found.recommended
             holds += all(
-                c.low - 1e-9 <= truths[c.label] - distance <= c.high + 1e-9
-                for c in found.candidates
+                c.low - 1e-9 <= truths[c.label] - plain <= c.high + 1e-9 for c in found.candidates
             )
-            chosen = found.recommended
-            alarms += found.improves and truths[chosen.label] >= distance
+            alarms += found.improves and truths[chosen.label] >= plain
             name = type(chosen.correction).__name__ if found.improves else "none"
             recommended[name] = recommended.get(name, 0) + 1
             left.append(truths[chosen.label])
@@ -292,8 +256,10 @@ def whole_search(bar: Any, repeats: int = 200, num_samples: int = 512) -> dict[s
             {
                 "null": null,
                 "steps": steps,
-                "plain": distance,
-                "best_of_coarse_grid": best,
+                "plain": distance(NONE, 0),
+                "best_of_coarse_grid": min(
+                    distance(c, s) for c in standard_corrections(SCHEDULE) for s in c.strengths
+                ),
                 "joint": holds,
                 "alarms": int(alarms),
                 "recommended": recommended,
@@ -309,21 +275,10 @@ def whole_search(bar: Any, repeats: int = 200, num_samples: int = 512) -> dict[s
     }
 
 
-def _ddim(model: nn.Module, noise: Tensor, steps: int) -> Tensor:
-    return sample(model, "ddim", SCHEDULE, steps, noise, torch.Generator())
-
-
-def _outputs(
-    variances: Tensor, correction: Correction | None, strength: float, steps: int
-) -> Tensor:
+def _outputs(variances: Tensor, correction: Correction, strength: float, steps: int) -> Tensor:
     """Return the variances of DDIM's output with a correction, exactly."""
-    times = torch.arange(SCHEDULE.num_train_timesteps)
-    table = torch.ones(1, len(times), dtype=torch.float64)
+    table = gains([0])
     if isinstance(correction, PredictionScaling):
-        table = correction.scale(times, strength)[None]
-    outputs = output_variances(variances, table, SCHEDULE, "ddim", steps)[0]
+        table = correction.scale(torch.arange(table.shape[1]), strength)[None]
+    outputs = output_variances(variances, table, "ddim", steps)[0]
     return outputs * strength**2 if isinstance(correction, StartScaling) else outputs
-
-
-def _gap(outputs: Tensor, variances: Tensor) -> Tensor:
-    return (outputs.sqrt() - variances.sqrt()).square().sum()

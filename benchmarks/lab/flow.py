@@ -7,7 +7,6 @@ deviation 1 at t = 1, pushed through the steps, is the standard deviation of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from s2dm_loss import ContinuousSchedule, ScaledModel
 
 FLOW = ContinuousSchedule.flow()
-Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 class ExactVelocity(nn.Module):
@@ -42,22 +40,6 @@ def times(steps: int, shift: float = 1.0) -> Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-def euler(velocity: Velocity, x: Tensor, steps: Tensor) -> Tensor:
-    """Integrate dx/dt = velocity from the first time to the last."""
-    for t, after in pairwise(steps):
-        x = x + (after - t) * velocity(x, t)
-    return x
-
-
-def heun(velocity: Velocity, x: Tensor, steps: Tensor) -> Tensor:
-    """Integrate by Heun's method: two calls a step."""
-    for t, after in pairwise(steps):
-        slope = velocity(x, t)
-        ahead = velocity(x + (after - t) * slope, after)
-        x = x + (after - t) * (slope + ahead) / 2
-    return x
-
-
 def spread(
     variance: float, steps: int, *, skip: float = 0.0, shift: float = 1.0, method: str = "euler"
 ) -> float:
@@ -73,6 +55,11 @@ def spread(
     model: nn.Module = ExactVelocity(variance)
     if skip:
         model = ScaledModel.with_gain(model, FLOW, skip, prediction_type="flow")
-    start = torch.ones(1, dtype=torch.float64)
-    integrate, count = (heun, steps // 2) if method == "heun" else (euler, steps)
-    return float(integrate(model, start, times(count, shift))) / variance**0.5
+    heun = method == "heun"
+    x = torch.ones(1, dtype=torch.float64)
+    for t, after in pairwise(times(steps // 2 if heun else steps, shift)):
+        slope = model(x, t)
+        if heun:
+            slope = (slope + model(x + (after - t) * slope, after)) / 2
+        x = x + (after - t) * slope
+    return float(x) / variance**0.5

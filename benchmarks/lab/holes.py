@@ -26,27 +26,25 @@ def study(name: str) -> Row:
     return document
 
 
+def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Return the rows that have these values."""
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
 def best_gains() -> Iterable[tuple[str, list[str]]]:
     """Yield each sampler and, for each number of steps, the best gain and what it changes."""
     rows = [row for row in study("gaussian")["rows"] if row["steps"] <= 100]
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
-        found = [
-            (row["best_skip"], row["best"] / row["plain"] - 1)
-            for row in rows
-            if row["sampler"] == sampler
-        ]
-        cells = [f"{k}: {signed(change)}" if change < -0.01 else "none" for k, change in found]
+        found = select(rows, sampler=sampler)
+        changes = [(row["best_skip"], row["best"] / row["plain"] - 1) for row in found]
+        cells = [f"{k}: {signed(change)}" if change < -0.01 else "none" for k, change in changes]
         yield TITLES[sampler], cells
 
 
 def gaussian(sampler: str, steps: int) -> Row:
     """Return the row of a sampler."""
-    (row,) = (
-        row
-        for row in study("gaussian")["rows"]
-        if (row["sampler"], row["steps"]) == (sampler, steps)
-    )
-    return dict(row)
+    (row,) = select(study("gaussian")["rows"], sampler=sampler, steps=steps)
+    return row
 
 
 def exceptions() -> list[Row]:
@@ -71,14 +69,14 @@ class Law(NamedTuple):
 
     def of(self, **wanted: int) -> list[Row]:
         """Return the cells of some steps or some number of samples."""
-        return [row for row in self.rows if wanted.items() <= row.items()]
+        return select(self.rows, **wanted)
 
 
 def coverage() -> list[Law]:
     """Return the coverage study."""
     rows = study("coverage_gaussian")["rows"] + study("coverage_mixture")["rows"]
     return [
-        Law(f"{law}, d = {size}", [row for row in rows if (row["law"], row["size"]) == (law, size)])
+        Law(f"{law}, d = {size}", select(rows, law=law, size=size))
         for law, size in dict.fromkeys((row["law"], row["size"]) for row in rows)
     ]
 
@@ -138,7 +136,7 @@ def distance_by_skip() -> Figure:
     figure, (panels,) = new_figure(3, 1, len(SHOWN), sharey=True)
     skips = list(range(*found["curve_skips"]))
     for panel, sampler in zip(panels, SHOWN, strict=True):
-        rows = [r for r in found["rows"] if r["sampler"] == sampler and r["steps"] <= 100]
+        rows = [row for row in select(found["rows"], sampler=sampler) if row["steps"] <= 100]
         for row, color in zip(rows, COLORS[1:], strict=False):
             relative = [value / row["plain"] for value in row["curve"]]
             panel.plot(skips, relative, color=color, label=f"{row['steps']} steps")

@@ -10,14 +10,51 @@ axis, and the Fréchet distance (the squared 2-Wasserstein distance) to the data
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.quality.samplers import sample
-from s2dm_loss import NoiseSchedule
+from s2dm_loss import CorrectionSearch, NoiseSchedule
+from s2dm_loss.sampling import Recommendation, SkipGain, standard_corrections
+
+SCHEDULE = NoiseSchedule.linear(1000)
+"""The schedule of every study but that of a flow."""
+
+
+def run(model: nn.Module, noise: Tensor, sampler: str = "ddim", steps: int = 10) -> Tensor:
+    """Return a deterministic sampler's output."""
+    return sample(model, sampler, SCHEDULE, steps, noise, torch.Generator()).clone()
+
+
+def recommend(
+    model: nn.Module,
+    samplers: Mapping[str, Callable[[nn.Module, Tensor], Tensor]],
+    data: Tensor,
+    num_samples: int,
+    seed: int,
+    features: Callable[[Tensor], Tensor] | None = None,
+) -> Recommendation:
+    """Return what the search over all corrections recommends."""
+    return CorrectionSearch(
+        model,
+        samplers,
+        data,
+        standard_corrections(SCHEDULE),
+        features=features,
+        num_samples=num_samples,
+        batch_size=num_samples,
+        seed=seed,
+    ).recommend(progress=False)
+
+
+def gains(skips: Iterable[int], tau: float = 0.99) -> Tensor:
+    """Return s(t) for each skip, [K, 1000]: 1 for skip 0, and below 0 the inverse of the gain."""
+    gain, times = SkipGain(SCHEDULE, tau=tau), torch.arange(SCHEDULE.num_train_timesteps)
+    plain = torch.ones(len(times), dtype=torch.float64)
+    return torch.stack([gain.scale(times, k) if k else plain for k in skips])
 
 
 @dataclass(frozen=True)
@@ -39,33 +76,33 @@ class Imperfection:
     believed: Callable[[Tensor], Tensor] = torch.clone
 
 
+EXACT = Imperfection()
+
+
 def output_variances(
     variances: Tensor,
     gains: Tensor,
-    schedule: NoiseSchedule,
     sampler: str,
     steps: int,
-    imperfection: Imperfection | None = None,
+    wrong: Imperfection = EXACT,
 ) -> Tensor:
     """Return the variances of a sampler's output along the data's axes.
 
     Args:
         variances: The data's, v, float64 ``[D]``.
         gains: s(t) of every candidate, float64 ``[K, T]``.
-        schedule: The noise schedule.
         sampler: A deterministic sampler of ``benchmarks.quality.samplers``.
         steps: Sampling steps.
-        imperfection: What is wrong with the model.
+        wrong: What is wrong with the model.
 
     Returns:
         float64 ``[K, D]``.
     """
-    wrong = imperfection or Imperfection()
     believed = wrong.believed(variances)
     calls = itertools.count(1)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        a = schedule.alphas_cumprod[t]
+        a = SCHEDULE.alphas_cumprod[t]
         epsilon = (1 - a).sqrt() * x / (a * believed + 1 - a) * wrong.scale
         if a < 0.05:
             epsilon = epsilon * wrong.late_scale
@@ -77,7 +114,7 @@ def output_variances(
     # which PNDM makes one more than it takes steps.
     start = torch.zeros(len(gains), 2 + steps if wrong.noise else 1, len(variances))
     start[:, 0] = 1
-    samples = sample(model, sampler, schedule, steps, start.double(), torch.Generator())
+    samples = sample(model, sampler, SCHEDULE, steps, start.double(), torch.Generator())
     return samples.square().sum(1)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,17 @@ from torch import Tensor, nn
 
 from benchmarks.files import load_json, save_json
 from benchmarks.lab.holes import RESULTS
+from benchmarks.lab.linear import SCHEDULE, recommend, run
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.provenance import versions
 from benchmarks.quality.data import to_model_range
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS
 from benchmarks.quality.runner import Bench
-from benchmarks.quality.samplers import TITLES, sample
-from s2dm_loss import CorrectionSearch, NoiseSchedule
+from benchmarks.quality.samplers import TITLES
 from s2dm_loss.sampling import Correction, Recommendation, standard_corrections
 from s2dm_loss.sampling.corrections import NONE
 
-SCHEDULE = NoiseSchedule.linear(1000)
 SAMPLERS = ("ddim", "pndm", "deis", "dpm++2m", "unipc")
 REPEATS = 20
 HELD_OUT = 8192
@@ -47,7 +47,7 @@ VARIANCES = torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Case:
-    """A network, what its samples should be, and in how many steps.
+    """A network, and what its samples should be.
 
     Attributes:
         model: The network, which predicts noise.
@@ -55,7 +55,6 @@ class Case:
         covariance: Their covariance, of shape [D, D].
         draw: Draws data for a search.
         shape: The shape of one of them, of D values.
-        steps: Steps of every sampler.
     """
 
     model: nn.Module
@@ -63,15 +62,12 @@ class Case:
     covariance: Tensor
     draw: Callable[[torch.Generator], Tensor]
     shape: tuple[int, ...]
-    steps: int = 10
 
 
 def exact(law: Mixture, temperature: float = 1.0) -> Case:
     """Return a law's exact model; below temperature 1 it is too sure of the mode."""
-    model = ExactModel(law, SCHEDULE, temperature)
-    return Case(
-        model, law.mean, law.covariance, lambda draw: law.draw(DATA, draw), law.means.shape[1:]
-    )
+    model, draw = ExactModel(law, SCHEDULE, temperature), partial(law.draw, DATA)
+    return Case(model, law.mean, law.covariance, draw, law.means.shape[1:])
 
 
 def digits(root: Path) -> Case:
@@ -94,11 +90,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def run(name: str, steps: int, model: nn.Module, noise: Tensor) -> Tensor:
-    """Return a sampler's samples."""
-    return sample(model, name, SCHEDULE, steps, noise, torch.Generator()).clone()
-
-
 class Judge:
     """The Fréchet distance of a pair's samples of held-out noise from the data's law."""
 
@@ -114,12 +105,13 @@ class Judge:
         ).T
         kept = next((p.dtype for p in case.model.parameters()), torch.float64)
         self.noise = noise.to(kept).reshape(-1, *case.shape)
-        self.root = _root(case.covariance)
+        values, vectors = torch.linalg.eigh(case.covariance)
+        self.root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     def __call__(self, name: str, correction: Correction, strength: float) -> float:
         """Return the distance."""
         model, noise = correction(self.case.model, self.noise, strength)
-        x = run(name, self.case.steps, model, noise).flatten(1).double()
+        x = run(model, noise, name).flatten(1).double()
         if not bool(x.isfinite().all()):
             return float("inf")
         overlap = torch.linalg.eigvalsh(self.root @ x.T.cov() @ self.root).clamp(min=0).sqrt().sum()
@@ -138,35 +130,18 @@ class Judge:
         return found
 
 
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
-
-
 def study(case: Case, repeats: int = REPEATS) -> dict[str, Any]:
     """Return what every pair does, and what the searches recommended."""
-    judge, steps = Judge(case), case.steps
+    judge = Judge(case)
     pairs = judge.all_pairs()
     use, best = pairs["DDIM, none"], min(pairs, key=pairs.__getitem__)
     rows: dict[str, list[Any]] = {"several": [], "one": []}
     for seed in range(repeats):
         data = case.draw(torch.Generator().manual_seed(10_000 + seed))
         for kind in rows:
-            samplers = {
-                name: lambda model, noise, name=name: run(name, steps, model, noise)
-                for name in (SAMPLERS if kind == "several" else SAMPLERS[:1])
-            }
-            search = CorrectionSearch(
-                case.model,
-                samplers,
-                data,
-                standard_corrections(SCHEDULE),
-                num_samples=NUM_SAMPLES,
-                batch_size=NUM_SAMPLES,
-                seed=seed,
-            )
-            found = search.recommend(progress=False)
+            names = SAMPLERS if kind == "several" else SAMPLERS[:1]
+            samplers = {name: partial(run, sampler=name) for name in names}
+            found = recommend(case.model, samplers, data, NUM_SAMPLES, seed)
             rows[kind].append(_judged(found, judge, use, pairs[best]))
     return {
         "in use": use,
@@ -179,14 +154,10 @@ def study(case: Case, repeats: int = REPEATS) -> dict[str, Any]:
 
 def _judged(found: Recommendation, judge: Judge, use: float, best: float) -> dict[str, Any]:
     chosen = found.recommended
-    name = chosen.sampler if len(found.cost.calls) > 1 else "ddim"
-    distance = judge(name, chosen.correction, chosen.strength)
-    truths = [
-        judge(c.sampler if len(found.cost.calls) > 1 else "ddim", c.correction, c.strength)
-        for c in found.candidates
-    ]
+    distance = judge(chosen.sampler, chosen.correction, chosen.strength)
+    truths = [judge(c.sampler, c.correction, c.strength) for c in found.candidates]
     return {
-        "recommended": f"{TITLES[name]}, {chosen.label}",
+        "recommended": f"{TITLES[chosen.sampler]}, {chosen.label}",
         "distance": distance,
         # 0 is the best pair, 1 the sampler in use with no correction.
         "left": (distance - best) / (use - best),

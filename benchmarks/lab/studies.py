@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +14,42 @@ from torch import Tensor, nn
 from benchmarks.files import load_json, save_json
 from benchmarks.lab.coverage import coverage, tails, whole_search
 from benchmarks.lab.flow import spread
-from benchmarks.lab.linear import Imperfection, frechet, output_variances
+from benchmarks.lab.linear import (
+    EXACT,
+    SCHEDULE,
+    Imperfection,
+    frechet,
+    gains,
+    output_variances,
+    recommend,
+    run,
+)
 from benchmarks.quality import data as datasets
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS_FULL
 from benchmarks.quality.runner import Bench
-from benchmarks.quality.samplers import sample
-from s2dm_loss import CorrectionSearch, NoiseSchedule, gain
 from s2dm_loss.sampling import standard_corrections
 
 Json = dict[str, Any]
 Bar = Callable[[list[Any]], Iterable[Any]]
 
-SCHEDULE = NoiseSchedule.linear(1000)
 SAMPLERS = ("ddim", "pndm", "deis", "dpm++2m")
 CORE = ("ddim", "pndm", "deis")
-
-
-def digit_values() -> Tensor:
-    """Return the digits in [-1, 1], float64 [1797, 64]."""
-    return datasets.to_model_range(datasets.load_digits().images).flatten(1).double()
+NUM_SAMPLES = 1024
+"""Of a search on trained networks, and of what it is judged on."""
 
 
 def digit_variances() -> Tensor:
     """Return the variances of the digits along their principal axes, largest last, [64]."""
-    return torch.linalg.eigvalsh(digit_values().T.cov()).clamp(min=0)
-
-
-def gains(skips: Iterable[int], tau: float = 0.99) -> Tensor:
-    """Return s(t) for each skip, [K, 1000]; skip 0 is no gain."""
-    plain = torch.ones(SCHEDULE.num_train_timesteps, dtype=torch.float64)
-    return torch.stack([gain(SCHEDULE, k, tau=tau) if k else plain for k in skips])
+    digits = datasets.to_model_range(datasets.load_digits().images).flatten(1).double()
+    return torch.linalg.eigvalsh(digits.T.cov()).clamp(min=0)
 
 
 def gaussian(bar: Bar) -> Json:
     """One Gaussian with the digits' covariance, and the exact ε-model: every skip up to 499."""
     variances = digit_variances()
     table = gains(range(500))
-    cells = [(s, n) for s in SAMPLERS for n in (5, 10, 20, 50, 100)] + [("ddim", 1000)]
+    cells = [*product(SAMPLERS, (5, 10, 20, 50, 100)), ("ddim", 1000)]
     rows = []
     for sampler, steps in bar(cells):
         row, distance = _scanned(variances, table, sampler, steps)
@@ -66,10 +65,10 @@ def gaussian(bar: Bar) -> Json:
 
 
 def _scanned(
-    variances: Tensor, table: Tensor, sampler: str, steps: int, wrong: Imperfection | None = None
+    variances: Tensor, table: Tensor, sampler: str, steps: int, wrong: Imperfection = EXACT
 ) -> tuple[Json, Tensor]:
     """Return the best row of a table of gains, of which the first is none, and all distances."""
-    output = output_variances(variances, table, SCHEDULE, sampler, steps, wrong)
+    output = output_variances(variances, table, sampler, steps, wrong)
     distance = frechet(output, variances)
     row = {
         "sampler": sampler,
@@ -85,19 +84,15 @@ def strength(bar: Bar) -> Json:
     """Whether k and τ are one parameter: the best τ of each k."""
     variances = digit_variances()
     taus = [1 - 10 ** (-e / 20) for e in range(4, 100)]
+    tables = {k: torch.cat([gains([k], tau) for tau in taus]) for k in (1, 9, 49, 99, 199)}
     rows = []
-    for sampler, steps in bar([(s, n) for s in ("ddim", "deis") for n in (5, 10, 20, 50)]):
-
-        def distances(table: Tensor, sampler: str = sampler, steps: int = steps) -> Tensor:
-            output = output_variances(variances, table, SCHEDULE, sampler, steps)
-            return frechet(output, variances)
-
+    for sampler, steps in bar(list(product(("ddim", "deis"), (5, 10, 20, 50)))):
         tuned = {}
-        for skip in (1, 9, 49, 99, 199):
-            distance = distances(torch.cat([gains([skip], tau) for tau in taus]))
+        for skip, table in tables.items():
+            distance = frechet(output_variances(variances, table, sampler, steps), variances)
             best = int(distance.argmin())
             tuned[skip] = {"tau": taus[best], "distance": float(distance[best])}
-        plain = float(distances(gains([0])))
+        plain = float(frechet(output_variances(variances, gains([0]), sampler, steps), variances))
         rows.append({"sampler": sampler, "steps": steps, "plain": plain, "best_tau_of_skip": tuned})
     return {"rows": rows}
 
@@ -111,7 +106,7 @@ def _keep_largest(count: int) -> Callable[[Tensor], Tensor]:
 
 
 IMPERFECTIONS = (
-    Imperfection(),
+    EXACT,
     Imperfection("ε̂ 1 % too large", scale=1.01),
     Imperfection("ε̂ 1 % too small", scale=0.99),
     Imperfection("ε̂ 1 % too large where ᾱ < 0.05", late_scale=1.01),
@@ -129,8 +124,8 @@ def imperfect(bar: Bar) -> Json:
     variances = digit_variances()
     table = gains(range(500))
     rows = []
-    cells = [(w, s, n) for w in IMPERFECTIONS for s in CORE for n in (10, 20, 50, 100)]
-    for wrong, sampler, steps in bar(cells):
+    cells = product(IMPERFECTIONS, CORE, (10, 20, 50, 100))
+    for wrong, sampler, steps in bar(list(cells)):
         row, distance = _scanned(variances, table, sampler, steps, wrong)
         relative = float(distance.min() / distance[0]) - 1
         rows.append({"model": wrong.title, **row, "relative": relative})
@@ -141,9 +136,8 @@ def flow(bar: Bar) -> Json:
     """Euler on the straight path, Gaussian data: the share of the right spread that it leaves."""
     skips = (0.05, 0.1, 0.2, 0.3)
     rows = []
-    for shift, variance, steps in bar(
-        [(s, v, n) for s in (1.0, 3.0) for v in (1.0, 0.25) for n in (10, 20, 28, 50)]
-    ):
+    cells = product((1.0, 3.0), (1.0, 0.25), (10, 20, 28, 50))
+    for shift, variance, steps in bar(list(cells)):
         row = {"shift": shift, "variance": variance, "steps": steps}
         exact = partial(spread, variance, steps, shift=shift)
         row |= {"plain": exact(), "heun": exact(method="heun")}
@@ -151,86 +145,62 @@ def flow(bar: Bar) -> Json:
     return {"tau": 0.99, "rows": rows}
 
 
-def digits(
-    bar: Bar,
-    root: Path = Path("runs/digits-full"),
-    seeds: tuple[int, ...] = (0,),
-    num_samples: int = 1024,
-) -> Json:
+def digits(bar: Bar, root: Path = Path("runs/digits-full")) -> Json:
     """The search on trained networks, judged by a classifier's features on fresh noise.
 
     Each cell is kept in a file, so that a killed run loses one cell at most.
     """
     bench = Bench(DIGITS_FULL, root)
     rows = []
-    for seed, sampler, steps in bar([(r, s, n) for r in seeds for s in CORE for n in (10, 20, 50)]):
-        path = root / "lab" / f"seed{seed}-{sampler}-{steps}-{num_samples}.json"
+    for sampler, steps in bar(list(product(CORE, (10, 20, 50)))):
+        path = root / "lab" / f"seed0-{sampler}-{steps}-{NUM_SAMPLES}.json"
         if not path.exists():
-            save_json(path, _digits_cell(bench, seed, sampler, steps, num_samples))
+            save_json(path, _digits_cell(bench, sampler, steps))
         rows.append(load_json(path))
     return {
         "seconds": None,  # the cells may be of several runs
         "network": repr(DIGITS_FULL.network),
         "features": bench.features.description,
         "floor": bench.floor()["frechet"],
-        "num_samples": num_samples,
-        "judged_on": num_samples,
+        "num_samples": NUM_SAMPLES,
+        "judged_on": NUM_SAMPLES,
         "rows": rows,
     }
 
 
-def _digits_cell(bench: Bench, seed: int, sampler: str, steps: int, num_samples: int) -> Json:
+def _digits_cell(bench: Bench, sampler: str, steps: int) -> Json:
     images = datasets.to_model_range(bench.data.images)
-    model = bench.model(Plain(), seed)
-    fresh = torch.Generator().manual_seed(77 + seed)
-    start = torch.randn(num_samples, *images.shape[1:], generator=fresh)
-    corrections = standard_corrections(SCHEDULE)
+    model = bench.model(Plain(), 0)
+    fresh = torch.Generator().manual_seed(77)
+    start = torch.randn(NUM_SAMPLES, *images.shape[1:], generator=fresh)
+    draw = partial(run, sampler=sampler, steps=steps)
 
-    def run(model: nn.Module, noise: Tensor) -> Tensor:
-        return sample(model, sampler, SCHEDULE, steps, noise, torch.Generator())
-
-    def judge(
-        scaled: nn.Module, noise: Callable[[Tensor], Tensor] = torch.clone
-    ) -> dict[str, float]:
-        samples = run(scaled, noise(start))
+    def judge(model: nn.Module, noise: Tensor) -> dict[str, float]:
+        samples, compare = draw(model, noise), bench.distances.compare
         saved = datasets.to_uint8(samples)
-        compare = bench.distances.compare
         return {"raw": compare(samples).frechet, "images": compare(saved).frechet}
 
     def bench_features(samples: Tensor) -> Tensor:
         return bench.distances.network(datasets.to_uint8(samples))
 
     searches = {}
-    for name, features in (
-        ("raw values", None),
-        ("classifier features of 8-bit images", bench_features),
-    ):
-        found = CorrectionSearch(
-            model,
-            run,
-            images,
-            corrections,
-            features=features,
-            num_samples=num_samples,
-            batch_size=num_samples,
-            seed=seed,
-        ).recommend()
+    named = {"raw values": None, "classifier features of 8-bit images": bench_features}
+    for name, features in named.items():
+        found = recommend(model, {sampler: draw}, images, NUM_SAMPLES, 0, features)
         plain, best = found.candidates[0].distance, found.best
         searches[name] = {
             "recommended": found.recommended.label,
             "relative": [best.difference / plain, best.low / plain, best.high / plain],
-            "judged": judge(found.correct_model(model), found.correct_noise),
+            "judged": judge(found.correct_model(model), found.correct_noise(start)),
         }
     return {
-        "seed": seed,
+        "seed": 0,
         "sampler": sampler,
         "steps": steps,
-        "plain": judge(model),
+        "plain": judge(model, start),
         "grid": {
-            f"{c.name} {s:g}": judge(
-                c.correct_model(model, s), partial(c.correct_noise, strength=s)
-            )
-            for c in corrections
+            c.label(s): judge(*c(model, start, s))
+            for c in standard_corrections(SCHEDULE)
             for s in c.strengths
         },
         "searches": searches,

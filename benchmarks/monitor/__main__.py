@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import timeit
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -86,15 +87,10 @@ def _trained(model: nn.Module, images: Tensor) -> Iterator[tuple[int, dict[str, 
 
 def _compared(results: dict[int, ValidationLoss]) -> list[dict[str, Any]]:
     """Return each result, and its paired difference from the one before."""
-    rows: list[dict[str, Any]] = []
-    before = None
-    for step, result in results.items():
-        row: dict[str, Any] = {"step": step, **result.overall()._asdict()}
-        if before is not None:
-            compared = result.compare(before)
-            row["difference"], row["interval"] = compared.overall().mean, compared.interval()
-        rows.append(row)
-        before = result
+    rows = [{"step": step, **result.overall()._asdict()} for step, result in results.items()]
+    for row, (before, result) in zip(rows[1:], pairwise(results.values()), strict=True):
+        compared = result.compare(before)
+        row |= {"difference": compared.overall().mean, "interval": compared.interval()}
     return rows
 
 
@@ -117,41 +113,32 @@ def _variance(model: nn.Module, held_out: Tensor, levels: int) -> dict[str, Any]
     ]
     plain = SkipStepLoss(SCHEDULE, SKIP, tau=1.0)
     repeated = held_out.repeat(levels, 1, 1, 1)
+    seeds = range(10_000, 10_000 + SEEDS)
     with torch.no_grad():
-        drawn = [
-            float(plain(model, repeated, generator=_source(10_000 + seed))) for seed in range(SEEDS)
-        ]
+        drawn = [float(plain(model, repeated, generator=_source(seed))) for seed in seeds]
     return {"levels": levels, "samples": len(held_out), **_spread(fixed=fixed, random=drawn)}
 
 
 def _stratified(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, Any]:
     """Compare the variance of the batch loss with stratified and with uniform times."""
-    source, losses = _source(2), {}
+    source = _source(2)
+    losses: dict[str, list[float]] = {}
     for name in ("stratified", "uniform"):
-        criterion = SkipStepLoss(SCHEDULE, SKIP, timesteps=name)
-        with torch.no_grad():
-            losses[name] = [
-                float(
-                    criterion(
-                        model,
-                        images[torch.randint(len(images), (batch_size,), generator=source)],
-                        generator=source,
-                    )
-                )
-                for _ in range(DRAWS)
-            ]
+        criterion, losses[name] = SkipStepLoss(SCHEDULE, SKIP, timesteps=name), []
+        for _ in range(DRAWS):
+            rows = torch.randint(len(images), (batch_size,), generator=source)
+            with torch.no_grad():
+                losses[name].append(float(criterion(model, images[rows], generator=source)))
     return {"batch_size": batch_size, **_spread(**losses)}
 
 
 def _spread(**losses: list[float]) -> dict[str, float]:
     """Return means, relative deviations and the ratio of variances, second over first."""
-    tensors = {name: torch.tensor(values).double() for name, values in losses.items()}
-    first, second = tensors.values()
-    return {
-        **{f"{name}_mean": float(values.mean()) for name, values in tensors.items()},
-        **{f"{name}_cv": float(values.std() / values.mean()) for name, values in tensors.items()},
-        "ratio": float(second.var() / first.var()),
-    }
+    found = {name: torch.tensor(values).double() for name, values in losses.items()}
+    first, second = found.values()
+    means = {f"{name}_mean": float(values.mean()) for name, values in found.items()}
+    deviations = {f"{name}_cv": float(x.std() / x.mean()) for name, x in found.items()}
+    return means | deviations | {"ratio": float(second.var() / first.var())}
 
 
 def _cost() -> dict[str, float]:
