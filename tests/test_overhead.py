@@ -90,10 +90,9 @@ def test_another_version_is_loaded_beside_this_one(tmp_path: Path) -> None:
         " def to(self, device): return self\n"
         " def from_prediction(self, eps_hat, noise, t): return (eps_hat - noise).square().mean()\n"
     )
-    before = {name: module for name, module in sys.modules.items() if name.startswith("s2dm_loss")}
+    before = dict(sys.modules)
     found = other_loss(tmp_path, CPU)
-    after = {name: module for name, module in sys.modules.items() if name.startswith("s2dm_loss")}
-    assert (list(found), after) == (["version 0"], before)
+    assert (list(found), sys.modules) == (["version 0"], before)
     settings = Settings(CPU, 0.01, 14, 1, 0.0, small=True, other=found)
     cell = next(levels.heads(settings, "eager", [torch.bfloat16]))
     assert {"version 0/mse", "expected/mse"} < set(cell["ratios"])
@@ -110,17 +109,15 @@ def test_cells_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(time, "monotonic", lambda: now)
     settings = Settings(CPU, 2.0, 14, 1, 9.0, deadline=110.0)
     shares = []
-    for cell, seconds in settings.in_time("abcd"):
-        shares.append((cell, seconds))
+    for share in settings.in_time("abcd"):
+        shares.append(share)
         now += 4  # three of them are over before the deadline
     assert shares == [("a", 1.5), ("b", pytest.approx(1.2)), ("c", pytest.approx(0.6))]
     assert [seconds for _, seconds in settings.in_time("a")] == []
 
 
-@pytest.mark.parametrize("budget", [None, 1e6])
-def test_what_people_train_on_comes_first(budget: float | None) -> None:
-    deadline = float("inf") if budget is None else time.monotonic() + budget
-    settings = Settings(CPU, 2.0, 28, 128, 60.0, deadline=deadline)
+def test_what_people_train_on_comes_first() -> None:
+    settings = Settings(CPU, 2.0, 28, 128, 60.0)
     names = [name for (name, _), _ in settings.in_time(list(settings.shapes.items()))]
     assert [name.split(", ")[-1] for name in names[:5]] == list(KNOWN)
     assert names[5:] == ["2^28", "2^26", "2^24", "2^22", "2^18", "2^16", "2^14"]
@@ -218,10 +215,8 @@ def test_a_rehearsal_measures_what_a_gpu_would(
     assert set(results) == {*command.LEVELS} - {"step-graph"}  # which needs a GPU
     cells = results["float32"]["figures"] + results["bfloat16"]["figures"]
     assert len(cells) == 2 * (len(KNOWN) + 1)
-    assert {(c["dtype"], c["mode"]) for c in results["compiled"]["figures"]} == {
-        ("float32", "compiled"),
-        ("bfloat16", "compiled"),
-    }
+    assert {c["mode"] for c in results["compiled"]["figures"]} == {"compiled"}
+    assert {c["dtype"] for c in results["compiled"]["figures"]} == {"float32", "bfloat16"}
     (step,) = results["step"]["figures"]
     assert set(step["head"]["microseconds"]) | {"sa_dpm"} == set(step["microseconds"])
     assert results["step-compiled"]["figures"][0]["dtype"] == "bfloat16"
@@ -255,7 +250,7 @@ def test_a_recorded_command_names_no_folder_of_one_machine() -> None:
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_a_rate_is_of_the_bytes_that_any_loss_moves(tmp_path: Path, name: str) -> None:
     found = device(tmp_path, name)
-    ((_, cell),) = (known for known in found.known() if known[0] == "CIFAR10")
+    cell = dict(found.known())["CIFAR10"]
     seconds = cell["microseconds"]["expected"][1] / 1e6
     rate = holes.useful_rate(cell, "expected")
     assert rate == pytest.approx(3 * 4 * 128 * 3 * 32 * 32 / seconds)
@@ -281,7 +276,7 @@ def test_what_a_step_gains_is_over_the_fastest_plain_one(tmp_path: Path) -> None
         **step,
         "mode": "compiled",
         "dtype": "bfloat16",
-        "microseconds": {"mse": [1, 20000.0, 1], "expected": [1, 20100.0, 1]},
+        "microseconds": {"mse": [1, 20000.0, 1]},
         "head": {"microseconds": {"mse": [1, 300.0, 1], "expected": [1, 400.0, 1]}},
     }
     faster = device(tmp_path, **{"step-compiled": {"figures": [half]}})
