@@ -82,7 +82,9 @@ def test_the_gradients_error_is_that_of_the_type() -> None:
 def test_another_version_is_loaded_beside_this_one(tmp_path: Path) -> None:
     package = tmp_path / "s2dm_loss"
     package.mkdir()
-    (package / "__init__.py").write_text("from s2dm_loss.loss import *\n__version__ = '0'\n")
+    (package / "only_there.py").touch()
+    imports = "import s2dm_loss.only_there\nfrom s2dm_loss.loss import *"
+    (package / "__init__.py").write_text(f"{imports}\n__version__ = '0'\n")
     (package / "loss.py").write_text(
         "class NoiseSchedule:\n linear = classmethod(lambda cls: None)\n"
         "class SkipStepLoss:\n"
