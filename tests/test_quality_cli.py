@@ -75,11 +75,11 @@ def test_a_preset_that_is_misspelt(call):
     assert list(CATALOGUE) == list(PRESETS)
 
 
-def test_help_is_there_at_once():
+def test_help_is_there_at_once(call):
     """Without torch, which takes seconds to import."""
     code = "import sys, benchmarks.quality.cli\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)  # noqa: S603 - ours
-    runs, keeps = call("--help").split("For this repository's results:")
+    runs, keeps = call("--help").output.split("For this repository's results:")
     assert ("\n  run " in runs, "\n  keep " in runs, "\n  keep " in keeps) == (True, False, True)
 
 
