@@ -170,6 +170,15 @@ def test_terms_of_half_types_are_lifted(estimator):
     assert all(torch.equal(*pair) for pair in zip(lifted, exact, strict=True))
 
 
+def test_the_skip_noise_follows_the_type_of_the_data():
+    eps_hat, noise, xi = (x.float() for x in normals(3, 4, 3))
+    criterion = SkipStepLoss(LINEAR, 9, estimator="fresh", reduction="none")
+    expected = criterion.from_output(eps_hat, noise, T, skip_noise=xi)
+    found = criterion.from_output(eps_hat, noise, T, skip_noise=xi.double())
+    assert criterion.regression_target(noise, T, skip_noise=xi.double()).weight.dtype == found.dtype
+    torch.testing.assert_close(found, expected)  # in float32
+
+
 class TestStep:
     """`criterion(model, x0)`, which does the whole step."""
 

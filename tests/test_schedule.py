@@ -54,6 +54,12 @@ def test_tables_of_guided_diffusion_to_float64_rounding(name):
     np.testing.assert_allclose(table, expected, rtol=1e-12, atol=0)
 
 
+def test_the_betas_of_stable_diffusion():
+    roots = np.linspace(0.00085**0.5, 0.012**0.5, 1000)
+    table = NoiseSchedule.scaled_linear(1000).alphas_cumprod
+    np.testing.assert_allclose(table, np.cumprod(1 - roots**2), rtol=1e-12)
+
+
 @given(betas(max_size=50))
 @settings(max_examples=30)
 def test_constructors_against_60_digits(values):
