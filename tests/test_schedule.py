@@ -84,6 +84,8 @@ def test_constructors_against_60_digits(values):
 def test_what_a_repr_says():
     cosine = NoiseSchedule.cosine(10).rescale_zero_terminal_snr()
     assert repr(cosine) == "NoiseSchedule.cosine(10).rescale_zero_terminal_snr()"
+    for name in ("linear", "scaled_linear", "cosine"):
+        assert repr(getattr(NoiseSchedule, name)()) == f"NoiseSchedule.{name}(1000)"
     linear = NoiseSchedule.linear(500, beta_end=0.01)
     assert repr(linear) == "NoiseSchedule.linear(500, beta_end=0.01)"
     assert repr(NoiseSchedule([-0.5, -1.0])) == "NoiseSchedule([2 values])"
