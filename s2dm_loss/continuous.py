@@ -31,7 +31,7 @@ from s2dm_loss.paths import (
     derivatives_of,
     probed,
 )
-from s2dm_loss.schedule import Schedule, drawn_by, is_inside, since_data, wide_times
+from s2dm_loss.schedule import Schedule, drawn_by, is_inside, since_data, wide_dtype
 
 DataAt = Literal[0, 1]
 
@@ -261,7 +261,8 @@ class ContinuousSchedule:
     def _times(self, t: Tensor) -> Tensor:
         """Return times as float64 in [0, 1], NaN for one outside."""
         self.check_timesteps(t)
-        return torch.where(is_inside(t), wide_times(t), math.nan)
+        wide = t.to(wide_dtype(t.device))
+        return torch.where(is_inside(t), wide.clamp(0, 1), math.nan)
 
     def draw_timesteps(
         self, batch_size: int, *, device: torch.device, generator: torch.Generator | None = None

@@ -35,12 +35,14 @@ def is_inside(t: Tensor) -> Tensor:
 def wide_times(t: Tensor) -> Tensor:
     """Return times in a type that holds their differences: small integers would wrap around.
 
-    A continuous time that rounding has put beyond an end is the end; by how much it may lie beyond
-    is known from its own type alone.
+    Of half types a continuous time that rounding has put beyond an end becomes the end: by how much
+    it may lie beyond is known from its own type alone, and a schedule asked again would refuse it.
     """
     if not t.is_floating_point():
         return t.long()
     wide = t.to(wide_dtype(t.device))
+    if torch.finfo(t.dtype).eps <= torch.finfo(torch.float32).eps:
+        return wide
     return torch.where(is_inside(t), wide.clamp(0, 1), wide)
 
 

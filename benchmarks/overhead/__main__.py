@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -69,12 +68,14 @@ def main() -> None:
 def run(
     device: str | None,
     names: tuple[str, ...],
+    seconds: float,
     largest: int | None,
     step_batch: int | None,
+    step_seconds: float,
     budget: float | None,
+    small: bool,
     against: Path | None,
     out: Path,
-    **sizes: Any,
 ) -> None:
     """Measure, and write after each result; a level measured before is replaced."""
     began = time.monotonic()
@@ -86,11 +87,13 @@ def run(
     try:
         settings = Settings(
             device=torch.device(device),
+            seconds=seconds,
             largest=largest or (28 if on_gpu else 26),
             step_batch=step_batch or (128 if on_gpu else 4),
+            step_seconds=step_seconds,
             deadline=began + (budget or float("inf")),
+            small=small,
             other=other_loss(against, torch.device(device)) if against else {},
-            **sizes,
         )
         for name in names or tuple(LEVELS):
             click.echo(f"Measuring {name} on {device}:", err=True)

@@ -26,6 +26,8 @@ KNOWN = {
     "video latents": (4, 16, 13, 60, 90),
 }
 """What people train on, by the end of a cell's name."""
+SMALLEST = 14
+"""log2 of the smallest size."""
 # The losses that compute in the type they are given and draw nothing.
 SAME_IN_FLOAT64 = ("mse", "expected", "shared")
 ALLOCATIONS = 5
@@ -73,7 +75,8 @@ class Settings:
             f"2^20, {name}" if shape == LATENTS else name: (1, *shape[1:]) if self.small else shape
             for name, shape in KNOWN.items()
         }
-        flat = {f"2^{log2}": flat_shape(log2) for log2 in range(self.largest, 13, -2)}
+        sizes = range(self.largest, SMALLEST - 1, -2)
+        flat = {f"2^{log2}": flat_shape(log2) for log2 in sizes}
         return known | {name: shape for name, shape in flat.items() if shape != LATENTS}
 
     def in_time(

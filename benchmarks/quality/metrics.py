@@ -20,6 +20,14 @@ ROWS = 2048
 """Rows of a kernel matrix at once."""
 
 
+class _Identity(nn.Identity):
+    """What torchmetrics takes for a network of features that are made already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
 @dataclass(frozen=True)
 class Distances:
     """How far the features of a set of images are from the reference's.
@@ -58,8 +66,7 @@ class FeatureDistances:
     ) -> None:
         """Compute the reference's features."""
         self.network, self.batch_size, self.device = network, batch_size, network.device
-        identity = nn.Identity()
-        identity.num_features = network.num_features  # type: ignore[assignment]  # torchmetrics'
+        identity = _Identity(network.num_features)
         self.frechet = FrechetInceptionDistance(identity, reset_real_features=False)
         self.frechet.to(self.device)
         if cache is not None and cache.exists():

@@ -36,8 +36,11 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         "titles": {},
         "columns": COLUMNS,
         "rows": [],
-        **{name: {} for name in ("trainings", "band_spreads", "gaussian_spreads")},
-        **{name: {} for name in ("gaussian_band_spreads", "raw_spreads")},
+        "trainings": {},
+        "band_spreads": {},
+        "gaussian_spreads": {},
+        "gaussian_band_spreads": {},
+        "raw_spreads": {},
         "searches": [load_json(path) for path in sorted(root.glob("search-*.json"))],
     }
     commits: dict[str, None] = {}  # a run that was resumed may have several; in order, once each
