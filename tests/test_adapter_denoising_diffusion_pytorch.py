@@ -87,8 +87,11 @@ def test_the_trainers_own_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(inner, "EMA", lambda *_, **__: average)
     images = (digits(128).expand(-1, 3, -1, -1) + 1) / 2
     monkeypatch.setattr(inner, "Dataset", lambda *_, **__: list(images))
-    # Its loader would start processes of its own, and pin memory.
-    loader = lambda data, batch_size, **_: DataLoader(data, batch_size)  # noqa: E731
+
+    def loader(data, batch_size, **_):
+        """The trainer's would start processes of its own, and pin memory."""
+        return DataLoader(data, batch_size)
+
     monkeypatch.setattr(inner, "DataLoader", loader)
     AcceleratorState._reset_state(reset_partial_state=True)
     weights = []

@@ -74,7 +74,10 @@ def pipeline_of(kind="epsilon"):
     return Pipeline(Exact(), make_scheduler("DDIMScheduler", prediction_type=kind, **OPTIONS))
 
 
-def images_for(means=torch.zeros(1), count=1200):  # noqa: B008 - nobody changes it
+AT_ZERO = torch.zeros(1)
+
+
+def images_for(means=AT_ZERO, count=1200):
     generator = torch.Generator().manual_seed(5)
     chosen = torch.randint(len(means), (count,), generator=generator)
     noise = torch.randn(count, *SHAPE, generator=generator)

@@ -27,7 +27,7 @@ def test_a_snapshot_holds_the_trainers_own_loss(made):
     with made() as kind:
         plain = kind()
         adapted = skip_step(plain, 1 / 17)
-        loaded = pickle.loads(pickle.dumps(adapted))  # noqa: S301
+        loaded = pickle.loads(pickle.dumps(adapted))  # noqa: S301 - our own bytes
     assert type(loaded).__name__ == type(plain).__name__
     assert adapted.state_dict() == vars(plain)
     before = dict(vars(plain))

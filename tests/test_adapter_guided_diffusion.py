@@ -306,7 +306,7 @@ def test_the_pages_diff_in_the_trainers_scripts(train_util, tmp_path, monkeypatc
     monkeypatch.setattr(train_util.dist_util, "setup_dist", lambda: None)  # the fixture has done it
     monkeypatch.setattr(train_util.logger, "configure", lambda: None)
     source = patched("guided-diffusion", script, source)
-    exec(compile(source, script, "exec"), {"__name__": "__main__"})  # noqa: S102
+    exec(compile(source, script, "exec"), {"__name__": "__main__"})  # noqa: S102 - the trainer's
     lines = logged(tmp_path)
     assert len(lines) == 2
     assert {"loss", "mse", "vb", "skip"} <= set(lines[0])
@@ -335,7 +335,9 @@ class Copy(gd.GaussianDiffusion):
     """A user's own: it names the timestep and, unless it is "plain", weighs the error or adds."""
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        named = lambda x, t: model(x, timestep=t)  # noqa: E731
+        def named(x, t):
+            return model(x, timestep=t)
+
         terms = super().training_losses(named, x_start, t, model_kwargs, noise)
         snr = torch.from_numpy(1 / (1 - self.alphas_cumprod) - 1).float()[t]
         if self.kind == "P2":

@@ -96,7 +96,7 @@ def test_the_pages_diff_in_the_scripts_with_a_loop(script, name):
             ("noise, noisy_latents, timesteps =", "accelerator.backward(loss)"),
         ):
             lines = lines_between(plain if tau is None else swapped, start, end)
-            exec(compile(lines, script, "exec"), namespace)  # noqa: S102
+            exec(compile(lines, script, "exec"), namespace)  # noqa: S102 - the trainer's
         return namespace["loss"]
 
     check_swap(loss, loss, rtol=1e-6)

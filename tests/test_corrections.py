@@ -55,7 +55,8 @@ def test_a_correction_is_of_the_model_or_of_the_start_noise_and_can_be_kept():
         assert start is noise
         assert correction.correct_model(model, correction.none) is model
         scaled = corrected.rescale(noise, noise, TIMES)
-        for again in (copy.deepcopy(corrected), pickle.loads(pickle.dumps(corrected))):  # noqa: S301
+        pickled = pickle.loads(pickle.dumps(corrected))  # noqa: S301 - our own bytes
+        for again in (copy.deepcopy(corrected), pickled):
             assert torch.equal(again.rescale(noise, noise, TIMES), scaled)
 
 

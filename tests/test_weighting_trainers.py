@@ -75,7 +75,7 @@ def formula(text):
         text = text.replace(theirs, ours)
     # A formula that our own page gives, so that what a reader copies is what is compared.
     names = {"γ": GAMMA, "σ_data": SIGMA_DATA}
-    return lambda r: eval(text, {**names, "r": r, "σ": 1 / (1 + r.sqrt())})  # noqa: S307
+    return lambda r: eval(text, {**names, "r": r, "σ": 1 / (1 + r.sqrt())})  # noqa: S307 - our page
 
 
 NAMED = {

@@ -26,13 +26,13 @@ class Denoiser(nn.Module):
         total = (sigma**2 + self.sigma_data**2).sqrt()
         return (self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total
 
-    def loss(self, input, noise, sigma, **kwargs):  # noqa: A002
+    def loss(self, input, noise, sigma, **kwargs):  # noqa: A002 - the trainer's name
         c_skip, c_out, c_in = (s.reshape(-1, 1, 1, 1) for s in self.get_scalings(sigma))
         noised = input + sigma.reshape(-1, 1, 1, 1) * noise
         output = self.inner_model(c_in * noised, sigma, **kwargs)
         error = output - (input - c_skip * noised) / c_out
         return error.square().mean(dim=(1, 2, 3)) * self.weighting(sigma)
 
-    def forward(self, input, sigma, **kwargs):  # noqa: A002
+    def forward(self, input, sigma, **kwargs):  # noqa: A002 - the trainer's name
         c_skip, c_out, c_in = (s.reshape(-1, 1, 1, 1) for s in self.get_scalings(sigma))
         return c_out * self.inner_model(c_in * input, sigma, **kwargs) + c_skip * input

@@ -76,7 +76,7 @@ def load_score_sde(root: Path) -> SimpleNamespace:
         tensorboard = SimpleNamespace(SummaryWriter=lambda _: writer)
         with pytest.MonkeyPatch.context() as patch, checkout_on_path(root, stubbed):
             patch.setattr(torch.utils, "tensorboard", tensorboard, raising=False)
-            exec(compile(source, "run_lib.py", "exec"), vars(run_lib))  # noqa: S102
+            exec(compile(source, "run_lib.py", "exec"), vars(run_lib))  # noqa: S102 - theirs
 
         def batches():
             for batch in images:

@@ -115,7 +115,10 @@ def ddim(label, trainer, schedule, steps, reduction, keepdim):
         return ours(model, x0, t, e, b, keepdim)
 
     path = NoiseSchedule.from_betas(ddim_betas(ddim_double, schedule, steps))
-    reference = lambda x_t, _, output: (output, e, t)  # noqa: E731
+
+    def reference(x_t, _, output):
+        return output, e, t
+
     return Case(f"{label} {schedule} {reduction}", loss, path, reference=reference, rtol=2e-6)
 
 

@@ -51,7 +51,7 @@ def taken(source, name, namespace):
         node = next(n for n in ast.walk(node) if isinstance(n, kinds) and n.name == part)
     node.decorator_list = []
     unread = __future__.annotations.compiler_flag  # they name what is not here
-    exec(compile(ast.Module([node], []), name, "exec", unread), namespace)  # noqa: S102
+    exec(compile(ast.Module([node], []), name, "exec", unread), namespace)  # noqa: S102 - a trainer's
     return namespace[node.name]
 
 
@@ -69,7 +69,7 @@ def made(trainer, path, tau, **names):
     hunks = patch_of(trainer, path).hunks
     added = ("\n".join(line[1:] for line in hunk if line[0] == "+") for hunk in hunks)
     maker = next(lines for lines in added if "skip_loss = " in lines.lower())
-    exec(textwrap.dedent(maker), namespace)  # noqa: S102
+    exec(textwrap.dedent(maker), namespace)  # noqa: S102 - of our own page
     found = {**vars(owner), **namespace}
     return found.get("SKIP_LOSS") or found["skip_loss"]
 
@@ -296,7 +296,7 @@ def sit(source, model, seen, tau=None, path_type="LINEAR", model_type="VELOCITY"
     """`Transport.training_losses`."""
     with checkout_on_path(root_of("S2DM_SIT_ROOT"), stubs("torchdiffeq")):
         module = importlib.import_module("transport.transport")
-        exec(compile(source, "transport.py", "exec"), vars(module))  # noqa: S102
+        exec(compile(source, "transport.py", "exec"), vars(module))  # noqa: S102 - theirs
     if tau is not None:
         module.SkipStepLoss = partial(SkipStepLoss, tau=tau)
     away = 0.0 if model_type == "VELOCITY" and path_type != "VP" else 1e-3
@@ -322,7 +322,7 @@ def sit(source, model, seen, tau=None, path_type="LINEAR", model_type="VELOCITY"
 def repa(source, model, seen, tau=None, path_type="linear"):
     """`SILoss`: its denoising loss; the projection loss is another term."""
     namespace = {}
-    exec(compile(source, "loss.py", "exec"), namespace)  # noqa: S102
+    exec(compile(source, "loss.py", "exec"), namespace)  # noqa: S102 - a trainer's
     if tau is not None:
         namespace["SkipStepLoss"] = partial(SkipStepLoss, tau=tau)
     loss = namespace["SILoss"](path_type=path_type, encoders=[None])
