@@ -32,7 +32,7 @@ CATALOGUE = {
     ),
     "cifar10-16-flow": Entry(
         "the same network on a flow, x_t = (1 - t) x_0 + t ε",
-        "2 hours a seed on 2 cores, --data FOLDER",
+        "3 hours a seed on 2 cores, --data FOLDER",
     ),
     "cifar10-wide": Entry(
         "CIFAR10, a U-Net of 2.68 M parameters on blocks of 4 x 4 pixels, three seeds",

@@ -219,6 +219,7 @@ CIFAR10_16_FLOW = replace(
         arm(SkipStep(0.05), Gain(0.05), ("euler",), TEN),
         *(arm(Plain(), StepPush(c, n), ("euler",), (n,)) for n in SHORT for c in (0.005, -0.005)),
         arm(Plain(), samplers=("euler",), steps=(5,)),
+        arm(SkipStep(0.1), samplers=("euler",), steps=SHORT),
     ),
     columns=("plain", "plain+gain0.05", "skip0.05-expected"),
 )
