@@ -196,6 +196,8 @@ def gpu_there(gpu, small, monkeypatch):
     gpu.now = time.perf_counter
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU's name")
+    # A build with CUDA would have the optimizer ask the driver whether it is captured.
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_options: None)
     monkeypatch.setattr(measure, "profile", lambda activities: contextlib.nullcontext(PROFILER))
     adamw, autocast = torch.optim.AdamW, torch.autocast
 
