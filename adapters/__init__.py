@@ -10,7 +10,6 @@ leaves the object as it is. A network inside is shared, not copied. The options 
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import inspect
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from s2dm_loss.checks import check_choice
 from s2dm_loss.loss import SkipStepLoss
 
 __all__ = ["SETTLED", "changed_copy", "check_options", "check_plain", "owner_of", "reduce_changed"]
@@ -48,12 +48,10 @@ def check_options(options: Mapping[str, Any], refused: Mapping[str, str]) -> dic
         ValueError: if a refused one is given (`None` counts as not given).
     """
     for name, value in options.items():
-        if name not in _OPTIONS:
-            meant = difflib.get_close_matches(name, _OPTIONS, n=1)
-            hint = f": did you mean {meant[0]!r}?" if meant else ""
-            raise TypeError(
-                f"an option must be one of {', '.join(map(repr, _OPTIONS))}, got {name!r}{hint}"
-            )
+        try:
+            check_choice("an option", name, _OPTIONS)
+        except ValueError as error:
+            raise TypeError(f"{error}") from None
         if name in refused and value is not None:
             raise ValueError(f"{name} cannot be given here, got {value!r}: {refused[name]}")
     return {name: value for name, value in options.items() if name not in refused}

@@ -9,7 +9,7 @@ The paper's own k is 9.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
@@ -25,22 +25,6 @@ __all__ = ["DdimLoss", "ddim_loss", "ddim_timesteps"]
 
 DataReduction = Literal["sum", "mean"]
 SkipType = Literal["uniform", "quad"]
-
-
-class DdimLoss(Protocol):
-    """What `loss_registry` holds: a loss of `(model, x0, t, e, b)`, positional."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        x0: Tensor,
-        t: Tensor,
-        e: Tensor,
-        b: Tensor,
-        keepdim: bool = False,
-    ) -> Tensor:
-        """Return the loss; see `ddim_loss`."""
-        ...
 
 
 def ddim_loss(
@@ -72,7 +56,7 @@ def ddim_loss(
     skips = SkipSet.wrap(skip_set)
     # β comes with the first batch only; a wrong option is found now, on some schedule.
     SkipStepLoss(NoiseSchedule.linear(2), 1, **given)
-    return _DdimLoss(skips, data_reduction, given)
+    return DdimLoss(skips, data_reduction, given)
 
 
 def ddim_timesteps(
@@ -100,12 +84,13 @@ def ddim_timesteps(
     return [int(root * root) for root in [*roots, end]]
 
 
-class _DdimLoss:
-    """The loss, with the tables of the β that it was last called with."""
+class DdimLoss:
+    """What `loss_registry` holds, with the tables of the β that it was last called with."""
 
     def __init__(
         self, skip_set: SkipSet, data_reduction: DataReduction, options: dict[str, Any]
     ) -> None:
+        """Take what `ddim_loss` has checked."""
         self.skip_set, self.data_reduction, self.options = skip_set, data_reduction, options
         self._betas: Tensor | None = None
 
@@ -118,6 +103,7 @@ class _DdimLoss:
         b: Tensor,
         keepdim: bool = False,
     ) -> Tensor:
+        """Return the loss; see `ddim_loss`."""
         if b is not self._betas:
             # The trainer passes the same tensor at every step, so this happens once.
             self._criterion = self._make_criterion(b)

@@ -14,7 +14,7 @@ import inspect
 from typing import Any, TypeVar
 
 from torch import Tensor
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from s2dm_loss.adapters import (
     SETTLED,
@@ -127,10 +127,8 @@ class SkipStepMixin:
         finally:
             self._predicts_for_itself = False
 
-    @override
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle would not find it by name.
-        return reduce_changed(self)
+    # The class is made at run time, so pickle would not find it by name.
+    __reduce__ = reduce_changed
 
 
 def _check_diffusion(diffusion: Any) -> None:

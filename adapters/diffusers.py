@@ -82,7 +82,7 @@ class SkipLoss(nn.Module):
         # One for each prediction type that the config has been seen to say.
         self._criteria = nn.ModuleDict()
         self._settings = {**settings, "schedule": schedule, "skip_set": SkipSet.wrap(skip_set)}
-        self._criterion_of(self.prediction_type or prediction_type_of(scheduler))
+        self._criterion_of(self.prediction_type or _configured(scheduler))
 
     @classmethod
     def from_scheduler(
@@ -108,21 +108,18 @@ class SkipLoss(nn.Module):
         """
         schedule, name = schedule_of(scheduler), type(scheduler).__name__
         prediction_type = options.get("prediction_type")
-        if schedule.timesteps is None and prediction_type not in ("flow", "sample"):
+        if prediction_type not in ("flow", "sample") and schedule.timesteps is None:
             raise ValueError(
                 f"prediction_type must be given for a {name}, whose config does not say it: 'flow' "
                 "where target = noise - x_0 (Flux; SD3 with --precondition_outputs 0), 'sample' "
                 f"where target = x_0 (SD3's default), got {prediction_type!r}"
             )
-        if schedule.timesteps is not None:
-            if prediction_type is None:
-                _check_named(prediction_type_of(scheduler))
-            elif prediction_type == "flow":
+        if prediction_type is not None and schedule.timesteps is not None:
+            if prediction_type == "flow":
                 raise ValueError(
                     f"prediction_type 'flow' belongs to a FlowMatch scheduler, got it with a {name}"
                 )
-            else:
-                check_choice("prediction_type", prediction_type, CONFIGURED)
+            check_choice("prediction_type", prediction_type, CONFIGURED)
         return cls(schedule, skip_set, scheduler=scheduler, **options)
 
     @override
@@ -194,17 +191,16 @@ class SkipLoss(nn.Module):
     def criterion(self) -> SkipStepLoss:
         """The loss for the prediction type that holds now."""
         given = self.prediction_type
-        if given is not None and (self.scheduler is None or self._is_flow):
-            return self._criterion_of(given)
-        configured = prediction_type_of(self.scheduler)
-        if given not in (None, configured):
-            raise ValueError(
-                f"prediction_type {given!r} was given, but the scheduler's config now says "
-                f"{configured!r}"
-            )
         if given is None:
-            _check_named(configured)
-        return self._criterion_of(configured)
+            return self._criterion_of(_configured(self.scheduler))
+        said = (
+            given if self.scheduler is None or self._is_flow else prediction_type_of(self.scheduler)
+        )
+        if given != said:
+            raise ValueError(
+                f"prediction_type {given!r} was given, but the scheduler's config now says {said!r}"
+            )
+        return self._criterion_of(given)
 
     def _criterion_of(self, prediction_type: PredictionType) -> SkipStepLoss:
         if prediction_type not in self._criteria:
@@ -284,8 +280,9 @@ class SkipLoss(nn.Module):
         return f"{text[:-1]}, prediction_type={self.prediction_type!r})"
 
 
-def _check_named(configured: PredictionType) -> None:
-    """Raise ValueError where only the config says what has to be said by name."""
+def _configured(scheduler: Any) -> PredictionType:
+    """Return what the config says, or raise ValueError where it has to be said by name."""
+    configured = prediction_type_of(scheduler)
     if configured == "sample":
         raise ValueError(
             "prediction_type 'sample' must be given by name, "
@@ -293,3 +290,4 @@ def _check_named(configured: PredictionType) -> None:
             "model's prediction of x_0 as it stands. The SDXL scripts subtract the noise from it "
             "first: no loss on x_0, and nothing a noise prediction could be read from"
         )
+    return configured

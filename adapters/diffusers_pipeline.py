@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from typing_extensions import Self, Unpack, override
 
-from s2dm_loss.adapters.diffusers_scheduler import is_the_path_of, path_of
+from s2dm_loss.adapters.diffusers_scheduler import is_the_path_of, path_of, scheduler_of
 from s2dm_loss.adapters.diffusers_search import PipelineRecommendation, search_pipeline
 from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
 from s2dm_loss.checks import check_number, describe
@@ -67,8 +67,7 @@ def shrink_pipeline(
     """
 
     def with_gain(model: nn.Module, schedule: Schedule, kind: PredictionType) -> nn.Module:
-        given: GainOptions = {"prediction_type": kind}
-        given.update(options)
+        given: GainOptions = {"prediction_type": kind, **options}
         return ScaledModel.with_gain(model, schedule, skip_set, **given)
 
     return PipelineCorrection(pipe, with_gain)
@@ -103,8 +102,8 @@ def correct_pipeline(
         if strength is not None:
             raise TypeError(f"strength must be left out for a Recommendation, got {strength!r}")
         strength, correction = correction.strength, correction.correction
-        if isinstance(correction, StoredCorrection):
-            correction = correction.on(path_of(_scheduler(pipe))[0])
+    if isinstance(correction, StoredCorrection):
+        correction = correction.on(path_of(scheduler_of(pipe))[0])
     elif not isinstance(correction, Correction):
         raise TypeError(
             "correction must be a Correction with a strength, or what a search returned, got "
@@ -113,8 +112,7 @@ def correct_pipeline(
     if strength is None:
         raise TypeError("strength must be given with a correction, such as 49 with SkipGain")
     check_number("strength", strength, -torch.inf, torch.inf, open_ends=True)
-    noise = torch.linspace(-2, 2, 4, device="cpu")
-    if not torch.equal(correction.correct_noise(noise.clone(), strength), noise):
+    if correction.changes_noise:
         raise ValueError(
             f"correction changes the start noise, which a pipeline draws itself, got {correction!r}"
             ": draw the latents, and pass `latents=correction.correct_noise(latents, strength)`"
@@ -142,7 +140,7 @@ class PipelineCorrection:
             make: Called with a model, the scheduler's schedule and its prediction type: returns a
                 `ScaledModel` of the model, or the model where nothing is to be changed.
         """
-        self._pipe, self._scheduler = pipe, _scheduler(pipe)
+        self._pipe, self._scheduler = pipe, scheduler_of(pipe)
         path, network = path_of(self._scheduler), Output()
         model = make(network, *path)
         self._step: StepCorrection | None = None
@@ -182,14 +180,6 @@ class PipelineCorrection:
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
         return f"{type(self).__name__}({self._says}, {type(self._scheduler).__name__}, {state})"
-
-
-def _scheduler(pipe: Any) -> Any:
-    if not hasattr(pipe, "scheduler"):
-        raise TypeError(
-            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
-        )
-    return pipe.scheduler
 
 
 def _checked(

@@ -5,18 +5,17 @@ Trainers that are built on diffusers' schedulers read them through here as well.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from s2dm_loss import prediction
 from s2dm_loss.continuous import ContinuousSchedule
+from s2dm_loss.prediction import PredictionType
 from s2dm_loss.schedule import NoiseSchedule, Schedule
 
-__all__ = ["PredictionType", "prediction_type_of", "schedule_of"]
+__all__ = ["prediction_type_of", "schedule_of"]
 
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 CONFIGURED = ("epsilon", "v_prediction", "sample")
 
 # More than the relative difference of ᾱ between diffusers' float32 tables and the same schedule in
@@ -69,7 +68,16 @@ def schedule_of(scheduler: Any) -> Schedule:
     return NoiseSchedule.from_alphas_cumprod(table)
 
 
-def path_of(scheduler: Any) -> tuple[Schedule, prediction.PredictionType]:
+def scheduler_of(pipe: Any) -> Any:
+    """Return a pipeline's scheduler, or raise TypeError."""
+    if not hasattr(pipe, "scheduler"):
+        raise TypeError(
+            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
+        )
+    return pipe.scheduler
+
+
+def path_of(scheduler: Any) -> tuple[Schedule, PredictionType]:
     """Return the path that a scheduler samples on, and what its `step` takes the output for.
 
     Besides the schedulers of `schedule_of` these are the diffusion schedulers set to flow matching,
@@ -91,7 +99,7 @@ def path_of(scheduler: Any) -> tuple[Schedule, prediction.PredictionType]:
     return schedule, output_of(scheduler)
 
 
-def output_of(scheduler: Any) -> prediction.PredictionType:
+def output_of(scheduler: Any) -> PredictionType:
     """Return what a scheduler's `step` takes the network's output for."""
     if is_flow(scheduler):  # Mochi's σ is 1 at the data, and its velocity has the other sign
         return "velocity" if scheduler.config.get("invert_sigmas") else "flow"

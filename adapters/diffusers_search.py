@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import count
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from s2dm_loss.adapters.diffusers_scheduler import is_flow, path_of
+from s2dm_loss.adapters.diffusers_scheduler import is_flow, path_of, scheduler_of
 from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.prediction import evaluating
@@ -94,18 +95,14 @@ def search_pipeline(
     check_count("steps", steps)
     if images.ndim < 3:
         raise ValueError(f"images must have shape [N, C, H, W], got {describe(images)}")
-    if not hasattr(pipe, "scheduler"):
-        raise TypeError(
-            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
-        )
-    schedule, kind = path_of(pipe.scheduler)
+    schedule, kind = path_of(scheduler_of(pipe))
     if corrections is None:
         corrections = [
             one(schedule, prediction_type=kind)
             for one in (SkipGain, EpsilonScaling, ScoreRescaling)
         ]
     for one in corrections:
-        if not torch.equal(one.correct_noise(torch.ones(1), one.strengths[0]), torch.ones(1)):
+        if one.changes_noise:
             raise ValueError(
                 f"corrections must leave the start noise, which the pipeline draws, got {one!r}"
             )
@@ -152,13 +149,11 @@ class PipelineRecommendation:
     def __enter__(self) -> Self:
         if self._stack is not None:
             raise ValueError("the recommendation is on already: leave the first `with` before")
-        network, found = Output(), self.recommendation
-        with ExitStack() as stack:
-            stack.enter_context(_with_scheduler(self._pipe, self.scheduler))
-            # Also without a correction: it drops what a pipeline hands to every scheduler.
-            handle = StepCorrection(self.scheduler, network, found.correct_model(network))
-            stack.callback(handle.remove)
-            self._stack = stack.pop_all()
+        network, stack = Output(), ExitStack()
+        # Also without a correction: it drops what a pipeline hands to every scheduler.
+        model = self.recommendation.correct_model(network)
+        stack.enter_context(_corrected(self._pipe, self.scheduler, network, model))
+        self._stack = stack
         return self
 
     def __exit__(
@@ -229,14 +224,10 @@ class _Runner:
         if not self.listed and "batch_size" in inspect.signature(self.pipe.__call__).parameters:
             given["batch_size"] = len(seeds)
         steps = _steps(scheduler, self.steps)
-        with _with_scheduler(self.pipe, scheduler), torch.no_grad():
-            handle = StepCorrection(scheduler, network, model)
-            try:
-                output = self.pipe(
-                    generator=generators, num_inference_steps=steps, return_dict=False, **given
-                )[0]
-            finally:
-                handle.remove()
+        with _corrected(self.pipe, scheduler, network, model), torch.no_grad():
+            output = self.pipe(
+                generator=generators, num_inference_steps=steps, return_dict=False, **given
+            )[0]
         if not isinstance(output, Tensor):  # NumPy's, with the channels last
             output = torch.as_tensor(output).movedim(-1, 1)
         images: Tensor = output.detach()
@@ -272,7 +263,10 @@ def _solvers(scheduler: Any, given: Sequence[Any] | None) -> dict[str, Any]:
     solvers = {_short(scheduler): copy.deepcopy(scheduler)}
     if given is not None:
         for one in given:
-            solvers.setdefault(_short(one), copy.deepcopy(one))
+            name, others = _short(one), count(2)
+            while name in solvers and _settings(solvers[name]) != _settings(one):
+                name = f"{_short(one)} {next(others)}"
+            solvers.setdefault(name, copy.deepcopy(one))
         return solvers
     import diffusers
 
@@ -297,6 +291,10 @@ def _short(scheduler: Any) -> str:
     return name
 
 
+def _settings(scheduler: Any) -> dict[str, str]:
+    return {name: str(v) for name, v in scheduler.config.items() if not name.startswith("_")}
+
+
 def _steps(scheduler: Any, calls: int) -> int:
     """Return the number of steps that make as many network calls, or one less."""
     return (calls + 1) // 2 if getattr(scheduler, "order", 1) == 2 else calls
@@ -312,12 +310,14 @@ def _plain_config(scheduler: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _with_scheduler(pipe: Any, scheduler: Any) -> Iterator[None]:
-    before = pipe.scheduler
-    pipe.scheduler = scheduler
+def _corrected(pipe: Any, scheduler: Any, network: Output, model: nn.Module) -> Iterator[None]:
+    """Put a scheduler on a pipeline, with a model of its network's output at each step."""
+    handle = StepCorrection(scheduler, network, model)
+    before, pipe.scheduler = pipe.scheduler, scheduler
     try:
         yield
     finally:
+        handle.remove()
         pipe.scheduler = before
 
 

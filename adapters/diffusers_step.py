@@ -51,7 +51,7 @@ class StepCorrection:
         self._network, self._model = network, model
         self._kind = output_of(scheduler)
         self._before = scheduler.__dict__.get("step")
-        if getattr(self._before, "is_active", False):
+        if isinstance(self._before, _Step) and self._before.handle.active:
             raise ValueError(
                 f"pipe's {type(scheduler).__name__} has a correction already, and two would "
                 "multiply: remove the first handle. Another pipeline that shares the scheduler "
@@ -112,13 +112,8 @@ class _Step:
         self.scheduler, self.handle, self.step = scheduler, handle, scheduler.step
         self.__signature__ = inspect.signature(scheduler.step)  # pipelines ask whether it has eta
 
-    @property
-    def is_active(self) -> bool:
-        """Whether it corrects."""
-        return self.handle.active
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_active:
+        if not self.handle.active:
             return self.step(*args, **kwargs)
         takes = self.__signature__.parameters
         kwargs = {n: v for n, v in kwargs.items() if n in takes or n not in _OPTIONAL}

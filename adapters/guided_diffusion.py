@@ -139,9 +139,8 @@ class SkipStepMixin:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.skip_step_loss!r})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle would not find it by name.
-        return reduce_changed(self)
+    # The class is made at run time, so pickle would not find it by name.
+    __reduce__ = reduce_changed
 
 
 class _Recorder:
@@ -205,6 +204,10 @@ class _OriginalTimesteps(SkipSet):
         index = torch.searchsorted(kept, earlier, right=True) - 1
         valid = valid & (index >= 0)
         return torch.where(valid, index, t), valid
+
+    @override
+    def _key(self) -> tuple[object, ...]:
+        return (self.skip_set, len(self.original.timesteps), *self.kept.tolist())
 
     @override
     def __repr__(self) -> str:

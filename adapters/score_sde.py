@@ -73,7 +73,11 @@ def get_sde_loss_fn(
         TypeError, ValueError: if an argument is not as said.
     """
     kind = _kind_of(sde, allow_ve)
-    _check_weighting(likelihood_weighting, options)
+    if likelihood_weighting and options.get("weighting") is not None:
+        raise ValueError(
+            f"likelihood_weighting must be False with a weighting, got True and "
+            f"{options['weighting']!r}: both weigh the error of the noise"
+        )
     skips = _in_units_of_time(skip_set, sde.N)
     criterion = _criterion(_continuous_schedule(sde, kind), skips, options)
 
@@ -255,14 +259,6 @@ def _reduce(losses: Tensor, batch: Tensor, reduce_mean: bool) -> Tensor:
 
 def _criterion(schedule: Schedule, skips: Skips, options: LossOptions) -> SkipStepLoss:
     return SkipStepLoss(schedule, skips, **check_options(options, _REFUSED), reduction="none")
-
-
-def _check_weighting(likelihood_weighting: bool, options: LossOptions) -> None:
-    if likelihood_weighting and options.get("weighting") is not None:
-        raise ValueError(
-            f"likelihood_weighting must be False with a weighting, got True and "
-            f"{options['weighting']!r}: both weigh the error of the noise"
-        )
 
 
 def _in_units_of_time(skip_set: Skips, num_steps: int) -> SkipSet:

@@ -20,7 +20,7 @@ from torch import Tensor
 from s2dm_loss.checks import check_like, check_per_sample
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.prediction import PREDICTION_TYPES, PathPoint, PredictionType
-from s2dm_loss.schedule import NoiseSchedule, Schedule
+from s2dm_loss.schedule import NoiseSchedule, Schedule, data_at_of
 
 MIN_VALUES = 8192
 _GROUPS = 8
@@ -168,10 +168,11 @@ class _Batch:
         """Return how well the target fits a path and a prediction type."""
         p, q = PREDICTION_TYPES[prediction_type](path)
         a, b = path.a, path.b
-        p = torch.zeros_like(q) if p is None else p
-        d = a * q - b * p
-        ratio, lift = a / d, -p / d
-        ratio = torch.where(p == 0, 1 / q, ratio)
+        if p is None:
+            ratio, lift = 1 / q, torch.zeros_like(q)
+        else:
+            d = a * q - b * p
+            ratio, lift = a / d, -p / d
         epsilon = ratio[:, None] * self.target + lift[:, None] * self.x_t
         sizes = [self.mean(values.square()).sqrt() for values in (self.target, self.x_t)]
         rounding = self.eps * (ratio.abs() * sizes[0] + lift.abs() * sizes[1])
@@ -206,14 +207,12 @@ class _Batch:
             worst = max(worst, misfit if misfit == misfit else float("inf"))
             first, last = (float(self.t[group[end]]) for end in (0, -1))
             rows.append(f"{first:10.4g} to {last:10.4g}   {cells}")
-        total = numbers[kept]
+        # Of the last group, which is all.
         return TargetReport(
-            values=int(total.sum()),
+            values=int(n.sum()),
             mean_square=means[0] + 1,
             correlation=means[1],
-            error=None
-            if error is None
-            else float((error[kept] * total).sum() / total.sum()) ** 0.5,
+            error=None if error is None else float((error[kept] * n).sum() / n.sum()) ** 0.5,
             worst=worst,
             rows=tuple(rows[:-1]),
         )
@@ -248,7 +247,10 @@ def _paths(
     """Yield what to change about a schedule or x_t, and the path that is left."""
     yield [], lambda: path
     steps = schedule.timesteps
-    turned = 1 - t if steps is None else steps.numel() - 1 - t
+    if steps is None:
+        turned, how = 1 - t, f"data_at={1 - data_at_of(schedule)}"
+    else:
+        turned, how = steps.numel() - 1 - t, f"{steps.numel() - 1} - t"
 
     def backwards() -> PathPoint:
         def rates() -> tuple[Tensor, Tensor]:
@@ -257,15 +259,7 @@ def _paths(
 
         return PathPoint(*schedule.alpha_sigma(turned), rates=rates)
 
-    other = 1 - getattr(schedule, "data_at", 0)
-    yield (
-        [
-            f"time turned round, data_at={other}"
-            if steps is None
-            else f"time turned round, {steps.numel() - 1} - t"
-        ],
-        backwards,
-    )
+    yield [f"time turned round, {how}"], backwards
     size = torch.hypot(path.a, path.b)
 
     def no_rates() -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that the library reads, each asked for once and guarded.
+"""What PyTorch makes the library do; every private name of it, asked for once and guarded.
 
 A name that a later PyTorch no longer has answers with the slower of its two meanings ("a transform
 may be active", "somebody may watch"), so that the loss stays right and only the fast path goes.
@@ -95,3 +95,17 @@ def whole(per_sample: Any) -> Tensor:
     plain = type(per_sample) is Tensor or not hasattr(per_sample, "device_mesh")
     tensor: Tensor = per_sample if plain else per_sample.full_tensor()
     return tensor
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+    """Return the keyword for a draw of torch's; none without a generator.
+
+    With `generator=None` said, torch takes no symbolic size, and a compiled step would fail at the
+    second size of batch.
+    """
+    return {} if generator is None else {"generator": generator}

@@ -211,7 +211,7 @@ def coefficients(
     reach = output_scales(prediction_type, path).ratio.square()
     bound = _bound(reach, max_c2)
     if weighting is not None:
-        bound = bound.minimum(max_c2 / _noise_weights(weighting, path).clamp(min=1.0))
+        bound = bound.minimum(max_c2 / weights_at(weighting, path).clamp(min=1.0))
     return Coefficients(
         tau=torch.where(valid_skips > 0, tau, torch.ones_like(c2)),
         c=c.minimum(bound.sqrt()).minimum(_bound(reach, math.sqrt(max_c2))),
@@ -311,12 +311,7 @@ def output_weights(
     """Return w ratio²: what multiplies the output's error if w multiplies the noise's."""
     # The product has limits at the path's ends that its factors do not have.
     ratio = output_scales(prediction_type, path.within_the_ends()).ratio
-    return _noise_weights(weighting, path) * ratio.square()
-
-
-def _noise_weights(weighting: Callable[[Tensor], Tensor], path: PathPoint) -> Tensor:
-    path = path.within_the_ends()
-    return weights_at(weighting, path.a, path.b)
+    return weights_at(weighting, path) * ratio.square()
 
 
 def _bound(reach: Tensor, largest: float) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Literal
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
-from s2dm_loss._torch import is_traced, real_tensors
+from s2dm_loss._torch import drawn_by, is_traced, real_tensors, wide_dtype
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.paths import (
     COEFFICIENTS,
@@ -31,7 +30,7 @@ from s2dm_loss.paths import (
     derivatives_of,
     probed,
 )
-from s2dm_loss.schedule import Schedule, drawn_by, is_inside, since_data, wide_dtype
+from s2dm_loss.schedule import Schedule, call_repr, is_inside, since_data
 
 DataAt = Literal[0, 1]
 
@@ -88,7 +87,7 @@ class ContinuousSchedule:
         self.min_time: float = check_number("min_time", min_time, 0.0, 1.0)
         if self.min_time == 1:
             raise ValueError("min_time must lie in [0, 1), got 1.0: no time would be left to draw")
-        self._name = name or f"ContinuousSchedule({_arguments('...', data_at=data_at)})"
+        self._name = name or call_repr(ContinuousSchedule, "...", data_at=data_at)
 
     @classmethod
     def vp(
@@ -100,7 +99,8 @@ class ContinuousSchedule:
         min_time: float = 1e-5,
     ) -> Self:
         """The variance-preserving SDE (Song et al., arXiv 2011.13456, Eq. 33)."""
-        return cls._sde("vp", beta_min, beta_max, data_at, min_time)
+        path = VpPath(beta_min, beta_max, sub=False)
+        return cls._named(path, "vp", beta_min, beta_max, data_at=data_at, min_time=min_time)
 
     @classmethod
     def sub_vp(
@@ -112,22 +112,8 @@ class ContinuousSchedule:
         min_time: float = 1e-5,
     ) -> Self:
         """The sub-variance-preserving SDE (Song et al., arXiv 2011.13456, Eq. 35)."""
-        return cls._sde("sub_vp", beta_min, beta_max, data_at, min_time)
-
-    @classmethod
-    def _sde(
-        cls,
-        kind: Literal["vp", "sub_vp"],
-        beta_min: float,
-        beta_max: float,
-        data_at: DataAt,
-        min_time: float,
-    ) -> Self:
-        check_number("beta_min", beta_min, 0.0, math.inf, open_ends=True)
-        check_number("beta_max", beta_max, beta_min, sys.float_info.max)
-        path = VpPath(beta_min, beta_max, sub=kind == "sub_vp")
-        betas = f"{beta_min}, {beta_max}"
-        return cls._named(path, kind, data_at, min_time, usual_min_time=1e-5, positional=betas)
+        path = VpPath(beta_min, beta_max, sub=True)
+        return cls._named(path, "sub_vp", beta_min, beta_max, data_at=data_at, min_time=min_time)
 
     @classmethod
     def cosine(cls, *, data_at: DataAt = 0, min_time: float = 0.0) -> Self:
@@ -136,7 +122,7 @@ class ContinuousSchedule:
         The path of SiT's GVP and of TrigFlow, alpha = cos(π t / 2) and sigma = sin(π t / 2), has no
         offset at the data: give it to `from_alpha_sigma`.
         """
-        return cls._named(CosinePath(), "cosine", data_at, min_time)
+        return cls._named(CosinePath(), "cosine", data_at=data_at, min_time=min_time)
 
     @classmethod
     def flow(cls, *, data_at: DataAt = 0, min_time: float = 0.0) -> Self:
@@ -144,23 +130,22 @@ class ContinuousSchedule:
 
         With `data_at=1`, alpha = t and sigma = 1 - t.
         """
-        return cls._named(FlowPath(), "flow", data_at, min_time)
+        return cls._named(FlowPath(), "flow", data_at=data_at, min_time=min_time)
 
     @classmethod
     def _named(
         cls,
         path: Path,
         kind: str,
+        *numbers: float,
         data_at: DataAt,
         min_time: float,
-        *,
-        usual_min_time: float = 0.0,
-        positional: str = "",
     ) -> Self:
         """Return one of the library's own paths, which are written with data at 0."""
         path = TurnedPath(path) if _read_data_at(data_at) else path
-        changed = {} if min_time == usual_min_time else {"min_time": min_time}
-        name = f"ContinuousSchedule.{kind}({_arguments(positional, data_at=data_at, **changed)})"
+        name = call_repr(
+            getattr(ContinuousSchedule, kind), *numbers, data_at=data_at, min_time=min_time
+        )
         return cls(path, data_at=data_at, min_time=min_time, name=name)
 
     @classmethod
@@ -196,8 +181,7 @@ class ContinuousSchedule:
                 f"alpha_sigma must return values of at least 0, got {smallest:.3g} for t from 0 to "
                 "1: ContinuousSchedule itself takes logarithms"
             )
-        arguments = _arguments("...", data_at=data_at)
-        name = name or f"ContinuousSchedule.from_alpha_sigma({arguments})"
+        name = name or call_repr(ContinuousSchedule.from_alpha_sigma, "...", data_at=data_at)
         return cls(OwnPath(alpha_sigma), data_at=data_at, min_time=min_time, name=name)
 
     @property
@@ -299,9 +283,8 @@ def warn_if_not_straight(schedule: Schedule) -> None:
     if schedule.timesteps is not None:
         return
     with real_tensors():
-        t = since_data(schedule, torch.linspace(0, 1, PROBES, dtype=torch.float64)[1:-1])
-        alpha, sigma = schedule.alpha_sigma(t)
-        time = since_data(schedule, t)
+        time = torch.linspace(0, 1, PROBES, dtype=torch.float64)[1:-1]
+        alpha, sigma = schedule.alpha_sigma(since_data(schedule, time))
         off = torch.maximum((alpha + time - 1).abs(), (sigma - time).abs())
         straight = bool((off < 1e-6).all())
     if not straight:
@@ -319,12 +302,6 @@ def _read_data_at(data_at: object) -> DataAt:
             f"data_at must be 0 or 1, the time at which the data lie, got {describe(data_at)}"
         )
     return 1 if data_at == 1 else 0
-
-
-def _arguments(positional: str, *, data_at: int, **changed: float) -> str:
-    """Return a call's arguments, with only those that are not at their default."""
-    given = {**({"data_at": data_at} if data_at else {}), **changed}
-    return ", ".join(filter(None, [positional, *(f"{k}={v}" for k, v in given.items())]))
 
 
 def _reading_is_free(t: Tensor) -> bool:

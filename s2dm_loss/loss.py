@@ -29,7 +29,6 @@ from s2dm_loss.checks import (
 from s2dm_loss.coefficients import (
     DEFAULT_MAX_C2,
     DEFAULT_TAU,
-    ESTIMATORS,
     Coefficients,
     Estimator,
     GainOptions,
@@ -87,11 +86,6 @@ class SkipStepLoss(FixedSettings, TabledModule):
     settings are fixed once it is made.
     """
 
-    _fixed = frozenset(
-        {"schedule", "skip_set", "tau", "estimator", "reduction", "prediction_type"}
-        | {"weighting", "normalize", "max_c2", "timesteps"}
-    )
-
     def __init__(
         self,
         schedule: Schedule,
@@ -137,7 +131,6 @@ class SkipStepLoss(FixedSettings, TabledModule):
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
         super().__init__()
-        check_choice("estimator", estimator, ESTIMATORS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_switch("normalize", normalize)
         self.schedule: Schedule = check_schedule(schedule)
@@ -151,7 +144,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         self.normalize = normalize
         self.max_c2 = max_c2
         self.timesteps: Timesteps = read_timesteps(timesteps)
-        # Checks tau, max_c2, the skips and the weighting.
+        # Checks tau, the estimator, max_c2, the skips and the weighting.
         self._table = LossTable(
             self.schedule,
             self.skip_set,
@@ -163,6 +156,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
             normalize=normalize,
             max_c2=max_c2,
         )
+
+    _fixed = frozenset(inspect.signature(__init__).parameters)
 
     @override
     def forward(

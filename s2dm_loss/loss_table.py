@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from s2dm_loss._torch import real_tensors, whole
+from s2dm_loss._torch import drawn_by, real_tensors, whole, wide_dtype
 from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
 from s2dm_loss.coefficients import (
     ESTIMATORS,
@@ -23,7 +23,7 @@ from s2dm_loss.coefficients import (
 )
 from s2dm_loss.head import REDUCTIONS, Reduction, weighted_square
 from s2dm_loss.prediction import PathPoint, PredictionType
-from s2dm_loss.schedule import Schedule, drawn_by, wide_dtype
+from s2dm_loss.schedule import Schedule
 from s2dm_loss.skip_set import SkipSet
 from s2dm_loss.tables import TimeTable
 from s2dm_loss.terms import LossTerms, loss_terms
@@ -42,12 +42,7 @@ _NOT_TRAINED = 1e-6
 
 
 class LossTable:
-    """The table of a loss; the settings are those of `SkipStepLoss`.
-
-    Attributes:
-        reads_input: Whether the regression target needs x_t: the output holds data.
-        draws: Whether the estimator draws a noise.
-    """
+    """The table of a loss; the settings are those of `SkipStepLoss`."""
 
     def __init__(
         self,
@@ -62,12 +57,7 @@ class LossTable:
         normalize: bool,
         max_c2: float,
     ) -> None:
-        """Make the table.
-
-        Raises:
-            TypeError, ValueError: if tau, max_c2, the skips or the weighting are not as they
-                should be.
-        """
+        """Make the table, or say which of tau, max_c2, skips and weighting is not as it should."""
         self._schedule, self._skip_set, self._tau = schedule, skip_set, tau
         self._estimator: Estimator = estimator
         self._reduction = REDUCTIONS[reduction]
@@ -79,10 +69,9 @@ class LossTable:
             row = self._rows_at(times[:1])
             if weighting is not None:
                 self._check_weighting(weighting, times if timesteps is None else timesteps)
-        self.reads_input: bool = row.on_input is not None
-        self.draws: bool = row.on_skip_noise is not None
+        self._reads_input, self._draws = row.on_input is not None, row.on_skip_noise is not None
         # Of a form's three parts: where a target holds no x_t it holds no x_0 either.
-        self._has = (True, self.reads_input, self.draws)
+        self._has = (True, self._reads_input, self._draws)
         self._forms = {
             form: TimeTable(partial(self._form_at, names), timesteps, shares=2)
             for form, names in _FORMS.items()
@@ -137,7 +126,7 @@ class LossTable:
                 f"{self._prediction_type!r}"
             )
         self.check_data(noise, t, None, eps_hat, names=("noise", "eps_hat"))
-        if self.draws and skip_noise is None:
+        if self._draws and skip_noise is None:
             raise ValueError(f"skip_noise must be given with the estimator {self._estimator!r}")
         xi = self.skip_noise(skip_noise, "noise", noise, None)
         at_t = self._terms.at(t, _lifted(eps_hat, noise))
@@ -183,7 +172,7 @@ class LossTable:
             )
         if x_t is not None:
             others, names = (*others, x_t), (*names[: len(others) + 1], "x_t")
-        elif self.reads_input:
+        elif self._reads_input:
             raise ValueError(
                 f"x_t must be given for prediction_type {self._prediction_type!r}, whose target "
                 "holds data, got None: from_output(output, target, t, x_t)"
@@ -205,7 +194,7 @@ class LossTable:
         generator: torch.Generator | None,
     ) -> Tensor | None:
         """Return ξ where the estimator draws one, drawn if it is not given, and None elsewhere."""
-        if self.draws:
+        if self._draws:
             if skip_noise is None:
                 return draw_like(like, generator)
             return check_like("skip_noise", skip_noise, like_name, like)

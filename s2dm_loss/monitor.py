@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, distributed
 from typing_extensions import Self, override
 
-from s2dm_loss._torch import is_traced
+from s2dm_loss._torch import is_traced, wide_dtype
 from s2dm_loss.checks import check_count, describe
-from s2dm_loss.schedule import Schedule, check_schedule, wide_dtype
+from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.tables import TimeTable
 from s2dm_loss.timesteps import times_at
 from s2dm_loss.validation import log_snr_at, rank_and_size

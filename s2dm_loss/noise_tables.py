@@ -66,7 +66,7 @@ def read_sigmas(sigmas: Any) -> Tensor:
 
 def _read(name: str, values: Any) -> Tensor:
     """Return a table of shares, or send a number of timesteps to its constructor."""
-    table = as_float64(name, [values] if isinstance(values, Real) else values)
+    table = as_float64(name, [values] if isinstance(values, Real) and float(values) > 1 else values)
     if len(table) == 1 and table[0] > 1:
         count = float(table[0])
         raise ValueError(
@@ -74,7 +74,7 @@ def _read(name: str, values: Any) -> Tensor:
             f"number of timesteps: NoiseSchedule.linear({count:g}), scaled_linear and cosine take "
             "it"
         )
-    return as_float64(name, values) if isinstance(values, Real) else table
+    return table
 
 
 def _check_direction(name: str, table: Tensor, *, falls: bool) -> None:

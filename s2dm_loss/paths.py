@@ -7,6 +7,7 @@ that gives the coefficients themselves.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from s2dm_loss._torch import in_forward_mode
-from s2dm_loss.checks import describe
+from s2dm_loss.checks import check_number, describe
 from s2dm_loss.schedule import log_one_minus_exp
 
 PathFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -76,8 +77,8 @@ class VpPath(Path):
 
     def __init__(self, beta_min: float, beta_max: float, *, sub: bool) -> None:
         """Take β at both ends; `sub` for the sub-VP SDE."""
-        self.beta_min: float = beta_min
-        self.beta_max: float = beta_max
+        self.beta_min = check_number("beta_min", beta_min, 0.0, math.inf, open_ends=True)
+        self.beta_max = check_number("beta_max", beta_max, self.beta_min, sys.float_info.max)
         self.sub: bool = sub
 
     def _log_alpha(self, t: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,20 +88,20 @@ PREDICTION_TYPES: dict[PredictionType, Callable[[PathPoint], tuple[Tensor | None
 check_rows("PREDICTION_TYPES", PREDICTION_TYPES, PredictionType)
 
 
-def check_prediction_type(prediction_type: object, schedule: Schedule, *, weighted: bool) -> None:
+def check_prediction_type(
+    prediction_type: PredictionType, schedule: Schedule, *, weighted: bool
+) -> None:
     """Raise ValueError unless a network on this schedule can be trained to predict that."""
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    with real_tensors():
-        timesteps = schedule.timesteps
     if prediction_type == "velocity":
         check_velocity(schedule)
     if prediction_type == "flow":
         warn_if_not_straight(schedule)
-    if timesteps is None or weighted:
-        return
-    row = PREDICTION_TYPES[cast("PredictionType", prediction_type)]
     with real_tensors():
-        _, q = row(PathPoint.at(schedule, timesteps))
+        timesteps = schedule.timesteps
+        if timesteps is None or weighted:
+            return
+        _, q = PREDICTION_TYPES[prediction_type](PathPoint.at(schedule, timesteps))
         if q.isinf().any():
             raise ValueError(
                 f"prediction_type {prediction_type!r} must have noise at every timestep, got none "
@@ -164,7 +164,6 @@ def epsilon_from_output(
     Raises:
         TypeError, ValueError: if an argument is not as said.
     """
-    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     scales, dtype = _prepare("output", output, x_t, t, schedule, prediction_type)
     if prediction_type == "epsilon":
         return output
@@ -185,7 +184,6 @@ def output_from_epsilon(
     All but "epsilon" and "score" divide by a, which is 0 at zero terminal SNR: there x_t is pure
     noise, says nothing of x_0, and the result is infinite or NaN.
     """
-    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     scales, dtype = _prepare("epsilon", epsilon, x_t, t, schedule, prediction_type)
     if prediction_type == "epsilon":
         return epsilon
@@ -236,6 +234,7 @@ def _prepare(
     prediction_type: PredictionType,
 ) -> tuple[tuple[Tensor | None, Tensor, Tensor, Tensor], torch.dtype]:
     """Return p, q, a and b beside the data, in the dtype of the result, and that dtype."""
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     check_like(name, value, "x_t", check_batch("x_t", x_t))
     check_per_sample("t", t, "x_t", x_t)
     dtype = torch.promote_types(torch.promote_types(value.dtype, x_t.dtype), torch.float32)

@@ -7,23 +7,20 @@ error of 1.7e-4 at k = 1.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from typing_extensions import Self, override
+from typing_extensions import Self, get_protocol_members, override
 
-from s2dm_loss._torch import real_tensors
+from s2dm_loss._torch import drawn_by, real_tensors, wide_dtype
 from s2dm_loss.checks import as_float64, check_all, check_count, check_number, describe
 from s2dm_loss.noise_tables import read_alphas_cumprod, read_betas, read_log_snr, read_sigmas
 from s2dm_loss.tables import read_table
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on Apple's GPUs, which have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def is_inside(t: Tensor) -> Tensor:
@@ -44,15 +41,6 @@ def wide_times(t: Tensor) -> Tensor:
     if torch.finfo(t.dtype).eps <= torch.finfo(torch.float32).eps:
         return wide
     return torch.where(is_inside(t), wide.clamp(0, 1), wide)
-
-
-_METHODS = (
-    "timesteps",
-    "check_timesteps",
-    "log_alphas_cumprod_at",
-    "alpha_sigma",
-    "draw_timesteps",
-)
 
 
 class _ByAttributes(type(Protocol)):  # type: ignore[misc]
@@ -100,6 +88,9 @@ class Schedule(Protocol, metaclass=_ByAttributes):
     ) -> Tensor:
         """Return uniformly drawn training times of shape [batch_size]."""
         ...
+
+
+_METHODS = get_protocol_members(Schedule)
 
 
 class NoiseSchedule:
@@ -155,9 +146,8 @@ class NoiseSchedule:
             beta_start: First β, in (0, 1).
             beta_end: Last β, in (0, 1).
         """
-        start, end, count = _beta_range(num_train_timesteps, beta_start, beta_end)
-        betas = _linspace(start, end, count)
-        name = _call_repr("linear", count, (start, 1e-4, "beta_start"), (end, 0.02, "beta_end"))
+        betas = _betas(num_train_timesteps, beta_start, beta_end, root=1)
+        name = call_repr(NoiseSchedule.linear, len(betas), beta_start=beta_start, beta_end=beta_end)
         return cls(_log_alphas_cumprod(betas), name=name)
 
     @classmethod
@@ -166,10 +156,9 @@ class NoiseSchedule:
         cls, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> Self:
         """√β in equal steps, as in latent diffusion; the defaults are Stable Diffusion's."""
-        start, end, count = _beta_range(num_train_timesteps, beta_start, beta_end)
-        betas = _linspace(start**0.5, end**0.5, count).square()
-        name = _call_repr(
-            "scaled_linear", count, (start, 0.00085, "beta_start"), (end, 0.012, "beta_end")
+        betas = _betas(num_train_timesteps, beta_start, beta_end, root=2)
+        name = call_repr(
+            NoiseSchedule.scaled_linear, len(betas), beta_start=beta_start, beta_end=beta_end
         )
         return cls(_log_alphas_cumprod(betas), name=name)
 
@@ -185,7 +174,7 @@ class NoiseSchedule:
         edges = torch.arange(count + 1, dtype=torch.float64) / count
         alpha_bar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2).square()
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
-        name = _call_repr("cosine", count, (max_beta, 0.999, "max_beta"))
+        name = call_repr(NoiseSchedule.cosine, count, max_beta=max_beta)
         return cls(_log_alphas_cumprod(betas), name=name)
 
     @classmethod
@@ -326,15 +315,6 @@ def since_data(schedule: object, t: Tensor) -> Tensor:
     return 1 - t if data_at_of(schedule) else t
 
 
-def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
-    """Return the keyword for a draw of torch's; none without a generator.
-
-    With `generator=None` said, torch takes no symbolic size, and a compiled step would fail at the
-    second size of batch.
-    """
-    return {} if generator is None else {"generator": generator}
-
-
 def log_one_minus_exp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x <= 0, exact to rounding at both ends."""
     return torch.where(x > -math.log(2), (-x.expm1()).log(), (-x.exp()).log1p())
@@ -368,23 +348,22 @@ def check_schedule(schedule: object) -> Schedule:
     raise TypeError(f"schedule must be a NoiseSchedule or another Schedule, got {came}: {cure}")
 
 
-def _linspace(start: float, end: float, count: int) -> Tensor:
-    return torch.linspace(start, end, count, dtype=torch.float64)
-
-
 def _log_alphas_cumprod(betas: Tensor) -> Tensor:
     return torch.log1p(-betas).cumsum(0)
 
 
-def _beta_range(count: int, start: float, end: float) -> tuple[float, float, int]:
+def _betas(count: int, start: float, end: float, *, root: int) -> Tensor:
+    """Return β whose square roots (root 2), or which themselves (root 1), go in equal steps."""
+    start = check_number("beta_start", start, 0.0, 1.0, open_ends=True)
+    end = check_number("beta_end", end, 0.0, 1.0, open_ends=True)
+    count = check_count("num_train_timesteps", count)
     return (
-        check_number("beta_start", start, 0.0, 1.0, open_ends=True),
-        check_number("beta_end", end, 0.0, 1.0, open_ends=True),
-        check_count("num_train_timesteps", count),
+        torch.linspace(start ** (1 / root), end ** (1 / root), count, dtype=torch.float64) ** root
     )
 
 
-def _call_repr(method: str, count: int, *options: tuple[float, float, str]) -> str:
+def call_repr(made_by: Callable[..., object], *numbers: object, **options: object) -> str:
     """`NoiseSchedule.linear(1000)`, with only those options that are not at their default."""
-    given = [f"{name}={value}" for value, default, name in options if value != default]
-    return f"NoiseSchedule.{method}({', '.join([str(count), *given])})"
+    usual = inspect.signature(made_by).parameters
+    given = [f"{name}={value}" for name, value in options.items() if value != usual[name].default]
+    return f"{made_by.__qualname__}({', '.join([*map(str, numbers), *given])})"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from s2dm_loss._torch import real_tensors
+from s2dm_loss._torch import real_tensors, wide_dtype
 from s2dm_loss.checks import as_float64, check_all, check_count, describe
-from s2dm_loss.schedule import Schedule, data_at_of, since_data, wide_dtype, wide_times
+from s2dm_loss.schedule import Schedule, data_at_of, since_data, wide_times
 from s2dm_loss.tables import DeviceCopies
 
 
@@ -224,10 +224,8 @@ class _SamplingStride(SkipSet):
         self._resolve(schedule).check(schedule)
 
     @override
-    def _earlier(
-        self, t: Tensor, rounding: Tensor | None, schedule: Schedule
-    ) -> tuple[Tensor, Tensor]:
-        return self._resolve(schedule)._earlier(t, rounding, schedule)
+    def earlier(self, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        return self._resolve(schedule).earlier(t, schedule)
 
     @override
     def _key(self) -> tuple[object, ...]:

@@ -102,13 +102,12 @@ class TimeTable:
         with real_tensors():
             _check_rows(timesteps)
             table = torch.stack(tuple(functions(timesteps))).to("cpu", torch.float64)
-        if table.requires_grad:
-            raise ValueError(
-                "schedule, weighting and scale must be fixed on a discrete schedule, where their "
-                "values are kept, got values that require a gradient"
-            )
-        self._tables[1] = DeviceCopies(table)
-        with real_tensors():
+            if table.requires_grad:
+                raise ValueError(
+                    "schedule, weighting and scale must be fixed on a discrete schedule, where "
+                    "their values are kept, got values that require a gradient"
+                )
+            self._tables[1] = DeviceCopies(table)
             self.copy_to(torch.device("cpu"))
 
     def at(self, t: Tensor, dtype: torch.dtype, divisor: int = 1) -> Sequence[Tensor]:

@@ -42,7 +42,7 @@ def loss_terms(
     eps_hat, noise = eps_hat.to(c2.dtype), noise.to(c2.dtype)
     zeta = estimator.on_noise * noise
     if skip_noise is not None:
-        zeta = zeta + estimator.on_skip_noise * skip_noise
+        zeta = zeta + estimator.on_skip_noise * skip_noise.to(c2.dtype)
     # mean (c ε̂ - ζ)²; of several skips, c and c² are means. Beside an infinite c² nothing counts.
     cross = torch.where(c.isinf(), 0.0, 2 * c) * _mean(eps_hat * zeta)
     skip = c2 * _mean(eps_hat.square()) - cross + _mean(zeta.square())

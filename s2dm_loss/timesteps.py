@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from s2dm_loss._torch import drawn_by, wide_dtype
 from s2dm_loss.checks import describe
-from s2dm_loss.schedule import Schedule, drawn_by, since_data, wide_dtype
+from s2dm_loss.schedule import Schedule, since_data
 
 TimestepsName = Literal["uniform", "stratified"]
 TIMESTEPS: tuple[TimestepsName, ...] = get_args(TimestepsName)
@@ -79,9 +80,8 @@ def draw(
         return _NAMED[timesteps](schedule, batch_size, device, generator), None
     drawn = timesteps(batch_size, device=device, generator=generator)
     t, weights = drawn if isinstance(drawn, tuple) and len(drawn) == 2 else (drawn, None)
-    for name, value in (("t", t), ("weights", weights)):
-        if name == "weights" and value is None:
-            continue
+    given = {"t": t} if weights is None else {"t": t, "weights": weights}
+    for name, value in given.items():
         if not (
             isinstance(value, Tensor) and value.shape == (batch_size,) and value.device == t.device
         ):

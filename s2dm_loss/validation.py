@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.loss import LossOptions, SkipStepLoss
 from s2dm_loss.prediction import evaluating, read_output
-from s2dm_loss.schedule import Schedule, check_schedule, log_one_minus_exp
+from s2dm_loss.schedule import Schedule, log_one_minus_exp
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.timesteps import times_at
 from s2dm_loss.validation_result import ValidationLoss
@@ -69,7 +69,6 @@ def validation_loss(
     Raises:
         TypeError, ValueError: if an argument, a batch or the model's output is not as said.
     """
-    check_schedule(schedule)
     check_count("levels", levels, 2)
     _check_options(options)
     shared: LossOptions = {**options, "reduction": "none"}
@@ -138,7 +137,10 @@ def _losses_of(
     losses = []
     for times in times_at(criteria["plain"].schedule, u).unbind(1):
         noise = torch.stack(
-            [torch.randn(x0.shape[1:], generator=source, device="cpu") for source in sources]
+            [
+                torch.randn(x0.shape[1:], generator=source, device="cpu", dtype=torch.float32)
+                for source in sources
+            ]
         ).to(x0)
         once = _Once(model, model_kwargs)
         for criterion in criteria.values():
@@ -238,10 +240,8 @@ def _joined(
 
 
 def _device_of(model: object) -> torch.device | None:
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            return parameter.device
-    return None
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((parameter.device for parameter in parameters), None)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from s2dm_loss.checks import check_choice, check_number, check_rows, describe
+from s2dm_loss.prediction import PathPoint
 
 WeightingName = Literal[
     "uniform", "min_snr", "soft_min_snr", "truncated_snr", "p2", "debiased", "sigmoid"
@@ -132,13 +133,14 @@ def read_weighting(weighting: Weighting | None) -> Callable[[Tensor], Tensor] | 
     )
 
 
-def weights_at(weighting: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """Return w at times whose path is a x_0 + b ε, neither of them 0.
+def weights_at(weighting: Callable[[Tensor], Tensor], path: PathPoint) -> Tensor:
+    """Return w on the squared error of the noise, at some times of a path.
 
     Raises:
         TypeError, ValueError: if a function of the user's returns anything but one weight for each.
     """
-    log_snr = 2 * (a.log() - b.log())
+    path = path.within_the_ends()
+    log_snr = 2 * (path.a.log() - path.b.log())
     weights: Any = weighting(log_snr)
     if not isinstance(weights, Tensor):
         raise TypeError(f"weighting must return a tensor, got {describe(weights)}")

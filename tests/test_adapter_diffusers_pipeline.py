@@ -27,7 +27,7 @@ from s2dm_loss.sampling import (
 )
 from s2dm_loss.sampling.corrections import NONE
 from tests.helpers import oracle
-from tests.helpers.diffusers_parts import diffusers, make_scheduler, tiny_unet
+from tests.helpers.diffusers_parts import Clipped, diffusers, make_scheduler, tiny_unet
 from tests.helpers.flow_pipelines import SD3, Flux, Wan
 from tests.helpers.patches import PAGES
 from tests.helpers.small import Network
@@ -405,6 +405,7 @@ class Composed(Correction):
         (SkipGain(NoiseSchedule.linear(999)), 49, r"linear\(999\).*schedule_of"),
         (SkipGain(ContinuousSchedule.vp()), 0.1, "is for ContinuousSchedule.vp"),
         (StartScaling(), 1.2, "draw the latents, and pass `latents=correction.correct_noise"),
+        (Clipped(), 3.0, "draw the latents, and pass `latents=correction.correct_noise"),
         (Halved(), 0.5, "makes a Sequential of the network"),
         (Composed(), 1.05, "makes a ScaledModel of a ScaledModel of the network"),
     ],

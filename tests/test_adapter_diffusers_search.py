@@ -18,7 +18,7 @@ from s2dm_loss.adapters.diffusers_pipeline import (
 )
 from s2dm_loss.adapters.diffusers_scheduler import path_of
 from s2dm_loss.sampling import Recommendation, SkipGain, StartScaling
-from tests.helpers.diffusers_parts import diffusers, make_scheduler, tiny_unet
+from tests.helpers.diffusers_parts import Clipped, diffusers, make_scheduler, tiny_unet
 
 DEVIATION = 0.8
 SHAPE = (1, 2, 2)
@@ -157,6 +157,12 @@ def test_it_says_what_it_does(capsys):
     assert repr(result).startswith("PipelineRecommendation(Recommendation(")
 
 
+def test_schedulers_of_one_class_are_as_many_solvers_as_they_have_settings():
+    given = [make_scheduler("DDIMScheduler", **OPTIONS), *2 * [make_scheduler("DDIMScheduler")]]
+    found = search_pipeline(pipeline_of(), images_for(), schedulers=given, **QUICK)
+    assert list(found.recommendation.cost.calls) == ["DDIM", "DDIM 2"]
+
+
 def test_diffusers_own_pipeline_which_hands_eta_to_every_scheduler():
     """And returns NumPy's images, with the channels last."""
     torch.manual_seed(0)
@@ -197,6 +203,7 @@ def test_an_exception_leaves_the_pipeline_as_it_was():
         ({"steps": 0}, ValueError, "steps must be at least 1"),
         ({"pipe": nn.Identity()}, TypeError, "pipe must be a diffusers pipeline"),
         ({"corrections": [StartScaling()]}, ValueError, "must leave the start noise"),
+        ({"corrections": [Clipped()]}, ValueError, "must leave the start noise"),
         (
             {"prompt_embeds": torch.ones(2), "labels": [1]},
             ValueError,

@@ -114,6 +114,9 @@ def test_skips_in_original_timesteps(respacing, skips, reached_from):
         assert found.c2[index].item() == pytest.approx(wanted, rel=1e-9, abs=1e-15)
         assert (found.tau[index] < 1) == bool(len(before))
     assert "in original timesteps" in repr(adapted)
+    same, other = (skip_step(plain, k, original_timesteps=True) for k in (skips, 7))
+    assert adapted.skip_step_loss.skip_set == same.skip_step_loss.skip_set
+    assert adapted.skip_step_loss.skip_set != other.skip_step_loss.skip_set
 
 
 def test_without_respacing_original_timesteps_change_nothing():

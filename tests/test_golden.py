@@ -18,6 +18,8 @@ def test_loss_terms_and_the_whole_step_have_the_released_gradient(case):
         lambda x: criterion.terms(x, noise, t, skip_noise=xi).total.mean(), output
     )
     assert total.item() == pytest.approx(case["loss"], rel=1e-6)
+    wide = criterion.terms(output, noise, t, skip_noise=xi.double())
+    assert {part.dtype for part in wide} == {dtype}
     gradients = [gradient]
     for way in (
         lambda x: criterion.from_output(x, noise, t, skip_noise=xi),

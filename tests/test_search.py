@@ -623,10 +623,11 @@ def test_what_has_no_number_and_what_is_a_users_own_is_kept_too():
     class Mine(Correction):
         name, strengths = "mine", (2.0,)
 
-    far = Candidate("sample", Mine(), 2.0, INF, 0.0, INF, INF, INF)
+    far = Candidate("inf", Mine(), 2.0, INF, 0.0, INF, INF, math.nan)
     values = json.loads(json.dumps(found(NO, far).to_dict(), allow_nan=False))
-    loaded = Recommendation.from_dict(values)
-    assert (loaded.candidates[1].distance, loaded.candidates[1].label) == (INF, "mine 2")
+    loaded = Recommendation.from_dict(values).candidates[1]
+    assert (loaded.sampler, loaded.distance, loaded.label) == ("inf", INF, "mine 2")
+    assert math.isnan(loaded.high)
     with pytest.raises(ValueError, match="got those of a Mine: apply your own"):
         Recommendation.from_dict(values, LINEAR)
 

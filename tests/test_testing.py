@@ -222,6 +222,20 @@ def test_the_stand_in_can_be_called_by_keyword(call):
         check_swap(lambda model: model(pixels=X0), lambda model, tau: model(pixels=X0))
 
 
+@pytest.mark.parametrize("t", [T[:1], T[:, None].expand(8, 3)], ids=["one", "each frame's"])
+def test_a_report_has_a_row_for_each_sample_whatever_the_shape_of_t(t):
+    def by_time(model):
+        return lambda x_t, _: model(x_t, t)
+
+    def swapped(model, tau):
+        return RIGHT(by_time(model), tau)
+
+    said = str(check_swap(lambda model: EPSILON.loss(by_time(model)), swapped))
+    assert len(said.splitlines()) == 2 + len(X0)
+    assert ("nan" in said) == (t.ndim == 2)
+    fails(lambda m: EPSILON.loss(by_time(m)), lambda m, tau: swapped(m, tau) / tau**99, "gradient")
+
+
 # check_target
 
 GVP = ContinuousSchedule.from_alpha_sigma(
@@ -336,6 +350,12 @@ def test_another_schedule_and_changed_noise():
     trainer.fails("Nothing else fits it on this schedule", "v_prediction", schedule=COSINE)
     trainer.x_t = trainer.x_t + trainer.sigma * 0.5  # an offset that the target does not have
     trainer.fails(r"offset.* off\?", "v_prediction")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "score"])
+def test_a_noise_is_judged_where_no_data_are_left(kind):
+    trainer = Trainer(ZERO_SNR, "half", t=torch.full((128,), 999))
+    assert trainer.check(kind, noise=trainer.noise).values == trainer.noise.numel()
 
 
 def test_only_what_counts_under_a_mask_is_judged():

@@ -23,10 +23,7 @@ from typing_extensions import override
 
 from s2dm_loss.checks import check_choice, check_iterable, check_number
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, gain
-from s2dm_loss.prediction import (
-    PREDICTION_TYPES,
-    PredictionType,
-)
+from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType
 from s2dm_loss.sampling.scaled_model import ScaledModel
 from s2dm_loss.schedule import Schedule, check_schedule
 
@@ -71,6 +68,11 @@ class Correction:
         """Return the start noise for a sampler, here unchanged."""
         del strength
         return noise
+
+    @property
+    def changes_noise(self) -> bool:
+        """Whether it has a `correct_noise` of its own."""
+        return type(self).correct_noise is not Correction.correct_noise
 
     def between(self, low: float, high: float) -> float:
         """Return a strength between two, for the finer scan; one of them if there is none."""

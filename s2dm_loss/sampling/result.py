@@ -249,7 +249,9 @@ class Recommendation:
             corrections.append(stored if schedule is None else stored.on(schedule))
 
         def read(kind: Any, row: dict[str, Any]) -> Any:
-            numbers = {n: float(v) if v in ("inf", "-inf") else v for n, v in row.items()}
+            numbers = {
+                n: float(v) if n != "sampler" and isinstance(v, str) else v for n, v in row.items()
+            }
             return kind(**{**numbers, "correction": corrections[row["correction"]]})
 
         cost = values["cost"]

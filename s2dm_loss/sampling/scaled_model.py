@@ -18,12 +18,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack, override
 
-from s2dm_loss.checks import (
-    FixedSettings,
-    check_batch,
-    check_per_sample,
-    describe,
-)
+from s2dm_loss.checks import FixedSettings, check_batch, check_per_sample, describe
 from s2dm_loss.coefficients import GainOptions, gain
 from s2dm_loss.head import along
 from s2dm_loss.prediction import (
@@ -257,24 +252,18 @@ class _Gain:
 def _scaled(output: Any, x_t: Tensor, scale: Tensor, shift: Tensor | None) -> Any:
     """Return an output with its prediction scaled and shifted, of the type it came in."""
     prediction = read_output(output)
-    doubled = _with_doubled_channels(x_t)
-    if prediction.shape not in (x_t.shape, doubled):
+    plain = prediction.shape == x_t.shape or prediction.ndim < 2
+    mean, *variance = (prediction,) if plain else prediction.chunk(2, dim=1)
+    if any(part.shape != x_t.shape for part in (mean, *variance)):
         raise ValueError(
             f"model output must have the shape of x_t, {tuple(x_t.shape)}, or twice its channels "
             f"with a learned variance, got {describe(prediction)}"
         )
-    learned_variance = prediction.shape != x_t.shape
-    mean, *variance = prediction.chunk(2, dim=1) if learned_variance else (prediction,)
     shrunk = scale * mean.to(torch.promote_types(mean.dtype, scale.dtype))
     if shift is not None:
         shrunk = shrunk + shift
     mean = shrunk.to(prediction.dtype)
     return _replace(output, prediction, torch.cat([mean, *variance], dim=1) if variance else mean)
-
-
-def _with_doubled_channels(x_t: Tensor) -> torch.Size:
-    batch, *rest = x_t.shape
-    return torch.Size([batch, 2 * rest[0], *rest[1:]] if rest else [batch])
 
 
 def _replace(output: Any, old: Tensor, new: Tensor) -> Any:

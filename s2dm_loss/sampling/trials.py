@@ -29,25 +29,15 @@ class Pair(NamedTuple):
     strength: float
 
 
-class Trials:
+class Trials(NamedTuple):
     """A model, its samplers, and the values in which samples and data are compared."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        samplers: dict[str, Sampler],
-        data: Tensor,
-        features: Callable[[Tensor], Tensor] | None,
-        batch_size: int,
-        noise_shape: tuple[int, ...],
-    ) -> None:
-        """Take what `CorrectionSearch` was given."""
-        self.model: nn.Module = model
-        self.samplers: dict[str, Sampler] = samplers
-        self.data: Tensor = data
-        self.features: Callable[[Tensor], Tensor] | None = features
-        self.batch_size: int = batch_size
-        self.noise_shape: tuple[int, ...] = noise_shape
+    model: nn.Module
+    samplers: dict[str, Sampler]
+    data: Tensor
+    features: Callable[[Tensor], Tensor] | None
+    batch_size: int
+    noise_shape: tuple[int, ...]
 
     def count_calls(self, seed: int) -> dict[str, int]:
         """Return how often each sampler calls the model, by a run on a single sample."""

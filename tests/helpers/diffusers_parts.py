@@ -1,14 +1,26 @@
 """diffusers' own parts for the tests."""
 
+import math
 import warnings
 
 import torch
+
+from s2dm_loss.sampling import Correction
 
 with warnings.catch_warnings():
     # diffusers imports names of torch.jit and of other packages that warn about their own future.
     warnings.simplefilter("ignore")
     import diffusers
     from diffusers.training_utils import compute_snr
+
+
+class Clipped(Correction):
+    """docs/correct.md's own, which leaves noise of ordinary size as it is."""
+
+    name, none, strengths = "noise within", math.inf, (2.0, 3.0)
+
+    def correct_noise(self, noise, strength):
+        return noise.clamp(-strength, strength)
 
 
 def make_scheduler(name="DDPMScheduler", **config):
