@@ -91,7 +91,9 @@ class DdimLoss:
         self, skip_set: SkipSet, data_reduction: DataReduction, options: dict[str, Any]
     ) -> None:
         """Take what `ddim_loss` has checked."""
-        self.skip_set, self.data_reduction, self.options = skip_set, data_reduction, options
+        self.skip_set: SkipSet = skip_set
+        self.data_reduction: DataReduction = data_reduction
+        self.options: dict[str, Any] = options
         self._betas: Tensor | None = None
 
     def __call__(

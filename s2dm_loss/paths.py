@@ -77,8 +77,8 @@ class VpPath(Path):
 
     def __init__(self, beta_min: float, beta_max: float, *, sub: bool) -> None:
         """Take β at both ends; `sub` for the sub-VP SDE."""
-        self.beta_min = check_number("beta_min", beta_min, 0.0, math.inf, open_ends=True)
-        self.beta_max = check_number("beta_max", beta_max, self.beta_min, sys.float_info.max)
+        self.beta_min: float = check_number("beta_min", beta_min, 0.0, math.inf, open_ends=True)
+        self.beta_max: float = check_number("beta_max", beta_max, beta_min, sys.float_info.max)
         self.sub: bool = sub
 
     def _log_alpha(self, t: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ class Network(nn.Module):
 
     def forward(self, x_t, t):
         self.seen.append((self.training, torch.is_grad_enabled()))
-        return self.dropout(self.frozen(x_t)) + 0.01 * torch.rand(x_t.shape)
+        return self.dropout(self.frozen(x_t)) + 0.01 * torch.rand_like(x_t)
 
 
 def validated(model=small_model, batches=X0, schedule=LINEAR, **options):
