@@ -1,7 +1,5 @@
 """Random schedules, skips and tensors, and what the tests of the core share."""
 
-from __future__ import annotations
-
 import hypothesis.strategies as st
 import torch
 
@@ -15,7 +13,7 @@ ESTIMATORS = ["expected", "fresh", "shared"]
 
 
 @st.composite
-def betas(draw: st.DrawFn, min_size: int = 1, max_size: int = 2000) -> list[float]:
+def betas(draw, min_size=1, max_size=2000):
     """Any β in (0, 1): short lists of anything, and long ones at a random scale."""
     if draw(st.booleans()):
         values = st.floats(min_value=1e-9, max_value=1 - 1e-6)
@@ -28,12 +26,12 @@ def betas(draw: st.DrawFn, min_size: int = 1, max_size: int = 2000) -> list[floa
 
 
 @st.composite
-def schedules(draw: st.DrawFn, min_size: int = 2, max_size: int = 2000) -> NoiseSchedule:
+def schedules(draw, min_size=2, max_size=2000):
     return NoiseSchedule.from_betas(draw(betas(min_size, max_size)))
 
 
 @st.composite
-def schedules_with_skips(draw: st.DrawFn, most: int = 3) -> tuple[NoiseSchedule, list[int]]:
+def schedules_with_skips(draw, most=3):
     schedule = draw(schedules())
     skips = st.integers(1, schedule.num_train_timesteps - 1)
     return schedule, sorted(draw(st.sets(skips, min_size=1, max_size=most)))
@@ -46,32 +44,37 @@ taus = st.floats(0.01, 1.0)
 seeds = st.integers(0, 2**31)
 
 
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+class Same(torch.nn.Module):
+    def forward(self, x_t, t):
+        return x_t
+
+
+def normal(*shape, seed, dtype=torch.float64):
     """Gaussian noise from a seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def normals(count: int, *shape: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def normals(count, *shape, dtype=torch.float64):
     return [normal(*shape, seed=seed, dtype=dtype) for seed in range(count)]
 
 
-def timesteps(size: int, count: int, seed: int) -> torch.Tensor:
+def timesteps(size, count, seed):
     """`count` random timesteps in [0, size)."""
     return torch.randint(size, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def beside(per_sample: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+def beside(per_sample, data):
     """One value a sample, with the data's rank."""
     return per_sample.reshape(-1, *[1] * (data.ndim - 1))
 
 
-def mean_of_squares(values: torch.Tensor) -> torch.Tensor:
+def mean_of_squares(values):
     """The mean square of each sample."""
     return (values**2).reshape(len(values), values.shape[1:].numel()).mean(1)
 
 
-def drawn(estimator: str, xi: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def drawn(estimator, xi):
     """The noise that an estimator draws, as an argument."""
     return {"skip_noise": xi} if estimator == "fresh" and xi is not None else {}
 

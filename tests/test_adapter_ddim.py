@@ -1,9 +1,7 @@
 """What the ddim adapter alone has, on a double of the trainer and on its own code."""
 
 import inspect
-import os
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +10,14 @@ from s2dm_loss import NoiseSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.adapters.ddim import ddim_loss, ddim_timesteps
 from s2dm_loss.coefficients import coefficients
 from tests.doubles import ddim_double
-from tests.helpers.ddim_checkout import CONFIG, load_ddim
+from tests.helpers.ddim_checkout import CONFIG
 from tests.helpers.small import Network, digits
-from tests.helpers.trainers import ddim_betas
-from tests.helpers.upstream import root_of
-
-ROOT = os.environ.get("S2DM_DDIM_ROOT")
+from tests.helpers.trainers import DDIM, ddim_betas
 
 
-@pytest.fixture(scope="module")
-def trainer():
-    return ddim_double if ROOT is None else load_ddim(Path(ROOT))
+@pytest.fixture(params=DDIM, ids=["double", "real"])
+def trainer(request):
+    return request.param[1]()
 
 
 def betas(schedule="linear", steps=1000):
@@ -104,7 +99,7 @@ def test_says_what_it_is_and_pickles():
 
 def test_the_trainers_own_loop(tmp_path):
     """It learns, and its checkpoint is one of the trainer's."""
-    trainer, runs = load_ddim(root_of("S2DM_DDIM_ROOT")), {}
+    trainer, runs = DDIM[1][1](), {}
     images = (digits(20 * 32) + 1) / 2
     for name in ("plain", "adapted"):
         (tmp_path / name).mkdir()

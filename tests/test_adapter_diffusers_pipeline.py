@@ -9,7 +9,6 @@ import re
 
 import pytest
 import torch
-from mpmath import mpf
 from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
@@ -27,7 +26,7 @@ from s2dm_loss.sampling import (
 )
 from s2dm_loss.sampling.corrections import NONE
 from tests.helpers import oracle
-from tests.helpers.diffusers_parts import Clipped, diffusers, make_scheduler, tiny_unet
+from tests.helpers.diffusers_parts import Clipped, diffusers, make_scheduler, tiny_pipeline
 from tests.helpers.flow_pipelines import SD3, Flux, Wan
 from tests.helpers.patches import PAGES
 from tests.helpers.small import Network
@@ -95,12 +94,6 @@ SAMPLERS = {
 }
 
 
-def at(t, kind="epsilon", bar=BAR):
-    """The oracle's view of a timestep, with k = 99."""
-    now, *earlier = (oracle.vp_pair(mpf(float(bar[i]))) for i in (t, t - 99) if i >= 0)
-    return oracle.scales(now, earlier, 0.99, kind=kind)
-
-
 @torch.no_grad()
 def sample(denoiser, scheduler, steps=5):
     """A plain sampling loop, as each diffusers pipeline has it."""
@@ -116,10 +109,7 @@ def sample(denoiser, scheduler, steps=5):
 
 @pytest.fixture
 def pipe():
-    torch.manual_seed(0)
-    pipe = diffusers.DDIMPipeline(unet=tiny_unet(), scheduler=make_scheduler("DDIMScheduler"))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline()
 
 
 def with_scheduler(pipe, *args, **options):
@@ -145,7 +135,7 @@ def test_gain_in_every_sampler(name, kind, pipe):
 
     def by_hand(x, t):
         output = network(x, t).double()
-        return at(round(float(t)), kind).scaled(output, x.double()).float()
+        return oracle.at(round(float(t)), kind, BAR).scaled(output, x.double()).float()
 
     plain, expected = sample(network, scheduler), sample(by_hand, scheduler)
     before = set(vars(scheduler))
@@ -164,7 +154,7 @@ def test_a_learned_variance_is_left_alone(pipe):
     output, x = torch.randn(2, 4, 8, 8), torch.randn(2, 2, 8, 8)
     with shrink_pipeline(pipe, skip_set=99):
         scheduler.step(output, 700, x)
-    torch.testing.assert_close(seen[0][:, :2], at(700).gain * output[:, :2])
+    torch.testing.assert_close(seen[0][:, :2], oracle.at(700, "epsilon", BAR).gain * output[:, :2])
     assert torch.equal(seen[0][:, 2:], output[:, 2:])
     scheduler.step(output, 700, x)  # what stood at `step` before stands there again
     assert torch.equal(seen[1], output)
@@ -213,7 +203,7 @@ def test_half_precision_frames_before_channels_and_arguments_in_another_order():
     scheduler.set_timesteps(10)
     t, back = scheduler.timesteps[2], scheduler.timesteps[1]
     x, output, old = torch.randn(3, 2, 3, 2, 4, 4).bfloat16()
-    by_hand = at(int(t), "v_prediction", scheduler.alphas_cumprod)
+    by_hand = oracle.at(int(t), "v_prediction", scheduler.alphas_cumprod)
     changed = by_hand.scaled(output.double(), x.double()).bfloat16()
     draw = {"generator": torch.Generator().manual_seed(0), "return_dict": False}
     expected = scheduler.step(changed, old, t, back, x, **draw)[0]

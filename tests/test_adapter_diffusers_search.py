@@ -18,7 +18,7 @@ from s2dm_loss.adapters.diffusers_pipeline import (
 )
 from s2dm_loss.adapters.diffusers_scheduler import path_of
 from s2dm_loss.sampling import Recommendation, SkipGain, StartScaling
-from tests.helpers.diffusers_parts import Clipped, diffusers, make_scheduler, tiny_unet
+from tests.helpers.diffusers_parts import Clipped, diffusers, make_scheduler, tiny_pipeline
 
 DEVIATION = 0.8
 SHAPE = (1, 2, 2)
@@ -165,8 +165,7 @@ def test_schedulers_of_one_class_are_as_many_solvers_as_they_have_settings():
 
 def test_diffusers_own_pipeline_which_hands_eta_to_every_scheduler():
     """And returns NumPy's images, with the channels last."""
-    torch.manual_seed(0)
-    pipe = diffusers.DDIMPipeline(unet=tiny_unet(), scheduler=make_scheduler("DDIMScheduler"))
+    pipe = tiny_pipeline()
     corrections = [SkipGain(NoiseSchedule.linear(1000), [-99, 99])]
     options = {**QUICK, "corrections": corrections, "output_type": "np"}
     found = search_pipeline(pipe, torch.rand(64, 1, 8, 8), **options)

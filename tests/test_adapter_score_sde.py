@@ -2,8 +2,6 @@
 
 import functools
 import inspect
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,21 +9,19 @@ import torch
 from s2dm_loss import NoiseSchedule, SkipSet
 from s2dm_loss.adapters import score_sde
 from s2dm_loss.coefficients import coefficients
-from tests.doubles import score_sde_double
-from tests.helpers.score_sde_checkout import load_score_sde, make_config
+from tests.helpers.score_sde_checkout import make_config
 from tests.helpers.small import Network, digits, every_pair
-from tests.helpers.upstream import root_of
+from tests.helpers.trainers import SCORE_SDE
 
-ROOT = os.environ.get("S2DM_SCORE_SDE_ROOT")
 NAMES = ("get_sde_loss_fn", "get_ddpm_loss_fn", "get_smld_loss_fn", "get_step_fn")
 get_sde_loss_fn, get_ddpm_loss_fn, get_smld_loss_fn, get_step_fn = (
     functools.partial(getattr(score_sde, name), skip_set=9) for name in NAMES
 )
 
 
-@pytest.fixture(scope="module")
-def trainer():
-    return score_sde_double if ROOT is None else load_score_sde(Path(ROOT))
+@pytest.fixture(params=SCORE_SDE, ids=["double", "real"])
+def trainer(request):
+    return request.param[1]()
 
 
 def loss_of(loss_fn):
@@ -173,7 +169,7 @@ def batches():
 )
 def test_the_trainers_own_loop(tmp_path, kind, continuous, monkeypatch):
     """It learns, and the untouched trainer restores and trains on."""
-    trainer = load_score_sde(root_of("S2DM_SCORE_SDE_ROOT"))
+    trainer = SCORE_SDE[1][1]()
     # Its checkpoints hold the learning rate as a NumPy number, which torch >= 2.6 refuses to load
     # unless told to trust the file; the trainer's own torch.load is older than that.
     monkeypatch.setattr(torch, "load", functools.partial(torch.load, weights_only=False))

@@ -213,7 +213,7 @@ def test_skip_step_returns_a_changed_copy(name):
         skip_step(changed, skip_set)
     with pytest.raises(TypeError, match=rf"object of the trainer's, got the class {kind.__name__}"):
         skip_step(kind, skip_set)
-    with pytest.raises(TypeError, match=r"a Linear without|a __call__, .* EDMLoss\(\)|__call__"):
+    with pytest.raises(TypeError, match=r"a Linear without|a __call__, .* EDMLoss\(\)"):
         skip_step({} if name == "edm" else nn.Linear(1, 1), skip_set)
 
 
@@ -225,8 +225,7 @@ def pickled(value):
     ("name", "duplicate"),
     [
         *itertools.product(
-            ("denoising_diffusion_pytorch", "guided_diffusion"),
-            (copy.copy, copy.deepcopy, pickled),
+            ("denoising_diffusion_pytorch", "guided_diffusion"), (copy.copy, copy.deepcopy, pickled)
         ),
         # Its pickle holds the trainer's own loss: tests/test_adapter_edm.py.
         *itertools.product(["edm"], (copy.copy, copy.deepcopy)),
@@ -318,7 +317,9 @@ def test_options_are_refused_by_name(name):
     with pytest.raises(TypeError, match="skip_set must be"):
         way(skip_set="9")
     if name != "ddim":  # whose schedule comes with the first batch
-        with pytest.raises((TypeError, ValueError), match=r"skip"):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"skip must be below|takes skips as floats"
+        ):
             way(skip_set=1000)
 
 

@@ -77,6 +77,7 @@ def test_a_validation_is_that_of_one_process(ranks):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.timeout(1300)
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_the_recipes_of_the_page_run_as_written(tmp_path, launcher):
     page = (ROOT / "docs" / "adapters" / "write_your_own.md").read_text(encoding="utf-8")
@@ -93,7 +94,7 @@ def test_the_recipes_of_the_page_run_as_written(tmp_path, launcher):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         # A thread of torch's own now and then aborts a process that is done and about to end.

@@ -4,13 +4,10 @@ A block below the comment `<!-- requires: module -->` is left out where that mod
 imported. The comment `<!-- test: statement -->` is run as a block is, and makes the rest short.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re
 import unicodedata
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -33,14 +30,14 @@ class Block(NamedTuple):
     requires: str | None
     code: str
 
-    def run(self, page: Path, namespace: dict[str, object]) -> None:
+    def run(self, page, namespace):
         # As many empty lines in front as the block has in its page, so that a traceback counts
         # lines as the page does.
         code = compile("\n" * self.line + self.code, str(page), "exec")
         exec(code, namespace)  # noqa: S102 - our own page
 
 
-def blocks_of(page: Path) -> list[Block]:
+def blocks_of(page):
     text = page.read_text(encoding="utf-8")
     blocks = [
         Block(text[: match.start()].count("\n"), None, match[1])
@@ -55,7 +52,7 @@ def blocks_of(page: Path) -> list[Block]:
     return sorted(blocks)
 
 
-def snippets_of(page: Path, *requires: str | None) -> dict[str, object]:
+def snippets_of(page, *requires):
     """Run the blocks that need one of these modules (None: no module); what they define."""
     namespace: dict[str, object] = {}
     for block in blocks_of(page):
@@ -96,7 +93,7 @@ def test_every_python_fence_is_found_and_is_no_doctest(page):
     assert not any(code.lstrip().startswith(">>>") for code in blocks)
 
 
-def columns_of(line: str) -> int:
+def columns_of(line):
     """Cells of a fixed-width font: a combining accent, as that of ε̂, has none of its own."""
     return sum(not unicodedata.combining(character) for character in line)
 

@@ -5,7 +5,6 @@ And PyTorch's private names: in one file, and the loss is right without any of t
 
 import functools
 import re
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.utils import checkpoint as checkpoints
 
 import s2dm_loss
 from s2dm_loss import NoiseSchedule, SkipStepLoss, _torch
+from tests.helpers.commands import run
 from tests.strategies import (
     ESTIMATORS,
     FLOW,
@@ -169,10 +169,7 @@ for estimator in ("expected", "shared", "fresh"):
     (gradient,) = torch.autograd.grad(head(leaf := head.leaf()), leaf)
     torch.testing.assert_close(jvp(head.x_t), (gradient * head.x_t).sum())
 """
-    done = subprocess.run(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run(sys.executable, "-c", code)
 
 
 def test_hessian_where_the_residual_is_zero():

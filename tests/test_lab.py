@@ -49,20 +49,6 @@ def test_epsilon_is_the_score_of_the_density(alphas_cumprod):
     torch.testing.assert_close(mixture.epsilon(x.detach(), alphas_cumprod), expected)
 
 
-def test_epsilon_is_the_conditional_mean_of_the_noise():
-    """By numerical integration over x_0 in one dimension."""
-    mixture = some_mixture(size=1)
-    a = 0.6
-    x0 = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
-    prior = density(mixture, 1.0).log_prob(x0[:, None])
-    for x in (-1.5, 0.1, 2.0):
-        epsilon = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
-        weight = (prior - 0.5 * epsilon.square()).exp()
-        expected = (weight * epsilon).sum() / weight.sum()
-        at = torch.tensor([[x]], dtype=torch.float64)
-        assert float(mixture.epsilon(at, a)) == pytest.approx(float(expected), rel=1e-9)
-
-
 def test_a_warmer_posterior_tells_the_components_apart_less():
     ring = Mixture.ring()
     x = ring.means[:1] * 0.8

@@ -482,11 +482,7 @@ update = LossByNoise(LINEAR).update
         (lambda: validated(batches=[(X0, torch.arange(10))]), TypeError, r"labels give `\(\(x, \{"),
         (lambda: validated(batches=[{"x": X0}]), TypeError, "batches must hold x_0"),
         (lambda: validated(batches=[(X0, {}, [1], 2)]), TypeError, "batches must hold x_0"),
-        (
-            lambda: validated(batches=[(X0, {}, [1, 2])]),
-            ValueError,
-            "for each of 10 .*, got 2",
-        ),
+        (lambda: validated(batches=[(X0, {}, [1, 2])]), ValueError, "for each of 10 .*, got 2"),
         (
             lambda: validated(batches=[(X0, {}, [3] * 10)]),
             ValueError,

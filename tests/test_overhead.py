@@ -1,14 +1,9 @@
 """The overhead bench: what it measures is right, and it keeps to its time."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time
 import types
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +22,7 @@ from tests.strategies import loss_and_gradient
 CPU = torch.device("cpu")
 
 
-def device(tmp_path: Path, name: str = "cuda", **changed: Any) -> holes.Device:
+def device(tmp_path, name="cuda", **changed):
     """Return a device of the committed results, some levels replaced."""
     levels = json.loads((holes.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     path = tmp_path / f"{name}.json"
@@ -40,7 +35,7 @@ def device(tmp_path: Path, name: str = "cuda", **changed: Any) -> holes.Device:
 
 
 @pytest.mark.parametrize("case", RELEASED, ids=lambda case: f"k{case['skip']}-{case['dtype']}")
-def test_the_released_contender_gives_the_released_values(case: dict[str, Any]) -> None:
+def test_the_released_contender_gives_the_released_values(case):
     eps_hat, noise, zeta = (
         released_tensor(case, name) for name in ("model_output", "noise", "skip_noise")
     )
@@ -52,7 +47,7 @@ def test_the_released_contender_gives_the_released_values(case: dict[str, Any]) 
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_the_min_snr_contender_weighs_by_min_snr() -> None:
+def test_the_min_snr_contender_weighs_by_min_snr():
     bar = NoiseSchedule.linear().alphas_cumprod
     t = torch.tensor([10, 500, 900])
     eps_hat, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -63,7 +58,7 @@ def test_the_min_snr_contender_weighs_by_min_snr() -> None:
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_the_gradients_error_is_that_of_the_type() -> None:
+def test_the_gradients_error_is_that_of_the_type():
     """Rounding to bfloat16, 8 bits, is at most 2^-8 of the largest entry; float32's far less."""
     noise, t = torch.randn(4, 3, 8, 8), torch.tensor([0, 9, 500, 999])
     eps_hat = torch.randn(4, 3, 8, 8)
@@ -79,7 +74,7 @@ def test_the_gradients_error_is_that_of_the_type() -> None:
     assert wrong == pytest.approx(0.01, rel=1e-3)
 
 
-def test_another_version_is_loaded_beside_this_one(tmp_path: Path) -> None:
+def test_another_version_is_loaded_beside_this_one(tmp_path):
     package = tmp_path / "s2dm_loss"
     package.mkdir()
     (package / "only_there.py").touch()
@@ -106,7 +101,7 @@ def test_another_version_is_loaded_beside_this_one(tmp_path: Path) -> None:
 # Time.
 
 
-def test_cells_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_share_the_time_that_is_left(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     settings = Settings(CPU, 2.0, 14, 1, 9.0, deadline=110.0)
@@ -118,7 +113,7 @@ def test_cells_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     assert [seconds for _, seconds in settings.in_time("a")] == []
 
 
-def test_what_people_train_on_comes_first() -> None:
+def test_what_people_train_on_comes_first():
     settings = Settings(CPU, 2.0, 28, 128, 60.0)
     names = [name for (name, _), _ in settings.in_time(list(settings.shapes.items()))]
     assert [name.split(", ")[-1] for name in names[:5]] == list(KNOWN)
@@ -127,47 +122,45 @@ def test_what_people_train_on_comes_first() -> None:
         assert torch.Size(settings.shapes[f"2^{log2}"]).numel() == 2**log2
 
 
-def test_the_plan_takes_eight_minutes_at_most() -> None:
+def test_the_plan_takes_eight_minutes_at_most():
     assert 450 < sum(plan.PARTS.values()) <= 8 * 60 - 5
     planned = [level for part in plan.PARTS for level in part]
     assert sorted(planned) == sorted(command.LEVELS)
 
 
-def test_a_part_that_hangs_takes_no_time_of_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path, monkeypatch):
     """The child of a part is ended as well, and what is spared goes on to the next."""
-    child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
+    alive = tmp_path / "alive"
+    child = f"import time\nwhile True: open({str(alive)!r}, 'a').write('.'); time.sleep(0.02)"
     scripts = {
         "quick": "pass",
         "hangs": f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])",
         "fails": "raise SystemExit(3)",
         "last": "pass",
     }
-    said: list[str] = []
-    asked = []
+    said, asked = [], []
 
-    def script(part: plan.Levels, seconds: float) -> list[str]:
+    def script(part, seconds):
         asked.append(seconds)
         return [sys.executable, "-c", scripts[part[0]]]
 
-    monkeypatch.setattr(plan, "PARTS", {(name,): 1.0 for name in scripts})
+    # Shares of 93 seconds, of which only the part that hangs takes its own.
+    parts = {(name,): 3.0 if name == "hangs" else 30.0 for name in scripts}
+    monkeypatch.setattr(plan, "PARTS", parts)
     monkeypatch.setattr(plan, "command", script)
     began = time.monotonic()
-    plan.follow([], 4.0, said.append)
-    took = time.monotonic() - began
-    assert took < 4.5
-    assert asked[1] > asked[0]  # what "quick" left
+    plan.follow([], 93.0, said.append)
+    assert time.monotonic() - began < 60
+    assert asked[2] > asked[0]  # what "quick" left
     assert any(line.startswith("hangs: ended after") for line in said)
     assert "fails: failed with exit status 3; what it had written is kept" in said
     assert said[-1].startswith("last: done")
-    time.sleep(max(0.0, 4.0 - took))
-    assert not (tmp_path / "alive").exists()
+    written = alive.stat().st_size
+    time.sleep(0.5)
+    assert alive.stat().st_size == written > 0
 
 
-def test_a_part_is_measured_by_the_command_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_is_measured_by_the_command_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "PARTS", {("bandwidth",): 60.0})
     said = CliRunner().invoke(command.main, ["gpu", "--rehearse", "--out", str(tmp_path)])
     assert "bandwidth: done" in said.output
@@ -176,10 +169,8 @@ def test_a_part_is_measured_by_the_command_itself(
     assert 1e8 < low <= middle <= high
 
 
-def test_what_was_measured_before_a_failure_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def level(settings: Settings) -> Iterator[dict[str, Any]]:
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
+    def level(settings):
         yield {"name": "first"}
         raise RuntimeError("the card fell out")
 
@@ -199,9 +190,7 @@ def test_what_was_measured_before_a_failure_is_kept(
     assert results["step"] == {"figures": []}
 
 
-def test_a_rehearsal_measures_what_a_gpu_would(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rehearsal_measures_what_a_gpu_would(tmp_path, monkeypatch):
     """Every level at small sizes; nothing is compiled, which takes a CPU minutes."""
     tiny = {name: (4, *[2] * (len(shape) - 1)) for name, shape in KNOWN.items()}
     monkeypatch.setattr("benchmarks.overhead.levels.KNOWN", tiny)
@@ -236,12 +225,12 @@ def test_a_rehearsal_measures_what_a_gpu_would(
         (["gpu"], "gpu: torch sees no GPU here; --rehearse needs none"),
     ],
 )
-def test_a_gpu_that_is_not_there(call: list[str], said: str) -> None:
+def test_a_gpu_that_is_not_there(call, said):
     answer = CliRunner().invoke(command.main, call)
     assert (answer.exit_code, answer.output) == (1, f"Error: {said}\n")
 
 
-def test_a_recorded_command_names_no_folder_of_one_machine() -> None:
+def test_a_recorded_command_names_no_folder_of_one_machine():
     for path in holes.RESULTS.glob("*.json"):
         assert "--out" not in path.read_text(encoding="utf-8")
 
@@ -250,7 +239,7 @@ def test_a_recorded_command_names_no_folder_of_one_machine() -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_a_rate_is_of_the_bytes_that_any_loss_moves(tmp_path: Path, name: str) -> None:
+def test_a_rate_is_of_the_bytes_that_any_loss_moves(tmp_path, name):
     found = device(tmp_path, name)
     cell = dict(found.known())["CIFAR10"]
     seconds = cell["microseconds"]["expected"][1] / 1e6
@@ -264,7 +253,7 @@ def test_a_rate_is_of_the_bytes_that_any_loss_moves(tmp_path: Path, name: str) -
     assert found.old == (row["bytes"] / row["data_bytes"] > 6.5)
 
 
-def test_what_a_step_gains_is_over_the_fastest_plain_one(tmp_path: Path) -> None:
+def test_what_a_step_gains_is_over_the_fastest_plain_one(tmp_path):
     """On the GPU the head was timed at the step's shape twice, and each counts."""
     found = device(tmp_path)
     (step,) = found.levels["step"]["figures"]
@@ -286,7 +275,7 @@ def test_what_a_step_gains_is_over_the_fastest_plain_one(tmp_path: Path) -> None
     assert faster.added == (0.005, 0.005)
 
 
-def test_what_was_not_measured_is_named(tmp_path: Path) -> None:
+def test_what_was_not_measured_is_named(tmp_path):
     found = device(tmp_path, bfloat16={"figures": []})
     assert found.unmeasured == [
         "bfloat16 at any size",
@@ -298,7 +287,7 @@ def test_what_was_not_measured_is_named(tmp_path: Path) -> None:
     ]
 
 
-def test_a_wait_or_a_broken_graph_is_seen(tmp_path: Path) -> None:
+def test_a_wait_or_a_broken_graph_is_seen(tmp_path):
     found = device(tmp_path)
     assert found.waits == 0
     ours = next(r for r in found.levels["counts"]["figures"] if r["contender"] == "expected")

@@ -1,7 +1,5 @@
 """The public names, what is documented about them, and what importing them costs."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import pkgutil

@@ -21,8 +21,7 @@ from benchmarks.quality import cli, report, runner
 from benchmarks.quality.catalogue import CATALOGUE
 from benchmarks.quality.networks import PixelUNetSpec, UNetSpec
 from benchmarks.quality.presets import PRESETS
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.commands import run as run_command
 
 
 @pytest.fixture
@@ -78,7 +77,7 @@ def test_a_preset_that_is_misspelt(call):
 def test_help_is_there_at_once(call):
     """Without torch, which takes seconds to import."""
     code = "import sys, benchmarks.quality.cli\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)  # noqa: S603 - ours
+    run_command(sys.executable, "-c", code)
     runs, keeps = call("--help").output.split("For this repository's results:")
     assert ("\n  run " in runs, "\n  keep " in runs, "\n  keep " in keeps) == (True, False, True)
 
@@ -163,6 +162,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_run(tmp_path, sent):
     """A job that would take hours is not waited for, and no process is left with its locks."""
@@ -172,7 +172,7 @@ def test_no_worker_outlives_the_run(tmp_path, sent):
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **pipes)  # noqa: S603 - ours
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not list(out.glob("models/plain/*/checkpoint.pt")):
             assert process.poll() is None, process.stderr and process.stderr.read()
             assert time.monotonic() < deadline

@@ -215,4 +215,5 @@ def test_the_gap_of_continuous_time_is_computed(skip):
 @pytest.mark.parametrize("name", evidence_figures.FIGURES)
 def test_figures_are_drawn_from_the_committed_results(name):
     figure = evidence_figures.FIGURES[name]()
+    assert figure.axes
     assert all(axes.lines for axes in figure.axes)

@@ -21,6 +21,7 @@ from benchmarks.quality.checkpoint import BEFORE, NEWEST, newest_state, save_sta
 from benchmarks.quality.plan import plan
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.runner import run
+from tests.helpers.commands import run as run_command
 
 HERE = Path(__file__).parent
 KILLS = 20
@@ -65,10 +66,9 @@ for done in range(done + 1):
 """
 
 
+@pytest.mark.timeout(1200)
 def test_a_run_killed_at_twenty_random_moments_makes_the_same(tmp_path):
-    subprocess.run(  # noqa: S603 - this very interpreter
-        [sys.executable, "-c", KILLER, tmp_path, str(KILLS), HERE, HERE.parent], check=True
-    )
+    run_command(sys.executable, "-c", KILLER, tmp_path, KILLS, HERE)
     first, *killed = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
     whole = what_was_made(KILLED, first)  # of the run that nobody killed
     assert sum(name.endswith("weights.pt") for name in whole) == 2

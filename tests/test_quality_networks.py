@@ -108,7 +108,7 @@ def test_with_nothing_learned_a_spectral_network_is_exact(t, spectral, monkeypat
 
 def test_what_a_spectral_network_learns_has_the_size_of_what_is_unknown(spectral, monkeypatch):
     """With F of variance 1, as white noise, ε̂ moves by √(ᾱ Σ (ᾱ Σ + 1 − ᾱ)⁻¹) of it."""
-    zeros = torch.zeros(500, 2, 8, 8)
+    zeros = torch.zeros(2000, 2, 8, 8)
     given = torch.nn.functional.pixel_unshuffle(torch.randn(zeros.shape), 2)
     _, _, covariance = coloured(1)
     for t in (0, 300, 999):

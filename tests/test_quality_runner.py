@@ -1,8 +1,6 @@
 import itertools
-import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -27,8 +25,7 @@ from benchmarks.quality.runner import Bench, run
 from benchmarks.quality.samplers import sample
 from benchmarks.quality.streams import Purpose, generator
 from s2dm_loss import NoiseSchedule, gain
-
-TESTS = Path(__file__).parent
+from tests.helpers.commands import run as run_command
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +80,8 @@ run(tiny, Path(sys.argv[1]))
 def test_a_run_on_a_gpu(tmp_path):
     """The same numbers as on a CPU, but for rounding: the same images, noise and first weights."""
     for device in ("cuda", "cpu"):
-        command = [sys.executable, "-W", "ignore", "-c", ON_A_GPU, tmp_path / device]
-        python_path = f"{TESTS.parent}{os.pathsep}{TESTS}"
-        environment = {**os.environ, "S2DM_DEVICE": device, "PYTHONPATH": python_path}
-        subprocess.run(command, check=True, env=environment)  # noqa: S603 - our own interpreter
+        command = sys.executable, "-W", "ignore", "-c", ON_A_GPU, tmp_path / device
+        run_command(*command, S2DM_DEVICE=device, PYTHONPATH=str(Path(__file__).parent))
     assert len(list(tmp_path.glob("cuda/cells/**/*.json"))) == 3 + 3 + 1
     training = load_json(tmp_path / "cuda/models/plain/seed0/training.json")
     assert training["device"] == torch.cuda.get_device_name()

@@ -32,18 +32,6 @@ def test_every_sampler_recovers_gaussian_data_from_its_exact_model(name):
     assert not torch.equal(samples, draw(name, steps, seed=1))
 
 
-def test_ddim_is_its_formula():
-    x = start = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
-    for t, earlier in ((750, 500), (500, 250), (250, 0), (0, None)):
-        noise = exact(x, torch.tensor(t))
-        here = SCHEDULE.alphas_cumprod[t]
-        there = SCHEDULE.alphas_cumprod[earlier] if earlier is not None else torch.tensor(1.0)
-        x0 = (x - (1 - here).sqrt() * noise) / here.sqrt()
-        x = there.sqrt() * x0 + (1 - there).sqrt() * noise
-    samples = sample(exact, "ddim", SCHEDULE, 4, start, torch.Generator())
-    torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_schedulers_have_the_schedules_own_table(name):
     scheduler = make_scheduler(name, SCHEDULE)

@@ -1,15 +1,10 @@
 """The search of a preset: kept, judged on noise of its own, and on the page."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from quality_tools import ONE_ARM
-from torch import Tensor
 
 import benchmarks.quality.search as searching
 from benchmarks.files import load_json
@@ -24,14 +19,12 @@ from s2dm_loss import CorrectionSearch
 from s2dm_loss.sampling import StartScaling
 
 
-def test_a_search_is_kept_and_judged_on_noise_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_is_kept_and_judged_on_noise_of_its_own(tmp_path, monkeypatch):
     preset = replace(ONE_ARM, samples=48, sample_batch=32)
     run(preset, tmp_path)
     asked = []
 
-    def small(*args: Any, **settings: Any) -> CorrectionSearch:
+    def small(*args, **settings):
         asked.append(settings["num_samples"])
         return CorrectionSearch(*args, **{**settings, "num_samples": 64})
 
@@ -47,7 +40,7 @@ def test_a_search_is_kept_and_judged_on_noise_of_its_own(
     start = torch.randn(48, *bench.data.shape, generator=generator(0, Purpose.START, 1_000))
     model = bench.model(ONE_ARM.arms[0].method.objective, 0, lambda _: None)
 
-    def distance(noise: Tensor) -> float:
+    def distance(noise):
         images = sample(model, "ddim", bench.path.schedule, 2, noise, torch.Generator())
         return bench.distances.compare(datasets.to_uint8(images)).frechet
 

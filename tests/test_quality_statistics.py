@@ -26,14 +26,6 @@ def rows_of(values, columns):
     return [[name, seed, "ddim", 10, *columns(x)] for name, seed, x in each]
 
 
-def test_the_t_interval_is_scipys():
-    values = [3.0, 5.0, 4.0, 9.0, 6.5]
-    found = interval(values)
-    wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
-    assert (found.mean, found.seeds) == (pytest.approx(5.5), 5)
-
-
 def test_the_sign_is_the_t_intervals():
     assert interval([1.0, 1.1, 0.9]).sign == 1
     assert interval([-1.0, -1.1, -0.9]).sign == -1

@@ -4,8 +4,6 @@
 its code.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re
@@ -21,7 +19,7 @@ from tests.strategies import LINEAR
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def command(name: str) -> str:
+def command(name):
     (found,) = re.findall(rf"^<!-- command: {name} -->\n```sh\n(.*?)^```$", README, re.M | re.S)
     return found
 

@@ -1,7 +1,5 @@
 """The files that say versions say the same ones."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -12,14 +10,14 @@ from tests.helpers.commands import ROOT
 yaml = pytest.importorskip("yaml")
 
 
-def text_of(name: str) -> str:
+def text_of(name):
     path = ROOT / name
     if not path.is_file():
         pytest.skip(f"{name} is not beside these tests")
     return path.read_text(encoding="utf-8")
 
 
-def matrix_of(job: str) -> dict:
+def matrix_of(job):
     return yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"][job]["strategy"]["matrix"]
 
 

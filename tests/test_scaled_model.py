@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from mpmath import mpf
 from torch import nn
 
 from s2dm_loss import NoiseSchedule, SkipStepLoss, gain
@@ -145,13 +144,6 @@ def test_a_whole_number_is_a_time_in_continuous_time():
     torch.testing.assert_close(output, 0.7 * s * x_t, rtol=1e-12, atol=0)
 
 
-def scales_at(schedule, t, kind):
-    """The oracle's view of a timestep, with k = 99."""
-    bar = schedule.alphas_cumprod
-    now, *earlier = (oracle.vp_pair(mpf(float(bar[i]))) for i in (t, t - 99) if i >= 0)
-    return oracle.scales(now, earlier, 0.99, kind=kind)
-
-
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(
     "schedule",
@@ -169,7 +161,7 @@ def test_every_timestep_is_finite_and_has_the_gain_while_there_is_signal(schedul
     torch.testing.assert_close(output, taught, rtol=1e-9, atol=1e-9)
     for t in [98, *range(0, 1000, 9)]:
         if schedule.alphas_cumprod[t] > 1e-6:  # conversions lose digits below
-            at = scales_at(schedule, t, kind)
+            at = oracle.at(t, kind, schedule.alphas_cumprod)
             assert float(found[t]) == pytest.approx(at.gain, rel=1e-9)
             wanted = at.scaled(0.7 * x_t[t], x_t[t])
             torch.testing.assert_close(output[t], wanted, rtol=1e-7, atol=1e-7)

@@ -8,6 +8,7 @@ deviation s(999) at k = 99 then make k = 99 the exact answer, and unit data make
 import json
 import math
 import pickle
+import re
 import sys
 from dataclasses import replace
 from itertools import product
@@ -34,6 +35,7 @@ from s2dm_loss.sampling.choosing import plan_of
 from s2dm_loss.sampling.corrections import NONE
 from s2dm_loss.sampling.frechet import MAX_AXES, Axes, FrechetComparison
 from s2dm_loss.sampling.progress import Reporter
+from tests.helpers.commands import ROOT
 from tests.strategies import LINEAR
 
 TAU = 0.9  # a strong gain, which a thousand samples can tell from none
@@ -522,9 +524,10 @@ def test_it_draws_at_most_twice_the_samples_of_one_sampler(corrections):
 
 
 def test_the_plan_at_its_default_is_what_the_docs_say():
-    corrections = standard_corrections(LINEAR)
-    assert plan_of(1, corrections, 2048).samples == 57_344
-    assert plan_of(6, corrections, 2048).samples == 78_848
+    page, corrections = (ROOT / "docs/correct.md").read_text("utf-8"), standard_corrections(LINEAR)
+    (said,) = re.findall(r"draws ([\d,]+) samples, one over six ([\d,]+),", page)
+    for samplers, count in zip((1, 6), said, strict=True):
+        assert f"{plan_of(samplers, corrections, 2048).samples:,}" == count
 
 
 # What it says, keeps, draws and shows

@@ -1,7 +1,5 @@
 """The built site, seen by a browser: nothing fails to load, nothing is left unrendered."""
 
-from __future__ import annotations
-
 import html
 import io
 import re
@@ -11,7 +9,6 @@ import threading
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -35,7 +32,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
+def site(tmp_path_factory):
     """Build the site; any warning fails the build."""
     target = tmp_path_factory.mktemp("site")
     build = (sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", target)
@@ -75,6 +72,7 @@ def page(browser, address):
 def watched_page(browser, address, scheme="light"):
     context = browser.new_context(viewport={"width": DESKTOP, "height": 900}, color_scheme=scheme)
     page = context.new_page()
+    page.set_default_timeout(120_000)  # milliseconds, on a busy machine
     page.trouble = []
 
     def watch(event, fault_of):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2dm_loss import ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.tables import TimeTable
-from tests.strategies import LINEAR, VP, normals
+from tests.strategies import LINEAR, VP, Same, normals
 
 T = torch.tensor([0, 9, 500, 999])
 C2 = LINEAR.alphas_cumprod[T - 9] / LINEAR.alphas_cumprod[T] - 1
@@ -49,11 +49,6 @@ class Gain(Loss):
 
     def run(self, module, x):
         return module(x, T)
-
-
-class Same(nn.Module):
-    def forward(self, x_t, t):
-        return x_t
 
 
 KINDS = pytest.mark.parametrize("kind", [Loss(), Gain()], ids=["loss", "gain"])

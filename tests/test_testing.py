@@ -214,8 +214,7 @@ def test_the_stand_in_can_be_called_by_keyword(call):
         return lambda x_t, t: call(model, x_t, t)
 
     report = check_swap(
-        lambda model: EPSILON.loss(by_name(model)),
-        lambda model, tau: RIGHT(by_name(model), tau),
+        lambda model: EPSILON.loss(by_name(model)), lambda model, tau: RIGHT(by_name(model), tau)
     )
     assert torch.equal(report.times, T)
     with pytest.raises(TypeError, match=r"with x_t, a tensor, and t, got 0 .*pixels by name"):

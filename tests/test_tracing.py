@@ -1,15 +1,14 @@
 """torch.compile, torch.export and `python -O`."""
 
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
+from tests.helpers.commands import run as run_command
 from tests.strategies import FLOW, LINEAR, VP, drawn, loss_and_gradient, normals, same
 
 T = torch.tensor([0, 98, 99, 999])
@@ -101,18 +100,13 @@ def test_compiled_with_something_around_it(around):
 @pytest.mark.slow
 def test_errors_are_the_same_under_python_optimize():
     """Which leaves out every `assert`."""
-    errors = str(Path(__file__).with_name("test_errors.py"))
-    call = [sys.executable, "-O", "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
-    done = subprocess.run([*call, errors], capture_output=True, text=True, check=False)  # noqa: S603
-    assert done.returncode == 0, done.stdout
+    options = ("-q", "-W", "ignore", "-p", "no:cacheprovider", "tests/test_errors.py")
+    run_command(sys.executable, "-O", "-m", "pytest", *options)
 
 
 @pytest.mark.parametrize(
     ("schedule", "skip", "estimator"),
-    [
-        (LINEAR, 9, "fresh"),
-        pytest.param(VP, 0.01, "expected", marks=pytest.mark.slow),
-    ],
+    [(LINEAR, 9, "fresh"), pytest.param(VP, 0.01, "expected", marks=pytest.mark.slow)],
     ids=str,
 )
 def test_a_compiled_step_that_draws_takes_a_shorter_last_batch(schedule, skip, estimator):

@@ -108,10 +108,7 @@ def test_a_weight_without_bound_where_no_time_is_drawn():
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(
     ("schedule", "skip", "t"),
-    [
-        (ZERO_SNR, 9, torch.tensor([1, 998, 999])),
-        (FLOW, 0.01, torch.tensor([1e-6, 0.5, 1.0])),
-    ],
+    [(ZERO_SNR, 9, torch.tensor([1, 998, 999])), (FLOW, 0.01, torch.tensor([1e-6, 0.5, 1.0]))],
     ids=["zero terminal SNR", "flow"],
 )
 def test_finite_at_both_ends(schedule, skip, t, kind, name):

@@ -16,14 +16,13 @@ from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.weighting import WEIGHTINGS, min_snr, p2, soft_min_snr
-from tests.doubles import k_diffusion_double
 from tests.doubles.denoising_diffusion_pytorch_double import GaussianDiffusion
 from tests.helpers import more_trainers
 from tests.helpers.diffusers_parts import compute_snr, make_scheduler, min_snr_weights
+from tests.helpers.more_trainers import K_DIFFUSION
 from tests.helpers.sd_scripts_parts import load_sd_scripts
 from tests.helpers.small import Network
 from tests.helpers.trainers import OBJECTIVES
-from tests.helpers.upstream import k_diffusion_layers
 
 SCHEDULE = NoiseSchedule.scaled_linear(1000)  # Stable Diffusion's
 SNR = SCHEDULE.log_snr.exp()
@@ -174,8 +173,7 @@ def lucid(_, output):
 TRAINERS = [
     ("sd-scripts", sd_scripts, 1e-5),
     ("OneTrainer", onetrainer, 1e-5),
-    ("k-diffusion", functools.partial(k_diffusion, lambda: k_diffusion_double), 1e-5),
-    ("k-diffusion", functools.partial(k_diffusion, k_diffusion_layers), 1e-5),
+    *(("k-diffusion", functools.partial(k_diffusion, get), 1e-5) for _, get in K_DIFFUSION),
     ("denoising-diffusion-pytorch", lucid, 1e-4),
 ]
 

@@ -1,7 +1,5 @@
 """What is released: an sdist and the wheel built from it, and what they install."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re
@@ -20,7 +18,7 @@ from s2dm_loss import __version__
 from tests.helpers.commands import ROOT, run
 
 
-def needs(package: str) -> pytest.MarkDecorator:
+def needs(package):
     missing = importlib.util.find_spec(package) is None
     return pytest.mark.skipif(missing, reason=f"the package `{package}` is not installed")
 
@@ -34,7 +32,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def dist(tmp_path_factory) -> Path:
+def dist(tmp_path_factory):
     """Build from a copy, so that nothing is left in the checkout; the wheel from the sdist."""
     source = tmp_path_factory.mktemp("source") / "checkout"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
@@ -45,7 +43,7 @@ def dist(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(dist) -> Path:
+def wheel(dist):
     return next(dist.glob("*.whl"))
 
 
@@ -73,7 +71,7 @@ def test_the_sdist_holds_the_library_and_its_licence(dist):
     assert sdist.stat().st_size < 200_000
 
 
-def metadata_of(wheel: Path) -> str:
+def metadata_of(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         return archive.read(name).decode()
@@ -103,14 +101,14 @@ class Installed(NamedTuple):
     python: Path
     site_packages: Path
 
-    def pyright(self, *arguments: str | Path, cwd: Path) -> str:
+    def pyright(self, *arguments, cwd):
         """It asks the first python of the PATH, and does not see editable installs: hence here."""
         path = os.pathsep.join([str(self.python.parent), os.environ["PATH"]])
         return run(sys.executable, "-m", "pyright", *arguments, cwd=cwd, PATH=path)
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Installed:
+def installed(wheel, tmp_path_factory):
     """The wheel alone in a new environment, beside the dependencies of this one."""
     root = tmp_path_factory.mktemp("installed")
     venv.create(root / "env", with_pip=False)

@@ -9,11 +9,10 @@ class EDMLoss:
     def __init__(self, mean=-1.2, std=1.2, sigma_data=0.5):
         self.mean, self.std, self.sigma_data = mean, std, sigma_data
 
-    def __call__(self, net, images, labels=None, augment_pipe=None):
+    def __call__(self, net, images, labels=None):
         sigma, weight = self.draw(images)
-        y, augmented = (images, None) if augment_pipe is None else augment_pipe(images)
-        noise = torch.randn_like(y) * sigma
-        return weight * (net(y + noise, sigma, labels, augment_labels=augmented) - y) ** 2
+        noise = torch.randn_like(images) * sigma
+        return weight * (net(images + noise, sigma, labels) - images) ** 2
 
     def draw(self, images):
         sigma = (torch.randn(len(images), 1, 1, 1) * self.std + self.mean).exp()

@@ -110,9 +110,8 @@ class FluxNetworkTrainer(NetworkTrainer):
         return noise - latents
 
     def get_noise_pred_and_target(
-        self, args, accelerator, noise_scheduler, latents, batch, text_encoder_conds, unet, network,
-        weight_dtype, train_unet, is_train=True,
-    ):  # fmt: skip
+        self, args, _accelerator, _scheduler, latents, batch, _conds, unet, *_, is_train=True
+    ):
         noise, sigma = torch.randn_like(latents), torch.rand(len(latents), 1, 1, 1)
         x_t = (1 - sigma) * latents + sigma * noise
         with torch.set_grad_enabled(is_train):

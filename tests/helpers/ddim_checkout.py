@@ -37,9 +37,7 @@ def _runner_module(root, *, images=None, swap=False):
     """The runner's module, fed with `images`."""
     stubbed = stubs("torchvision", "torchvision.utils", "requests")
     stubbed["datasets"] = stub(
-        "datasets",
-        get_dataset=lambda *_: (images, images),
-        data_transform=lambda _, x: 2 * x - 1,
+        "datasets", get_dataset=lambda *_: (images, images), data_transform=lambda _, x: 2 * x - 1
     )
     with checkout_on_path(root, stubbed):
         if swap:

@@ -58,6 +58,13 @@ def tiny_unet():
     )
 
 
+def tiny_pipeline():
+    torch.manual_seed(0)
+    pipe = diffusers.DDIMPipeline(unet=tiny_unet(), scheduler=make_scheduler("DDIMScheduler"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def tiny_conditional_unet():
     """The U-Net of text-to-image, for 8x8 latents of one channel and text of width 8."""
     return diffusers.UNet2DConditionModel(

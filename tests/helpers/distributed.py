@@ -26,7 +26,7 @@ def _run(rank, worker, directory, world_size, args):
         init_method=f"file://{directory}/rendezvous",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=90),  # a hang is a failure
+        timeout=timedelta(seconds=240),  # a hang is a failure
     )
     try:
         torch.save(worker(rank, *args), f"{directory}/rank{rank}.pt")

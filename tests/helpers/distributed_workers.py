@@ -1,7 +1,5 @@
 """What each process of tests/test_distributed.py does; the processes import it by name."""
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import product
 

@@ -5,7 +5,7 @@ import functools
 import itertools
 import sys
 import warnings
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -189,14 +189,7 @@ def k_diffusions(package):
         return snippet("k_diffusion")
 
 
-def _real():
-    layers = upstream.k_diffusion_layers()
-    package = ModuleType("k_diffusion")
-    package.layers, package.Denoiser = layers, layers.Denoiser
-    return package
-
-
-K_DIFFUSION = of_each("k-diffusion", _real, k_diffusion_double)
+K_DIFFUSION = of_each("k-diffusion", upstream.k_diffusion_layers, k_diffusion_double)
 
 
 def k_diffusion(label, package, weighting, sigma_data):

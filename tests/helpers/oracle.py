@@ -5,8 +5,6 @@ as the two terms that the paper writes, and as A · mse(output, regression targe
 the two are equal.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from mpmath import mp, mpf
@@ -177,6 +175,12 @@ def scales(pair, earlier, tau, max_c2=100.0, weighting=None, kind="epsilon", rat
         *(float(value) for value in values),
         weight=None if weight is None else float(weight),
     )
+
+
+def at(t, kind, bar):
+    """The scales at a timestep of a table of ᾱ, with k = 99."""
+    now, *earlier = (vp_pair(mpf(float(bar[i]))) for i in (t, t - 99) if i >= 0)
+    return scales(now, earlier, 0.99, kind=kind)
 
 
 def parts(kind, pair, rates=None):

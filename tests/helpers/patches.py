@@ -51,12 +51,12 @@ class Patch(NamedTuple):
     hunks: list[list[str]]
 
     @property
-    def titles(self) -> tuple[str, ...]:
+    def titles(self):
         """What the diff block of a page is called where it shows this patch."""
         return self.path, f"{self.trainer}: {self.path}"
 
 
-def read(file: Path) -> Patch:
+def read(file):
     """The patch of a file: a head of two lines and an empty one, then a unified diff."""
     text = file.read_text(encoding="utf-8")
     page = re.search(r"^docs/adapters/(\S+) says what it does\.$", text, re.M)
@@ -71,13 +71,13 @@ def read(file: Path) -> Patch:
 PATCHES = [read(file) for file in sorted(FOLDER.glob("*.patch"))]
 
 
-def patch_of(trainer: str, path: str) -> Patch:
+def patch_of(trainer, path):
     """The patch of a trainer's file."""
     (found,) = (p for p in PATCHES if (p.trainer, p.path) == (trainer, path))
     return found
 
 
-def patched(trainer: str, path: str, source: str) -> str:
+def patched(trainer, path, source):
     """The trainer's file after its patch."""
     for hunk in patch_of(trainer, path).hunks:
         old = "".join(line[1:] + "\n" for line in hunk if line[:1] != "+")

@@ -1,28 +1,28 @@
-"""What the README's pipeline block has at hand: a tiny pipeline and a few pictures."""
+"""What the pages' pipeline blocks have at hand: a tiny pipeline and a few pictures."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
 
-from tests.helpers.diffusers_parts import diffusers
+from tests.helpers.diffusers_parts import tiny_pipeline
+from tests.helpers.small import digits
 
-torch.manual_seed(0)
-_unet = diffusers.UNet2DModel(
-    sample_size=8,
-    block_out_channels=(8,),
-    norm_num_groups=4,
-    layers_per_block=1,
-    down_block_types=("DownBlock2D",),
-    up_block_types=("UpBlock2D",),
-)
-pipe = diffusers.DDIMPipeline(_unet, diffusers.DDIMScheduler())
-pipe.set_progress_bar_config(disable=True)
-photographs: Tensor = torch.rand(64, 3, 8, 8)
+pipe = tiny_pipeline()
+photographs = torch.rand(64, 1, 8, 8)
 
 
-def few(search: Callable[..., Any]) -> Callable[..., Any]:
+def few(search):
     """Return a search with as few samples as it takes."""
     return partial(search, num_samples=32, batch_size=32, schedulers=[], progress=False)
+
+
+def make(pipeline, pictures):
+    """Write a pipeline and a folder of pictures into the working directory."""
+    tiny_pipeline().save_pretrained(pipeline)
+    Path(pictures).mkdir()
+    for number, image in enumerate(digits(200)):
+        values = ((image[0] + 1) * 127.5).round().numpy().astype(np.uint8)
+        Image.fromarray(values).save(Path(pictures) / f"{number:03}.png")

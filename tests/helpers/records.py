@@ -135,9 +135,8 @@ def criterion_of(case, tau):
     """The loss that a trainer's patch makes, for what this case trains."""
     today, options = trainers_of_today, case.options
     if case.file[0] in ("flow_matching", "conditional-flow-matching", "sd-scripts"):  # makes none
-        schedule, predicts = trainers.path_of_today(case)
         skips = SkipSet.for_sampling_steps(20)
-        return SkipStepLoss(schedule, skips, tau=tau, prediction_type=predicts)
+        return SkipStepLoss(case.schedule, skips, tau=tau, prediction_type=case.predicts)
     names = {}
     if "prediction_type" in options:
         names = {"noise_scheduler": today.policy_scheduler(options["prediction_type"])}

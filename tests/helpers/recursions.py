@@ -1,15 +1,12 @@
 """What DDIM and Euler leave of the deviation of Gaussian data, their steps written out."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 
-def ddim(variances: Tensor, levels: Tensor, steps: int, gains: Tensor | None = None) -> Tensor:
+def ddim(variances, levels, steps, gains=None):
     """Return the samples' deviation along each axis; ε̂ is exact, times a gain for each t."""
     x = torch.ones_like(variances)
     times = range(1000 - 1000 // steps, -1, -1000 // steps)
@@ -23,7 +20,7 @@ def ddim(variances: Tensor, levels: Tensor, steps: int, gains: Tensor | None = N
     return x
 
 
-def euler(variance: float, steps: int, delta: float = 0.0, shift: float = 1.0) -> float:
+def euler(variance, steps, delta=0.0, shift=1.0):
     """Return the samples' deviation over the data's, with the gain of δ on ε̂ = x + (1-t) u.
 
     At τ = 0.99, and with c² at most 100 on what a network's own output is asked to change.

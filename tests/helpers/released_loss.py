@@ -2,14 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "released_loss.json").read_text())["cases"]
 
 
-def released_tensor(case: dict[str, Any], name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+def released_tensor(case, name, dtype=torch.float64):
     """One of a case's tensors, of the shape of its data."""
     return torch.tensor(case[name], dtype=dtype).reshape(case["shape"])

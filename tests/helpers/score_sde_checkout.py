@@ -55,7 +55,7 @@ def _stubs():
     return stubbed
 
 
-def load_score_sde(root: Path) -> SimpleNamespace:
+def load_score_sde(root):
     """The checkout's own classes and functions, and its own loop with the documented swap."""
     names = ("losses", "sde_lib", "utils", "models.utils", "models.ema", "models.ddpm")
     # The stubs leave again after the imports: torch looks whether TensorFlow is there.

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib
 import itertools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -459,9 +458,6 @@ def of_today(case):
     normalizes = case.file in (today.MUSUBI, today.AI_TOOLKIT, today.SIMPLE_TUNER)
     of_case = case.name, loss, case.schedule, SkipSet.for_sampling_steps(20), case.predicts
     return Case(*of_case, reference, 1e-4, channels=0, options={"normalize": normalizes})
-
-
-path_of_today = operator.attrgetter("schedule", "predicts")
 
 
 def _cases():
