@@ -41,6 +41,11 @@ def write_whole(path: Path, write: Callable[[Path], object], keep: Path | None =
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 def save_tensors(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
     """Write a dictionary of tensors and plain values."""
 
@@ -73,8 +78,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 def save_json(path: Path, content: Any) -> None:
     """Write indented JSON."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def load_json(path: Path) -> Any:
@@ -97,4 +101,4 @@ def save_record(path: Path, record: dict[str, Any]) -> None:
     shell = json.dumps({**record, "rows": []}, indent=1, ensure_ascii=False)
     listed = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
     text = shell.replace('"rows": []', f'"rows": [\n{listed}\n ]' if rows else '"rows": []')
-    write_whole(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+    write_text(path, text + "\n")

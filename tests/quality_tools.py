@@ -87,6 +87,5 @@ def what_was_made(preset, root):
         tensors = load_tensors(path)
         made[str(path.relative_to(root))] = {k: v.numpy().tobytes() for k, v in tensors.items()}
     for path in root.glob("cells/**/*.json"):
-        made[str(path.relative_to(root))] = cell = load_json(path)
-        del cell["sampling_seconds"], cell["metric_seconds"]
+        made[str(path.relative_to(root))] = load_json(path)
     return made

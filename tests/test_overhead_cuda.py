@@ -179,7 +179,7 @@ class SmallNet(nn.Conv2d):
 @pytest.fixture
 def small(monkeypatch):
     """The smallest model and sizes, nothing compiled: that is the same on every device."""
-    monkeypatch.setattr(step, "cifar10_unet", SmallNet)
+    monkeypatch.setattr(step, "cifar10_unet", lambda small: SmallNet())
     monkeypatch.setattr(levels, "LATENTS", (4, 4, 2, 2))
     known = {"CIFAR10": (4, 3, 2, 2), "SD latents": (4, 4, 2, 2)}
     monkeypatch.setattr(levels, "KNOWN", known)
@@ -234,8 +234,7 @@ def test_a_whole_run_on_a_gpu(gpu_there, tmp_path):
     assert said.exit_code == 0, said.output
     results = json.loads((tmp_path / "cuda.json").read_text())
     assert list(results) == list(command.LEVELS)
-    told = {(level["machine"]["gpu"], level["clock"]) for level in results.values()}
-    assert told == {("a GPU's name", "CUDA events")}
+    assert {level["machine"]["gpu"] for level in results.values()} == {"a GPU's name"}
     # Only the boolean masks wait.
     for row in results["counts"]["figures"]:
         assert row["kernels"] == 1
@@ -277,7 +276,7 @@ def test_a_card_that_is_too_small_leaves_one_cell_out(gpu_there, tmp_path, monke
     said = CliRunner().invoke(command.main, [*call, "--level", "float32"])
     assert said.exit_code == 0, said.output
     cells = json.loads((tmp_path / "cuda.json").read_text())["float32"]["figures"]
-    assert [cell["name"] for cell in cells] == ["CIFAR10", "2^20, SD latents"]
+    assert [cell["name"] for cell in cells] == ["CIFAR10", "SD latents"]
     assert "emptied" in gpu_there.diary
 
 

@@ -10,6 +10,7 @@ from benchmarks.quality.layout import Layout
 from benchmarks.quality.objectives import (
     Batch,
     InputPerturbation,
+    Loss,
     MinSNR,
     Plain,
     SampledTimesteps,
@@ -71,7 +72,7 @@ def test_skip_step_is_the_two_term_formula(estimator, skip):
     c = (earlier / alphas_cumprod[batch.t] - 1).sqrt()[:, None, None, None]
     plain, skipped = per_sample(batch.noise - predicted), per_sample(zeta - c * predicted)
     terms = torch.where(batch.t < skip, plain, 0.99 * plain + 0.01 * skipped).mean()
-    loss, errors, t = SkipStep(skip, estimator).build(PATH)(lambda *_: predicted, batch)
+    loss, errors, t = Loss(SkipStep(skip, estimator), PATH)(lambda *_: predicted, batch)
     # Up to what the network cannot change.
     wanted, found = (torch.autograd.grad(value, predicted)[0] for value in (terms, loss))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
@@ -87,7 +88,7 @@ def test_a_flow_is_trained_on_the_velocity_and_its_loss_on_the_noise_in_it(skip)
     x_t = (1 - t) * batch.x0 + t * batch.noise
     velocity = (batch.noise - batch.x0).double()
     output = model(x_t.float(), 1000 * t.flatten().float()).double().requires_grad_()
-    loss = (Plain() if skip is None else SkipStep(skip)).build(FlowPath())
+    loss = Loss(Plain() if skip is None else SkipStep(skip), FlowPath())
     seen = []
 
     def called(x, time):
@@ -115,7 +116,7 @@ def test_a_flow_is_trained_on_the_velocity_and_its_loss_on_the_noise_in_it(skip)
 
 def test_an_objective_of_noise_alone_is_refused_on_a_flow():
     with pytest.raises(ValueError, match=r"objective: min-snr-5 is one of networks that predict ε"):
-        MinSNR().build(FlowPath())
+        Loss(MinSNR(), FlowPath())
 
 
 def test_min_snr_weighs_by_the_clipped_snr():
@@ -124,14 +125,14 @@ def test_min_snr_weighs_by_the_clipped_snr():
     snr = alphas_cumprod / (1 - alphas_cumprod)
     error = per_sample(batch.noise - model(noisy(batch.x0, batch.noise, batch.t), batch.t))
     wanted = (torch.minimum(snr, torch.tensor(5.0)) / snr * error).mean()
-    assert float(MinSNR(5.0).build(PATH)(model, batch)[0]) == pytest.approx(float(wanted))
+    assert float(Loss(MinSNR(5.0), PATH)(model, batch)[0]) == pytest.approx(float(wanted))
 
 
 def test_input_perturbation_moves_the_input_and_not_the_target():
     batch = a_batch()
     perturbed = batch.noise + 0.1 * more_noise(batch.x0)[0]
     wanted = F.mse_loss(model(noisy(batch.x0, perturbed, batch.t), batch.t), batch.noise)
-    loss = InputPerturbation(0.1).build(PATH)(model, batch)[0]
+    loss = Loss(InputPerturbation(0.1), PATH)(model, batch)[0]
     assert float(loss) == pytest.approx(float(wanted))
 
 
@@ -147,14 +148,14 @@ def test_sequence_aware_sums_the_residuals_of_consecutive_timesteps(window):
             total[row] += noise[j][row] - model(x, s)[0]
     first = per_sample(batch.noise - model(noisy(batch.x0, batch.noise, batch.t), batch.t))
     wanted = first.mean() + per_sample(total).mean() / window**2
-    loss = SequenceAware(window).build(PATH)(model, batch)[0]
+    loss = Loss(SequenceAware(window), PATH)(model, batch)[0]
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_sampled_timesteps_are_the_samplers_and_all_of_them():
     zeros = torch.zeros(1000, 1, 2, 2)
     batch = Batch(zeros, torch.arange(1000), zeros, a_batch().extra)
-    _, _, times = SampledTimesteps(20).build(PATH)(lambda x, t: x, batch)
+    _, _, times = Loss(SampledTimesteps(20), PATH)(lambda x, t: x, batch)
     assert set(times.tolist()) == set(range(0, 1000, 50))
 
 
@@ -171,7 +172,7 @@ def test_the_minimisers_of_peers_are_gains(objective, t):
     for slope in (0.0, 0.5, 1.0):  # a linear model's loss is a parabola in its slope
         extra.source.manual_seed(5)
         batch = Batch(v**0.5 * x0, times, noise, extra)
-        loss = objective.build(PATH)
+        loss = Loss(objective, PATH)
         losses.append(float(loss(lambda x, _, slope=slope: slope * x, batch)[0]))
     low, middle, high = losses
     best = 0.5 - 0.25 * (high - low) / (high - 2 * middle + low)

@@ -10,7 +10,6 @@ from benchmarks.quality.statistics import (
     change,
     holm,
     interval,
-    p_value,
 )
 
 COLUMNS = ["method", "seed", "sampler", "steps", "raw_frechet", "images_frechet", "spread"]
@@ -50,13 +49,6 @@ def test_ratios_are_averaged_in_logarithms():
     assert change({0: 1.0}, {1: 1.0}) is None
     with pytest.raises(ValueError, match="distances: expected positive ones"):
         change({0: -0.001}, {0: 0.002})  # kernel distances at the floor have no ratio
-
-
-def test_p_values_are_scipys():
-    values = [0.3, 0.5, -0.1, 0.2]
-    assert p_value(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
-    assert p_value([0.3]) == p_value([0.0, 0.0]) == 1.0
-    assert p_value([-0.3, -0.3]) < 1e-10
 
 
 def test_holms_p_values_are_those_of_his_example():

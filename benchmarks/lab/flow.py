@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from benchmarks.quality.samplers import flow_times
 from s2dm_loss import ContinuousSchedule, ScaledModel
 
 FLOW = ContinuousSchedule.flow()
@@ -31,15 +32,6 @@ class ExactVelocity(nn.Module):
         return (t - (1 - t) * self.variance) / (data + noise) * x_t
 
 
-def times(steps: int, shift: float = 1.0) -> Tensor:
-    """Return the times from 1 to 0, float64 [steps + 1], shifted as Stable Diffusion 3's are.
-
-    t -> shift · t / (1 + (shift - 1) t) (arXiv 2403.03206, Eq. 23).
-    """
-    uniform = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return shift * uniform / (1 + (shift - 1) * uniform)
-
-
 def spread(
     variance: float, steps: int, *, skip: float = 0.0, shift: float = 1.0, method: str = "euler"
 ) -> float:
@@ -57,7 +49,7 @@ def spread(
         model = ScaledModel.with_gain(model, FLOW, skip, prediction_type="flow")
     heun = method == "heun"
     x = torch.ones(1, dtype=torch.float64)
-    for t, after in pairwise(times(steps // 2 if heun else steps, shift)):
+    for t, after in pairwise(flow_times(steps // 2 if heun else steps, shift)):
         slope = model(x, t)
         if heun:
             slope = (slope + model(x + (after - t) * slope, after)) / 2

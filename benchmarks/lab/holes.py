@@ -67,10 +67,6 @@ class Law(NamedTuple):
         """The cells at the boundary."""
         return [row | row["boundary"] for row in self.rows if "boundary" in row]
 
-    def of(self, **wanted: int) -> list[Row]:
-        """Return the cells of some steps or some number of samples."""
-        return select(self.rows, **wanted)
-
 
 def coverage() -> list[Law]:
     """Return the coverage study."""

@@ -13,45 +13,31 @@ from s2dm_loss import NoiseSchedule
 
 @dataclass(frozen=True)
 class Mixture:
-    """Σ_j w_j N(m_j, B_j diag(v_j) B_jᵀ).
+    """Σ_j w_j N(m_j, diag(v_j)).
 
     Attributes:
         weights: w, float64 ``[J]``, adding up to 1.
         means: m, float64 ``[J, D]``.
         variances: v, float64 ``[J, D]``, at least 0.
-        bases: B, orthogonal, float64 ``[J, D, D]``.
     """
 
     weights: Tensor
     means: Tensor
     variances: Tensor
-    bases: Tensor
-
-    @classmethod
-    def from_covariances(cls, weights: Tensor, means: Tensor, covariances: Tensor) -> Mixture:
-        """Diagonalise the covariances ``[J, D, D]``."""
-        variances, bases = torch.linalg.eigh(covariances.double())
-        weights = weights.double() / weights.double().sum()
-        return cls(weights, means.double(), variances.clamp(min=0), bases)
 
     @classmethod
     def gaussian(cls, variances: Tensor) -> Mixture:
         """One centered Gaussian with the given variances ``[D]`` along the axes."""
-        size = len(variances)
-        return cls(
-            torch.ones(1, dtype=torch.float64),
-            torch.zeros(1, size, dtype=torch.float64),
-            variances.double()[None],
-            torch.eye(size, dtype=torch.float64)[None],
-        )
+        variances = variances.double()[None]
+        return cls(torch.ones(1, dtype=torch.float64), torch.zeros_like(variances), variances)
 
     @classmethod
     def ring(cls, count: int = 8, radius: float = 1.0, deviation: float = 0.1) -> Mixture:
         """``count`` round Gaussians on a circle in the plane."""
         angles = torch.arange(count, dtype=torch.float64) * (2 * math.pi / count)
         means = radius * torch.stack([angles.cos(), angles.sin()], dim=1)
-        covariances = deviation**2 * torch.eye(2, dtype=torch.float64).expand(count, 2, 2)
-        return cls.from_covariances(torch.ones(count), means, covariances)
+        weights = torch.full((count,), 1 / count, dtype=torch.float64)
+        return cls(weights, means, torch.full_like(means, deviation**2))
 
     @property
     def mean(self) -> Tensor:
@@ -61,20 +47,14 @@ class Mixture:
     @property
     def covariance(self) -> Tensor:
         """Covariance of the whole, ``[D, D]``."""
-        within = (self.bases * self.variances[:, None, :]) @ self.bases.mT
         away = self.means - self.mean
-        return torch.einsum("j,jab->ab", self.weights, within + away[:, :, None] * away[:, None, :])
+        return (self.weights @ self.variances).diag() + (self.weights * away.T) @ away
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Return ``count`` samples, float64 ``[count, D]``."""
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         normal = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
-        scaled = normal * self.variances.sqrt()[component]
-        samples = torch.empty_like(scaled)
-        for j in range(len(self.weights)):
-            rows = component == j
-            samples[rows] = scaled[rows] @ self.bases[j].T
-        return samples + self.means[component]
+        return normal * self.variances.sqrt()[component] + self.means[component]
 
     def epsilon(self, x: Tensor, alphas_cumprod: float, temperature: float = 1.0) -> Tensor:
         """Return E[ε | x_t = x] = -√(1-ᾱ) ∇ log p_t(x), shape ``[B, D]``.
@@ -89,17 +69,15 @@ class Mixture:
         """
         away = x[None] - math.sqrt(alphas_cumprod) * self.means[:, None, :]
         variances = alphas_cumprod * self.variances + (1 - alphas_cumprod)
-        along = away @ self.bases
-        scaled = along / variances[:, None, :]
+        scaled = away / variances[:, None, :]
         # log w_j N_j(x) but for a constant, [J, B], and -∇ log N_j(x), [J, B, D].
         logits = (
             self.weights.log()[:, None]
-            - 0.5 * (along * scaled).sum(2)
+            - 0.5 * (away * scaled).sum(2)
             - 0.5 * (2 * math.pi * variances).log().sum(1)[:, None]
         )
         posterior = (logits / temperature).softmax(0)
-        gradients = scaled @ self.bases.mT
-        return math.sqrt(1 - alphas_cumprod) * torch.einsum("jb,jbd->bd", posterior, gradients)
+        return math.sqrt(1 - alphas_cumprod) * torch.einsum("jb,jbd->bd", posterior, scaled)
 
 
 class ExactModel(nn.Module):

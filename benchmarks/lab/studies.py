@@ -16,7 +16,6 @@ from benchmarks.lab.coverage import coverage, tails, whole_search
 from benchmarks.lab.flow import spread
 from benchmarks.lab.linear import (
     EXACT,
-    SCHEDULE,
     Imperfection,
     frechet,
     gains,
@@ -28,7 +27,6 @@ from benchmarks.quality import data as datasets
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS_FULL
 from benchmarks.quality.runner import Bench
-from s2dm_loss.sampling import standard_corrections
 
 Json = dict[str, Any]
 Bar = Callable[[list[Any]], Iterable[Any]]
@@ -161,9 +159,7 @@ def digits(bar: Bar, root: Path = Path("runs/digits-full")) -> Json:
         "seconds": None,  # the cells may be of several runs
         "network": repr(DIGITS_FULL.network),
         "features": bench.features.description,
-        "floor": bench.floor()["frechet"],
         "num_samples": NUM_SAMPLES,
-        "judged_on": NUM_SAMPLES,
         "rows": rows,
     }
 
@@ -176,9 +172,8 @@ def _digits_cell(bench: Bench, sampler: str, steps: int) -> Json:
     draw = partial(run, sampler=sampler, steps=steps)
 
     def judge(model: nn.Module, noise: Tensor) -> dict[str, float]:
-        samples, compare = draw(model, noise), bench.distances.compare
-        saved = datasets.to_uint8(samples)
-        return {"raw": compare(samples).frechet, "images": compare(saved).frechet}
+        samples = datasets.to_uint8(draw(model, noise))
+        return {"images": bench.distances.compare(samples).frechet}
 
     def bench_features(samples: Tensor) -> Tensor:
         return bench.distances.network(datasets.to_uint8(samples))
@@ -187,22 +182,14 @@ def _digits_cell(bench: Bench, sampler: str, steps: int) -> Json:
     named = {"raw values": None, "classifier features of 8-bit images": bench_features}
     for name, features in named.items():
         found = recommend(model, {sampler: draw}, images, NUM_SAMPLES, 0, features)
-        plain, best = found.candidates[0].distance, found.best
         searches[name] = {
             "recommended": found.recommended.label,
-            "relative": [best.difference / plain, best.low / plain, best.high / plain],
             "judged": judge(found.correct_model(model), found.correct_noise(start)),
         }
     return {
-        "seed": 0,
         "sampler": sampler,
         "steps": steps,
         "plain": judge(model, start),
-        "grid": {
-            c.label(s): judge(*c(model, start, s))
-            for c in standard_corrections(SCHEDULE)
-            for s in c.strengths
-        },
         "searches": searches,
     }
 

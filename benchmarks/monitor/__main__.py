@@ -52,8 +52,6 @@ def main() -> None:
     record = {
         "provenance": {**versions(), **machine(torch.device("cpu"))},
         "training": training,
-        "held_out": HELD_OUT,
-        "early": EARLY,
         "validation": _compared(results),
         "levels": _levels(results),
         "variance": [_variance(model, held_out, levels) for levels in (4, 16)],
@@ -99,7 +97,6 @@ def _levels(results: dict[int, ValidationLoss]) -> dict[str, Any]:
     early, last = results[EARLY], results[CHECKED[-1]]
     return {
         "log_snr": last.log_snr,
-        "samples": len(last.index),
         **{kind: last.by_level(kind) for kind in last.losses},
         "difference": last.compare(early).by_level(),
     }
@@ -133,12 +130,11 @@ def _stratified(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, 
 
 
 def _spread(**losses: list[float]) -> dict[str, float]:
-    """Return means, relative deviations and the ratio of variances, second over first."""
+    """Return relative deviations and the ratio of variances, second over first."""
     found = {name: torch.tensor(values).double() for name, values in losses.items()}
     first, second = found.values()
-    means = {f"{name}_mean": float(values.mean()) for name, values in found.items()}
     deviations = {f"{name}_cv": float(x.std() / x.mean()) for name, x in found.items()}
-    return means | deviations | {"ratio": float(second.var() / first.var())}
+    return deviations | {"ratio": float(second.var() / first.var())}
 
 
 def _cost() -> dict[str, float]:

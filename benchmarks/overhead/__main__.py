@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -21,7 +22,6 @@ from benchmarks.overhead.step import step
 from benchmarks.provenance import git, machine
 from s2dm_loss import __version__
 
-SOURCES = ("s2dm_loss/*.py", "benchmarks/overhead")
 LEVELS: dict[str, Callable[[Settings], Iterator[Cell]]] = {
     "bandwidth": levels.bandwidth,
     "float32": partial(levels.heads, mode="eager", dtypes=[torch.float32]),
@@ -32,8 +32,6 @@ LEVELS: dict[str, Callable[[Settings], Iterator[Cell]]] = {
     "step-graph": partial(step, modes=["graph", "compiled graph"]),
     "counts": levels.counts,
 }
-NAMES = ("name", "contender", "dtype", "mode")
-"""What tells a result from others."""
 
 OUT = click.option(
     "--out",
@@ -105,41 +103,31 @@ def run(
 
 def _measure(name: str, settings: Settings, path: Path) -> None:
     """Write a level's results to `path`, where other levels' stay, one after the other."""
-    began, figures = time.monotonic(), []
+    figures = []
+    # Less the folders, which are one machine's own.
+    folder = r" (--(out|against)( '[^']*'|[ =]\S+)|'--(out|against)=[^']*')"
+    words = re.sub(folder, "", " " + shlex.join(sys.argv[1:]))
+    changes = git("status", "--porcelain", "--", "s2dm_loss/*.py", "benchmarks/overhead")
     shown = {
         "machine": machine(settings.device),
         "version": __version__,
-        "command": shlex.join(["python", "-m", "benchmarks.overhead", *_own_words(sys.argv[1:])]),
+        "command": f"python -m benchmarks.overhead{words}",
         "commit": git("rev-parse", "HEAD"),
-        "local_changes": bool(git("status", "--porcelain", "--", *SOURCES)),
-        "clock": "CUDA events" if settings.device.type == "cuda" else "wall",
+        "local_changes": bool(changes),
         # Above 0: something else was running.
         "load_average_before": round(os.getloadavg()[0], 2),
     }
     try:
         for cell in LEVELS[name](settings):
             figures.append(cell)
-            words = [cell[key] for key in NAMES if key in cell]
-            words += [f"{pair} {ratio[1]:.2f}" for pair, ratio in cell.get("ratios", {}).items()]
-            click.echo(f"  {'  '.join(words)}", err=True)
+            said = [cell[key] for key in ("name", "contender", "dtype", "mode") if key in cell]
+            said += [f"{pair} {ratio[1]:.2f}" for pair, ratio in cell.get("ratios", {}).items()]
+            click.echo(f"  {'  '.join(said)}", err=True)
             results = load_json(path) if path.exists() else {}
-            took = round(time.monotonic() - began, 1)
-            results[name] = {**shown, "seconds": took, "figures": figures}
-            save_json(path, results)
+            save_json(path, {**results, name: {**shown, "figures": figures}})
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         click.echo(f"  {name}: the rest is left out: {str(error).splitlines()[0]}", err=True)
-
-
-def _own_words(arguments: list[str]) -> list[str]:
-    """Return a command line less the folders in it, which are one machine's own."""
-    kept, words = [], iter(arguments)
-    for word in words:
-        if word in ("--out", "--against"):
-            next(words, None)
-        elif not word.startswith(("--out=", "--against=")):
-            kept.append(word)
-    return kept
 
 
 @main.command()

@@ -51,11 +51,8 @@ class Device:
 
     def cells(self, level: str) -> list[Cell]:
         """Return the results of a level, sizes in order before the shapes people train on."""
-
-        def order(cell: Cell) -> tuple[bool, int]:
-            return not cell.get("name", "2^").startswith("2^"), math.prod(cell.get("shape", ()))
-
-        return sorted(self.levels.get(level, {}).get("figures", []), key=order)
+        found = self.levels.get(level, {}).get("figures", [])
+        return sorted(found, key=lambda c: (c.get("name", "2^")[:2] != "2^", math.prod(c["shape"])))
 
     def known(self) -> list[tuple[str, Cell]]:
         """Return the float32 cells of the shapes people train on, by name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, TypeVar
 
 import click
@@ -28,8 +29,6 @@ KNOWN = {
 """What people train on, by the end of a cell's name."""
 SMALLEST = 14
 """log2 of the smallest size."""
-# The losses that compute in the type they are given and draw nothing.
-SAME_IN_FLOAT64 = ("mse", "expected", "shared")
 ALLOCATIONS = 5
 
 
@@ -64,20 +63,10 @@ class Settings:
     other: dict[str, Loss] = field(default_factory=dict)
 
     @property
-    def cache_bytes(self) -> int:
-        """What sets of inputs fill: several times the last cache, which is 50 MiB on an H100."""
-        return (1 if self.small else 256) * 2**20
-
-    @property
     def shapes(self) -> dict[str, Shape]:
         """The shapes people train on, then the sizes from the largest on, by name."""
-        known = {
-            f"2^20, {name}" if shape == LATENTS else name: (1, *shape[1:]) if self.small else shape
-            for name, shape in KNOWN.items()
-        }
-        sizes = range(self.largest, SMALLEST - 1, -2)
-        flat = {f"2^{log2}": flat_shape(log2) for log2 in sizes}
-        return known | {name: shape for name, shape in flat.items() if shape != LATENTS}
+        known = {name: (1, *shape[1:]) if self.small else shape for name, shape in KNOWN.items()}
+        return known | {f"2^{n}": flat_shape(n) for n in range(self.largest, SMALLEST - 1, -2)}
 
     def in_time(
         self, cells: Sequence[T], seconds: float | None = None
@@ -96,19 +85,17 @@ class Settings:
 
 
 def interleave_heads(
-    settings: Settings,
-    losses: Mapping[str, Loss],
-    shape: Shape,
-    dtype: torch.dtype,
-    seconds: float,
+    settings: Settings, losses: Mapping[str, Loss], shape: Shape, dtype: torch.dtype, seconds: float
 ) -> dict[str, list[float]]:
     """Time losses, forward and backward, on inputs that are allocated anew now and then.
 
     Where the inputs happen to lie in memory moves a ratio by 5 % and more.
     """
     times: dict[str, list[float]] = {name: [] for name in losses}
+    # Several times the last cache, which is 50 MiB on an H100.
+    least_bytes = (1 if settings.small else 256) * 2**20
     for _ in range(ALLOCATIONS):
-        inputs = measure.inputs_in_turn(shape, dtype, settings.device, settings.cache_bytes)
+        inputs = measure.inputs_in_turn(shape, dtype, settings.device, least_bytes)
         calls = {
             name: lambda loss=loss, inputs=inputs: measure.gradient_of(loss, next(inputs))
             for name, loss in losses.items()
@@ -128,16 +115,11 @@ def bandwidth(settings: Settings) -> Iterator[Cell]:
 
 def heads(settings: Settings, mode: str, dtypes: Sequence[torch.dtype]) -> Iterator[Cell]:
     """Forward and backward of the loss alone, "eager" or "compiled", at every shape and size."""
+    cells = list(product(dtypes, settings.shapes.items()))
     # Of each type the shapes that people train on come before the sizes.
-    shapes = list(settings.shapes.items())
-    cells = [
-        (name, shape, dtype)
-        for part in (shapes[: len(KNOWN)], shapes[len(KNOWN) :])
-        for dtype in dtypes
-        for name, shape in part
-    ]
+    cells.sort(key=lambda cell: cell[1][0] not in KNOWN)
     losses_in = {dtype: contenders(settings.device, dtype) | settings.other for dtype in dtypes}
-    for (name, shape, dtype), seconds in settings.in_time(cells):
+    for (dtype, (name, shape)), seconds in settings.in_time(cells):
         losses = losses_in[dtype]
         if mode == "compiled":
             torch.compiler.reset()
@@ -153,20 +135,17 @@ def heads(settings: Settings, mode: str, dtypes: Sequence[torch.dtype]) -> Itera
             "shape": shape,
             "dtype": str(dtype).removeprefix("torch."),
             "mode": mode,
-            "allocations": ALLOCATIONS,
-            "rounds": len(times["mse"]),
             **measure.summarise(times),
         }
 
 
 def counts(settings: Settings) -> Iterator[Cell]:
     """Peak memory, operators, bytes, kernels, syncs, graph breaks, gradients: exact, no clock."""
-    shapes = dict(list(settings.shapes.items())[: len(KNOWN)])
-    latents = next(shape for name, shape in shapes.items() if "SD latents" in name)
-    order = sorted(shapes.values(), key=lambda shape: shape != latents)
+    shapes = [settings.shapes[name] for name in KNOWN]
+    latents = settings.shapes["SD latents"]
     cells = [
         (shape, dtype, name, loss)
-        for shape in order
+        for shape in sorted(shapes, key=lambda shape: shape != latents)
         for dtype in (torch.float32, torch.bfloat16)
         for name, loss in (contenders(settings.device, dtype) | settings.other).items()
     ]
@@ -178,7 +157,7 @@ def counts(settings: Settings) -> Iterator[Cell]:
             "data_bytes": dtype.itemsize * torch.Size(shape).numel(),
             **_count(loss, shape, dtype, settings.device, compile_too=shape == latents),
         }
-        if name in SAME_IN_FLOAT64:
+        if name == "expected":
             arguments = measure.some_arguments(shape, dtype, settings.device)
             row["gradient_error"] = measure.gradient_error(loss, arguments)
         yield row

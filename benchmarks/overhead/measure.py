@@ -65,10 +65,7 @@ def gradient_of(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> C
 
 
 def interleave(
-    prepare: Mapping[str, Prepare],
-    device: torch.device,
-    seconds: float,
-    least_rounds: int = 20,
+    prepare: Mapping[str, Prepare], device: torch.device, seconds: float, least_rounds: int = 20
 ) -> dict[str, list[float]]:
     """Time each contender once a round, for `seconds` or 400 rounds; return seconds by name.
 
@@ -257,10 +254,7 @@ def inductor_bytes(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -
     try:
         torch.compiler.reset()
         metrics.reset()
-        with (
-            config.patch(fx_graph_cache=False),
-            autograd_config.patch(enable_autograd_cache=False),
-        ):
+        with config.patch(fx_graph_cache=False), autograd_config.patch(enable_autograd_cache=False):
             torch.compile(loss, dynamic=False)(*arguments).backward()
         return int(metrics.num_bytes_accessed)
     finally:

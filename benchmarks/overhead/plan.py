@@ -3,8 +3,6 @@
 The parts run in the order of their worth, each in a process of its own, which writes after every
 result: one that fails, hangs or compiles for too long loses what it had not finished, and no time
 of the parts after it. What a part does not use goes to these.
-
-This plan was rehearsed on a CPU and with a pretended GPU. No GPU has run it yet.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from benchmarks.overhead import measure
 from benchmarks.overhead.contenders import Loss, compiled, contenders
 from benchmarks.overhead.levels import Cell, Settings, interleave_heads
-from s2dm_loss import NoiseSchedule
+from benchmarks.quality.networks import UNetSpec
+from benchmarks.quality.paths import EpsilonPath
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 LEAST_ROUNDS = 5  # a step of a slow card is long
@@ -32,14 +33,11 @@ class Training:
         """Build the model with random weights."""
         self.settings, self.device = settings, settings.device
         self.dtype = torch.float32 if mode == "eager" else torch.bfloat16
-        unet = cifar10_unet((32, 32), 1) if settings.small else cifar10_unet()
-        self.model = unet.to(self.device)
+        self.model = cifar10_unet(settings.small).to(self.device)
         self.network: Callable[..., Any] = self.model
         if "compiled" in mode:
             self.network = torch.compile(self.model)
-        schedule = NoiseSchedule.linear()
-        alpha, sigma = schedule.alpha_sigma(schedule.timesteps)
-        self.alpha, self.sigma = alpha.float().to(self.device), sigma.float().to(self.device)
+        self.path = EpsilonPath().to(self.device)
         side = 8 if settings.small else 32
         self.x0 = torch.randn(settings.step_batch, 3, side, side, device=self.device)
         fast = mode != "eager" and self.device.type == "cuda"
@@ -49,9 +47,7 @@ class Training:
 
     def predict(self, noise: Tensor, t: Tensor) -> Tensor:
         """Return the model's answer to x_t."""
-        wide = (-1, 1, 1, 1)
-        x_t = self.alpha[t].view(wide) * self.x0 + self.sigma[t].view(wide) * noise
-        answer: Tensor = self.network(x_t, t).sample
+        answer: Tensor = self.network(self.path.noisy(self.x0, noise, t).x_t, t).sample
         return answer
 
     def objective(self, loss: Loss) -> Objective:
@@ -123,8 +119,7 @@ def _launched(training: Training, losses: Mapping[str, Loss], seconds: float) ->
     # The head alone at this shape: what a step can gain or lose, without the step's noise.
     least = min(seconds / 5, settings.seconds)
     heads = measure.summarise(interleave_heads(settings, losses, shape, training.dtype, least))
-    rounds = len(times["mse"])
-    return {"rounds": rounds, **measure.summarise(times), "peak_bytes": memory, "head": heads}
+    return {**measure.summarise(times), "peak_bytes": memory, "head": heads}
 
 
 def _captured(training: Training, losses: Mapping[str, Loss], seconds: float) -> Cell:
@@ -144,8 +139,7 @@ def _captured(training: Training, losses: Mapping[str, Loss], seconds: float) ->
     times = measure.interleave(steps, device, seconds, LEAST_ROUNDS)
     least = min(seconds / 5, training.settings.seconds)
     head = measure.summarise(measure.interleave(heads, device, least))
-    rounds = len(times["mse"])
-    return {"rounds": rounds, **measure.summarise(times), "loss_falls": falls, "head": head}
+    return {**measure.summarise(times), "loss_falls": falls, "head": head}
 
 
 def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -167,21 +161,7 @@ def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     return replay, result
 
 
-def cifar10_unet(channels: tuple[int, ...] = (128, 256, 256, 256), layers: int = 2) -> nn.Module:
+def cifar10_unet(small: bool) -> nn.Module:
     """The ε-model of google/ddpm-cifar10-32: DDPM's for CIFAR10, 35.7 M parameters; or smaller."""
-    from diffusers import UNet2DModel
-
-    # Attention at the second of the resolutions, as in DDPM's.
-    down = ["AttnDownBlock2D" if level == 1 else "DownBlock2D" for level in range(len(channels))]
-    return UNet2DModel(
-        sample_size=32,
-        freq_shift=1,
-        flip_sin_to_cos=False,
-        down_block_types=tuple(down),
-        up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
-        block_out_channels=channels,
-        layers_per_block=layers,
-        downsample_padding=0,
-        attention_head_dim=None,
-        norm_eps=1e-6,
-    )
+    spec = UNetSpec(32, (1, 1), blocks=1) if small else UNetSpec(128, (1, 2, 2, 2))
+    return spec.diffusers_unet((3, 32, 32), downsample_padding=0)

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from matplotlib.figure import Figure
 
-from benchmarks.files import write_whole
+from benchmarks.files import write_text
 from benchmarks.pages.figures import save_figure
 
 SOURCES = Path(__file__).parent / "sources"
@@ -119,11 +119,6 @@ def render_all(root: Path, only: Iterable[str] = (), *, write: bool = True) -> l
             for name in renderer.shown:
                 save_figure(renderer.figures[name], root / ASSETS / f"{name}.svg")
     return changed
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a page."""
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _filled(value: object) -> object:

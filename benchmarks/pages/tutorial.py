@@ -21,7 +21,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.pages.render import write_text
+from benchmarks.files import write_text
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 NOTEBOOK = PAGE.with_suffix(".ipynb")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
 from benchmarks.pages.tables import counted, listed, markdown_table
 from benchmarks.quality import evidence_figures, statistics
@@ -216,7 +217,7 @@ def together(run: str, rows: Sequence[tuple[str, str, str | None]], steps: int =
     for title, method, sampler in rows:
         logs = statistics.log_ratios(*compared(run, method, sampler, steps))
         if len(logs) > 1:
-            p_values[title] = statistics.p_value(logs)
+            p_values[title] = float(stats.ttest_1samp(logs, 0).pvalue)
     adjusted = statistics.holm(p_values)
     order = sorted(adjusted, key=adjusted.__getitem__)
     held = [title for title in p_values if adjusted[title] < ALPHA]

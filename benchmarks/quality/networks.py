@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,9 @@ class UNetSpec:
     attention_at: tuple[int, ...] = (16,)
     dropout: float = 0.0
 
-    def diffusers_unet(self, image_shape: Shape, inputs: int | None = None) -> UNet2DModel:
+    def diffusers_unet(
+        self, image_shape: Shape, inputs: int | None = None, **options: Any
+    ) -> UNet2DModel:
         """Return diffusers' own module, with as many input channels as images have or `inputs`."""
         from diffusers import UNet2DModel
 
@@ -132,6 +134,7 @@ class UNetSpec:
             freq_shift=1,
             flip_sin_to_cos=False,
             norm_eps=1e-6,
+            **options,
         )
 
 

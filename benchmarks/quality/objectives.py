@@ -20,7 +20,7 @@ from typing_extensions import override
 from benchmarks.quality.corrections import Correction
 from benchmarks.quality.named import Named
 from benchmarks.quality.paths import STEPS, Noisy, Path
-from benchmarks.quality.samplers import Model, visited
+from benchmarks.quality.samplers import Model
 from benchmarks.quality.streams import Stream
 from s2dm_loss import SkipStepLoss
 from s2dm_loss.coefficients import Estimator
@@ -107,10 +107,6 @@ class Objective(Named, ABC):
         value = self.compare(predicted, noisy, batch, loss)
         errors = F.mse_loss(predicted.detach(), target, reduction="none").flatten(1).mean(1)
         return value, errors, noisy.t
-
-    def build(self, path: Path) -> Loss:
-        """Return the loss on a path."""
-        return Loss(self, path)
 
 
 @dataclass(frozen=True)
@@ -237,7 +233,7 @@ class SampledTimesteps(Objective):
     @override
     def parts(self, path: Path) -> nn.Module:
         tables = nn.Module()
-        tables.register_buffer("times", visited("ddim", path.schedule, self.steps))
+        tables.register_buffer("times", torch.arange(0, STEPS, STEPS // self.steps))
         return tables
 
     @override

@@ -47,10 +47,6 @@ class Path(nn.Module, ABC):
     def noisy(self, x0: Tensor, noise: Tensor, n: Tensor) -> Noisy:
         """Return x_t and what a network should make of it, at timesteps n of 1,000."""
 
-    def time(self, called: Tensor) -> Tensor:
-        """Return the schedule's time of what a network is called with."""
-        return called.long()
-
     def on_schedule(self, model: nn.Module) -> nn.Module:
         """Return a network that is called with the schedule's time."""
         return model
@@ -98,10 +94,6 @@ class FlowPath(Path):
         t = (n.float() + 0.5) / STEPS
         along = t[:, None, None, None]
         return Noisy((1 - along) * x0 + along * noise, noise - x0, t, STEPS * t)
-
-    @override
-    def time(self, called: Tensor) -> Tensor:
-        return called / STEPS
 
     @override
     def on_schedule(self, model: nn.Module) -> nn.Module:

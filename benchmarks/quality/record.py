@@ -24,7 +24,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
     """Return all results of a run, in one compact record.
 
     A row has `COLUMNS`, with None where a feature network takes no raw samples. Spreads by octave
-    are over the data's; `gaussian_spreads` is what the sampler alone leaves of Gaussian data.
+    are over the data's.
     """
     layout = Layout.of(preset, root)
     floor = layout.root / FLOOR
@@ -38,9 +38,6 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         "rows": [],
         "trainings": {},
         "band_spreads": {},
-        "gaussian_spreads": {},
-        "gaussian_band_spreads": {},
-        "raw_spreads": {},
         "searches": [load_json(path) for path in sorted(root.glob("search-*.json"))],
     }
     commits: dict[str, None] = {}  # a run that was resumed may have several; in order, once each
@@ -61,16 +58,10 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
             path = layout.cell(method, seed, sampler, steps)
             if not path.exists():
                 continue
-            cell, where = load_json(path), f"{sampler}-{steps}"
-            name = cell_key(method.name, Cell(sampler, steps))
+            cell, name = load_json(path), cell_key(method.name, Cell(sampler, steps))
             record["titles"][method.name] = cell["title"]
-            record["band_spreads"][f"{name}, seed {seed}"] = _rounded(cell["band_spreads"])
-            if "raw_spread" in cell:
-                by_seed = record["raw_spreads"].setdefault(name, {})
-                by_seed[str(seed)] = round(cell["raw_spread"], 5)
-            if "gaussian_spread" in cell:
-                record["gaussian_spreads"][where] = round(cell["gaussian_spread"], 5)
-                record["gaussian_band_spreads"][where] = _rounded(cell["gaussian_band_spreads"])
+            bands = [round(value, 4) for value in cell["band_spreads"]]
+            record["band_spreads"][f"{name}, seed {seed}"] = bands
             record["versions"] = cell["versions"]
             commits[cell["versions"]["commit"] or "unknown"] = None
             differed |= cell["versions"]["checkout_differed"]
@@ -83,7 +74,3 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
             record["rows"].append(row)
     record["versions"] |= {"commit": ", ".join(commits) or None, "checkout_differed": differed}
     return record
-
-
-def _rounded(values: list[float]) -> list[float]:
-    return [round(value, 4) for value in values]

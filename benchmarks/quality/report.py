@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.files import save_record, write_whole
+from benchmarks.files import save_record, write_text
 from benchmarks.pages.figures import save_figure
 from benchmarks.pages.tables import MISSING, counted, markdown_table
 from benchmarks.quality import data as datasets
@@ -95,7 +95,7 @@ def write_report(preset: Preset, root: Path, data_folder: Path | None = None) ->
         "to it than a quarter, a difference says nothing.\n"
     )
     save_record(root / "results.json", record)
-    write_whole(root / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(root / "table.md", text)
     # A correction of a trained network has no curve.
     trained = [name for name in present if name in record["trainings"]]
     if len(preset.seeds) == 1 and len(trained) > 1:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from benchmarks.quality.paths import PATHS
 from benchmarks.quality.plan import Job, branching, jobs, plan, training_cost, training_steps
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.samplers import sample
-from benchmarks.quality.spectra import Frequencies, gaussian_variances, principal_axes
+from benchmarks.quality.spectra import Frequencies
 from benchmarks.quality.streams import Purpose, generator
 from benchmarks.quality.training import kept_state, train
 
@@ -125,13 +124,12 @@ class Bench:
 
     def _measure(self, method: Method, seed: int, sampler: str, steps: int) -> None:
         path = self.layout.cell(method, seed, sampler, steps)
-        began = time.perf_counter()
         model = self.network
         if method.correction is not None:
             model = method.correction.apply(model, self.path).to(self.device)
-        samples, moments = self._samples(model, seed, sampler, steps, path.with_suffix(""))
-        sampled = time.perf_counter()
-        saved = samples if samples.dtype == torch.uint8 else datasets.to_uint8(samples)
+        samples = self._samples(model, seed, sampler, steps, path.with_suffix(""))
+        saved = datasets.to_uint8(samples) if samples.is_floating_point() else samples
+        values = datasets.to_model_range(samples).double()
         result: dict[str, Any] = {
             "method": method.name,
             "title": method.title,
@@ -140,29 +138,21 @@ class Bench:
             "steps": steps,
             "samples": self.preset.samples,
             "images": asdict(self.distances.compare(saved)),
-        }
-        if samples.is_floating_point():
-            result["raw"] = asdict(self.distances.compare(samples))
-        else:
-            result["raw_spread"] = _spread(moments) / self.data_spread
-            moments = _moments(datasets.to_model_range(samples))
-        result |= {
-            "spread": _spread(moments) / self.data_spread,
-            "band_spreads": (self._band_spreads(samples) / self.data_band_spreads).tolist(),
-            **self._spread_without_network(method, sampler, steps),
-            "sampling_seconds": round(sampled - began, 2),
-            "metric_seconds": round(time.perf_counter() - sampled, 2),
+            "spread": float(values.std(0).mean()) / self.data_spread,
+            "band_spreads": (self._band_spreads(values) / self.data_band_spreads).tolist(),
             "settings": self.preset.settings,
             "versions": self.versions,
         }
+        if samples.is_floating_point():
+            result["raw"] = asdict(self.distances.compare(samples))
         save_tensors(path.with_suffix(".pt"), {"samples": saved[:KEPT_SAMPLES].clone()})
         save_json(path, result)
         shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its batches
 
     def _samples(
         self, model: nn.Module, seed: int, sampler: str, steps: int, partial: Path
-    ) -> tuple[Tensor, Tensor]:
-        """Return the samples, and their moments before any rounding.
+    ) -> Tensor:
+        """Return the samples.
 
         Where there are several batches each is kept in `partial` until the cell is done, since
         at 1000 steps a cell takes hours.
@@ -173,63 +163,22 @@ class Bench:
         for part, count in enumerate(counts):
             path = partial / f"{part}.pt"
             if path.exists():
-                batches.append(load_tensors(path))
+                batches.append(load_tensors(path)["samples"])
                 continue
             draw = generator(seed, Purpose.START, part)
             start = torch.randn(count, *self.data.shape, generator=draw).to(self.device)
             noise = generator(seed, Purpose.SAMPLER, part)
             x = sample(model, sampler, self.path.schedule, steps, start, noise).cpu()
-            kept = x if self.features.takes_floats else datasets.to_uint8(x)
-            batches.append({"samples": kept, "moments": _moments(x)})
+            batches.append(x if self.features.takes_floats else datasets.to_uint8(x))
             if len(counts) > 1:
-                save_tensors(path, batches[-1])
-        samples = torch.cat([batch["samples"] for batch in batches])
-        return samples, torch.stack([batch["moments"] for batch in batches]).sum(0)
+                save_tensors(path, {"samples": batches[-1]})
+        return torch.cat(batches)
 
-    @cached_property
-    def _axes(self) -> tuple[Tensor, Tensor]:
-        """The data's variance along each principal axis `[D]`, and of each its bands `[D, bands]`.
-
-        A band of an axis is the share of its length that lies in the band.
-        """
-        variances, axes = principal_axes(self.data)
-        shares = self.frequencies.coordinates(axes).square().sum(1).flatten(1)
-        bands = shares.new_zeros(len(shares), self.frequencies.count)
-        bands.index_add_(1, self.frequencies.bands.flatten(), shares)
-        return variances, bands
-
-    def _spread_without_network(self, method: Method, sampler: str, steps: int) -> dict[str, Any]:
-        """Return what spread the sampler itself leaves, once for the plain network's cells."""
-        if method.name != "plain" or sampler == "ddpm":
-            return {}
-        variances, bands = self._axes
-        left = gaussian_variances(sampler, self.path, steps, variances)
-        return {
-            "gaussian_spread": float((left.sum() / variances.sum()).sqrt()),
-            "gaussian_band_spreads": ((left @ bands) / (variances @ bands)).sqrt().tolist(),
-        }
-
-    def _band_spreads(self, samples: Tensor) -> Tensor:
+    def _band_spreads(self, values: Tensor) -> Tensor:
         """Return the standard deviation in each octave of frequencies."""
-        values = datasets.to_model_range(samples).cpu().double()
         found = self.frequencies.coordinates(values).var(0).mean(0).flatten()
         bands = self.frequencies.bands.flatten()
-        sums = found.new_zeros(self.frequencies.count).index_add_(0, bands, found)
-        return (sums / bands.bincount()).sqrt()
-
-
-def _moments(samples: Tensor) -> Tensor:
-    """Return how many samples there are, their sum and that of their squares, by pixel."""
-    values = samples.double()
-    count = torch.full_like(values[0], len(values))
-    return torch.stack([count, values.sum(0), values.square().sum(0)])
-
-
-def _spread(moments: Tensor) -> float:
-    """Return the standard deviation over samples, averaged over pixels."""
-    count, first, second = moments
-    variance = (second - first.square() / count) / (count - 1)
-    return float(variance.sqrt().mean())
+        return (bands.bincount(found) / bands.bincount()).sqrt()
 
 
 def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | None = None) -> None:
@@ -255,11 +204,9 @@ def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | Non
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         ) as bar:
             if workers == 1:
-                advance = _Batched(bar.update)
                 for job in jobs(preset):
                     bar.set_postfix_str(job.name)
-                    bench.do(job, advance)
-                    advance.flush()
+                    bench.do(job, bar.update)
             else:
                 _share(preset, root, data_folder, workers, bar)
 
@@ -282,7 +229,7 @@ class _Batched:
         self.pending, self.last = 0.0, time.monotonic()
 
 
-_worker: tuple[Bench, _Batched] | None = None
+_worker: tuple[Bench, _Batched]
 
 
 def _start_worker(preset: Preset, root: Path, data_folder: Path | None, queue: Any) -> None:
@@ -302,8 +249,6 @@ def _end_with_parent() -> None:
 
 
 def _work(job: Job) -> str:
-    if _worker is None:
-        raise RuntimeError("the worker has not been started")
     bench, advance = _worker
     bench.do(job, advance)
     advance.flush()

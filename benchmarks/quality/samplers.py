@@ -51,7 +51,6 @@ TITLES = {
     "ddpm": "DDPM",
     "dpm++2m": "DPM++ 2M",
     "unipc": "UniPC",
-    "ddim-quad": "DDIM, quadratic spacing",
     "euler": "Euler",
     "euler-shift3": "Euler, shift 3",
     "heun": "Heun",
@@ -84,25 +83,10 @@ def make_scheduler(name: str, schedule: Schedule) -> Any:
     return getattr(diffusers, kind)(num_train_timesteps=1000, **settings)
 
 
-def set_steps(scheduler: Any, name: str, steps: int, device: torch.device | None = None) -> None:
-    """Have a scheduler of `make_scheduler` take so many steps."""
-    if name.startswith("euler"):
-        scheduler.set_timesteps(sigmas=_equal(steps).tolist()[:-1], device=device)
-    else:
-        scheduler.set_timesteps(steps, device=device)
-
-
-def _equal(steps: int) -> Tensor:
-    """Return the ends of equal steps from 1 to 0."""
-    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-
-
-def visited(name: str, schedule: Schedule, steps: int) -> Tensor:
-    """Return the timesteps a sampler visits, ascending and each once, int64 `[<= steps]`."""
-    scheduler = make_scheduler(name, schedule)
-    set_steps(scheduler, name, steps)
-    times: Tensor = scheduler.timesteps.long().unique()
-    return times
+def flow_times(steps: int, shift: float = 1.0) -> Tensor:
+    """Return the ends of steps from 1 to 0, float64, shifted as in arXiv 2403.03206, Eq. 23."""
+    equal = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return shift * equal / (1 + (shift - 1) * equal)
 
 
 @torch.inference_mode()
@@ -123,7 +107,10 @@ def sample(
     if sampler in HEUN:
         return _heun(model, HEUN[sampler], steps, start)
     scheduler = make_scheduler(sampler, schedule)
-    set_steps(scheduler, sampler, steps, start.device)
+    if sampler.startswith("euler"):
+        scheduler.set_timesteps(sigmas=flow_times(steps).tolist()[:-1], device=start.device)
+    else:
+        scheduler.set_timesteps(steps, device=start.device)
     extra = {"generator": generator} if sampler == "ddpm" else {}
     x: Tensor = start * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
@@ -133,10 +120,8 @@ def sample(
 
 def _heun(model: Model, shift: float, calls: int, start: Tensor) -> Tensor:
     """Return samples of dx/dt = û by Heun's method, whose last step is Euler's."""
-    equal = _equal(max(1, calls // 2))
-    times = (shift * equal / (1 + (shift - 1) * equal)).float()
     x = start
-    for t, following in itertools.pairwise(times):
+    for t, following in itertools.pairwise(flow_times(max(1, calls // 2), shift).float()):
         step = following - t
         velocity = model(x, 1000 * t)
         ahead = x + step * velocity

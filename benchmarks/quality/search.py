@@ -82,16 +82,12 @@ def _searched(bench: Bench, seed: int, cell: Cell) -> dict[str, Any]:
         images = [datasets.to_uint8(run(network, change(start))) for start in batches]
         return bench.distances.compare(torch.cat(images)).frechet
 
-    best, plain = found.best, found.candidates[0].distance
     return {
         "seed": seed,
         "sampler": cell.sampler,
         "steps": cell.steps,
         "recommended": found.recommended.label,
-        "best": best.label,
-        "relative": [best.difference / plain, best.low / plain, best.high / plain],
         "cost": str(question.cost),
-        "axes": "of other data",  # that of 0.2.0 chose along axes of the compared data's own
         "plain": judged(corrected=False),
         "corrected": judged(corrected=True),
     }

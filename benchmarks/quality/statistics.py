@@ -8,7 +8,7 @@ ratio of two distances is taken within each seed, in logarithms, and the interva
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,16 +88,6 @@ def change(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval |
     found = interval(logs)
     mean, low, high = (-100 * math.expm1(x) for x in (found.mean, found.high, found.low))
     return Interval(mean, low, high, found.seeds)
-
-
-def p_value(values: Sequence[float]) -> float:
-    """Return Student's two-sided p-value of a mean of 0, one value per seed; 1 with one seed."""
-    if len(values) < 2 or not any(values):
-        return 1.0
-    array = np.asarray(values, dtype=np.float64)
-    error = array.std(ddof=1) / math.sqrt(array.size)
-    # Not scipy's test, which warns where the values are all but equal.
-    return float(2 * stats.t.sf(abs(array.mean()) / max(error, 1e-300), array.size - 1))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

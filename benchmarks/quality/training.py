@@ -21,7 +21,7 @@ from benchmarks.quality.budget import Budget
 from benchmarks.quality.checkpoint import newest_state, remove_states, save_state
 from benchmarks.quality.data import ImageSet, to_model_range
 from benchmarks.quality.networks import NetworkSpec, SpectralUNet
-from benchmarks.quality.objectives import Batch, Objective
+from benchmarks.quality.objectives import Batch, Loss, Objective
 from benchmarks.quality.paths import STEPS
 from benchmarks.quality.paths import Path as NoisePath
 from benchmarks.quality.streams import Purpose, Stream, generator
@@ -110,7 +110,7 @@ class _Run:
             purpose: Stream(generator(seed, purpose), budget.batch_size, device)
             for purpose in (Purpose.TRAINING, Purpose.EXTRA)
         }
-        self.loss = objective.build(path).to(device)
+        self.loss = Loss(objective, path).to(device)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=budget.learning_rate, fused=True)
         self.ema = averaged_as_in(budget, model.parameters())
         self.ema.to(device)
@@ -133,7 +133,6 @@ class _Run:
             "steps": self.step,
             "parameters": sum(each.numel() for each in self.model.parameters()),
             "seconds": round(self.seconds, 2),
-            "processes": 1,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "curve": self.curve,
         }
