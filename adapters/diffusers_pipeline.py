@@ -149,6 +149,7 @@ class PipelineCorrection:
             self._says = _checked(model, network, *path).extra_repr()
             self._step = StepCorrection(self._scheduler, network, model)
         self.active: bool = True
+        self._entered = False
 
     def remove(self) -> None:
         """Take the correction off; once is enough, twice does no harm."""
@@ -159,6 +160,9 @@ class PipelineCorrection:
     def __enter__(self) -> Self:
         if not self.active:
             raise ValueError("the correction has been removed: make another one for this `with`")
+        if self._entered:  # the end of the inner block would take it off for the rest of the outer
+            raise ValueError("the correction is on already: leave the first `with` before")
+        self._entered = True
         return self
 
     def __exit__(
@@ -173,6 +177,13 @@ class PipelineCorrection:
             warnings.warn(
                 "pipe's scheduler was exchanged while the correction was on, and the new one had "
                 "none: put the correction on after the exchange",
+                stacklevel=2,
+            )
+        elif kind is None and self._step is not None and not self._step.used:
+            warnings.warn(
+                "scheduler.step was not called while the correction was on, so nothing was "
+                "corrected: a pipeline that steps in another way (ParaDiGMS by "
+                "batch_step_no_noise) or with another scheduler takes none",
                 stacklevel=2,
             )
 

@@ -88,6 +88,13 @@ def path_of(scheduler: Any) -> tuple[Schedule, PredictionType]:
         ValueError: if its path is none of these; the message gives the reason.
     """
     if is_flow(scheduler):
+        if (scheduler.config.get("sigma_max") or 0) > 1:  # written there by Cosmos-Predict2
+            raise ValueError(
+                "scheduler must have the σ of flow matching, from 0 to 1, got a "
+                f"{type(scheduler).__name__} with sigma_max {scheduler.config['sigma_max']}: its "
+                "pipeline (Cosmos-Predict2) samples x_0 + σ ε with it, and hands the noise to "
+                "`step`. ScaledModel corrects its denoiser in a loop of your own"
+            )
         kind = output_of(scheduler)
         return ContinuousSchedule.flow(data_at=1 if kind == "velocity" else 0), kind
     schedule = schedule_of(scheduler)

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from s2dm_loss.adapters.diffusers_scheduler import is_flow, path_of, scheduler_of
+from s2dm_loss.adapters.diffusers_scheduler import (
+    is_flow,
+    is_the_path_of,
+    output_of,
+    path_of,
+    scheduler_of,
+)
 from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.prediction import evaluating
@@ -41,6 +47,11 @@ _FLOWS: dict[str, dict[str, Any]] = {
     "DPMSolverMultistepScheduler": _FLOW,
     "UniPCMultistepScheduler": _FLOW,
 }
+
+
+# Arguments of a call that the search gives itself, and lists that hold no entry a prompt.
+_SETTLED = ("generator", "num_inference_steps", "return_dict", "sigmas", "timesteps")
+_NOT_LISTED = ("callback_on_step_end_tensor_inputs",)
 
 
 def search_pipeline(
@@ -85,7 +96,8 @@ def search_pipeline(
         progress: As for `CorrectionSearch.recommend`. The table is printed unless it is False.
         call: Further arguments of the pipeline's call. A list or a tensor (`prompt`,
             `prompt_embeds`, `class_labels`, …) holds one entry a prompt, and each image draws one
-            of them, the same for every candidate.
+            of them, the same for every candidate; a string is for all of them. A tuple
+            (`original_size`) goes in as it is. Timesteps, σ and generators are the search's own.
 
     Raises:
         TypeError, ValueError: if an argument is not as said, or the pipeline fails with the
@@ -176,14 +188,25 @@ class PipelineRecommendation:
 
     @classmethod
     def from_dict(cls, pipe: Any, values: dict[str, Any]) -> Self:
-        """Read what `to_dict` returned, for a pipeline of the same network."""
+        """Read what `to_dict` returned, for a pipeline of the same network.
+
+        Raises:
+            TypeError, ValueError: if the pipeline's scheduler is of another schedule or prediction
+                type than the one that was searched with.
+        """
         import diffusers
 
         schedulers = {
             name: getattr(diffusers, one["class"]).from_config(one["config"])
             for name, one in values["schedulers"].items()
         }
-        schedule, _ = path_of(next(iter(schedulers.values())))
+        schedule, kind = path_of(next(iter(schedulers.values())))
+        own, own_kind = path_of(scheduler_of(pipe))
+        if kind != own_kind or not is_the_path_of(schedule, own, kind):
+            raise ValueError(
+                f"values are of a pipeline of {schedule!r} and {kind!r}, and the scheduler of pipe "
+                f"says {own!r} and {own_kind!r}: search with this pipeline"
+            )
         found = Recommendation.from_dict(values, schedule)
         return cls(pipe, schedulers, found, values["calls"])
 
@@ -202,16 +225,25 @@ class _Runner:
     def __init__(self, pipe: Any, steps: int, call: dict[str, Any], shape: torch.Size) -> None:
         self.pipe, self.steps, self.shape = pipe, steps, tuple(shape)
         self.call = {"output_type": "pt", **call}
-        lists = (list, tuple, Tensor)
-        self.listed = {name: v for name, v in self.call.items() if isinstance(v, lists)}
+        for name in _SETTLED:
+            if name in call:
+                raise ValueError(f"call must leave {name} to the search, which sets it itself")
+        texts = {n: v for n, v in call.items() if isinstance(v, str) and "prompt" in n}
+        self.listed = {
+            name: value
+            for name, value in self.call.items()
+            if isinstance(value, (list, Tensor)) and name not in _NOT_LISTED
+        }
         lengths = {name: len(value) for name, value in self.listed.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(
                 f"call's lists must have one entry a prompt, got {lengths}: as many in each"
             )
         self.prompts = next(iter(lengths.values()), 0)
-        if isinstance(self.call.get("prompt"), str) and not self.prompts:
-            self.listed, self.prompts = {"prompt": [self.call["prompt"]]}, 1
+        if texts and (self.prompts or "prompt" in texts):
+            # Pipelines want a list of each, or of none.
+            self.prompts = self.prompts or 1
+            self.listed |= {name: self.prompts * [text] for name, text in texts.items()}
 
     def __call__(self, scheduler: Any, network: Output, model: nn.Module, noise: Tensor) -> Tensor:
         """Return images [B, C, H, W] for seeds that stand in `noise`, [B, 1]."""
@@ -243,8 +275,14 @@ class _Runner:
     ) -> dict[str, Any]:
         """Return the solvers with which the pipeline gives an image; the first has to."""
         usable: dict[str, Any] = {}
+        predicted = output_of(next(iter(solvers.values())))
         for name, scheduler in solvers.items():
             try:
+                if output_of(scheduler) != predicted:
+                    raise ValueError(
+                        f"it takes the output for {output_of(scheduler)!r}, and it is "
+                        f"{predicted!r}: make it with from_config(pipe.scheduler.config)"
+                    )
                 image = self(scheduler, network, network, torch.ones(1, 1))
                 if not bool(image.isfinite().all()):
                     raise ValueError("its image is not finite")
@@ -304,9 +342,11 @@ def _plain_config(scheduler: Any) -> dict[str, Any]:
     def is_plain(value: Any) -> bool:
         if isinstance(value, float):
             return math.isfinite(value)  # an infinity is the default, which it is made with again
-        return isinstance(value, (str, int, bool, list, type(None)))
+        return isinstance(value, (str, int, bool, list, tuple, type(None)))
 
-    return {name: value for name, value in scheduler.config.items() if is_plain(value)}
+    # `trained_betas` may be NumPy's.
+    config = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in scheduler.config.items()}
+    return {name: value for name, value in config.items() if is_plain(value)}
 
 
 @contextmanager

@@ -9,6 +9,7 @@ scaling the guided ε̂ is the same as scaling each ε̂ in it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,7 @@ class StepCorrection:
 
     Attributes:
         active: Whether it is on.
+        used: Whether a step was taken while it was on.
     """
 
     def __init__(self, scheduler: Any, network: Output, model: nn.Module) -> None:
@@ -60,6 +62,7 @@ class StepCorrection:
         self._step = _Step(scheduler, self)
         scheduler.step = self._step
         self.active: bool = True
+        self.used: bool = False
 
     def remove(self) -> None:
         """Take it off; once is enough, twice does no harm."""
@@ -115,6 +118,7 @@ class _Step:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.handle.active:
             return self.step(*args, **kwargs)
+        self.handle.used = True
         takes = self.__signature__.parameters
         kwargs = {n: v for n, v in kwargs.items() if n in takes or n not in _OPTIONAL}
         call = self.__signature__.bind(*args, **kwargs)
@@ -129,9 +133,22 @@ class _Step:
         )
         return self.step(*call.args, **call.kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Step:
+        """Return one for the copy of its scheduler.
+
+        Where the scheduler's attributes alone are copied it is itself: StableDiffusionPanorama
+        keeps a copy of them for each view, and puts them back into the scheduler.
+        """
+        if id(self.scheduler) not in memo:
+            return self
+        copied = object.__new__(_Step)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
 
 def _removed() -> StepCorrection:
     handle = object.__new__(StepCorrection)
     handle.scheduler = None
-    handle.active = False
+    handle.active = handle.used = False
     return handle

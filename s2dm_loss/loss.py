@@ -330,8 +330,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
     def __repr__(self) -> str:
         options = ", ".join(
             f"{name}={getattr(self, name)!r}"
-            for name, option in inspect.signature(type(self)).parameters.items()
+            for name, option in inspect.signature(SkipStepLoss).parameters.items()
             if option.kind is option.KEYWORD_ONLY
             and (name in ("tau", "estimator") or getattr(self, name) != option.default)
         )
-        return f"SkipStepLoss({self.schedule!r}, {self.skip_set!r}, {options})"
+        return f"{type(self).__name__}({self.schedule!r}, {self.skip_set!r}, {options})"

@@ -164,7 +164,8 @@ class LossByNoise:
             )
         device = torch.device("cpu") if self._sums is None else self._sums.device
         mine = state["sums"] if rank_and_size()[0] == 0 else torch.zeros_like(state["sums"])
-        self._sums = mine.to(device, wide_dtype(device), copy=True)
+        with torch.inference_mode(False):
+            self._sums = mine.to(device, wide_dtype(device), copy=True)
 
     def _rows(self, t: Tensor) -> list[Tensor]:
         position = (log_snr_at(self.schedule, t) - self._low) / self._width
@@ -183,7 +184,7 @@ class LossByNoise:
         return self._sums
 
     def _reduced(self) -> Tensor:
-        sums = torch.zeros(3, self.bins) if self._sums is None else self._sums
+        sums = torch.zeros(3, self.bins, device="cpu") if self._sums is None else self._sums
         if rank_and_size()[1] == 1:
             return sums.to("cpu", torch.float64, copy=True)
         # The same device in each process, also in one that has seen no batch yet.

@@ -14,6 +14,11 @@ from s2dm_loss.checks import as_float64, check_all
 _TELLING_LENGTH = 10
 # From this length on a table is a whole schedule, which goes on to noise.
 _WHOLE = 100
+# What else a table that runs the wrong way may be, which turning it round would not mend.
+_ALSO = {
+    "alphas_cumprod": ", or, if it holds β, use from_betas, or, if 1 - ᾱ, `1 - alphas_cumprod`",
+    "log_snr": ", or, if it holds γ = -log SNR, negate it, `-log_snr`",
+}
 
 
 def read_betas(betas: Any) -> Tensor:
@@ -23,6 +28,11 @@ def read_betas(betas: Any) -> Tensor:
         raise ValueError(
             f"betas must be the β of each timestep, got values that fall from {table[0]:.3g} "
             f"to {table[-1]:.3g}, which look like ᾱ: from_alphas_cumprod takes them"
+        )
+    if len(table) >= _WHOLE and table.median() > 0.5 and bool((table <= 1).all()):
+        raise ValueError(
+            "betas must be the β of each timestep, got a table of which most exceed 0.5, which "
+            "looks like 1 - ᾱ or its root: from_alphas_cumprod takes ᾱ"
         )
     good = (table > 0) & (table < 1)
     good[-1] |= table[-1] == 1
@@ -47,6 +57,12 @@ def read_log_snr(log_snr: Any) -> Tensor:
     """Return log(ᾱ_t / (1 - ᾱ_t)), strictly decreasing."""
     table = as_float64("log_snr", log_snr)
     _check_direction("log_snr", table, falls=True)
+    if len(table) >= _WHOLE and table[-1] >= 0:
+        raise ValueError(
+            "log_snr must fall below 0, where there is more noise than signal, got a table that "
+            f"ends at {table[-1]:.3g}, which looks like an SNR or ᾱ: `snr.log()` is its logarithm, "
+            "and from_alphas_cumprod takes ᾱ"
+        )
     return table
 
 
@@ -85,7 +101,6 @@ def _check_direction(name: str, table: Tensor, *, falls: bool) -> None:
         other = "increases" if falls else "decreases"
         raise ValueError(
             f"{name} must {verb} strictly with t, got a table that {other}: turn it round, "
-            f"`{name}.flip(0)`"
-            + (", or, if it holds β, use from_betas" if name == "alphas_cumprod" else "")
+            f"`{name}.flip(0)`{_ALSO.get(name, '')}"
         )
     check_all(name, table, F.pad(steps < 0, (1, 0), value=True), f"{verb} strictly with t")

@@ -288,6 +288,16 @@ class _SampledTimesteps(SkipSet):
                 f"timesteps must lie in [0, {limit}], got values from {self.timesteps[0]:g} "
                 f"to {self.timesteps[-1]:g}"
             )
+        if (
+            steps is not None
+            and self.timesteps[-1] <= 1 < limit
+            and any(t % 1 for t in self.timesteps)
+        ):
+            raise ValueError(
+                f"timesteps of a discrete schedule must lie in [0, {limit}], got fractions up to "
+                f"{self.timesteps[-1]:g}, which look like continuous times: give the timesteps, "
+                f"such as `{limit} * timesteps`"
+            )
 
     @override
     def _earlier(

@@ -8,6 +8,7 @@ number of processes, nor a former call changes them, and two checkpoints see the
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,8 +70,13 @@ def validation_loss(
     Raises:
         TypeError, ValueError: if an argument, a batch or the model's output is not as said.
     """
-    check_count("levels", levels, 2)
+    levels, seed = check_count("levels", levels, 2), check_count("seed", seed, -(2**63))
     _check_options(options)
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            f"batches must be an iterable of batches, got {describe(batches)}, of which each "
+            "sample would be one: give `x0.split(64)`"
+        )
     shared: LossOptions = {**options, "reduction": "none"}
     # At τ = 1, which is the plain loss, any skips will do.
     plain: LossOptions = {**shared, "tau": 1.0}
@@ -85,11 +91,13 @@ def validation_loss(
     with evaluating(model), torch.no_grad(), _own_random_numbers(place, seed):
         for batch in _bar(batches, shown=progress and rank == 0):
             x0, model_kwargs, index = _read_batch(batch, place)
+            if not len(x0):
+                continue
             if index is None:
                 index = [rank + world_size * (len(indices) + j) for j in range(len(x0))]
             losses.append(_losses_of(criteria, model, x0, model_kwargs, index, levels, seed))
             indices += index
-            means += x0.double().flatten(1).mean(1).tolist()
+            means += x0.double().reshape(len(x0), -1).mean(1).tolist()
     index_of, mean_x0, found = _joined(indices, means, torch.cat(losses))
     middle = (torch.arange(levels, dtype=torch.float64, device="cpu") + 0.5) / levels
     # From noise to data, whichever way the schedule's time runs.
@@ -100,10 +108,11 @@ def validation_loss(
         losses=dict(zip(criteria, found[..., order].unbind(1), strict=True)),
         log_snr=log_snr.tolist(),
         settings={
-            "schedule": repr(schedule),
+            "schedule": _without_address(schedule),
             "levels": levels,
             "seed": seed,
             **_settings(criteria["plain"], "prediction_type", "weighting"),
+            **_weights_of(criteria["plain"], log_snr),
             **_settings(criteria.get("skip_step"), *_OF_SKIP_STEP),
         },
     )
@@ -281,4 +290,19 @@ def _settings(criterion: SkipStepLoss | None, *names: str) -> dict[str, Any]:
     """Return settings of a loss as JSON can hold them; None for all of a loss that is not there."""
     values = {name: getattr(criterion, name, None) for name in names}
     simple = (bool, int, float, str, type(None))
-    return {name: v if isinstance(v, simple) else repr(v) for name, v in values.items()}
+    return {name: v if isinstance(v, simple) else _without_address(v) for name, v in values.items()}
+
+
+def _weights_of(criterion: SkipStepLoss, log_snr: Tensor) -> dict[str, Any]:
+    """Return the weights of a user's own function, whose name does not tell it from another."""
+    weighting = criterion.weighting
+    if weighting is None or repr(weighting) == _without_address(weighting):
+        return {}
+    weights = weighting(log_snr.clamp(-60, 60)).tolist()
+    values = ", ".join(f"{weight:.6g}" for weight in weights)
+    return {"weighting": f"{_without_address(weighting)} of {values}"}
+
+
+def _without_address(value: object) -> str:
+    """Return a `repr` less the address in memory, which is another in each process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

@@ -357,6 +357,34 @@ def test_a_copy_of_the_scheduler_in_the_block_is_corrected_with_its_own_state():
     assert torch.equal(copied.step(u, t, x).prev_sample, plain)
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler"])
+def test_the_schedulers_attributes_are_copied_and_put_back(name, pipe):
+    """StableDiffusionPanorama keeps them for each of its views."""
+    scheduler, noise = with_scheduler(pipe, name).scheduler, torch.randn(1, 1, 8, 8)
+
+    def views(steps):
+        scheduler.set_timesteps(steps)
+        latents, kept = [noise, noise], [copy.deepcopy(vars(scheduler))] * 2
+        for t in scheduler.timesteps:
+            for i, x in enumerate(latents):
+                vars(scheduler).update(kept[i])
+                latents[i] = scheduler.step(0.9 * x, t, x).prev_sample
+                kept[i] = copy.deepcopy(vars(scheduler))
+        assert torch.equal(*latents)
+        return latents[0]
+
+    plain, longer = views(3), views(5)
+    with shrink_pipeline(pipe, skip_set=99):
+        scheduler.set_timesteps(3)
+        x = noise
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.9 * x, t, x).prev_sample
+        assert torch.equal(views(3), x)
+        assert not torch.allclose(x, plain, atol=1e-3)
+    assert "step" not in vars(scheduler)
+    assert torch.equal(views(5), longer)
+
+
 def test_a_scheduler_that_is_exchanged_in_the_block_is_told(pipe):
     said = "scheduler was exchanged while the correction was on"
     with pytest.warns(UserWarning, match=said), shrink_pipeline(pipe, 99):
@@ -413,6 +441,34 @@ def test_a_table_of_sigmas_is_for_networks_that_predict_the_noise(pipe):
     with_scheduler(pipe, "DDIMScheduler", prediction_type="sample")
     with pytest.raises(ValueError, match=r"is for NoiseSchedule.from_sigmas.*pipeline's is"):
         correct_pipeline(pipe, EpsilonScaling(sigmas, prediction_type="sample"), 1.05)
+
+
+def test_a_flow_scheduler_with_the_sigmas_of_edm_is_refused(pipe):
+    """Cosmos-Predict2 writes them into its config, as here, and samples x_0 + σ ε."""
+    with_scheduler(pipe, "FlowMatchEulerDiscreteScheduler", use_karras_sigmas=True)
+    pipe.scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002, sigma_data=1.0)
+    pipe.scheduler.set_timesteps(sigmas=torch.linspace(0, 1, 5, dtype=torch.float64))
+    assert pipe.scheduler.sigmas[0] == pytest.approx(80)
+    with pytest.raises(ValueError, match=r"from 0 to 1, got .* with sigma_max 80.0: .*Cosmos"):
+        shrink_pipeline(pipe, skip_set=0.05)
+
+
+def test_a_pipeline_that_does_not_call_step_is_told(pipe):
+    """StableDiffusionParadigms calls `batch_step_no_noise`."""
+    scheduler = with_scheduler(pipe, "DDIMParallelScheduler").scheduler
+    scheduler.set_timesteps(5)
+    x = torch.randn(5, 1, 8, 8)
+    said = "scheduler.step was not called"
+    with pytest.warns(UserWarning, match=said), shrink_pipeline(pipe, skip_set=99):
+        scheduler.batch_step_no_noise(x, scheduler.timesteps, x)
+
+
+@pytest.mark.filterwarnings("ignore:scheduler.step was not called")
+def test_a_block_inside_its_own_is_refused(pipe):
+    with shrink_pipeline(pipe, skip_set=99) as handle:
+        with pytest.raises(ValueError, match="on already: leave the first"), handle:
+            pass
+        assert handle.active
 
 
 def test_what_is_refused(pipe):

@@ -6,6 +6,7 @@ what each solver with each correction makes of the start noise is a factor that 
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -163,6 +164,67 @@ def test_schedulers_of_one_class_are_as_many_solvers_as_they_have_settings():
     assert list(found.recommendation.cost.calls) == ["DDIM", "DDIM 2"]
 
 
+@pytest.mark.parametrize("of", [np.array, list])
+def test_trained_betas_are_kept(of):
+    betas = of(np.linspace(1e-4, 0.05, 1000).tolist())
+    pipe = Pipeline(Exact(), make_scheduler("DDIMScheduler", trained_betas=betas, **OPTIONS))
+    found = search_pipeline(pipe, images_for(), schedulers=[], **QUICK)
+    again = PipelineRecommendation.from_dict(pipe, json.loads(json.dumps(found.to_dict())))
+    assert torch.equal(again.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+
+
+def test_what_was_found_for_another_pipeline_is_refused():
+    found = search_pipeline(pipeline_of(), images_for(), schedulers=[], **QUICK)
+    cosine = make_scheduler("DDIMScheduler", beta_schedule="squaredcos_cap_v2", **OPTIONS)
+    others = [pipeline_of("v_prediction"), pipeline_of("flow"), Pipeline(Exact(), cosine)]
+    for other in others:
+        with pytest.raises(ValueError, match=r"values are of a pipeline of .*'epsilon', and"):
+            PipelineRecommendation.from_dict(other, found.to_dict())
+    other = pipeline_of()
+    other.scheduler = make_scheduler("UniPCMultistepScheduler")
+    with PipelineRecommendation.from_dict(other, found.to_dict()):
+        pass
+
+
+class Texts(Pipeline):
+    """As strict about its call as StableDiffusion(XL)Pipeline, which these lines are from."""
+
+    def __call__(self, prompt, negative_prompt=None, original_size=(8, 8), **call):
+        if negative_prompt is not None and type(prompt) is not type(negative_prompt):
+            raise TypeError("`negative_prompt` should be the same type to `prompt`")
+        assert (*original_size, 0, 0) == (8, 8, 0, 0)
+        assert call.pop("callback_on_step_end_tensor_inputs", ["latents"]) == ["latents"]
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        assert negative_prompt in (None, "ugly", len(prompts) * ["ugly"])
+        return super().__call__(torch.tensor([float(len(p) > 1) for p in prompts]), **call)
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "bb"], ["a", "bb", "c"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"negative_prompt": "ugly"},
+        {"original_size": (8, 8)},
+        {"callback_on_step_end_tensor_inputs": ["latents"]},
+    ],
+)
+def test_what_is_one_for_all_prompts(prompt, given):
+    pipe = Texts(Exact(), make_scheduler("DDIMScheduler", **OPTIONS))
+    pipe(prompt="a", **given)
+    search_pipeline(pipe, images_for(), schedulers=[], prompt=prompt, **given, **QUICK)
+
+
+def test_solvers_for_another_output_are_left_out(capsys):
+    given = [make_scheduler("UniPCMultistepScheduler")]
+    given.append(make_scheduler("DEISMultistepScheduler", prediction_type="v_prediction"))
+    pipe = pipeline_of("v_prediction")
+    options = {**QUICK, "steps": 4, "schedulers": given, "progress": True}
+    found = search_pipeline(pipe, images_for(), **options)
+    assert list(found.recommendation.cost.calls) == ["DDIM", "DEIS"]
+    said = capsys.readouterr().err
+    assert "left out: UniPC (ValueError: it takes the output for 'epsilon', and it is" in said
+
+
 def test_diffusers_own_pipeline_which_hands_eta_to_every_scheduler():
     """And returns NumPy's images, with the channels last."""
     pipe = tiny_pipeline()
@@ -209,6 +271,8 @@ def test_an_exception_leaves_the_pipeline_as_it_was():
             "must have one entry a prompt",
         ),
         ({"prompt": "a cat"}, TypeError, "unexpected keyword argument 'prompt'"),
+        ({"sigmas": [1.0, 0.5]}, ValueError, "call must leave sigmas to the search"),
+        ({"generator": None}, ValueError, "call must leave generator to the search"),
     ],
 )
 def test_what_is_refused(given, error, said):

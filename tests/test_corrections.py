@@ -1,8 +1,11 @@
 """Corrections: their factors from the papers' formulas."""
 
 import copy
+import json
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -77,6 +80,13 @@ def test_the_skips_of_a_scan_and_those_between_are_integers_where_skips_are():
     assert isinstance(between, int)
     assert SkipGain(FLOW).between(0.1, 0.2) == pytest.approx(0.15)
     assert StartScaling().between(1.0, 1.1) == pytest.approx(1.05)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, Fraction])
+def test_strengths_of_any_kind_of_number_are_kept(kind):
+    kept = StartScaling([kind(0.5), kind(1.25), kind(1.75)]).to_dict()
+    assert kept["strengths"] == [0.5, 1.25, 1.75]
+    assert json.loads(json.dumps(kept)) == kept
 
 
 def test_strengths_may_come_from_an_iterator_in_any_order():

@@ -251,6 +251,15 @@ def test_repr_says_what_it_is():
     )
 
 
+def test_repr_of_a_subclass_with_options_of_its_own():
+    class Mine(SkipStepLoss):
+        def __init__(self, *args, extra=1, **options):
+            super().__init__(*args, **options)
+
+    text = "Mine(NoiseSchedule.linear(1000), SkipSet(9), tau=0.5, estimator='expected')"
+    assert repr(Mine(LINEAR, 9, tau=0.5)) == text
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tables_follow_the_tensors_to_a_gpu():
     criterion, data = SkipStepLoss(LINEAR, 9), (*normals(2, 4, 3), T)

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,21 @@ def test_sums_begun_in_inference_mode_go_on_outside():
 
 
 FOUR, ONES = torch.ones(4).long(), torch.ones(4)
+
+
+def test_sums_loaded_in_inference_mode_go_on_outside():
+    monitor, state = filled(), filled().state_dict()
+    with torch.inference_mode():
+        monitor.load_state_dict(state)
+    monitor.update(torch.tensor([3]), torch.tensor([2.0]))
+    assert monitor.compute()["loss/all"] == 1.5
+
+
+def test_before_the_first_batch_there_is_nothing_whatever_the_default_device():
+    with torch.device("meta"):
+        monitor = LossByNoise(LINEAR)
+        assert monitor.compute()["loss_count/all"] == 0
+        monitor.load_state_dict(monitor.state_dict())
 
 
 def test_a_checkpoint_restores_the_sums_and_reset_starts_anew():
@@ -330,6 +346,17 @@ def test_the_batch_size_changes_nothing(schedule):
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
 
 
+def test_batches_may_be_empty_and_samples_numbers():
+    torch.testing.assert_close(
+        losses_of(validated(batches=[X0[:0], X0, X0[:0]])), losses_of(validated()), rtol=0, atol=0
+    )
+    numbers = torch.randn(6)
+    torch.testing.assert_close(
+        losses_of(validated(Recorder(), numbers)),
+        losses_of(validated(Recorder(), numbers[:, None])),
+    )
+
+
 def test_a_given_index_says_which_sample_it_is():
     whole, order = validated(), torch.tensor([7, 0, 3, 9])
     some = validated(batches=[(X0[order], {}, order)])
@@ -418,6 +445,36 @@ def test_only_the_same_is_compared():
         result.compare(0.3)
 
 
+def test_a_result_of_another_machine_is_compared():
+    """Whose logarithms may differ in their last digit, as those of CPUs without AVX2 do."""
+    result = validated(levels=4)
+    other = replace(result, log_snr=[math.nextafter(x, math.inf) for x in result.log_snr])
+    assert result.compare(other).overall().mean == 0
+    moved = replace(result, log_snr=[x + 1e-3 for x in result.log_snr])
+    with pytest.raises(ValueError, match="the same schedule"):
+        result.compare(moved)
+
+
+def test_a_weighting_of_ones_own_is_told_by_its_weights():
+    """Not by its address in memory, which is another in the next process."""
+
+    def result(bias):
+        return validated(levels=4, weighting=lambda log_snr: (bias - log_snr).sigmoid())
+
+    first = json.loads(json.dumps(result(0.0).to_dict()))
+    assert " at 0x" not in str(first["settings"])
+    first = ValidationLoss.from_dict(first)
+    assert first.compare(result(0.0)).overall().mean == 0
+    with pytest.raises(ValueError, match="must have the same weighting"):
+        first.compare(result(1.0))
+
+
+def test_numpys_integers_are_integers():
+    result = validated(levels=np.int64(4), seed=np.int64(3))
+    assert json.loads(json.dumps(result.to_dict()))["settings"]["seed"] == 3
+    assert result.compare(validated(levels=4, seed=3)).overall().mean == 0
+
+
 def test_it_goes_through_json_and_back():
     result = validated(skip_set=9, weighting="min_snr")
     state = json.loads(json.dumps(result.to_dict()))
@@ -489,9 +546,12 @@ update = LossByNoise(LINEAR).update
             "index must differ .*, got 3",
         ),
         (lambda: validated(batches=[(X0.long(),)]), TypeError, "x0 must be a floating-point"),
+        (lambda: validation_loss(small_model, X0, LINEAR), TypeError, r"give `x0.split\(64\)`"),
+        (lambda: validated(batches=[X0[:0]]), ValueError, "batches must hold at least one sample"),
         (lambda: validated(batches=iter([])), ValueError, "batches must hold at least one sample"),
         (lambda: validated(skip_set=9, estimator="fresh"), ValueError, "must not be 'fresh'"),
         (lambda: validated(reduction="mean"), ValueError, "reduction must be left out"),
+        (lambda: validated(seed="a"), TypeError, "seed must be an int"),
         (lambda: validated(levels=1), ValueError, "levels must be at least 2"),
         (lambda: validated(schedule=1000), TypeError, "schedule must be"),
     ],

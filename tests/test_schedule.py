@@ -108,6 +108,17 @@ def test_what_a_table_may_hold():
     assert last[-1] == NoiseSchedule.from_betas([1.0]).alphas_cumprod == 0
 
 
+def test_variances_and_their_roots_are_no_betas():
+    bar = NoiseSchedule.linear(1000).alphas_cumprod
+    for table in (1 - bar, (1 - bar).sqrt(), 1 - bar[-100:]):
+        with pytest.raises(
+            ValueError, match=r"most exceed 0\.5, which looks like 1 - ᾱ or its root"
+        ):
+            NoiseSchedule.from_betas(table)
+    NoiseSchedule.from_betas(1 / torch.arange(1000, 0, -1))  # ddim's "jsd"
+    NoiseSchedule.from_betas(1 - bar[-99:])  # 99 values may be part of a schedule
+
+
 def test_which_betas_look_like_cumulative_products():
     falls = torch.linspace(0.95, 0.05, 10, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"fall from 0\.95 to 0\.05, which look like ᾱ"):
@@ -264,6 +275,7 @@ def test_a_delegating_schedule_is_one_on_every_python(schedule):
     [
         (NoiseSchedule.from_sigmas, torch.linspace(0.01, 1.0, 100).double(), 1.001),
         (NoiseSchedule.from_alphas_cumprod, torch.linspace(0.999, 0.91, 100).double(), 0.9),
+        (NoiseSchedule.from_log_snr, torch.linspace(9e3, 0.0, 100).double(), -1e-3),
     ],
 )
 def test_where_the_checks_of_a_table_begin(read, whole, end):
@@ -273,6 +285,25 @@ def test_where_the_checks_of_a_table_begin(read, whole, end):
     whole = whole.clone()
     whole[-1] = end  # the end tells, and no other value
     assert read(whole).num_train_timesteps == 100
+
+
+@pytest.mark.parametrize(
+    ("read", "table", "message"),
+    [
+        (NoiseSchedule.from_log_snr, -NoiseSchedule.linear(1000).log_snr, "γ .*`-log_snr`"),
+        (
+            NoiseSchedule.from_alphas_cumprod,
+            1 - NoiseSchedule.linear(1000).alphas_cumprod,
+            "1 - ᾱ, `1 - alphas_cumprod`",
+        ),
+    ],
+    ids=["gamma", "variance"],
+)
+def test_what_turning_round_would_not_mend_has_its_own_cure(read, table, message):
+    """Turned round it would be a schedule, and another one."""
+    read(table.flip(0))
+    with pytest.raises(ValueError, match=message):
+        read(table)
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,15 @@ import pytest
 import torch
 from torch import nn
 
-from s2dm_loss import gain
+from s2dm_loss import ContinuousSchedule, gain
 from s2dm_loss.sampling import (
     Candidate,
     Correction,
     CorrectionSearch,
     EpsilonScaling,
     Recommendation,
+    ScaledModel,
+    ScanPoint,
     ScoreRescaling,
     SearchCost,
     SkipGain,
@@ -430,6 +432,17 @@ def test_the_model_is_evaluated_and_its_parts_left_in_their_modes(training, caps
     assert [m.training for m in model.modules()] == [training, training, False]
 
 
+def test_features_that_are_a_network_are_evaluated_too():
+    """Else batch normalisation makes samples and data alike, and dropout hides what is left."""
+    features, seen = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5)), set()
+    features.register_forward_pre_hook(lambda module, _: seen.add(module[0].training))
+    result = search_of(skips=[99], features=features).recommend(progress=False)
+    assert seen == {False}
+    assert result.strength == 99
+    assert torch.equal(features[0].running_mean, torch.zeros(3))
+    assert all(module.training for module in features.modules())
+
+
 # Several samplers
 
 
@@ -631,8 +644,35 @@ def test_what_has_no_number_and_what_is_a_users_own_is_kept_too():
     loaded = Recommendation.from_dict(values).candidates[1]
     assert (loaded.sampler, loaded.distance, loaded.label) == ("inf", INF, "mine 2")
     assert math.isnan(loaded.high)
-    with pytest.raises(ValueError, match="got those of a Mine: apply your own"):
-        Recommendation.from_dict(values, LINEAR)
+    # Beside it the library's own can be applied.
+    values = found(NO, far, SURE, scan=()).to_dict()
+    loaded = Recommendation.from_dict(values, LINEAR)
+    assert loaded.to_dict() == values
+    assert isinstance(loaded(Echo(), torch.randn(4, 3))[0], ScaledModel)
+    mine = loaded.candidates[1]
+    for apply in (mine.correction.correct_model, mine.correction.correct_noise):
+        with pytest.raises(ValueError, match="make your Mine and call it with the strength 2"):
+            apply(torch.zeros(2), mine.strength)
+
+
+@pytest.mark.parametrize("none", [0.0, INF, -INF])
+def test_without_its_schedule_a_correction_still_has_the_strength_that_is_none(none):
+    """The outermost strength, and the figure, are told by it."""
+
+    class Mine(Correction):
+        strengths = (0.1, 0.2)
+
+    mine = Mine()
+    mine.none = none
+    gains = SkipGain(ContinuousSchedule.flow(), (0.1, 0.2))
+    for correction, strength in product((mine, gains), (0.1, 0.2)):
+        chosen = Candidate("sample", correction, strength, 0.5, 1.0, -0.5, -0.6, -0.4, -0.4)
+        points = [ScanPoint("sample", correction, s, 64, 0.5) for s in correction.strengths]
+        whole = replace(found(NO, chosen), scan=tuple(points))
+        loaded = Recommendation.from_dict(json.loads(json.dumps(whole.to_dict())))
+        assert loaded.correction.none == correction.none
+        assert loaded.at_edge == whole.at_edge
+        assert str(loaded) == str(whole)
 
 
 def test_its_figure(result, monkeypatch):

@@ -108,6 +108,16 @@ def test_a_samplers_times_have_their_gain_however_they_are_rounded(schedule, tim
     assert (((1 - found) / (1 - expected) - 1).abs() < 4 * off + 1e-5).all()
 
 
+@pytest.mark.parametrize("times", [torch.linspace(0, 1, 21), torch.linspace(1e-3, 0.95, 20)])
+def test_times_are_no_timesteps_of_a_discrete_schedule(times):
+    """Rounded they would be 0 and 1, and every later t be paired with 1."""
+    with pytest.raises(ValueError, match=r"fractions up to .*continuous times.*999 \* timesteps"):
+        SkipSet.from_timesteps(times).check(NoiseSchedule.linear(1000))
+    SkipSet.from_timesteps(times).check(FLOW)
+    for visited in ([0, 1], [0.4, 1.2], 999 * times):
+        SkipSet.from_timesteps(visited).check(NoiseSchedule.linear(1000))
+
+
 def test_a_skip_of_the_whole_time_in_float32_is_valid():
     """float32's 0.04 is a little less than 0.04, of which the skip is all."""
     earlier, valid = SkipSet.for_sampling_steps(25).earlier(torch.tensor([0.02, 0.04, 0.08]), VP)

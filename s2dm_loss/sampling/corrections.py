@@ -13,8 +13,10 @@ All of them change how far the samples lie apart, and all work in both direction
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -85,8 +87,11 @@ class Correction:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON's own types, less its schedule."""
         options = {name: getattr(self, name) for name in self.options}
-        strengths = [float(s) if isinstance(s, float) else int(s) for s in self.strengths]
-        return {"type": type(self).__name__, "name": self.name, "strengths": strengths, **options}
+        strengths = [int(s) if isinstance(s, Integral) else float(s) for s in self.strengths]
+        # As text where JSON has no number for it.
+        none = self.none if math.isfinite(self.none) else str(float(self.none))
+        kept = {"type": type(self).__name__, "name": self.name, "none": none}
+        return {**kept, "strengths": strengths, **options}
 
     @override
     def __repr__(self) -> str:
@@ -304,21 +309,25 @@ class StoredCorrection(Correction):
         """Take what `Correction.to_dict` returned."""
         self.values = values
         self.name: str = values["name"]
+        self.none: float = float(values["none"])
         self.strengths: tuple[float, ...] = tuple(values["strengths"])
 
     def on(self, schedule: Schedule) -> Correction:
-        """Return the correction itself, for a schedule."""
+        """Return the correction itself, for a schedule; one of the user's own stays as it is."""
         kind = _KINDS.get(self.values["type"])
         if kind is None:
-            raise ValueError(
-                f"values must be of a correction of s2dm_loss.sampling to be applied, got those of "
-                f"a {self.values['type']}: apply your own correction with the strength"
-            )
+            return self
         options = {name: self.values[name] for name in ("strengths", *kind.options)}
         return kind(**options) if kind is StartScaling else kind(schedule, **options)  # type: ignore[call-arg]
 
     @override
     def correct_model(self, model: nn.Module, strength: float) -> nn.Module:
+        if self.values["type"] not in _KINDS:
+            raise ValueError(
+                f"{self.name!r} is no correction of s2dm_loss.sampling and cannot be applied from "
+                f"a file: make your {self.values['type']} and call it with the strength "
+                f"{strength:g}"
+            )
         raise ValueError(
             f"{self.name!r} was loaded without its schedule and cannot be applied: "
             "Recommendation.from_dict(values, schedule) loads it with one"
@@ -328,6 +337,11 @@ class StoredCorrection(Correction):
     def correct_noise(self, noise: Tensor, strength: float) -> Tensor:
         self.correct_model(nn.Identity(), strength)
         return noise
+
+    @property
+    @override
+    def changes_noise(self) -> bool:
+        return False  # what it cannot do `correct_model` says
 
     @override
     def to_dict(self) -> dict[str, Any]:

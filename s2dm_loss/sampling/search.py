@@ -101,9 +101,10 @@ class CorrectionSearch:
             scan: Whether to choose the finalists on a third of the data, and to report the chosen
                 ones and half of each. If not, every strength with every sampler is reported.
             features: Maps samples or data [B, ...] to [B, D], in which they are then compared; by
-                default the values themselves. Above 128 dimensions, or with fewer than eight
-                samples for each, the distance follows fewer axes, at most 128, those in which the
-                data vary most, found on the part that is not compared, and the rest as one.
+                default the values themselves. A module is put into evaluation mode meanwhile. Above
+                128 dimensions, or with fewer than eight samples for each, the distance follows
+                fewer axes, at most 128, those in which the data vary most, found on the part that
+                is not compared, and the rest as one.
             num_samples: Samples per finalist, at least 32.
             batch_size: Noise in one call of `sample`, and images in one call of `features`.
             noise_shape: Shape of one sample's noise, where it is not that of the data (a latent
@@ -196,7 +197,7 @@ class CorrectionSearch:
         first, second = order[: len(order) // 3], order[len(order) // 3 :]
         seeds = [_drawn(root) for _ in range(3 + len(WIDTHS[0]))]
         trials = self._trials
-        with torch.no_grad(), evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model), evaluating(self.features):
             scan: tuple[ScanPoint, ...] = ()
             finalists = self._every_pair
             seen = torch.cat(list(trials.data_values(first[:AXES_ROWS])))
