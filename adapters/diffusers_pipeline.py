@@ -63,7 +63,7 @@ def shrink_pipeline(
 
     Raises:
         TypeError, ValueError: if an argument is not as said, if the scheduler has no gain (EDM,
-            times that are log σ), or if the pipeline has a correction already.
+            times that are log σ, Cosmos-Predict2), or if the pipeline has a correction already.
     """
 
     def with_gain(model: nn.Module, schedule: Schedule, kind: PredictionType) -> nn.Module:

@@ -74,8 +74,8 @@ def search_pipeline(
         with found:
             pipe(prompts[0], num_inference_steps=found.steps)
 
-    Solvers that the pipeline or its scheduler's config does not take are left out, and said. The
-    pipeline is used as it is, one scheduler after the other, so memory stays that of one.
+    Solvers that the pipeline or its scheduler's config does not take, or that are for another
+    output, are left out, and said. The pipeline is used as it is, so memory stays that of one.
 
     Args:
         pipe: A diffusers pipeline with a `scheduler`.

@@ -1,4 +1,4 @@
-"""What PyTorch makes the library do; every private name of it, asked for once and guarded.
+"""Ways around PyTorch's corners; each private name of it, asked for once and guarded.
 
 A name that a later PyTorch no longer has answers with the slower of its two meanings ("a transform
 may be active", "somebody may watch"), so that the loss stays right and only the fast path goes.

@@ -57,7 +57,7 @@ class LossTable:
         normalize: bool,
         max_c2: float,
     ) -> None:
-        """Make the table, or say which of tau, max_c2, skips and weighting is not as it should."""
+        """Make the table, or say which of tau, estimator, max_c2, skips and weighting is wrong."""
         self._schedule, self._skip_set, self._tau = schedule, skip_set, tau
         self._estimator: Estimator = estimator
         self._reduction = REDUCTIONS[reduction]

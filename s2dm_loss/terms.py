@@ -20,9 +20,8 @@ class LossTerms(NamedTuple):
         simple: The plain loss, mse(ε̂, ε), times the weighting if there is one.
         skip: The skip term, mse(c ε̂, ζ), times the same; 0 where τ is 1.
         tau: τ, and 1 where no skip is valid.
-        total: tau · simple + (1 - tau) · skip. Its gradient is that of the loss (of a loss with
-            `normalize`, which leaves A out, A times that), its value is larger by a constant that
-            no network changes.
+        total: tau · simple + (1 - tau) · skip. Its gradient is that of the loss, or A times that
+            with `normalize=True`. Its value is larger by a constant that no network changes.
     """
 
     simple: Tensor

@@ -53,8 +53,8 @@ def validation_loss(
         batches: Any iterable of batches, such as a DataLoader. A batch is x_0 of shape [B, ...], or
             (x_0, model_kwargs), or (x_0, model_kwargs, index) with an int for each sample. Without
             an index the samples count in their order; with R processes the j-th of process r is
-            sample r + R j, as a `DistributedSampler` deals them out. What that repeats to even out
-            the parts is a sample more: give indices, or drop the rest.
+            sample r + R j, as a `DistributedSampler` deals them out. Samples that it repeats, so
+            that all processes get as many, count twice: give indices, or its `drop_last=True`.
         schedule: The noise schedule.
         levels: Number of times for each sample.
         skip_set: Skips of the S²-DM loss, evaluated besides the plain one from the same model

@@ -109,14 +109,18 @@ class Device:
     @property
     def unmeasured(self) -> list[str]:
         """What the plan for a GPU has and these results do not, by level."""
-        shapes = {cell["name"] for cell in self.cells("float32")}
+        shapes = {tuple(cell["shape"]): cell["name"] for cell in self.cells("float32")}
         missing = []
         for level, dtype in HEADS[1:]:
-            found = {cell["name"] for cell in self.cells(level) if cell["dtype"] == dtype}
-            if not shapes <= found:
-                but = f" but {' and '.join(sorted(found))}" if found else ""
+            cells = [cell for cell in self.cells(level) if cell["dtype"] == dtype]
+            found = {tuple(cell["shape"]): cell["name"] for cell in cells}
+            left = [name for shape, name in shapes.items() if shape not in found]
+            if left:
                 title = dtype if level == dtype else f"{level} {dtype}"
-                missing.append(f"{title} at any size{but}")
+                few = len(found) < len(left)
+                names = " and ".join(found.values() if few else left)
+                where = f"any size{' but ' * bool(names)}{names}" if few else names
+                missing.append(f"{title} at {where}")
         timed = {cell["mode"] for cell in self.steps}
         steps = STEPS if self.label == "GPU" else STEPS[:2]  # no graphs on a CPU
         return missing + [f"the step, {name}" for name in steps if name not in timed]

@@ -16,7 +16,7 @@ another preset of the same runner.  The rooms, each about one thing:
 `checkpoint`        the state of a training under way
 `training`          one training run that survives being killed
 `samplers`          diffusers' samplers, set up alike
-`spectra`           octaves and principal axes of images
+`spectra`           octaves of frequencies of images
 `features`          the feature space in which samples are compared with data
 `metrics`           the distances
 `presets`           the experiments, as data

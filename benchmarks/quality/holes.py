@@ -125,6 +125,7 @@ def fact(run: str, name: str) -> str:
     first = {name: next(iter(by_seed.values())) for name, by_seed in trainings.items()}
     loss_shares = [one["loss_share"] for name, one in first.items() if "skip" in name]
     number = {word: float(value) for word, value in re.findall(r"(steps|batch_size)=(\d+)", budget)}
+    commits = str(record["versions"]["commit"]).split(", ")
     facts: dict[str, Callable[[], str]] = {
         "seeds": lambda: counted(found.table.index.unique("seed").size, "seed"),
         "samples": lambda: f"{record['settings']['samples']:,}",
@@ -137,7 +138,7 @@ def fact(run: str, name: str) -> str:
             f"{key} {value}" for key, value in record["versions"].items()
             if value and key in ("python", "torch", "diffusers", "torchmetrics")
         ),
-        "commit": lambda: str(record["versions"]["commit"])[:10],
+        "commits": lambda: listed([f"`{commit[:10]}`" for commit in commits]),
         "differed": lambda: (
             "differed" if record["versions"]["checkout_differed"] else "did not differ"
         ),

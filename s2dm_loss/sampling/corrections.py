@@ -303,7 +303,7 @@ def standard_corrections(
 
 
 class StoredCorrection(Correction):
-    """A correction as a file has it, without its schedule: it can be read and not be applied."""
+    """A correction as a file has it, without its schedule or its code: to be read, not applied."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         """Take what `Correction.to_dict` returned."""
