@@ -116,6 +116,7 @@ def test_times_are_no_timesteps_of_a_discrete_schedule(times):
     SkipSet.from_timesteps(times).check(FLOW)
     for visited in ([0, 1], [0.4, 1.2], 999 * times):
         SkipSet.from_timesteps(visited).check(NoiseSchedule.linear(1000))
+    SkipSet.from_timesteps([0, 0.5, 1]).check(NoiseSchedule.linear(2))  # which has no others
 
 
 def test_a_skip_of_the_whole_time_in_float32_is_valid():
