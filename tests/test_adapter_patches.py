@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from s2dm_loss.testing import check_swap
-from tests.helpers.diffusers_parts import diffusers, make_scheduler
 from tests.helpers import trainers_of_today as today
+from tests.helpers.diffusers_parts import diffusers, make_scheduler
 from tests.helpers.patches import PAGES, PATCHES, TRAINERS, patched
 from tests.helpers.trainers_of_today import Anything, made
 from tests.helpers.upstream import root_of
@@ -226,6 +226,8 @@ def test_ai_toolkit_changes_the_target_of_models_that_make_it_themselves(own_tar
         losses.append(loss_of(trainer, *given, mask_multiplier=ones).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert abs(losses[2] / losses[0] - 1) > 0.05
+
+
 @pytest.mark.parametrize("mixflow", [False, True])
 def test_simple_tuner_reads_the_sigma_that_is_in_x_t(mixflow):
     source = patched(*today.SIMPLE_TUNER, today.source_of(*today.SIMPLE_TUNER))
