@@ -68,7 +68,8 @@ def test_what_a_search_costs():
     usual = inspect.signature(search_pipeline).parameters["num_samples"].default
     made = [images_of_a_search(usual), images_of_a_search(64)]
     for page in (README, (ROOT / "docs" / "correct.md").read_text("utf-8")):
-        said = re.search(r"about ([\d,]+)\s+images\b.*?`num_samples=64` about ([\d,]+)", page, re.S)
+        page = " ".join(page.split())
+        said = re.search(r"about ([\d,]+) images\b.*?`num_samples=64` about ([\d,]+)", page)
         assert [int(n.replace(",", "")) for n in said.groups()] == pytest.approx(made, rel=0.05)
 
 
