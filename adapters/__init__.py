@@ -13,7 +13,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from s2dm_loss.loss import SkipStepLoss
 
 __all__ = ["SETTLED", "changed_copy", "check_options", "check_plain", "owner_of", "reduce_changed"]
 
+_Object = TypeVar("_Object")
 _OPTIONS = [
     name
     for name, option in inspect.signature(SkipStepLoss).parameters.items()
@@ -75,7 +76,7 @@ def owner_of(value: Any, method: str) -> str:
     return next((kind.__name__ for kind in type(value).__mro__ if method in vars(kind)), "")
 
 
-def changed_copy(plain: Any, mixin: Any, **attributes: Any) -> Any:
+def changed_copy(plain: _Object, mixin: Any, **attributes: Any) -> _Object:
     """Return a copy of a trainer's object, with a mixin in front of its class and new attributes.
 
     A module's copy shares parameters, buffers and submodules with the module, and what is added to

@@ -76,7 +76,7 @@ def skip_step(diffusion: Diffusion, skip_set: Skips, **options: Unpack[LossOptio
         prediction_type=_OBJECTIVES[plain.objective],
     )
     check_tau(criterion.tau)
-    return changed_copy(plain, SkipStepMixin, skip_step_loss=criterion)  # type: ignore[no-any-return]
+    return changed_copy(diffusion, SkipStepMixin, skip_step_loss=criterion)
 
 
 class SkipStepMixin:

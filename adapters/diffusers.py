@@ -193,13 +193,13 @@ class SkipLoss(nn.Module):
         given = self.prediction_type
         if given is None:
             return self._criterion_of(_configured(self.scheduler))
-        said = (
-            given if self.scheduler is None or self._is_flow else prediction_type_of(self.scheduler)
-        )
-        if given != said:
-            raise ValueError(
-                f"prediction_type {given!r} was given, but the scheduler's config now says {said!r}"
-            )
+        if self.scheduler is not None and not self._is_flow:
+            said = prediction_type_of(self.scheduler)
+            if given != said:
+                raise ValueError(
+                    f"prediction_type {given!r} was given, but the scheduler's config now says "
+                    f"{said!r}"
+                )
         return self._criterion_of(given)
 
     def _criterion_of(self, prediction_type: PredictionType) -> SkipStepLoss:

@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -47,7 +47,6 @@ _FLOWS: dict[str, dict[str, Any]] = {
     "DPMSolverMultistepScheduler": _FLOW,
     "UniPCMultistepScheduler": _FLOW,
 }
-
 
 # Arguments of a call that the search gives itself, and lists that hold no entry a prompt.
 _SETTLED = ("generator", "num_inference_steps", "return_dict", "sigmas", "timesteps")
@@ -156,16 +155,17 @@ class PipelineRecommendation:
         self.recommendation = found
         self.scheduler: Any = self._schedulers[found.sampler]
         self.steps: int = _steps(self.scheduler, steps)
-        self._stack: ExitStack | None = None
+        self._block: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> Self:
-        if self._stack is not None:
+        if self._block is not None:
             raise ValueError("the recommendation is on already: leave the first `with` before")
-        network, stack = Output(), ExitStack()
+        network = Output()
         # Also without a correction: it drops what a pipeline hands to every scheduler.
         model = self.recommendation.correct_model(network)
-        stack.enter_context(_corrected(self._pipe, self.scheduler, network, model))
-        self._stack = stack
+        block = _corrected(self._pipe, self.scheduler, network, model)
+        block.__enter__()
+        self._block = block
         return self
 
     def __exit__(
@@ -174,9 +174,9 @@ class PipelineRecommendation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
+        block, self._block = self._block, None
+        if block is not None:
+            block.__exit__(None, None, None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found in JSON's own types, with the schedulers' configs."""

@@ -83,7 +83,7 @@ def skip_step(
         prediction_type="sample",
     )
     check_tau(criterion.tau)
-    return changed_copy(loss_fn, SkipStepMixin, skip_step_loss=criterion, skip_step_ramp=ramp)  # type: ignore[no-any-return]
+    return changed_copy(loss_fn, SkipStepMixin, skip_step_loss=criterion, skip_step_ramp=ramp)
 
 
 _OURS = ("skip_step_loss", "skip_step_ramp")

@@ -74,7 +74,7 @@ def skip_step(
         reduction="none",
         prediction_type=_PREDICTS[plain.model_mean_type.name],
     )
-    return changed_copy(plain, SkipStepMixin, skip_step_loss=criterion)  # type: ignore[no-any-return]
+    return changed_copy(diffusion, SkipStepMixin, skip_step_loss=criterion)
 
 
 class SkipStepMixin:

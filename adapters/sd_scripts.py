@@ -96,7 +96,6 @@ def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions])
         TypeError: if `trainer` is none of this kind.
         ValueError: if it trains another kind of network, or has the S²-DM loss already.
     """
-    plain: Any = trainer
     kind: Any = type(trainer)
     check_plain("trainer", trainer, SkipStepMixin)
     if missing := [name for name in _METHODS if not hasattr(trainer, name)]:
@@ -121,7 +120,7 @@ def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions])
     else:
         _loss(ContinuousSchedule.flow(), given["skip_set"], options, predicts)
         given["prediction_type"] = predicts
-    return changed_copy(plain, SkipStepMixin, skip_step_options=given)  # type: ignore[no-any-return]
+    return changed_copy(trainer, SkipStepMixin, skip_step_options=given)
 
 
 class SkipStepMixin:

@@ -7,6 +7,7 @@ values, so they cost no host sync.
 from __future__ import annotations
 
 import difflib
+import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -196,6 +197,15 @@ def as_float64(name: str, values: Any, *, empty: bool = False) -> Tensor:
     if tensor.isnan().any():
         raise ValueError(f"{name} must not hold NaN, got one at index {_first(tensor.isnan())}")
     return tensor
+
+
+def plain_value(value: Any) -> Any:
+    """Return a number or a name as JSON has it, which has no infinity."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else str(float(value))
 
 
 def check_all(name: str, values: Tensor, good: Tensor, expected: str) -> None:

@@ -20,11 +20,12 @@ from typing_extensions import Unpack
 
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.loss import LossOptions, SkipStepLoss
-from s2dm_loss.prediction import evaluating, read_output
+from s2dm_loss.prediction import PathPoint, evaluating, read_output
 from s2dm_loss.schedule import Schedule, log_one_minus_exp
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.timesteps import times_at
 from s2dm_loss.validation_result import ValidationLoss
+from s2dm_loss.weighting import weights_at
 
 _OF_SKIP_STEP = ("skip_set", "tau", "estimator", "normalize", "max_c2")
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: its multiples are spread evenly mod 2^64
@@ -102,7 +103,8 @@ def validation_loss(
     index_of, mean_x0, found = _joined(indices, means, torch.cat(losses))
     middle = (torch.arange(levels, dtype=torch.float64, device="cpu") + 0.5) / levels
     # From noise to data, whichever way the schedule's time runs.
-    log_snr, order = log_snr_at(schedule, times_at(schedule, middle)).sort()
+    times = times_at(schedule, middle)
+    log_snr, order = log_snr_at(schedule, times).sort()
     return ValidationLoss(
         index=index_of,
         mean_x0=mean_x0,
@@ -113,7 +115,7 @@ def validation_loss(
             "levels": levels,
             "seed": seed,
             **_settings(criteria["plain"], "prediction_type", "weighting"),
-            **_weights_of(criteria["plain"], log_snr),
+            **_weights_of(criteria["plain"], times),
             **_settings(criteria.get("skip_step"), *_OF_SKIP_STEP),
         },
     )
@@ -294,12 +296,12 @@ def _settings(criterion: SkipStepLoss | None, *names: str) -> dict[str, Any]:
     return {name: v if isinstance(v, simple) else _without_address(v) for name, v in values.items()}
 
 
-def _weights_of(criterion: SkipStepLoss, log_snr: Tensor) -> dict[str, Any]:
+def _weights_of(criterion: SkipStepLoss, times: Tensor) -> dict[str, Any]:
     """Return the weights of a user's own function, whose name does not tell it from another."""
     weighting = criterion.weighting
     if weighting is None or repr(weighting) == _without_address(weighting):
         return {}
-    weights = weighting(log_snr.clamp(-60, 60)).tolist()
+    weights = weights_at(weighting, PathPoint.at(criterion.schedule, times)).tolist()
     values = ", ".join(f"{weight:.6g}" for weight in weights)
     return {"weighting": f"{_without_address(weighting)} of {values}"}
 

@@ -80,8 +80,11 @@ class ValidationLoss:
             if mine != theirs:
                 raise ValueError(f"other must have the same {name}, {mine!r}, got {theirs!r}")
         # Machines differ in the last digits of a logarithm.
-        levels = [torch.tensor(r.log_snr).double().cpu() for r in (self, other)]
-        same = torch.equal(self.index, other.index) and torch.allclose(levels[0], levels[1])
+        mine, theirs = (
+            torch.tensor(one.log_snr, dtype=torch.float64, device="cpu") for one in (self, other)
+        )
+        same = torch.equal(self.index, other.index)
+        same = same and torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
         if not (same and torch.allclose(self.mean_x0, other.mean_x0, rtol=1e-3, equal_nan=True)):
             raise ValueError(
                 "other must be of the same samples, in the same order, and the same schedule: "

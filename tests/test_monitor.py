@@ -450,7 +450,7 @@ def test_a_result_of_another_machine_is_compared():
     result = validated(levels=4)
     other = replace(result, log_snr=[math.nextafter(x, math.inf) for x in result.log_snr])
     assert result.compare(other).overall().mean == 0
-    moved = replace(result, log_snr=[x + 1e-3 for x in result.log_snr])
+    moved = replace(result, log_snr=[x + 1e-6 for x in result.log_snr])
     with pytest.raises(ValueError, match="the same schedule"):
         result.compare(moved)
 

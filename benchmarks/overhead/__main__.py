@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 import time
@@ -104,14 +103,11 @@ def run(
 def _measure(name: str, settings: Settings, path: Path) -> None:
     """Write a level's results to `path`, where other levels' stay, one after the other."""
     figures = []
-    # Less the folders, which are one machine's own.
-    folder = r" (--(out|against)( '[^']*'|[ =]\S+)|'--(out|against)=[^']*')"
-    words = re.sub(folder, "", " " + shlex.join(sys.argv[1:]))
     changes = git("status", "--porcelain", "--", "s2dm_loss/*.py", "benchmarks/overhead")
     shown = {
         "machine": machine(settings.device),
         "version": __version__,
-        "command": f"python -m benchmarks.overhead{words}",
+        "command": shlex.join(["python", "-m", "benchmarks.overhead", *_own_words(sys.argv[1:])]),
         "commit": git("rev-parse", "HEAD"),
         "local_changes": bool(changes),
         # Above 0: something else was running.
@@ -128,6 +124,17 @@ def _measure(name: str, settings: Settings, path: Path) -> None:
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         click.echo(f"  {name}: the rest is left out: {str(error).splitlines()[0]}", err=True)
+
+
+def _own_words(arguments: list[str]) -> list[str]:
+    """Return a command line less the folders in it, which are one machine's own."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word in ("--out", "--against"):
+            next(words, None)
+        elif not word.startswith(("--out=", "--against=")):
+            kept.append(word)
+    return kept
 
 
 @main.command()

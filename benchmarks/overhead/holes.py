@@ -117,9 +117,11 @@ class Device:
             left = [name for shape, name in shapes.items() if shape not in found]
             if left:
                 title = dtype if level == dtype else f"{level} {dtype}"
-                few = len(found) < len(left)
-                names = " and ".join(found.values() if few else left)
-                where = f"any size{' but ' * bool(names)}{names}" if few else names
+                where = " and ".join(left)
+                if not found:
+                    where = "any size"
+                elif len(found) < len(left):
+                    where = f"any size but {' and '.join(found.values())}"
                 missing.append(f"{title} at {where}")
         timed = {cell["mode"] for cell in self.steps}
         steps = STEPS if self.label == "GPU" else STEPS[:2]  # no graphs on a CPU

@@ -13,17 +13,15 @@ All of them change how far the samples lie apart, and all work in both direction
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss.checks import check_choice, check_iterable, check_number
+from s2dm_loss.checks import check_choice, check_iterable, check_number, plain_value
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, gain
 from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType
 from s2dm_loss.sampling.scaled_model import ScaledModel
@@ -87,10 +85,8 @@ class Correction:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON's own types, less its schedule."""
         options = {name: getattr(self, name) for name in self.options}
-        strengths = [int(s) if isinstance(s, Integral) else float(s) for s in self.strengths]
-        # As text where JSON has no number for it.
-        none = self.none if math.isfinite(self.none) else str(float(self.none))
-        kept = {"type": type(self).__name__, "name": self.name, "none": none}
+        strengths = [plain_value(strength) for strength in self.strengths]
+        kept = {"type": type(self).__name__, "name": self.name, "none": plain_value(self.none)}
         return {**kept, "strengths": strengths, **options}
 
     @override

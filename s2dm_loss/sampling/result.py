@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +12,13 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from s2dm_loss._version import __version__
-from s2dm_loss.sampling.corrections import NONE, Correction, NoCorrection, StoredCorrection
+from s2dm_loss.checks import plain_value
+from s2dm_loss.sampling.corrections import (
+    NONE,
+    Correction,
+    NoCorrection,
+    StoredCorrection,
+)
 from s2dm_loss.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -217,7 +222,9 @@ class Recommendation:
 
         def row(entry: Candidate | ScanPoint) -> dict[str, Any]:
             values = entry._asdict() if isinstance(entry, ScanPoint) else vars(entry)
-            plain = {name: _plain(value) for name, value in values.items() if name != "correction"}
+            plain = {
+                name: plain_value(value) for name, value in values.items() if name != "correction"
+            }
             return {**plain, "correction": number.get(id(entry.correction), 0)}
 
         values = {
@@ -282,15 +289,6 @@ class Recommendation:
     @override
     def __str__(self) -> str:
         return _table(self)
-
-
-def _plain(value: Any) -> Any:
-    """Return a number or a name as JSON has it, which has no infinity."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    return float(value) if math.isfinite(value) else str(float(value))
 
 
 def _name(found: Recommendation, candidate: Candidate) -> str:
