@@ -20,6 +20,7 @@ NAMES = {
     "eps16": "cifar10-16",
     "eps16-10k": "cifar10-16-10k",
     "flow16": "cifar10-16-flow",
+    "flow16-10k": "cifar10-16-flow-10k",
 }
 """Short names of runs; any other is a preset's own."""
 IN_WORDS = {r"gain (-?[\d.]+)": r"plain+gain\1", r"loss (-?[\d.]+)": r"skip\1-expected"}

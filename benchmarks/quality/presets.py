@@ -223,6 +223,15 @@ CIFAR10_16_FLOW = replace(
     ),
     columns=("plain", "plain+gain0.05", "skip0.05-expected"),
 )
+CIFAR10_16_FLOW_10K = replace(
+    CIFAR10_16_FLOW,
+    name="cifar10-16-flow-10k",
+    samples=10_000,
+    sample_batch=250,
+    arms=tuple(arm(*one, ("euler",), (20,)) for one in ((Plain(), None), (Plain(), Gain(0.05)))),
+    columns=("plain", "plain+gain0.05"),
+    networks_of=CIFAR10_16_FLOW,
+)
 
 # Real photographs at 32 x 32. Losses branch off the plain run's state at 75 % of its steps.
 ANSWER_ARMS = (
@@ -306,7 +315,8 @@ CIFAR10_UNET = replace(
 PRESETS = {
     preset.name: preset
     for preset in (
-        *(DIGITS, DIGITS_FULL, TEXTURES, CIFAR10_16, CIFAR10_16_10K, CIFAR10_16_FLOW),
+        *(DIGITS, DIGITS_FULL, TEXTURES),
+        *(CIFAR10_16, CIFAR10_16_10K, CIFAR10_16_FLOW, CIFAR10_16_FLOW_10K),
         *(CIFAR10_WIDE, CIFAR10_WIDE_10K, CIFAR10_UNET),
     )
 }
