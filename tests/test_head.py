@@ -255,8 +255,6 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("shape", [(3, 4, 5), (2, 3, 2**13)])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoints(name, shape, dtype):
-    if "re" not in name[:3] and not hasattr(checkpoints, "create_selective_checkpoint_contexts"):
-        pytest.skip("needs torch 2.5")
     head = Head(*shape, dtype=dtype, reduction="mean")
 
     def loss(x):

@@ -250,9 +250,9 @@ def test_repr_says_what_it_is():
         " timesteps='stratified')"
     )
 
-
-def test_repr_of_a_subclass_with_options_of_its_own():
     class Mine(SkipStepLoss):
+        """With an option of its own."""
+
         def __init__(self, *args, extra=1, **options):
             super().__init__(*args, **options)
 

@@ -121,22 +121,17 @@ def test_a_loss_that_is_not_finite_shows_in_its_bin_alone():
     assert found["loss/0_log_snr_below_-0.4"] == 1.0
 
 
-def test_sums_begun_in_inference_mode_go_on_outside():
+def test_sums_begun_or_loaded_in_inference_mode_go_on_outside():
+    loaded, state = filled(), filled().state_dict()
     with torch.inference_mode():
-        by_noise = filled()
-    by_noise.update(torch.tensor([3]), torch.tensor([2.0], requires_grad=True))
-    assert by_noise.compute()["loss/all"] == 1.5
+        begun = filled()
+        loaded.load_state_dict(state)
+    for by_noise in (begun, loaded):
+        by_noise.update(torch.tensor([3]), torch.tensor([2.0], requires_grad=True))
+        assert by_noise.compute()["loss/all"] == 1.5
 
 
 FOUR, ONES = torch.ones(4).long(), torch.ones(4)
-
-
-def test_sums_loaded_in_inference_mode_go_on_outside():
-    monitor, state = filled(), filled().state_dict()
-    with torch.inference_mode():
-        monitor.load_state_dict(state)
-    monitor.update(torch.tensor([3]), torch.tensor([2.0]))
-    assert monitor.compute()["loss/all"] == 1.5
 
 
 def test_before_the_first_batch_there_is_nothing_whatever_the_default_device():

@@ -230,11 +230,6 @@ def test_a_gpu_that_is_not_there(call, said):
     assert (answer.exit_code, answer.output) == (1, f"Error: {said}\n")
 
 
-def test_a_recorded_command_names_no_folder_of_one_machine():
-    for path in holes.RESULTS.glob("*.json"):
-        assert "--out" not in path.read_text(encoding="utf-8")
-
-
 # The page's numbers.
 
 

@@ -27,12 +27,6 @@ def test_each_part_writes_its_record(part, tmp_path):
     assert (tmp_path / "weights").exists() == part.keep_weights
 
 
-def test_the_search_finds_the_first_parts_network():
-    first, *_, last = (part.preset for part in gpu.PARTS)
-    assert first.seeds == last.seeds == (1,)
-    assert last.settings == first.settings
-
-
 def test_a_part_that_takes_too_long_stops_and_goes_on(tmp_path, monkeypatch):
     part = gpu.Part("made", "of a test", ONE_ARM)
 
@@ -46,7 +40,7 @@ def test_a_part_that_takes_too_long_stops_and_goes_on(tmp_path, monkeypatch):
     assert "complete; 4 cells" in gpu.do(part, tmp_path, None)
 
 
-def test_the_search_is_asked_in_the_first_parts_folder(tmp_path, monkeypatch):
+def test_the_search_is_asked_about_the_first_parts_network(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(gpu, "search", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(gpu, "run", lambda *_, **__: None)
@@ -55,6 +49,8 @@ def test_the_search_is_asked_in_the_first_parts_folder(tmp_path, monkeypatch):
     places = [arguments[1:4] for arguments in asked]
     assert places == [(tmp_path / first.name, 1, cell) for cell in last.searches]
     assert last.searches
+    assert first.preset.seeds == (1,)
+    assert last.preset.settings == first.preset.settings
 
 
 def test_weights_are_kept_in_small_files(tmp_path):
