@@ -51,6 +51,7 @@ _FLOWS: dict[str, dict[str, Any]] = {
 # Arguments of a call that the search gives itself, and lists that hold no entry a prompt.
 _SETTLED = ("generator", "num_inference_steps", "return_dict", "sigmas", "timesteps")
 _NOT_LISTED = ("callback_on_step_end_tensor_inputs",)
+_OVERSHOOT = 0.01  # of 1, as a resized image may have
 
 
 def search_pipeline(
@@ -117,9 +118,9 @@ def search_pipeline(
             raise ValueError(
                 f"corrections must leave the start noise, which the pipeline draws, got {one!r}"
             )
-    network, runner = Output().eval(), _Runner(pipe, steps, call, images.shape[1:])
+    network, runner = Output().eval(), _Runner(pipe, steps, call)
     with _quiet(pipe, progress):
-        solvers = runner.usable(network, _solvers(pipe.scheduler, schedulers), progress)
+        solvers = runner.usable(network, _solvers(pipe.scheduler, schedulers), images, progress)
         search = CorrectionSearch(
             network,
             {name: partial(runner, scheduler, network) for name, scheduler in solvers.items()},
@@ -222,8 +223,8 @@ class PipelineRecommendation:
 class _Runner:
     """Calls a pipeline with one scheduler and one model of its output."""
 
-    def __init__(self, pipe: Any, steps: int, call: dict[str, Any], shape: torch.Size) -> None:
-        self.pipe, self.steps, self.shape = pipe, steps, tuple(shape)
+    def __init__(self, pipe: Any, steps: int, call: dict[str, Any]) -> None:
+        self.pipe, self.steps = pipe, steps
         self.call = {"output_type": "pt", **call}
         for name in _SETTLED:
             if name in call:
@@ -262,16 +263,10 @@ class _Runner:
             )[0]
         if not isinstance(output, Tensor):  # NumPy's, with the channels last
             output = torch.as_tensor(output).movedim(-1, 1)
-        images: Tensor = output.detach()
-        if images.shape[1:] != self.shape:
-            raise ValueError(
-                f"images must have the size that the pipeline returns, {tuple(images.shape[1:])}, "
-                f"got {self.shape}"
-            )
-        return images
+        return output.detach()
 
     def usable(
-        self, network: Output, solvers: dict[str, Any], progress: Progress
+        self, network: Output, solvers: dict[str, Any], images: Tensor, progress: Progress
     ) -> dict[str, Any]:
         """Return the solvers with which the pipeline gives an image; the first has to."""
         usable: dict[str, Any] = {}
@@ -286,6 +281,7 @@ class _Runner:
                 image = self(scheduler, network, network, torch.ones(1, 1))
                 if not bool(image.isfinite().all()):
                     raise ValueError("its image is not finite")
+                _check_images(images, image)
                 usable[name] = scheduler
             except Exception as error:
                 if not usable:
@@ -296,10 +292,31 @@ class _Runner:
         return usable
 
 
+def _check_images(images: Tensor, own: Tensor) -> None:
+    """Raise ValueError unless images have the size of a pipeline's own, and values in [0, 1]."""
+    if images.shape[1:] != own.shape[1:]:
+        raise ValueError(
+            f"images must have the size that the pipeline returns, {tuple(own.shape[1:])}, got "
+            f"{tuple(images.shape[1:])}"
+        )
+    # Not where the pipeline's own are something else, latents say.
+    (low, high), (own_low, own_high) = images.aminmax(), own.aminmax()
+    if min(low, 1 - high) < -_OVERSHOOT and own_low >= 0 and own_high <= 1:
+        raise ValueError(
+            f"images must lie in [0, 1] as the pipeline's do, got values from {low:.3g} to "
+            f"{high:.3g}: (images + 1) / 2, images / 255 or images.clamp(0, 1)"
+        )
+
+
 def _solvers(scheduler: Any, given: Sequence[Any] | None) -> dict[str, Any]:
     """Return copies of the scheduler in use, which comes first, and of those to try, by name."""
     solvers = {_short(scheduler): copy.deepcopy(scheduler)}
     if given is not None:
+        if not isinstance(given, Sequence) or any(isinstance(one, type) for one in given):
+            raise TypeError(
+                "schedulers must be a list of schedulers, each made with "
+                f"from_config(pipe.scheduler.config), got {describe(given)}"
+            )
         for one in given:
             name, others = _short(one), count(2)
             while name in solvers and _settings(solvers[name]) != _settings(one):

@@ -89,6 +89,7 @@ class StepCorrection:
             time = scheduler.sigmas[scheduler.step_index].clamp(0, 1)
         else:
             time = torch.as_tensor(t).round().long()
+            _check_scaled(scheduler, sample, t)
             if kind != "epsilon":
                 # Euler's x_0 + σ ε, say, as the network has seen it.
                 sample = scheduler.scale_model_input(sample, t)
@@ -145,6 +146,20 @@ class _Step:
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+
+def _check_scaled(scheduler: Any, sample: Tensor, t: Any) -> None:
+    """Raise ValueError if the scheduler scales the network's input, and the pipeline left that out.
+
+    Where a scheduler has a `step_index`, `scale_model_input` has set it before the first step.
+    """
+    left_out = getattr(scheduler, "step_index", 0) is None
+    if left_out and scheduler.scale_model_input(sample, t) is not sample:
+        raise ValueError(
+            f"pipe must call scale_model_input, as a {type(scheduler).__name__} asks, and does "
+            "not: its images would be wrong. Take a scheduler whose input is x_t as it is: DDIM, "
+            "PNDM, DEIS, DPM++ or UniPC"
+        )
 
 
 def _removed() -> StepCorrection:

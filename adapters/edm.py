@@ -52,7 +52,7 @@ def skip_step(
     Args:
         loss_fn: An `EDMLoss`, `VPLoss`, `VELoss` or `EDM2Loss`, or another squared error of
             `net(x_0 + σ ε, σ, ...)`.
-        skip_set: The skips, in units of the ramp: 1 / (S-1) is a jump of a sampler with S steps.
+        skip_set: The skips, in units of the ramp: `SkipSet.for_sampling_steps(20)` is 1/20 of it.
         sigma_min: The sampler's smallest σ; one below it is held there, where no skip is valid.
         sigma_max: The sampler's largest σ; one above it is held there.
         rho: The sampler's ρ.

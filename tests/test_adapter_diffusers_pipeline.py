@@ -146,6 +146,17 @@ def test_gain_in_every_sampler(name, kind, pipe):
     assert set(vars(scheduler)) == before
 
 
+@pytest.mark.parametrize("name", ["Euler", "EulerAncestral", "LMS", "Heun"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_pipeline_that_does_not_scale_the_input_is_refused(name, kind, pipe):
+    """DDIMPipeline: diffusers makes grey images of it in silence, or ends in a TypeError."""
+    with_scheduler(pipe, f"{name}DiscreteScheduler", prediction_type=kind)
+    with shrink_pipeline(pipe, skip_set=49):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"call scale_model_input, as a {name}Disc"):
+                pipe(num_inference_steps=3)
+
+
 def test_a_learned_variance_is_left_alone(pipe):
     scheduler = with_scheduler(pipe, "DDPMScheduler", variance_type="learned_range").scheduler
     seen = []

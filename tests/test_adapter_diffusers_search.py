@@ -236,6 +236,13 @@ def test_diffusers_own_pipeline_which_hands_eta_to_every_scheduler():
         pipe(num_inference_steps=found.steps, output_type="np")
 
 
+@pytest.mark.parametrize("change", [lambda one: 2 * one - 1, lambda one: 255 * one])
+def test_images_on_another_scale_than_the_pipelines(change):
+    images = change(torch.rand(999, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\] .* images / 255"):
+        search_pipeline(tiny_pipeline(), images, progress=False)
+
+
 def test_an_exception_leaves_the_pipeline_as_it_was():
     pipe = pipeline_of()
     scheduler = pipe.scheduler
@@ -273,6 +280,8 @@ def test_an_exception_leaves_the_pipeline_as_it_was():
         ({"prompt": "a cat"}, TypeError, "unexpected keyword argument 'prompt'"),
         ({"sigmas": [1.0, 0.5]}, ValueError, "call must leave sigmas to the search"),
         ({"generator": None}, ValueError, "call must leave generator to the search"),
+        ({"schedulers": [diffusers.DDIMScheduler]}, TypeError, "must be a list of schedulers"),
+        ({"schedulers": make_scheduler("DDIMScheduler")}, TypeError, "schedulers must be a list"),
     ],
 )
 def test_what_is_refused(given, error, said):

@@ -228,7 +228,7 @@ CIFAR10_16_FLOW_10K = replace(
     name="cifar10-16-flow-10k",
     samples=10_000,
     sample_batch=250,
-    arms=tuple(arm(*one, ("euler",), (20,)) for one in ((Plain(), None), (Plain(), Gain(0.05)))),
+    arms=tuple(arm(Plain(), one, ("euler",), (20,)) for one in (None, Gain(0.05))),
     columns=("plain", "plain+gain0.05"),
     networks_of=CIFAR10_16_FLOW,
 )
