@@ -72,25 +72,20 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
-def placed_like(data: Tensor, *tensors: Any) -> tuple[Any, ...]:
-    """Return `tensors`, those of shape [B] on every device of the mesh where `data` is a DTensor.
+def replicated_like(data: Tensor, *per_sample: Tensor) -> tuple[Any, ...]:
+    """Return tensors of shape [B], replicated over the mesh of `data` if that is a DTensor.
 
     Each device makes the coefficients from t, of the whole batch, whatever part of the data lies
     there. A DTensor is known by its attributes: its module is slow to import, and has moved.
     """
     mesh = None if type(data) is Tensor else getattr(data, "device_mesh", None)
     if mesh is None:
-        return tensors
+        return per_sample
     kind: Any = type(data)
-    return tuple(
-        tensor
-        if tensor is None or tensor.ndim != 1 or hasattr(tensor, "device_mesh")
-        else kind.from_local(tensor, mesh, run_check=False)
-        for tensor in tensors
-    )
+    return tuple(kind.from_local(tensor, mesh, run_check=False) for tensor in per_sample)
 
 
-def whole(per_sample: Any) -> Tensor:
+def full_tensor(per_sample: Any) -> Tensor:
     """Return a DTensor of shape [B] as the plain tensor of the whole batch, any other as it is."""
     plain = type(per_sample) is Tensor or not hasattr(per_sample, "device_mesh")
     tensor: Tensor = per_sample if plain else per_sample.full_tensor()

@@ -85,29 +85,23 @@ def check_switch(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
-def check_iterable(name: str, values: object) -> None:
-    """Raise TypeError where a number stands for a sequence of them."""
-    if not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a sequence of numbers, got {describe(values)}")
-
-
 class FixedSettings:
     """Attributes that are read once, when tables are made, and cannot be set again."""
 
     _fixed: frozenset[str] = frozenset()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._fixed and name in self.__dict__:
+        if name not in self._fixed:
+            super().__setattr__(name, value)
+        elif name in self.__dict__:
             raise AttributeError(
                 f"{name} is read when a {type(self).__name__} is made and cannot be changed after "
                 "that: make another one"
             )
-        if name in self._fixed:
+        else:
             # Past nn.Module, which would take a schedule or a weighting that is one for a part of
             # the network: with keys in its checkpoints, and to be moved and cast with it.
             object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
 
 def check_batch(name: str, value: object) -> Tensor:
@@ -206,6 +200,11 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     return float(value) if math.isfinite(value) else str(float(value))
+
+
+def read_plain_value(value: Any) -> Any:
+    """Return the infinity or NaN that `plain_value` wrote as text, anything else as it is."""
+    return float(value) if value in ("inf", "-inf", "nan") else value
 
 
 def check_all(name: str, values: Tensor, good: Tensor, expected: str) -> None:

@@ -136,8 +136,8 @@ class Coefficients:
         return self._over_weight(self.tau + self._skip_share(self.c * self.zeta.on_noise), 0.0, 1.0)
 
     @property
-    def gain_excess(self) -> Tensor:
-        """S - 1, computed directly, since it is later divided by a value near 0."""
+    def gain_minus_one(self) -> Tensor:
+        """The gain minus 1, computed directly, since it is later divided by a value near 0."""
         return self._over_weight(self._skip_share(self.c * self.zeta.on_noise - self.c2), -1.0)
 
     @property
@@ -208,14 +208,16 @@ def coefficients(
     valid_skips = valid.sum(0)
     c, c2 = (total.sum(0) / valid_skips.clamp(min=1) for total in (c2.sqrt(), c2))
 
-    reach = output_scales(prediction_type, path).ratio.square()
-    bound = _bound(reach, max_c2)
+    reach = output_scales(prediction_type, path).ratio.square().clamp(max=1.0)
+    c = c.minimum(_bound(reach, math.sqrt(max_c2)))
+    c2 = c2.minimum(_bound(reach, max_c2))
     if weighting is not None:
-        bound = bound.minimum(max_c2 / weights_at(weighting, path).clamp(min=1.0))
+        bound = max_c2 / weights_at(weighting, path).clamp(min=1.0)
+        c, c2 = c.minimum(bound.sqrt()), c2.minimum(bound)
     return Coefficients(
         tau=torch.where(valid_skips > 0, tau, torch.ones_like(c2)),
-        c=c.minimum(bound.sqrt()).minimum(_bound(reach, math.sqrt(max_c2))),
-        c2=c2.minimum(bound),
+        c=c,
+        c2=c2,
         estimator=estimator,
     )
 
@@ -281,12 +283,12 @@ def loss_rows(
     normalize: bool,
 ) -> LossRows:
     """Return what a loss looks up, from its coefficients and its path at the same times."""
-    scales, excess = output_scales(prediction_type, path), at_t.gain_excess
+    scales, s_minus_1 = output_scales(prediction_type, path), at_t.gain_minus_one
     # Where ratio is 0 the output says nothing of ε: its target stays as it is.
-    silent = scales.ratio == 0
+    no_signal = scales.ratio == 0
 
-    def unless_silent(value: Tensor) -> Tensor:
-        return torch.where(silent, 0.0, value)
+    def where_signal(value: Tensor) -> Tensor:
+        return torch.where(no_signal, 0.0, value)
 
     weight = torch.ones_like(at_t.c2) if normalize else at_t.weight
     if weighting is not None:
@@ -297,10 +299,10 @@ def loss_rows(
     return LossRows(
         weight=weight,
         slope=2 * weight,
-        on_target=torch.where(silent, 1.0, at_t.gain),
-        on_input=None if scales.shift is None else unless_silent(excess * scales.shift),
-        on_skip_noise=unless_silent(at_t.skip_gain * scales.inverse_ratio) if draws else None,
-        on_noise=on_noise + unless_silent(excess * scales.inverse_ratio),
+        on_target=torch.where(no_signal, 1.0, at_t.gain),
+        on_input=None if scales.shift is None else where_signal(s_minus_1 * scales.shift),
+        on_skip_noise=where_signal(at_t.skip_gain * scales.inverse_ratio) if draws else None,
+        on_noise=on_noise + where_signal(s_minus_1 * scales.inverse_ratio),
         on_data=scales.p,
     )
 
@@ -316,4 +318,4 @@ def output_weights(
 
 def _bound(reach: Tensor, largest: float) -> Tensor:
     """Return largest · reach; 0 where reach is 0, also for an infinite bound."""
-    return torch.where(reach == 0, 0.0, reach * largest) if largest else torch.zeros_like(reach)
+    return torch.where(reach == 0, 0.0, reach * largest)

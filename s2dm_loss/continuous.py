@@ -15,7 +15,6 @@ from typing_extensions import Self, override
 from s2dm_loss._torch import drawn_by, is_traced, real_tensors, wide_dtype
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.paths import (
-    COEFFICIENTS,
     PROBES,
     CosinePath,
     FlowPath,
@@ -28,7 +27,6 @@ from s2dm_loss.paths import (
     check_finite,
     check_path,
     derivatives_of,
-    probed,
 )
 from s2dm_loss.schedule import Schedule, call_repr, is_inside, since_data
 
@@ -39,8 +37,8 @@ class ContinuousSchedule:
     """A path x_t = alpha(t) x_0 + sigma(t) ε in continuous time, t in [0, 1].
 
     Times, skips and derivatives are in the trainer's own clock. Data lie at t = 0, or with
-    `data_at=1` at t = 1, as in SiT, torchcfm and flow_matching. Flow matching counts as well: its σ
-    is the time from the data, alpha = 1 - σ and sigma = σ.
+    `data_at=1` at t = 1, as in SiT, torchcfm and flow_matching. The σ of flow-matching trainers is
+    the time from the data: alpha = 1 - σ and sigma = σ.
 
     >>> from s2dm_loss import ContinuousSchedule
     >>> ContinuousSchedule.flow(data_at=1)
@@ -87,7 +85,9 @@ class ContinuousSchedule:
         self.min_time: float = check_number("min_time", min_time, 0.0, 1.0)
         if self.min_time == 1:
             raise ValueError("min_time must lie in [0, 1), got 1.0: no time would be left to draw")
-        self._name = name or call_repr(ContinuousSchedule, "...", data_at=data_at)
+        self._name = name or call_repr(
+            ContinuousSchedule, "...", data_at=data_at, min_time=min_time
+        )
 
     @classmethod
     def vp(
@@ -100,7 +100,7 @@ class ContinuousSchedule:
     ) -> Self:
         """The variance-preserving SDE (Song et al., arXiv 2011.13456, Eq. 33)."""
         path = VpPath(beta_min, beta_max, sub=False)
-        return cls._named(path, "vp", beta_min, beta_max, data_at=data_at, min_time=min_time)
+        return cls._named(path, cls.vp, beta_min, beta_max, data_at=data_at, min_time=min_time)
 
     @classmethod
     def sub_vp(
@@ -113,7 +113,7 @@ class ContinuousSchedule:
     ) -> Self:
         """The sub-variance-preserving SDE (Song et al., arXiv 2011.13456, Eq. 35)."""
         path = VpPath(beta_min, beta_max, sub=True)
-        return cls._named(path, "sub_vp", beta_min, beta_max, data_at=data_at, min_time=min_time)
+        return cls._named(path, cls.sub_vp, beta_min, beta_max, data_at=data_at, min_time=min_time)
 
     @classmethod
     def cosine(cls, *, data_at: DataAt = 0, min_time: float = 0.0) -> Self:
@@ -122,7 +122,7 @@ class ContinuousSchedule:
         The path of SiT's GVP and of TrigFlow, alpha = cos(π t / 2) and sigma = sin(π t / 2), has no
         offset at the data: give it to `from_alpha_sigma`.
         """
-        return cls._named(CosinePath(), "cosine", data_at=data_at, min_time=min_time)
+        return cls._named(CosinePath(), cls.cosine, data_at=data_at, min_time=min_time)
 
     @classmethod
     def flow(cls, *, data_at: DataAt = 0, min_time: float = 0.0) -> Self:
@@ -130,22 +130,20 @@ class ContinuousSchedule:
 
         With `data_at=1`, alpha = t and sigma = 1 - t.
         """
-        return cls._named(FlowPath(), "flow", data_at=data_at, min_time=min_time)
+        return cls._named(FlowPath(), cls.flow, data_at=data_at, min_time=min_time)
 
     @classmethod
     def _named(
         cls,
         path: Path,
-        kind: str,
+        made_by: Callable[..., object],
         *numbers: float,
         data_at: DataAt,
         min_time: float,
     ) -> Self:
         """Return one of the library's own paths, which are written with data at 0."""
         path = TurnedPath(path) if _read_data_at(data_at) else path
-        name = call_repr(
-            getattr(ContinuousSchedule, kind), *numbers, data_at=data_at, min_time=min_time
-        )
+        name = call_repr(made_by, *numbers, data_at=data_at, min_time=min_time)
         return cls(path, data_at=data_at, min_time=min_time, name=name)
 
     @classmethod
@@ -158,7 +156,7 @@ class ContinuousSchedule:
         min_time: float = 0.0,
         name: str | None = None,
     ) -> Self:
-        """Build the path from its coefficients themselves; the other arguments are the class's.
+        """Build the path from its coefficients themselves, in place of their logarithms.
 
         >>> ContinuousSchedule.from_alpha_sigma(lambda t: (torch.ones_like(t), 80 * t))
         ContinuousSchedule.from_alpha_sigma(...)
@@ -173,15 +171,7 @@ class ContinuousSchedule:
         Raises:
             TypeError, ValueError: as the class does, and if a value is negative.
         """
-        if not callable(alpha_sigma):
-            raise TypeError(f"alpha_sigma must be callable, got {describe(alpha_sigma)}")
-        smallest = min(float(v.min()) for v in probed(alpha_sigma, "alpha_sigma", COEFFICIENTS))
-        if smallest < 0:
-            raise ValueError(
-                f"alpha_sigma must return values of at least 0, got {smallest:.3g} for t from 0 to "
-                "1: ContinuousSchedule itself takes logarithms"
-            )
-        name = name or call_repr(ContinuousSchedule.from_alpha_sigma, "...", data_at=data_at)
+        name = name or call_repr(cls.from_alpha_sigma, "...", data_at=data_at, min_time=min_time)
         return cls(OwnPath(alpha_sigma), data_at=data_at, min_time=min_time, name=name)
 
     @property
@@ -240,7 +230,7 @@ class ContinuousSchedule:
         the coefficient: a path that looks up a table has the derivative 0 and no error.
         """
         with real_tensors():
-            check_derivatives(repr(self), self._log_alpha_sigma, self.min_time, turned=self.data_at)
+            check_derivatives(repr(self), self._log_alpha_sigma, self.min_time, self.data_at)
 
     def _times(self, t: Tensor) -> Tensor:
         """Return times as float64 in [0, 1], NaN for one outside."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from s2dm_loss._torch import is_watched, needs_plain_operators, placed_like
+from s2dm_loss._torch import is_watched, needs_plain_operators, replicated_like
 from s2dm_loss.checks import check_rows
 
 Reduction = Literal["mean", "sum", "none"]
@@ -81,7 +81,7 @@ def weighted_square(
     for tensor in data:  # in half the time of `any`
         plain = plain or tensor.requires_grad
     if plain:
-        share, *scales = placed_like(output, share, *scales)
+        share, *scales = replicated_like(output, share, *scales)
         return _plain_square(output, share, scales, data, per_sample=per_sample)
     # torch's `apply` has no annotations.
     return _WeightedSquare.apply(output, (share, slope, scales, data), per_sample)  # type: ignore[no-untyped-call, no-any-return]

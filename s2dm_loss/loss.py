@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from s2dm_loss._torch import placed_like, typed_as
+from s2dm_loss._torch import replicated_like, typed_as
 from s2dm_loss.checks import (
     FixedSettings,
     check_batch,
@@ -210,14 +210,14 @@ class SkipStepLoss(FixedSettings, TabledModule):
         check_per_sample("t", t, "x0", x0)
         self.schedule.check_timesteps(t)
         noise = draw_like(x0, generator) if noise is None else check_like("noise", noise, "x0", x0)
-        a, b = placed_like(x0, *self._table.path(t, x0, noise))
+        a, b = replicated_like(x0, *self._table.path(t, x0, noise))
         x_t = (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
         # A copy, since it is the model's to overwrite, as x_t is.
         output = read_output(model(x_t, t.clone(), **(model_kwargs or {})))
         check_like("model output", output, "x0", x0)
-        zeta = self._table.skip_noise(skip_noise, "x0", x0, generator)
+        xi = self._table.skip_noise(skip_noise, "x0", x0, generator)
         # From x_0 and ε, not from x_t, which is the model's to overwrite.
-        return self._table.loss("data", output, t, (noise, x0, zeta), weights)
+        return self._table.loss("data", output, t, (noise, x0, xi), weights)
 
     if TYPE_CHECKING:
 
@@ -259,8 +259,8 @@ class SkipStepLoss(FixedSettings, TabledModule):
         self._table.check_data(target, t, x_t, output)
         if weights is not None:
             check_per_sample("weights", weights, "target", target)
-        zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        return self._table.loss("target", output, t, (target, x_t, zeta), weights)
+        xi = self._table.skip_noise(skip_noise, "target", target, generator)
+        return self._table.loss("target", output, t, (target, x_t, xi), weights)
 
     def regression_target(
         self,
@@ -287,9 +287,9 @@ class SkipStepLoss(FixedSettings, TabledModule):
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
         self._table.check_data(target, t, x_t)
-        zeta = self._table.skip_noise(skip_noise, "target", target, generator)
-        weight, scales, data = self._table.parts(t, (target, x_t, zeta))
-        weight, *scales = placed_like(target, weight, *scales)
+        xi = self._table.skip_noise(skip_noise, "target", target, generator)
+        weight, scales, data = self._table.parts(t, (target, x_t, xi))
+        weight, *scales = replicated_like(target, weight, *scales)
         terms = [along(scale, part) * part for scale, part in zip(scales, data, strict=True)]
         return RegressionTarget(sum(terms[1:], start=terms[0]).to(weight.dtype), weight)
 

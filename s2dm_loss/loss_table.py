@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from s2dm_loss._torch import drawn_by, real_tensors, whole, wide_dtype
+from s2dm_loss._torch import drawn_by, full_tensor, real_tensors, wide_dtype
 from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
 from s2dm_loss.coefficients import (
     ESTIMATORS,
@@ -94,9 +94,9 @@ class LossTable:
         """
         values = output.shape[self._reduction.first_axis :].numel()
         # ξ, the third, follows the type of the others.
-        share, slope, *scales = self._forms[form].at(t, _lifted(output, *data[:2]), values)
+        share, slope, *scales = self._forms[form].at(t, _result_dtype(output, *data[:2]), values)
         if weights is not None:
-            weights = whole(weights).to(share.dtype)
+            weights = full_tensor(weights).to(share.dtype)
             share, slope = share * weights, slope * weights
         return weighted_square(
             output, share, slope, scales, self._held(data), per_sample=self._reduction.per_sample
@@ -106,7 +106,7 @@ class LossTable:
         self, t: Tensor, data: Sequence[Tensor | None]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return the weight [B], and scale [B] and data of each part of the form "target"."""
-        weight, _, *scales = self._forms["target"].at(t, _lifted(*data[:2]))
+        weight, _, *scales = self._forms["target"].at(t, _result_dtype(*data[:2]))
         return weight, scales, self._held(data)
 
     def _held(self, data: Sequence[Tensor | None]) -> list[Tensor]:
@@ -114,7 +114,7 @@ class LossTable:
 
     def path(self, t: Tensor, *data: Tensor) -> Sequence[Tensor]:
         """Return a and b of the path at times [B], of shape [B]."""
-        return self._path.at(t, _lifted(*data))
+        return self._path.at(t, _result_dtype(*data))
 
     def terms(
         self, eps_hat: Tensor, noise: Tensor, t: Tensor, skip_noise: Tensor | None
@@ -129,7 +129,7 @@ class LossTable:
         if self._draws and skip_noise is None:
             raise ValueError(f"skip_noise must be given with the estimator {self._estimator!r}")
         xi = self.skip_noise(skip_noise, "noise", noise, None)
-        at_t = self._terms.at(t, _lifted(eps_hat, noise))
+        at_t = self._terms.at(t, _result_dtype(eps_hat, noise))
         return loss_terms(eps_hat, noise, xi, at_t, ESTIMATORS[self._estimator])
 
     def coefficients_at(self, t: Tensor) -> Coefficients:
@@ -253,7 +253,7 @@ class LossTable:
             )
 
 
-def _lifted(*data: Tensor | None) -> torch.dtype:
+def _result_dtype(*data: Tensor | None) -> torch.dtype:
     """Return float64 if any data are, else float32: half types are lifted."""
     for tensor in data:
         if tensor is not None and tensor.dtype == torch.float64:

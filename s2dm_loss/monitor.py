@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, distributed
 from typing_extensions import Self, override
 
-from s2dm_loss._torch import is_traced, wide_dtype
+from s2dm_loss._torch import is_traced, real_tensors, wide_dtype
 from s2dm_loss.checks import check_count, describe
-from s2dm_loss.schedule import Schedule, check_schedule
+from s2dm_loss.schedule import Schedule, check_schedule, log_snr_at
 from s2dm_loss.tables import TimeTable
 from s2dm_loss.timesteps import times_at
-from s2dm_loss.validation import log_snr_at, rank_and_size
+from s2dm_loss.validation import rank_and_size
 from s2dm_loss.validation import validation_loss as validation_loss
+from s2dm_loss.validation_result import same_log_snr
 
 # Beyond it lie, for flow matching, 1.3 % of uniform times; the outer bins take them.
 _LARGEST_LOG_SNR = 10.0
@@ -77,7 +79,9 @@ class LossByNoise:
             )
         self._low, self._width = low, (high - low) / self.bins
         self._bin = TimeTable(self._rows, self.schedule.timesteps)
-        self._sums: Tensor | None = None  # count, sum, sum of squares, of shape [3, bins]
+        with real_tensors():
+            # Count, sum and sum of squares.
+            self._sums = torch.zeros(3, self.bins, dtype=torch.float64)
 
     @property
     def edges(self) -> list[float]:
@@ -121,7 +125,7 @@ class LossByNoise:
         """
         sums = self._reduced()
         rows = torch.cat([sums.sum(1, keepdim=True), sums], dim=1).T.tolist()
-        found = {"": {}, "_error": {}, "_count": {}}  # type: dict[str, dict[str, float]]
+        found: dict[str, dict[str, float]] = {"": {}, "_error": {}, "_count": {}}
         for label, (count, total, squares) in zip(["all", *self._labels()], rows, strict=True):
             found["_count"][label] = count
             if count > 0:
@@ -138,8 +142,7 @@ class LossByNoise:
 
     def reset(self) -> None:
         """Start anew."""
-        if self._sums is not None:
-            self._sums.zero_()
+        self._sums.zero_()
 
     def to(self, device: torch.device | str) -> Self:
         """Move the sums to a device. `update` does so by itself; call it before `torch.compile`."""
@@ -157,12 +160,12 @@ class LossByNoise:
         Raises:
             ValueError: if they belong to other bins.
         """
-        if state["edges"] != self.edges:
+        if not same_log_snr(state["edges"], self.edges):
             raise ValueError(
                 f"state must have this monitor's edges, {self.edges}, got {state['edges']}: make "
                 "the monitor with the schedule and the bins that it was saved with"
             )
-        device = torch.device("cpu") if self._sums is None else self._sums.device
+        device = self._sums.device
         mine = state["sums"] if rank_and_size()[0] == 0 else torch.zeros_like(state["sums"])
         with torch.inference_mode(False):
             self._sums = mine.to(device, wide_dtype(device), copy=True)
@@ -172,19 +175,14 @@ class LossByNoise:
         return [position.clamp(0, self.bins - 1).floor()]
 
     def _sums_on(self, device: torch.device) -> Tensor:
-        if self._sums is None:
-            shape, dtype = (3, self.bins), wide_dtype(device)
-            if is_traced():
-                self._sums = torch.zeros(shape, dtype=dtype, device=device)
-            else:
-                with torch.inference_mode(False):
-                    self._sums = torch.zeros(shape, dtype=dtype, device=device)
-        elif self._sums.device != device:
-            self._sums = self._sums.to(device, wide_dtype(device))
+        if self._sums.device != device:
+            # What inference mode makes could not be added to outside of it.
+            with nullcontext() if is_traced() else torch.inference_mode(False):
+                self._sums = self._sums.to(device, wide_dtype(device))
         return self._sums
 
     def _reduced(self) -> Tensor:
-        sums = torch.zeros(3, self.bins, device="cpu") if self._sums is None else self._sums
+        sums = self._sums
         if rank_and_size()[1] == 1:
             return sums.to("cpu", torch.float64, copy=True)
         # The same device in each process, also in one that has seen no batch yet.

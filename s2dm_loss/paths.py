@@ -22,7 +22,6 @@ from s2dm_loss.schedule import log_one_minus_exp
 PathFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 PROBES = 65
-COEFFICIENTS = "alpha and sigma, such as torch.ones_like(t) and t"
 _NAMES = ("alpha", "sigma")
 _NEAR_ONE = 0.01
 _NO_VELOCITY = (
@@ -47,7 +46,16 @@ class OwnPath(Path):
     """The path of a user's function that returns alpha and sigma."""
 
     def __init__(self, alpha_sigma: PathFunction) -> None:
-        """Take the function."""
+        """Take the function, or say what is wrong with what it returns."""
+        if not callable(alpha_sigma):
+            raise TypeError(f"alpha_sigma must be callable, got {describe(alpha_sigma)}")
+        what = "alpha and sigma, such as torch.ones_like(t) and t"
+        smallest = min(float(v.min()) for v in _probed(alpha_sigma, "alpha_sigma", what))
+        if smallest < 0:
+            raise ValueError(
+                f"alpha_sigma must return values of at least 0, got {smallest:.3g} for t from 0 to "
+                "1: ContinuousSchedule itself takes logarithms"
+            )
         self._alpha_sigma = alpha_sigma
 
     @override
@@ -121,7 +129,7 @@ class FlowPath(Path):
         return 1 - t, t.clone()
 
 
-def probed(path: Callable[[Tensor], Any], name: str, what: str) -> list[Tensor]:
+def _probed(path: Callable[[Tensor], Any], name: str, what: str) -> list[Tensor]:
     """Return the two values of a path at times from 0 to 1, float64, or say what is wrong."""
     t = torch.linspace(0, 1, PROBES, dtype=torch.float64)
     values = path(t)
@@ -146,7 +154,7 @@ def probed(path: Callable[[Tensor], Any], name: str, what: str) -> list[Tensor]:
 
 def check_path(path: Callable[[Tensor], Any], data_at: int) -> None:
     """Raise unless a path gives log alpha and log sigma, and an SNR that falls from the data on."""
-    log_alpha, log_sigma = probed(path, "log_alpha_sigma", "log alpha and log sigma")
+    log_alpha, log_sigma = _probed(path, "log_alpha_sigma", "log alpha and log sigma")
     if data_at:
         log_alpha, log_sigma = log_alpha.flip(0), log_sigma.flip(0)
     smallest = torch.minimum(log_alpha.min(), log_sigma.min())
@@ -168,7 +176,6 @@ def check_path(path: Callable[[Tensor], Any], data_at: int) -> None:
 
 def derivatives_of(path: PathFunction, times: Tensor) -> tuple[Tensor, Tensor]:
     """Return dalpha/dt and dsigma/dt at times in [0, 1], with the one-sided limits at the ends."""
-    own: Any = getattr(path, "alpha_sigma", None)
 
     def of_logarithms(t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha, log_sigma = path(t)
@@ -176,7 +183,7 @@ def derivatives_of(path: PathFunction, times: Tensor) -> tuple[Tensor, Tensor]:
 
     eps = torch.finfo(times.dtype).eps
     near, far = (times.clamp(eps**share, 1 - eps**share) for share in (0.75, 0.375))
-    function = of_logarithms if own is None else own
+    function: PathFunction = getattr(path, "alpha_sigma", of_logarithms)
     alpha_rates, sigma_rates = _derivatives(function, torch.stack([times, near, far]))
     return _with_limits(alpha_rates), _with_limits(sigma_rates)
 
@@ -239,17 +246,17 @@ def check_finite(schedule: str, times: Tensor, rates: Sequence[Tensor]) -> None:
             )
 
 
-def check_derivatives(schedule: str, path: PathFunction, min_time: float, *, turned: int) -> None:
+def check_derivatives(schedule: str, path: PathFunction, min_time: float, data_at: int) -> None:
     """Raise ValueError unless a path's derivatives are finite and the slopes of its coefficients.
 
     Args:
         schedule: What an error calls the path's schedule.
         path: The path.
         min_time: Least distance from the data at which they have to be.
-        turned: 1 where the data lie at t = 1, else 0.
+        data_at: The time at which the data lie, 0 or 1.
     """
     edges, nodes, weights = _quadrature(min_time)
-    if turned:
+    if data_at:
         edges, nodes, weights = 1 - edges, 1 - nodes, -weights
     try:
         ends, rates = derivatives_of(path, edges), derivatives_of(path, nodes)

@@ -164,11 +164,10 @@ def epsilon_from_output(
     Raises:
         TypeError, ValueError: if an argument is not as said.
     """
-    scales, dtype = _prepare("output", output, x_t, t, schedule, prediction_type)
+    p, q, a, b = _scales_beside("output", output, x_t, t, schedule, prediction_type)
     if prediction_type == "epsilon":
         return output
-    p, q, a, b = scales
-    output = output.to(dtype)
+    output = output.to(q.dtype)
     return output * (1 / q) if p is None else (a * output - p * x_t) / (a * q - b * p)
 
 
@@ -184,11 +183,10 @@ def output_from_epsilon(
     All but "epsilon" and "score" divide by a, which is 0 at zero terminal SNR: there x_t is pure
     noise, says nothing of x_0, and the result is infinite or NaN.
     """
-    scales, dtype = _prepare("epsilon", epsilon, x_t, t, schedule, prediction_type)
+    p, q, a, b = _scales_beside("epsilon", epsilon, x_t, t, schedule, prediction_type)
     if prediction_type == "epsilon":
         return epsilon
-    p, q, a, b = scales
-    epsilon = epsilon.to(dtype)
+    epsilon = epsilon.to(q.dtype)
     return q * epsilon if p is None else ((a * q - b * p) * epsilon + p * x_t) / a
 
 
@@ -225,15 +223,15 @@ def evaluating(model: object) -> Iterator[None]:
             module.training = True
 
 
-def _prepare(
+def _scales_beside(
     name: str,
     value: Tensor,
     x_t: Tensor,
     t: Tensor,
     schedule: Schedule,
     prediction_type: PredictionType,
-) -> tuple[tuple[Tensor | None, Tensor, Tensor, Tensor], torch.dtype]:
-    """Return p, q, a and b beside the data, in the dtype of the result, and that dtype."""
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Check the arguments, and return p, q, a and b beside the data, in the dtype of the result."""
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     check_like(name, value, "x_t", check_batch("x_t", x_t))
     check_per_sample("t", t, "x_t", x_t)
@@ -241,4 +239,4 @@ def _prepare(
     path = PathPoint.at(schedule, t)
     p, q = PREDICTION_TYPES[prediction_type](path)
     q, a, b = (along(scale.to(dtype), x_t) for scale in (q, path.a, path.b))
-    return (None if p is None else along(p.to(dtype), x_t), q, a, b), dtype
+    return None if p is None else along(p.to(dtype), x_t), q, a, b

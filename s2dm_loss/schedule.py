@@ -32,8 +32,8 @@ def is_inside(t: Tensor) -> Tensor:
 def wide_times(t: Tensor) -> Tensor:
     """Return times in a type that holds their differences: small integers would wrap around.
 
-    Of half types a continuous time that rounding has put beyond an end becomes the end: by how much
-    it may lie beyond is known from its own type alone, and a schedule asked again would refuse it.
+    A half type may round a time to just beyond an end; such a time becomes the end. `is_inside`
+    allows for the rounding of the type that it is given, and would refuse the wide value.
     """
     if not t.is_floating_point():
         return t.long()
@@ -252,7 +252,7 @@ class NoiseSchedule:
     @property
     def log_snr(self) -> Tensor:
         """log(ᾱ_t / (1 - ᾱ_t)), float64 of shape [T]."""
-        return self.log_alphas_cumprod - log_one_minus_exp(self.log_alphas_cumprod)
+        return log_snr_at(self, self.timesteps)
 
     @property
     def timesteps(self) -> Tensor:
@@ -318,6 +318,12 @@ def since_data(schedule: object, t: Tensor) -> Tensor:
 def log_one_minus_exp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x <= 0, exact to rounding at both ends."""
     return torch.where(x > -math.log(2), (-x.expm1()).log(), (-x.exp()).log1p())
+
+
+def log_snr_at(schedule: Schedule, t: Tensor) -> Tensor:
+    """Return log(ᾱ / (1 - ᾱ)) at times of any shape; infinite without noise or without signal."""
+    log_alphas_cumprod = schedule.log_alphas_cumprod_at(t)
+    return log_alphas_cumprod - log_one_minus_exp(log_alphas_cumprod)
 
 
 def check_schedule(schedule: object) -> Schedule:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from s2dm_loss._torch import is_traced, real_tensors, whole
+from s2dm_loss._torch import full_tensor, is_traced, real_tensors
 
 
 class DeviceCopies:
@@ -100,7 +100,7 @@ class TimeTable:
         if timesteps is None:
             return
         with real_tensors():
-            _check_rows(timesteps)
+            _check_timesteps(timesteps)
             table = torch.stack(tuple(functions(timesteps))).to("cpu", torch.float64)
             if table.requires_grad:
                 raise ValueError(
@@ -127,7 +127,7 @@ class TimeTable:
             table = None if tables is None else tables.copies.get((t.device, dtype))
             if table is not None:
                 return read_table(table, t).unbind(0)
-        return self._made_at(whole(t), dtype, divisor)
+        return self._made_at(full_tensor(t), dtype, divisor)
 
     def _made_at(self, t: Tensor, dtype: torch.dtype, divisor: int) -> Sequence[Tensor]:
         if not self._tables:
@@ -154,8 +154,8 @@ class TimeTable:
             self._tables[1].on(device, torch.float32)
 
 
-def _check_rows(timesteps: Tensor) -> None:
-    """Raise ValueError unless the timesteps are the columns of a table."""
+def _check_timesteps(timesteps: Tensor) -> None:
+    """Raise ValueError unless the timesteps are 0 … T-1, as the columns of a table are counted."""
     count = timesteps.numel()
     if not torch.equal(timesteps.cpu(), torch.arange(count)):
         few = [str(t) for t in timesteps.flatten()[:2].tolist()]

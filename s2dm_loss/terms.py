@@ -9,7 +9,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from s2dm_loss._torch import placed_like
+from s2dm_loss._torch import replicated_like
 from s2dm_loss.coefficients import Zeta
 
 
@@ -38,7 +38,7 @@ def loss_terms(
     estimator: Zeta,
 ) -> LossTerms:
     """Return the terms; `at_t` is τ, c, c² and the weighting, [B], in the result's dtype."""
-    tau, c, c2, weight = placed_like(eps_hat, *at_t)
+    tau, c, c2, weight = replicated_like(eps_hat, *at_t)
     eps_hat, noise = eps_hat.to(c2.dtype), noise.to(c2.dtype)
     zeta = estimator.on_noise * noise
     if skip_noise is not None:

@@ -205,7 +205,8 @@ def _seeded(seed: int) -> Iterator[None]:
     numpy: Any = sys.modules.get("numpy")  # a trainer that uses it has imported it
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
-        with torch.random.fork_rng():
+        # Named, since PyTorch warns where there are several GPUs and none is named.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             random.seed(seed)
             if numpy is not None:

@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.loss import LossOptions, SkipStepLoss
 from s2dm_loss.prediction import PathPoint, evaluating, read_output
-from s2dm_loss.schedule import Schedule, log_one_minus_exp
+from s2dm_loss.schedule import Schedule, log_snr_at
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.timesteps import times_at
 from s2dm_loss.validation_result import ValidationLoss
@@ -105,26 +105,23 @@ def validation_loss(
     # From noise to data, whichever way the schedule's time runs.
     times = times_at(schedule, middle)
     log_snr, order = log_snr_at(schedule, times).sort()
+    settings = {
+        "schedule": _without_address(schedule),
+        "levels": levels,
+        "seed": seed,
+        **_settings(criteria["plain"], "prediction_type", "weighting"),
+        **_weights_of(criteria["plain"], times),
+        **_settings(criteria.get("skip_step"), *_OF_SKIP_STEP),
+    }
+    if sampled := getattr(skip_set, "timesteps", None):
+        settings["timesteps"] = list(sampled)  # of which a skip set's name has a few
     return ValidationLoss(
         index=index_of,
         mean_x0=mean_x0,
         losses=dict(zip(criteria, found[..., order].unbind(1), strict=True)),
         log_snr=log_snr.tolist(),
-        settings={
-            "schedule": _without_address(schedule),
-            "levels": levels,
-            "seed": seed,
-            **_settings(criteria["plain"], "prediction_type", "weighting"),
-            **_weights_of(criteria["plain"], times),
-            **_settings(criteria.get("skip_step"), *_OF_SKIP_STEP),
-        },
+        settings=settings,
     )
-
-
-def log_snr_at(schedule: Schedule, t: Tensor) -> Tensor:
-    """Return log(ᾱ / (1 - ᾱ)) at times of any shape; infinite without noise or without signal."""
-    log_alphas_cumprod = schedule.log_alphas_cumprod_at(t)
-    return log_alphas_cumprod - log_one_minus_exp(log_alphas_cumprod)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -299,7 +296,9 @@ def _settings(criterion: SkipStepLoss | None, *names: str) -> dict[str, Any]:
 def _weights_of(criterion: SkipStepLoss, times: Tensor) -> dict[str, Any]:
     """Return the weights of a user's own function, whose name does not tell it from another."""
     weighting = criterion.weighting
-    if weighting is None or repr(weighting) == _without_address(weighting):
+    # A module prints no address, nor its values.
+    told_by_name = repr(weighting) == _without_address(weighting)
+    if weighting is None or (told_by_name and not isinstance(weighting, nn.Module)):
         return {}
     weights = weights_at(weighting, PathPoint.at(criterion.schedule, times)).tolist()
     values = ", ".join(f"{weight:.6g}" for weight in weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,12 +79,7 @@ class ValidationLoss:
             mine, theirs = self.settings.get(name), other.settings.get(name)
             if mine != theirs:
                 raise ValueError(f"other must have the same {name}, {mine!r}, got {theirs!r}")
-        # Machines differ in the last digits of a logarithm.
-        mine, theirs = (
-            torch.tensor(one.log_snr, dtype=torch.float64, device="cpu") for one in (self, other)
-        )
-        same = torch.equal(self.index, other.index)
-        same = same and torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+        same = torch.equal(self.index, other.index) and same_log_snr(self.log_snr, other.log_snr)
         if not (same and torch.allclose(self.mean_x0, other.mean_x0, rtol=1e-3, equal_nan=True)):
             raise ValueError(
                 "other must be of the same samples, in the same order, and the same schedule: "
@@ -233,6 +228,13 @@ class Comparison:
     def _quantile(self) -> float:
         count = len(next(iter(self.differences.values())))
         return t_quantile((1 + self.confidence) / 2, count - 1)
+
+
+def same_log_snr(mine: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Return whether the values are the same but for a logarithm's last digits on two machines."""
+    return len(mine) == len(theirs) and all(
+        math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9) for a, b in zip(mine, theirs, strict=True)
+    )
 
 
 def t_quantile(probability: float, degrees: int) -> float:

@@ -33,7 +33,7 @@ def test_the_one_quadratic_is_the_two_terms(estimator):
         a, b = (values[0] + values[2]) / 2 - values[1], (values[2] - values[0]) / 2
         assert weight == pytest.approx(a, rel=1e-14)
         assert s * eps + g * zeta == pytest.approx(-b / (2 * a), rel=1e-14, abs=1e-15)
-    assert float(at_t.gain_excess) == pytest.approx(s - 1, rel=1e-13)
+    assert float(at_t.gain_minus_one) == pytest.approx(s - 1, rel=1e-13)
 
 
 @given(betas(min_size=2, max_size=60), st.data())
@@ -99,7 +99,7 @@ def test_tau_zero_and_a_flat_schedule_are_finite():
     table = coefficients(NoiseSchedule([-1.0, -1.0, -2.0]), 1, tau=0.0)
     assert table.weight.tolist() == [1.0, 0.0, pytest.approx(math.e - 1)]
     # Where nothing weighs, any s will do; it is that of no skip, in every form.
-    assert (table.gain[1], table.gain_excess[1], table.skip_gain[1]) == (1, 0, 0)
+    assert (table.gain[1], table.gain_minus_one[1], table.skip_gain[1]) == (1, 0, 0)
     assert table.gain[2] == 0
 
 
@@ -130,7 +130,7 @@ def test_the_limit_without_a_bound_where_there_is_no_signal(estimator):
     """As c grows, (τ + (1-τ) c) / (τ + (1-τ) c²) and (1-τ) c / A fall to 0."""
     at_t = coefficients(ZERO_SNR, 9, estimator=estimator, max_c2=math.inf)
     assert at_t.c2[-1] == math.inf
-    assert (at_t.gain[-1], at_t.gain_excess[-1], at_t.skip_gain[-1]) == (0, -1, 0)
+    assert (at_t.gain[-1], at_t.gain_minus_one[-1], at_t.skip_gain[-1]) == (0, -1, 0)
 
 
 @pytest.mark.parametrize(

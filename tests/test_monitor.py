@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.monitor import LossByNoise, validation_loss
 from s2dm_loss.validation_result import ValidationLoss, t_quantile
 from tests.helpers.distributed_workers import small_model
@@ -134,6 +134,13 @@ def test_sums_begun_or_loaded_in_inference_mode_go_on_outside():
 FOUR, ONES = torch.ones(4).long(), torch.ones(4)
 
 
+def test_sums_moved_in_inference_mode_go_on_outside():
+    monitor = filled()
+    with torch.inference_mode():
+        monitor.to("meta")
+    monitor.reset()  # in place
+
+
 def test_before_the_first_batch_there_is_nothing_whatever_the_default_device():
     with torch.device("meta"):
         monitor = LossByNoise(LINEAR)
@@ -157,6 +164,15 @@ def test_a_checkpoint_restores_the_sums_and_reset_starts_anew():
         LossByNoise(LINEAR, bins=9).load_state_dict(state)
     restored.reset()
     assert restored.compute() == LossByNoise(LINEAR).compute()
+
+
+def test_a_checkpoint_of_another_machine_is_restored():
+    """Whose logarithms may differ in their last digit."""
+    state = filled().state_dict()
+    state["edges"] = [math.nextafter(edge, math.inf) for edge in state["edges"]]
+    restored = LossByNoise(LINEAR)
+    restored.load_state_dict(state)
+    assert restored.compute() == filled().compute()
 
 
 def test_it_is_no_part_of_a_models_checkpoint_and_copies():
@@ -462,6 +478,35 @@ def test_a_weighting_of_ones_own_is_told_by_its_weights():
     assert first.compare(result(0.0)).overall().mean == 0
     with pytest.raises(ValueError, match="must have the same weighting"):
         first.compare(result(1.0))
+
+
+class Constant(nn.Module):
+    """A weighting whose name does not show its value."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, log_snr):
+        return torch.full_like(log_snr, self.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "kept", "of_value"),
+    [
+        ("weighting", "weighting", Constant),
+        ("skip_set", "timesteps", lambda t: SkipSet.from_timesteps([0, 1, 2, t, 400, 500, 600])),
+    ],
+)
+def test_what_a_name_does_not_show_is_kept(option, kept, of_value):
+    assert repr(of_value(200)) == repr(of_value(300))
+    first, again, second = (
+        validated(levels=4, **{option: of_value(value)}) for value in (200, 200, 300)
+    )
+    first = ValidationLoss.from_dict(json.loads(json.dumps(first.to_dict())))
+    assert first.compare(again).overall().mean == 0
+    with pytest.raises(ValueError, match=f"must have the same {kept}"):
+        first.compare(second)
 
 
 def test_numpys_integers_are_integers():

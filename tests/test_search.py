@@ -624,7 +624,7 @@ def test_what_it_keeps_can_be_read_without_the_data(result):
 
 def test_what_has_no_number_and_what_is_a_users_own_is_kept_too():
     class Mine(Correction):
-        name, strengths = "mine", (2.0,)
+        name, strengths, options, way = "mine", (2.0,), ("way",), [True, None]
 
     far = Candidate("inf", Mine(), 2.0, INF, 0.0, INF, INF, math.nan)
     values = json.loads(json.dumps(found(NO, far).to_dict(), allow_nan=False))
@@ -640,6 +640,15 @@ def test_what_has_no_number_and_what_is_a_users_own_is_kept_too():
     for apply in (mine.correction.correct_model, mine.correction.correct_noise):
         with pytest.raises(ValueError, match="make your Mine and call it with the strength 2"):
             apply(torch.zeros(2), mine.strength)
+
+
+def test_a_gain_without_a_bound_is_kept():
+    gain = SkipGain(LINEAR, (9, 49), max_c2=INF)
+    chosen = Candidate("sample", gain, 49, 1.5, 0.4, -0.5, -0.8, -0.2, -0.2)
+    values = json.loads(json.dumps(found(NO, chosen).to_dict(), allow_nan=False))
+    loaded = Recommendation.from_dict(values, LINEAR)
+    assert loaded.correction.max_c2 == INF
+    assert loaded.to_dict() == values
 
 
 @pytest.mark.parametrize("none", [0.0, INF, -INF])

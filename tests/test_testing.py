@@ -200,6 +200,16 @@ def test_the_generators_of_numpy_and_python_start_anew_and_go_on_after():
     assert found == (random.random(), np.random.random())  # noqa: S311
 
 
+def test_several_gpus_are_no_warning(monkeypatch):
+    for name, stub in (
+        ("device_count", lambda: 2),
+        ("get_rng_state", lambda device=None: torch.zeros(1)),
+        ("set_rng_state", lambda *state: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stub)
+    check_swap(EPSILON.loss, RIGHT)
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -94,11 +94,7 @@ def halved(
     seeds: Sequence[int],
 ) -> tuple[tuple[ScanPoint, ...], list[Pair]]:
     """Keep the best pairs of sampler and correction, in rounds of ever more samples."""
-    tries = [
-        [alone(name), *(Pair(name, c, s) for c in corrections for s in _few(c))]
-        for name in samplers
-    ]
-    pairs = [pair for of_sampler in tries for pair in of_sampler]
+    pairs = every_pair(samplers, corrections, _few)
     scan: list[ScanPoint] = []
     for number, ((_, count), width) in enumerate(zip(plan.stages[:-1], plan.widths, strict=True)):
         stage = make(count, seeds[number])
@@ -119,6 +115,17 @@ def halved(
 def alone(sampler: str) -> Pair:
     """Return a sampler with no correction."""
     return Pair(sampler, NONE, NONE.none)
+
+
+def every_pair(
+    samplers: Iterable[str],
+    corrections: Sequence[Correction],
+    strengths_of: Callable[[Correction], Sequence[float]] = lambda correction: correction.strengths,
+) -> list[Pair]:
+    """Return each sampler alone, and with each correction at each of its strengths."""
+    of_none = [(NONE, NONE.none)]
+    tried = of_none + [(c, strength) for c in corrections for strength in strengths_of(c)]
+    return [Pair(name, *each) for name in samplers for each in tried]
 
 
 def _tried(stage: Stage, pair: Pair) -> ScanPoint:

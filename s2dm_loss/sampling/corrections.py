@@ -13,7 +13,7 @@ All of them change how far the samples lie apart, and all work in both direction
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss.checks import check_choice, check_iterable, check_number, plain_value
+from s2dm_loss.checks import check_choice, check_number, describe, plain_value, read_plain_value
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, gain
 from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType
 from s2dm_loss.sampling.scaled_model import ScaledModel
@@ -85,6 +85,7 @@ class Correction:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON's own types, less its schedule."""
         options = {name: getattr(self, name) for name in self.options}
+        options = {n: plain_value(v) if isinstance(v, float) else v for n, v in options.items()}
         strengths = [plain_value(strength) for strength in self.strengths]
         kept = {"type": type(self).__name__, "name": self.name, "none": plain_value(self.none)}
         return {**kept, "strengths": strengths, **options}
@@ -183,7 +184,7 @@ class SkipGain(PredictionScaling):
         # 1 is no gain and 0 no model.
         self.tau: float = check_number("tau", tau, 0.0, 1.0, open_ends=True)
         if strengths is None:
-            strengths = _default_skips(schedule)
+            strengths = _default_skips(check_schedule(schedule))
         super().__init__(schedule, strengths, prediction_type=prediction_type)
         self.max_c2 = max_c2
         # Checks max_c2 and the skips.
@@ -313,31 +314,33 @@ class StoredCorrection(Correction):
         kind = _KINDS.get(self.values["type"])
         if kind is None:
             return self
-        options = {name: self.values[name] for name in ("strengths", *kind.options)}
+        options = {n: read_plain_value(self.values[n]) for n in ("strengths", *kind.options)}
         return kind(**options) if kind is StartScaling else kind(schedule, **options)  # type: ignore[call-arg]
 
     @override
     def correct_model(self, model: nn.Module, strength: float) -> nn.Module:
+        raise self._refusal(strength)
+
+    @override
+    def correct_noise(self, noise: Tensor, strength: float) -> Tensor:
+        raise self._refusal(strength)
+
+    def _refusal(self, strength: float) -> ValueError:
         if self.values["type"] not in _KINDS:
-            raise ValueError(
+            return ValueError(
                 f"{self.name!r} is no correction of s2dm_loss.sampling and cannot be applied from "
                 f"a file: make your {self.values['type']} and call it with the strength "
                 f"{strength:g}"
             )
-        raise ValueError(
+        return ValueError(
             f"{self.name!r} was loaded without its schedule and cannot be applied: "
             "Recommendation.from_dict(values, schedule) loads it with one"
         )
 
-    @override
-    def correct_noise(self, noise: Tensor, strength: float) -> Tensor:
-        self.correct_model(nn.Identity(), strength)
-        return noise
-
     @property
     @override
     def changes_noise(self) -> bool:
-        return False  # what it cannot do `correct_model` says
+        return False  # a pipeline, which asks this first, is told by `correct_model`
 
     @override
     def to_dict(self) -> dict[str, Any]:
@@ -350,7 +353,8 @@ _KINDS: dict[str, type[Correction]] = {
 
 
 def _ascending(strengths: Sequence[float], none: float) -> tuple[float, ...]:
-    check_iterable("strengths", strengths)
+    if not isinstance(strengths, Iterable):
+        raise TypeError(f"strengths must be a sequence of numbers, got {describe(strengths)}")
     strengths = tuple(strengths)  # an iterator is empty the second time
     for strength in strengths:
         check_number("strengths", strength, -torch.inf, torch.inf, open_ends=True)
@@ -369,8 +373,8 @@ def _check_positive(strengths: tuple[float, ...]) -> None:
 
 
 def _default_skips(schedule: Schedule) -> tuple[float, ...]:
-    if not isinstance(schedule, Schedule) or schedule.timesteps is None:
+    if schedule.timesteps is None:
         return GAIN_SHARES
     count = schedule.timesteps.numel()
-    sizes = {(max(1, round(abs(share) * count) - 1), share > 0) for share in GAIN_SHARES}
-    return tuple(size if positive else -size for size, positive in sizes)
+    # A set, since on few timesteps several shares are one skip.
+    return tuple({(1 if s > 0 else -1) * max(1, round(abs(s) * count) - 1) for s in GAIN_SHARES})

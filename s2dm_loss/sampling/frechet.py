@@ -127,7 +127,9 @@ class FrechetComparison:
             for part, half, rows in zip(maps, self._halves, self._data_halves, strict=True):
                 by_sample[half], by_datum[rows] = part.influences(samples[half], self._data[rows])
         elif not self._distances:
-            raise ValueError("sample must return finite samples, got values too large to square")
+            raise ValueError(
+                "sample must return finite samples, got NaN, infinity or values too large to square"
+            )
         self._distances.append(distance)
         # A set without a distance takes no part in the common bound.
         self._influences.append(

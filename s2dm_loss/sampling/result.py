@@ -12,13 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from s2dm_loss._version import __version__
-from s2dm_loss.checks import plain_value
-from s2dm_loss.sampling.corrections import (
-    NONE,
-    Correction,
-    NoCorrection,
-    StoredCorrection,
-)
+from s2dm_loss.checks import plain_value, read_plain_value
+from s2dm_loss.sampling.corrections import NONE, Correction, NoCorrection, StoredCorrection
+from s2dm_loss.sampling.figure import draw
 from s2dm_loss.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -256,10 +252,8 @@ class Recommendation:
             corrections.append(stored if schedule is None else stored.on(schedule))
 
         def read(kind: Any, row: dict[str, Any]) -> Any:
-            numbers = {
-                n: float(v) if n != "sampler" and isinstance(v, str) else v for n, v in row.items()
-            }
-            return kind(**{**numbers, "correction": corrections[row["correction"]]})
+            entry = {n: v if n == "sampler" else read_plain_value(v) for n, v in row.items()}
+            return kind(**{**entry, "correction": corrections[row["correction"]]})
 
         cost = values["cost"]
         return cls(
@@ -278,8 +272,6 @@ class Recommendation:
 
     def plot(self) -> Figure:
         """Return a matplotlib figure: the candidates with their intervals, and the scans."""
-        from s2dm_loss.sampling.figure import draw
-
         return draw(self)
 
     @override

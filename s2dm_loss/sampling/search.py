@@ -22,12 +22,12 @@ from typing_extensions import override
 
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.prediction import evaluating
-from s2dm_loss.sampling.choosing import FEWEST, WIDTHS, Plan, alone, halved, plan_of, scanned
+from s2dm_loss.sampling.choosing import FEWEST, WIDTHS, Plan, every_pair, halved, plan_of, scanned
 from s2dm_loss.sampling.corrections import NONE, Correction
 from s2dm_loss.sampling.frechet import MAX_AXES, SAMPLES_PER_AXIS, Axes
 from s2dm_loss.sampling.progress import Progress, Reporter
 from s2dm_loss.sampling.result import Candidate, Recommendation, ScanPoint, SearchCost
-from s2dm_loss.sampling.trials import Pair, Sampler, Stage, Trials
+from s2dm_loss.sampling.trials import Sampler, Stage, Trials
 
 # Rows of data that are enough to find the axes in which they vary most.
 AXES_ROWS = 4096
@@ -119,7 +119,7 @@ class CorrectionSearch:
         check_batch("data", data)
         if data.ndim < 2 or len(data) < FEWEST:
             raise ValueError(
-                f"data must have shape [N, ...] with N of at least 32, got {describe(data)}"
+                f"data must have shape [N, ...] with N of at least {FEWEST}, got {describe(data)}"
             )
         if not bool(data.isfinite().all()):
             raise ValueError("data must be finite, got NaN or infinity in it")
@@ -199,7 +199,7 @@ class CorrectionSearch:
         trials = self._trials
         with torch.no_grad(), evaluating(self.model), evaluating(self.features):
             scan: tuple[ScanPoint, ...] = ()
-            finalists = self._every_pair
+            finalists = every_pair(self.samplers, self.corrections)
             seen = torch.cat(list(trials.data_values(first[:AXES_ROWS])))
             if self.scan:
                 # Each part is compared along axes that were found on the other.
@@ -257,21 +257,11 @@ class CorrectionSearch:
         return Axes(seen, min(MAX_AXES, min(samples, data) // SAMPLES_PER_AXIS), seed)
 
     @property
-    def _every_pair(self) -> list[Pair]:
-        return [
-            pair
-            for name in self.samplers
-            for pair in (
-                alone(name),
-                *(Pair(name, c, strength) for c in self.corrections for strength in c.strengths),
-            )
-        ]
-
-    @property
     def _plan(self) -> Plan:
         """Return how many candidates each stage has at most, and of how many samples."""
         if not self.scan:
-            return Plan(((len(self._every_pair), self.num_samples),))
+            count = len(every_pair(self.samplers, self.corrections))
+            return Plan(((count, self.num_samples),))
         return plan_of(len(self.samplers), self.corrections, self.num_samples)
 
     @override

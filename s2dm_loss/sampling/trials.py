@@ -120,7 +120,6 @@ class Stage:
         self._seed = seed
         data = torch.cat([axes(values) for values in trials.data_values(rows)])
         self.comparison: FrechetComparison = FrechetComparison(data, count, seed)
-        self._is_first = True
 
     def add(self, pair: Pair) -> float:
         """Sample with a candidate, and return the distance of its samples from the data."""
@@ -128,11 +127,7 @@ class Stage:
         for values in self._trials.sample_values(pair, self.count, self._seed):
             parts.append(self._axes(values))
             self._reporter.ran()
-        coordinates = torch.cat(parts)
-        if self._is_first and not bool(coordinates.isfinite().all()):
-            raise ValueError("sample must return finite samples, got NaN or infinity in them")
-        self._is_first = False
-        distance = self.comparison.add(coordinates)
+        distance = self.comparison.add(torch.cat(parts))
         sampler = f"{pair.sampler}, " if len(self._trials.samplers) > 1 else ""
         label = pair.correction.label(pair.strength)
         self._reporter.say(f"{sampler}{label}: distance {distance:.4g} of {self.count} samples")
