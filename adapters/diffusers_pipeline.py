@@ -55,8 +55,8 @@ def shrink_pipeline(
         pipe: A diffusers pipeline with a `scheduler`.
         skip_set: The skips, as for `SkipStepLoss`: 49 on 1,000 timesteps, 0.05 on flow matching. A
             larger skip is a smaller s(t).
-        options: tau, estimator and max_c2, as for `SkipStepLoss`. The prediction type is the
-            scheduler's.
+        options: tau, estimator, weighting and max_c2, as for `SkipStepLoss`. The prediction type is
+            the scheduler's.
 
     Returns:
         The handle that takes the gain off again.

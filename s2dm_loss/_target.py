@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from s2dm_loss.checks import check_like, check_per_sample
+from s2dm_loss.checks import check_like, check_per_sample, describe
 from s2dm_loss.loss import SkipStepLoss
 from s2dm_loss.prediction import PREDICTION_TYPES, PathPoint, PredictionType
 from s2dm_loss.schedule import NoiseSchedule, Schedule, data_at_of
@@ -87,7 +87,7 @@ def check_target(
     can pass: give many samples, or times from all over the schedule.
 
     Args:
-        criterion: The loss that the adapter makes.
+        criterion: The loss that the adapter makes; diffusers' `SkipLoss` has it as `.criterion`.
         target: What the trainer compares the network's output with, of shape [B, ...].
         t: Times of shape [B] as the criterion is given them, from all over the schedule.
         x_t: The network's noisy input, of the shape of `target`.
@@ -105,6 +105,9 @@ def check_target(
         ValueError: if there are too few values to judge without `noise`, or an argument is not as
             said.
     """
+    if not isinstance(criterion, SkipStepLoss):
+        own = ": pass its `.criterion`" if hasattr(criterion, "criterion") else ""
+        raise TypeError(f"criterion must be a SkipStepLoss, got {describe(criterion)}{own}")
     check_like("x_t", x_t, "target", target)
     check_per_sample("t", t, "target", target)
     if noise is not None:

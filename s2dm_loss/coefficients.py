@@ -64,7 +64,7 @@ from s2dm_loss.checks import check_choice, check_number, check_rows, describe
 from s2dm_loss.prediction import PathPoint, PredictionType, output_scales
 from s2dm_loss.schedule import Schedule, check_schedule, wide_times
 from s2dm_loss.skip_set import Skips, SkipSet
-from s2dm_loss.weighting import weights_at
+from s2dm_loss.weighting import Weighting, read_weighting, weights_at
 
 DEFAULT_TAU = 0.99
 DEFAULT_MAX_C2 = 100.0
@@ -101,6 +101,7 @@ class GainOptions(TypedDict, total=False):
     tau: float
     estimator: Estimator
     prediction_type: PredictionType
+    weighting: Weighting | None
     max_c2: float
 
 
@@ -170,7 +171,7 @@ def coefficients(
     estimator: Estimator = "expected",
     prediction_type: PredictionType = "epsilon",
     max_c2: float = DEFAULT_MAX_C2,
-    weighting: Callable[[Tensor], Tensor] | None = None,
+    weighting: Weighting | None = None,
 ) -> Coefficients:
     """Return τ, c and c² as functions of t, and with them A, s and g.
 
@@ -182,7 +183,7 @@ def coefficients(
         estimator: As for `SkipStepLoss`.
         prediction_type: As for `SkipStepLoss`: near ᾱ = 0 an output other than ε bounds c².
         max_c2: As for `SkipStepLoss`.
-        weighting: A function of log SNR, `s2dm_loss.weighting`: where it is above 1 it bounds c².
+        weighting: As for `SkipStepLoss`: where it is above 1 it bounds c².
 
     Raises:
         TypeError, ValueError: if an argument is not as said, or the skips do not fit the schedule.
@@ -191,6 +192,7 @@ def coefficients(
     tau = check_number("tau", tau, 0.0, 1.0)
     max_c2 = check_number("max_c2", max_c2, 0.0, math.inf)
     check_choice("estimator", estimator, ESTIMATORS)
+    weight_of = read_weighting(weighting)
     if t is None:
         t = schedule.timesteps
         if t is None:
@@ -211,8 +213,8 @@ def coefficients(
     reach = output_scales(prediction_type, path).ratio.square().clamp(max=1.0)
     c = c.minimum(_bound(reach, math.sqrt(max_c2)))
     c2 = c2.minimum(_bound(reach, max_c2))
-    if weighting is not None:
-        bound = max_c2 / weights_at(weighting, path).clamp(min=1.0)
+    if weight_of is not None:
+        bound = max_c2 / weights_at(weight_of, path).clamp(min=1.0)
         c, c2 = c.minimum(bound.sqrt()), c2.minimum(bound)
     return Coefficients(
         tau=torch.where(valid_skips > 0, tau, torch.ones_like(c2)),

@@ -269,12 +269,15 @@ def check_velocity(schedule: Schedule) -> None:
 
 
 def warn_if_not_straight(schedule: Schedule) -> None:
-    """Warn if "flow", ε - x_0, is not the velocity of a continuous path: it is on straight ones."""
+    """Warn if "flow", ε - x_0, is not the velocity of a continuous path.
+
+    It is where the path is straight and data lie at t = 0.
+    """
     if schedule.timesteps is not None:
         return
     with real_tensors():
         time = torch.linspace(0, 1, PROBES, dtype=torch.float64)[1:-1]
-        alpha, sigma = schedule.alpha_sigma(since_data(schedule, time))
+        alpha, sigma = schedule.alpha_sigma(time)
         off = torch.maximum((alpha + time - 1).abs(), (sigma - time).abs())
         straight = bool((off < 1e-6).all())
     if not straight:

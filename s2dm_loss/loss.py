@@ -48,7 +48,6 @@ class LossOptions(GainOptions, total=False):
     """The options of `SkipStepLoss`, which says what they are, for functions that hand them on."""
 
     reduction: Reduction
-    weighting: Weighting | None
     normalize: bool
     timesteps: Timesteps
 

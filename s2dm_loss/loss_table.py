@@ -159,7 +159,7 @@ class LossTable:
             check_batch(names[0], like)
         shape, device = like.shape, like.device
         if not (isinstance(t, Tensor) and t.shape == shape[:1] and t.device == device):
-            if isinstance(t, Tensor) and t.ndim > 1 and t.is_floating_point():
+            if isinstance(t, Tensor) and t.shape == shape and t.ndim > 1:
                 raise ValueError(
                     f"t must have shape ({len(like)},), got {describe(t)}: t comes before x_t, "
                     "from_output(output, target, t, x_t)"

@@ -119,10 +119,12 @@ class SkipSet:
                     f"got {offset!r}"
                 )
             if steps is not None and not isinstance(offset, int):
-                near = max(1, round(offset * steps.numel()))
+                near, unit = int(offset), ""
+                if offset < 1:
+                    near, unit = max(1, round(offset * steps.numel())), ", a skip in units of time"
                 raise TypeError(
-                    f"a discrete schedule takes int skips, in timesteps, got {offset!r}, a skip in "
-                    f"units of time: on {steps.numel()} timesteps that is {near}"
+                    f"a discrete schedule takes int skips, in timesteps, got {offset!r}{unit}: on "
+                    f"{steps.numel()} timesteps that is {near}"
                 )
             limit = 1 if steps is None else steps.numel()
             if offset >= limit:

@@ -162,7 +162,7 @@ class _Probe(nn.Module):
         self.weight = nn.Parameter(torch.zeros(()))  # for whoever asks a model for its device
 
     @override
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         x_t, t = _read_call(args, kwargs)
         self.calls += 1
         self.times = torch.as_tensor(t).detach().flatten()
@@ -174,7 +174,8 @@ class _Probe(nn.Module):
             drawn = torch.randn(x_t.shape, generator=source, dtype=torch.float64, device="cpu")
             output = drawn.to(x_t)
         self.output = output.requires_grad_()
-        return self.output
+        vars(output)["sample"] = output  # as diffusers' networks return it
+        return (output,) if kwargs.get("return_dict") is False else output
 
 
 _INPUTS = ("x_t", "x", "sample", "hidden_states", "noisy_latents", "xt", "input", "inputs")

@@ -122,6 +122,9 @@ def read_weighting(weighting: Weighting | None) -> Callable[[Tensor], Tensor] | 
             f"weighting must be fixed, got {weighting!r} with parameters to train: multiply what "
             'the loss returns with reduction="none" by it'
         )
+    known: Any = weighting
+    if any(known is family for family in (min_snr, soft_min_snr, p2, sigmoid)):
+        raise TypeError(f"weighting must be called, {known.__name__}(), got the function itself")
     if weighting is None or (callable(weighting) and not isinstance(weighting, type)):
         return weighting
     if isinstance(weighting, str):

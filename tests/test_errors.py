@@ -56,6 +56,7 @@ CASES = {
         (lambda: loss(schedule=FLOW, skip=0.1, t=T.float()), r"\[0, 1\], got .* 0.0 to 999.0"),
         (lambda: of_v(X, X, X, T), r"t must have shape \(4,\), got .*t comes before x_t"),
         (lambda: of_v(*[X[:, 0, 0]] * 3, T), r"t must have shape \(4,\), got .*t comes before x_t"),
+        (lambda: of_v(X, X, torch.rand(4, 3), X), r"t must have shape \(4,\).*make frames samples"),
         (lambda: loss(X, X.clone().requires_grad_()), "target .* and output does not: the output"),
         (lambda: of_v(X, X, T, SIX), r"x_t must .* target.*\(4, 6, 8, 8\).*noisy .*\[:, :3\]"),
         (lambda: of_v(X, X, T, NINE), r"\(4, 9, 8, 8\).*a condition beside .*x_t\[:, :3\]"),
@@ -159,6 +160,7 @@ CASES = {
     TypeError: [
         (lambda: made(weighting=5.0), "weighting must be .* got 5.0"),
         (lambda: made(weighting=lambda log_snr: 1.0), "weighting must return a tensor, got 1.0"),
+        (lambda: made(weighting=min_snr), r"weighting must be called, min_snr\(\)"),
         (lambda: loss(t=T.float()), r"t must hold integer timesteps in \[0, 1000\), got .*float32"),
         (lambda: loss(t=T > 9), r"t must hold integer timesteps.*bool"),
         (lambda: loss(t=[0, 1, 2, 3]), r"t must be a tensor, got .*list"),
@@ -167,7 +169,10 @@ CASES = {
         (lambda: CRITERION(X, X, T), r"model must be callable, .*goes to `from_output\(output, ta"),
         (lambda: loss(target=X.long()), "target must be a floating-point"),
         (lambda: loss(target=None), "target must be a tensor, got None"),
-        (lambda: made(LINEAR, 9.0), "int skips, in timesteps, got 9.0"),
+        (
+            lambda: made(LINEAR, 9.0),
+            r"in timesteps, got 9.0: on 1000 timesteps that is 9$",
+        ),
         (lambda: made(LINEAR, 0.02), "got 0.02, a skip in units of time: on 1000 .* is 20"),
         (lambda: made(LINEAR, T), r"SkipSet\.from_timesteps"),
         (lambda: SkipSet("9"), r"skip_set must be .*got '9' \(str\)"),

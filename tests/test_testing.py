@@ -217,9 +217,11 @@ def test_several_gpus_are_no_warning(monkeypatch):
         lambda model, x_t, t: model(hidden_states=x_t, encoder_hidden_states=None, timestep=t),
         lambda model, x_t, t: model(x_t, timesteps=t, context=None),
         lambda model, x_t, t: model(x_t, t, None, class_labels=t),
+        lambda model, x_t, t: model(x_t, t).sample,  # as diffusers' networks
+        lambda model, x_t, t: model(x_t, t, return_dict=False)[0],
     ],
 )
-def test_the_stand_in_can_be_called_by_keyword(call):
+def test_the_stand_in_is_called_as_networks_are(call):
     def by_name(model):
         return lambda x_t, t: call(model, x_t, t)
 
@@ -328,6 +330,7 @@ def test_below_8192_values_it_asks_for_the_noise():
         trainer.fails(said, kind, assumed, noise=trainer.noise)
 
 
+@pytest.mark.filterwarnings("ignore:prediction_type .flow. is noise minus data")
 @pytest.mark.parametrize("data_at", [0, 1])
 def test_the_noise_tells_the_direction_of_time_on_data_of_variance_1(data_at):
     """x_0 and ε have one distribution there: only the noise itself can."""
@@ -352,6 +355,14 @@ def test_a_path_of_sigma_is_named():
     trainer.fails(said, "sample", schedule=normalised)
     trainer.x_t = trainer.x_t / torch.hypot(trainer.alpha, trainer.sigma)
     trainer.fails(r"or x_t multiplied by √\(1\+σ²\)", "sample")
+
+
+def test_an_adapter_in_the_place_of_its_loss():
+    class Adapter:
+        criterion = SkipStepLoss(LINEAR, 9)
+
+    with pytest.raises(TypeError, match=r"criterion must be a SkipStepLoss, .*its `\.criterion`"):
+        check_target(Adapter(), X0, T, X0)
 
 
 def test_another_schedule_and_changed_noise():

@@ -105,7 +105,7 @@ class ScaledModel(FixedSettings, TabledModule):
             model: The trained network, called `model(x_t, t, ...)`.
             schedule: The schedule that it was trained on.
             skip_set: The skips, as for `SkipStepLoss`.
-            options: tau, estimator, prediction_type and max_c2, as for `SkipStepLoss`.
+            options: tau, estimator, prediction_type, weighting and max_c2, as for `SkipStepLoss`.
 
         Raises:
             TypeError, ValueError: if an argument is not as said.
