@@ -268,6 +268,15 @@ def check_velocity(schedule: Schedule) -> None:
     check()
 
 
+def is_flow(schedule: Schedule) -> bool:
+    """Return whether a path is that of flow matching, alpha + sigma = 1, in continuous time."""
+    if schedule.timesteps is not None:
+        return False
+    with real_tensors():
+        alpha, sigma = schedule.alpha_sigma(torch.linspace(0, 1, PROBES, dtype=torch.float64))
+        return bool(((alpha + sigma - 1).abs() < 1e-6).all())
+
+
 def warn_if_not_straight(schedule: Schedule) -> None:
     """Warn if "flow", ε - x_0, is not the velocity of a continuous path.
 

@@ -35,7 +35,12 @@ from s2dm_loss.coefficients import (
 )
 from s2dm_loss.head import REDUCTIONS, Reduction, along
 from s2dm_loss.loss_table import LossTable, draw_like
-from s2dm_loss.prediction import PredictionType, check_prediction_type, read_output
+from s2dm_loss.prediction import (
+    PredictionType,
+    check_prediction_type,
+    read_output,
+    read_prediction_type,
+)
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.tables import TabledModule
@@ -93,7 +98,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         tau: float = DEFAULT_TAU,
         estimator: Estimator = "expected",
         reduction: Reduction = "mean",
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType | None = None,
         weighting: Weighting | None = None,
         normalize: bool = False,
         max_c2: float = DEFAULT_MAX_C2,
@@ -114,7 +119,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
             reduction: "mean" or "sum" over the batch, or "none" for a loss of shape [B]. The data
                 axes are always averaged.
             prediction_type: What `model` predicts: "epsilon", "v_prediction", "sample", "flow",
-                "velocity" or "score".
+                "velocity" or "score". "epsilon" if not given; flow matching has to give it.
             weighting: w(t) on the squared error of the noise: a name such as "min_snr" or a fixed
                 function of log SNR, see `s2dm_loss.weighting`. None is that of mse(output, target).
             normalize: Drop the weight A(t): the same minimiser, every timestep weighed alike.
@@ -133,6 +138,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         check_choice("reduction", reduction, REDUCTIONS)
         check_switch("normalize", normalize)
         self.schedule: Schedule = check_schedule(schedule)
+        prediction_type = read_prediction_type(prediction_type, self.schedule)
         check_prediction_type(prediction_type, self.schedule, weighted=weighting is not None)
         self.skip_set: SkipSet = SkipSet.wrap(skip_set)
         self.tau = tau
@@ -331,6 +337,10 @@ class SkipStepLoss(FixedSettings, TabledModule):
             f"{name}={getattr(self, name)!r}"
             for name, option in inspect.signature(SkipStepLoss).parameters.items()
             if option.kind is option.KEYWORD_ONLY
-            and (name in ("tau", "estimator") or getattr(self, name) != option.default)
+            # The last by its value, since its default is None.
+            and (
+                name in ("tau", "estimator", "prediction_type")
+                or getattr(self, name) != option.default
+            )
         )
         return f"{type(self).__name__}({self.schedule!r}, {self.skip_set!r}, {options})"

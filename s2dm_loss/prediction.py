@@ -36,7 +36,7 @@ from s2dm_loss.checks import (
     check_rows,
     describe,
 )
-from s2dm_loss.continuous import check_velocity, warn_if_not_straight
+from s2dm_loss.continuous import check_velocity, is_flow, warn_if_not_straight
 from s2dm_loss.head import along
 from s2dm_loss.schedule import Schedule
 
@@ -88,11 +88,29 @@ PREDICTION_TYPES: dict[PredictionType, Callable[[PathPoint], tuple[Tensor | None
 check_rows("PREDICTION_TYPES", PREDICTION_TYPES, PredictionType)
 
 
+def read_prediction_type(
+    prediction_type: PredictionType | None, schedule: Schedule
+) -> PredictionType:
+    """Return what a network predicts: if it is not said "epsilon", but nothing on a flow.
+
+    Raises:
+        ValueError: if it is none of the prediction types, or not said on a flow.
+    """
+    if prediction_type is not None:
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        return prediction_type
+    if is_flow(schedule):
+        raise ValueError(
+            f"prediction_type must be given on {schedule!r}: 'flow' for noise minus data, "
+            "'velocity' for dx_t/dt in your own time, 'epsilon' for the noise"
+        )
+    return "epsilon"
+
+
 def check_prediction_type(
     prediction_type: PredictionType, schedule: Schedule, *, weighted: bool
 ) -> None:
     """Raise ValueError unless a network on this schedule can be trained to predict that."""
-    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if prediction_type == "velocity":
         check_velocity(schedule)
     if prediction_type == "flow":

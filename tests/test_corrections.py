@@ -20,7 +20,7 @@ from s2dm_loss.sampling import (
     StartScaling,
     standard_corrections,
 )
-from tests.strategies import FLOW, LINEAR, ZERO_SNR, normals
+from tests.strategies import FLOW, LINEAR, VP, ZERO_SNR, normals
 
 BAR, TIMES = LINEAR.alphas_cumprod, torch.tensor([0, 99, 500, 999])
 
@@ -74,11 +74,11 @@ def test_the_standard_ones_go_both_ways(schedule):
 
 def test_the_skips_of_a_scan_and_those_between_are_integers_where_skips_are():
     assert SkipGain(NoiseSchedule.linear(20)).strengths == (-1, 1, 2, 3)
-    assert SkipGain(FLOW).strengths[-1] == 0.2
+    assert SkipGain(VP).strengths[-1] == 0.2
     between = SkipGain(LINEAR).between(19, 52)
     assert between == 36
     assert isinstance(between, int)
-    assert SkipGain(FLOW).between(0.1, 0.2) == pytest.approx(0.15)
+    assert SkipGain(VP).between(0.1, 0.2) == pytest.approx(0.15)
     assert StartScaling().between(1.0, 1.1) == pytest.approx(1.05)
 
 

@@ -10,8 +10,9 @@ from torch import nn
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import coefficients
 from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
+from s2dm_loss.sampling import standard_corrections
 from s2dm_loss.weighting import min_snr, p2, sigmoid, soft_min_snr
-from tests.strategies import FLOW, LINEAR, ZERO_SNR
+from tests.strategies import FLOW, LINEAR, VP, ZERO_SNR
 
 BETA = torch.linspace(1e-4, 0.02, 1000)
 BAR = (1 - BETA).cumprod(0)
@@ -53,7 +54,7 @@ CASES = {
         (lambda: loss(t=T[:, None]), r"t must have shape \(4,\).*\(4, 1\)"),
         (lambda: loss(t=T[:1].float()), r"t must have shape \(4,\), one value for each sample"),
         (lambda: loss(t=T.to("meta")), r"t must be on the device.*cpu.*meta"),
-        (lambda: loss(schedule=FLOW, skip=0.1, t=T.float()), r"\[0, 1\], got .* 0.0 to 999.0"),
+        (lambda: loss(schedule=VP, skip=0.1, t=T.float()), r"\[0, 1\], got .* 0.0 to 999.0"),
         (lambda: of_v(X, X, X, T), r"t must have shape \(4,\), got .*t comes before x_t"),
         (lambda: of_v(*[X[:, 0, 0]] * 3, T), r"t must have shape \(4,\), got .*t comes before x_t"),
         (lambda: of_v(X, X, torch.rand(4, 3), X), r"t must have shape \(4,\).*make frames samples"),
@@ -75,12 +76,12 @@ CASES = {
         (lambda: SkipSet(NAN), "skip must be positive, got nan"),
         (lambda: SkipSet([]), "skip_set must hold at least one skip"),
         (lambda: SkipSet([9, 9]), "skips must be distinct"),
-        (lambda: made(FLOW, 1.0), r"skip must be below 1.*got 1.0"),
+        (lambda: made(VP, 1.0), r"skip must be below 1.*got 1.0"),
         (lambda: STEPS(1), "num_inference_steps must be at least 2, got 1"),
         (lambda: made(LINEAR, STEPS(1001)), "must be at most the schedule's 1000 timesteps"),
         (lambda: made(LINEAR, SAMPLED([0, 1000])), r"must lie in \[0, 999\], .* 0 to 1000"),
         (lambda: made(LINEAR, SAMPLED([-1, 5])), r"timesteps must lie in \[0, 999\], .* -1 to 5"),
-        (lambda: made(FLOW, SAMPLED([0.5, 1.5])), r"must lie in \[0, 1.0\], .* from 0.5 to 1.5"),
+        (lambda: made(VP, SAMPLED([0.5, 1.5])), r"must lie in \[0, 1.0\], .* from 0.5 to 1.5"),
         (lambda: SAMPLED([]), "timesteps must be 1-d"),
         (lambda: SkipSet.from_skipped(range(10), 10), "timesteps must leave at least one"),
         (lambda: SkipSet.from_skipped([10], 10), r"timesteps must lie in \[0, 10\), got 10"),
@@ -152,7 +153,13 @@ CASES = {
             lambda: made(FLOW, 0.01, weighting="uniform", prediction_type="sample"),
             WEIGHT + "index 0 of 17.* no noise, snr has no bound",
         ),
-        (lambda: made(FLOW, 0.01, weighting="debiased"), WEIGHT + "no signal, 1 / snr has no b"),
+        (
+            lambda: made(FLOW, 0.01, weighting="debiased", prediction_type="epsilon"),
+            WEIGHT + "no signal, 1 / snr has no b",
+        ),
+        (lambda: made(FLOW, 0.01), "prediction_type must be given on Con.*flow.*'flow' for noise"),
+        (lambda: ScaledModel.with_gain(LEARNED, FLOW, 0.1), "prediction_type must be given on"),
+        (lambda: standard_corrections(FLOW), "prediction_type must be given on"),
         (lambda: made(weighting=LEARNED), "weighting must be fixed, got Linear.* with parameters"),
         (lambda: made(weighting=lambda log_snr: -log_snr), "weighting must lie in"),
         (lambda: made(weighting=lambda log_snr: log_snr.mean()), "of the shape of log SNR"),
@@ -164,7 +171,7 @@ CASES = {
         (lambda: loss(t=T.float()), r"t must hold integer timesteps in \[0, 1000\), got .*float32"),
         (lambda: loss(t=T > 9), r"t must hold integer timesteps.*bool"),
         (lambda: loss(t=[0, 1, 2, 3]), r"t must be a tensor, got .*list"),
-        (lambda: loss(schedule=FLOW, skip=0.1), r"floating-point times in \[0, 1\], got .*int64"),
+        (lambda: loss(schedule=VP, skip=0.1), r"floating-point times in \[0, 1\], got .*int64"),
         (lambda: CRITERION.coefficients_at(T / 1000), r"t / 1000 as `\(1000 \* t\)\.round"),
         (lambda: CRITERION(X, X, T), r"model must be callable, .*goes to `from_output\(output, ta"),
         (lambda: loss(target=X.long()), "target must be a floating-point"),
@@ -180,7 +187,7 @@ CASES = {
         (lambda: SkipSet(True), "skip must be an int or a float, got True"),
         (lambda: SkipSet(["a"]), r"skip must be an int.*got 'a'"),
         (lambda: SkipSet([9, 0.5]), "all ints .* or all floats"),
-        (lambda: made(FLOW, 9), r"continuous schedule takes skips as floats.*such as 0.01, got 9"),
+        (lambda: made(VP, 9), r"continuous schedule takes skips as floats.*such as 0.01, got 9"),
         (lambda: STEPS(10.0), "num_inference_steps must be an int, got 10.0"),
         (lambda: SAMPLED("abc"), "timesteps must be a"),
         (lambda: made(tau="1"), "tau must be a real number"),

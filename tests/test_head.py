@@ -407,11 +407,12 @@ def test_fake_tensors(estimator, schedule):
         (9, torch.tensor([9, 500])) if schedule is LINEAR else (0.1, torch.tensor([0.05, 0.5]))
     )
     eps_hat, noise, xi = normals(3, 2, 3)
-    made_before = SkipStepLoss(schedule, skip, estimator=estimator)
+    options = {"estimator": estimator, "prediction_type": "epsilon"}
+    made_before = SkipStepLoss(schedule, skip, **options)
     expected = made_before.from_output(eps_hat, noise, t, **drawn(estimator, xi))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made_inside = SkipStepLoss(schedule, skip, estimator=estimator)
-        weighted = SkipStepLoss(schedule, skip, estimator=estimator, weighting="min_snr")
+        made_inside = SkipStepLoss(schedule, skip, **options)
+        weighted = SkipStepLoss(schedule, skip, weighting="min_snr", **options)
         for criterion in (made_before, weighted):
             leaf = torch.empty(4, 3, 8, 8, requires_grad=True)
             criterion(lambda x_t, t, leaf=leaf: leaf, torch.empty(4, 3, 8, 8)).backward()

@@ -242,7 +242,7 @@ class TestStep:
 
 
 def test_repr_says_what_it_is():
-    """τ and the estimator always, the rest where it is not the default."""
+    """τ, estimator and prediction type always, the rest where it is not the default."""
     options = {"reduction": "sum", "prediction_type": "flow", "normalize": True, "max_c2": 4.0}
     assert repr(SkipStepLoss(LINEAR, [1, 9], timesteps="stratified", **options)) == (
         "SkipStepLoss(NoiseSchedule.linear(1000), SkipSet([1, 9]), tau=0.99, estimator='expected',"
@@ -256,8 +256,10 @@ def test_repr_says_what_it_is():
         def __init__(self, *args, extra=1, **options):
             super().__init__(*args, **options)
 
-    text = "Mine(NoiseSchedule.linear(1000), SkipSet(9), tau=0.5, estimator='expected')"
-    assert repr(Mine(LINEAR, 9, tau=0.5)) == text
+    assert repr(Mine(LINEAR, 9, tau=0.5)) == (
+        "Mine(NoiseSchedule.linear(1000), SkipSet(9), tau=0.5, estimator='expected',"
+        " prediction_type='epsilon')"
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

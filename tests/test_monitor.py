@@ -276,7 +276,7 @@ def losses_of(result):
     return {"index": result.index, **result.losses}
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, FLOW])
+@pytest.mark.parametrize("schedule", [LINEAR, VP])
 def test_each_sample_has_a_time_in_each_level(schedule):
     model = Recorder()
     validated(model, schedule=schedule, levels=8)
@@ -349,7 +349,7 @@ def test_two_calls_are_equal_bit_for_bit_and_leave_random_numbers_alone():
     assert not torch.equal(other.losses["plain"], results[0]["plain"])
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, FLOW])
+@pytest.mark.parametrize("schedule", [LINEAR, VP])
 def test_the_batch_size_changes_nothing(schedule):
     whole = losses_of(validated(schedule=schedule))
     for size in (1, 4):

@@ -47,6 +47,7 @@ def test_every_time_in_every_form(schedule, estimator, normalize):
     if t is None:
         t, skips = torch.linspace(0, 1, 401), (1e-4, 0.1, 0.999, [0.01, 0.3])
     options = {"estimator": estimator, "normalize": normalize, "reduction": "none"}
+    options["prediction_type"] = "epsilon"
     for skip in skips:
         check(SkipStepLoss(schedule, skip, **options), t)
 

@@ -252,7 +252,7 @@ class Delegating:
         return getattr(self._schedule, name)
 
 
-@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(10), ContinuousSchedule.flow(data_at=1)])
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(10), ContinuousSchedule.vp(data_at=1)])
 def test_a_delegating_schedule_is_one_on_every_python(schedule):
     """From Python 3.12 on, `runtime_checkable` does not see what `__getattr__` gives."""
     wrapped = Delegating(schedule)
@@ -313,7 +313,7 @@ def test_what_turning_round_would_not_mend_has_its_own_cure(read, table, message
         lambda: (NoiseSchedule.from_betas([0.1, 0.2, 0.3]), SkipSet.from_timesteps([0, 2])),
         lambda: (NoiseSchedule.from_sigmas([0.1, 2.0]), SkipSet.from_skipped([1], 2)),
         lambda: (ContinuousSchedule.vp(data_at=1), SkipSet.from_timesteps([0.0, 0.5])),
-        lambda: (ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t)), SkipSet(0.5)),
+        lambda: (ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t**2, t)), SkipSet(0.5)),
     ],
 )
 def test_schedules_are_made_in_any_mode(make):

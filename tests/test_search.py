@@ -660,7 +660,7 @@ def test_without_its_schedule_a_correction_still_has_the_strength_that_is_none(n
 
     mine = Mine()
     mine.none = none
-    gains = SkipGain(ContinuousSchedule.flow(), (0.1, 0.2))
+    gains = SkipGain(ContinuousSchedule.vp(), (0.1, 0.2))
     for correction, strength in product((mine, gains), (0.1, 0.2)):
         chosen = Candidate("sample", correction, strength, 0.5, 1.0, -0.5, -0.6, -0.4, -0.4)
         points = [ScanPoint("sample", correction, s, 64, 0.5) for s in correction.strengths]

@@ -101,7 +101,8 @@ def test_weights_that_explode_below_tau_one(schedule, kind, t, skip, message):
         output, _, x_t, noise = trainer.batch(model)
         eps_hat = epsilon_from_output(output, x_t, t, schedule, kind)
         ratio = trainer.a / (trainer.a + trainer.b) if kind == "flow" else trainer.a
-        criterion = SkipStepLoss(schedule, skip, tau=tau, max_c2=torch.inf)
+        options = {"tau": tau, "max_c2": torch.inf, "prediction_type": "epsilon"}
+        criterion = SkipStepLoss(schedule, skip, **options)
         return criterion.from_output(eps_hat, noise, t, weights=1 / ratio.flatten() ** 2)
 
     fails(trainer.loss, swapped, message, rtol=0.1)

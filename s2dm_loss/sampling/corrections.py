@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from s2dm_loss.checks import check_choice, check_number, describe, plain_value, read_plain_value
+from s2dm_loss.checks import check_number, describe, plain_value, read_plain_value
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, gain
-from s2dm_loss.prediction import PREDICTION_TYPES, PredictionType
+from s2dm_loss.prediction import PredictionType, read_prediction_type
 from s2dm_loss.sampling.scaled_model import ScaledModel
 from s2dm_loss.schedule import Schedule, check_schedule
 
@@ -119,21 +119,20 @@ class PredictionScaling(Correction):
         schedule: Schedule,
         strengths: Sequence[float],
         *,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType | None = None,
     ) -> None:
         """Take the schedule that the model was trained on.
 
         Args:
             schedule: The schedule.
             strengths: Strengths of the coarse scan.
-            prediction_type: What the model predicts.
+            prediction_type: What the model predicts, as for `SkipStepLoss`.
 
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         self.schedule: Schedule = check_schedule(schedule)
-        self.prediction_type: PredictionType = prediction_type
+        self.prediction_type: PredictionType = read_prediction_type(prediction_type, self.schedule)
         self.strengths: tuple[float, ...] = _ascending(strengths, self.none)
 
     def scale(self, t: Tensor, strength: float) -> Tensor:
@@ -165,7 +164,7 @@ class SkipGain(PredictionScaling):
         strengths: Sequence[float] | None = None,
         *,
         tau: float = DEFAULT_TAU,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType | None = None,
         max_c2: float = DEFAULT_MAX_C2,
     ) -> None:
         """Take the schedule that the model was trained on.
@@ -175,7 +174,7 @@ class SkipGain(PredictionScaling):
             strengths: The skips: ints on a discrete schedule, floats in continuous time, below 0
                 for the inverse. By default eight, from -10 % to 20 % of the schedule.
             tau: τ in (0, 1).
-            prediction_type: What the model predicts.
+            prediction_type: What the model predicts, as for `SkipStepLoss`.
             max_c2: Upper bound on c²; see `coefficients`.
 
         Raises:
@@ -220,7 +219,7 @@ class EpsilonScaling(PredictionScaling):
         schedule: Schedule,
         strengths: Sequence[float] = (0.97, 0.985, 0.995, 1.005, 1.015, 1.03, 1.06),
         *,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType | None = None,
     ) -> None:
         """Arguments as for `PredictionScaling`; a strength is λ."""
         super().__init__(schedule, strengths, prediction_type=prediction_type)
@@ -246,7 +245,7 @@ class ScoreRescaling(PredictionScaling):
         strengths: Sequence[float] = (0.75, 0.9, 0.97, 1.03, 1.15, 1.4, 2.0),
         *,
         psi: float = 1.0,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType | None = None,
     ) -> None:
         """Arguments as for `PredictionScaling`; a strength is r, and psi is ψ."""
         super().__init__(schedule, strengths, prediction_type=prediction_type)
@@ -278,7 +277,7 @@ class StartScaling(Correction):
 
 
 def standard_corrections(
-    schedule: Schedule, *, prediction_type: PredictionType = "epsilon"
+    schedule: Schedule, *, prediction_type: PredictionType | None = None
 ) -> tuple[Correction, ...]:
     """Return the corrections of this module with their default strengths.
 

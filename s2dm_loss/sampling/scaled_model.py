@@ -27,6 +27,7 @@ from s2dm_loss.prediction import (
     check_prediction_type,
     output_scales,
     read_output,
+    read_prediction_type,
 )
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
@@ -59,7 +60,7 @@ class ScaledModel(FixedSettings, TabledModule):
         schedule: Schedule,
         scale: Callable[[Tensor], Tensor],
         *,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType | None = None,
     ) -> None:
         """Wrap `model`.
 
@@ -67,7 +68,7 @@ class ScaledModel(FixedSettings, TabledModule):
             model: The trained network, called `model(x_t, t, ...)`.
             schedule: The schedule that it was trained on.
             scale: s, called `scale(t)`: returns float64 of the shape of t.
-            prediction_type: What the model predicts.
+            prediction_type: What the model predicts, as for `SkipStepLoss`.
 
         Raises:
             TypeError, ValueError: if an argument is not as said.
@@ -78,6 +79,7 @@ class ScaledModel(FixedSettings, TabledModule):
         if not callable(scale):
             raise TypeError(f"scale must be callable as scale(t), got {describe(scale)}")
         self.schedule: Schedule = check_schedule(schedule)
+        prediction_type = read_prediction_type(prediction_type, self.schedule)
         check_prediction_type(prediction_type, self.schedule, weighted=True)
         self.model = model
         self.training: bool = model.training  # for samplers that ask for the mode, and restore it
@@ -111,9 +113,7 @@ class ScaledModel(FixedSettings, TabledModule):
             TypeError, ValueError: if an argument is not as said.
         """
         scale = _Gain(check_schedule(schedule), SkipSet.wrap(skip_set), options)
-        return cls(
-            model, schedule, scale, prediction_type=options.get("prediction_type", "epsilon")
-        )
+        return cls(model, schedule, scale, prediction_type=options.get("prediction_type"))
 
     @override
     def _copy_tables(self, device: torch.device) -> None:
