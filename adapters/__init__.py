@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -58,8 +58,10 @@ def check_options(options: Mapping[str, Any], refused: Mapping[str, str]) -> dic
     return {name: value for name, value in options.items() if name not in refused}
 
 
-def check_plain(name: str, value: Any, mixin: type) -> None:
-    """Raise TypeError for a class, and ValueError for an object that has the S²-DM loss already."""
+def check_plain(
+    name: str, value: Any, mixin: type, kind: str = "", attributes: Sequence[str] = ()
+) -> None:
+    """Raise TypeError for what is no object of a kind, ValueError for one that has the loss."""
     if isinstance(value, type):
         raise TypeError(
             f"{name} must be an object of the trainer's, got the class {value.__name__}"
@@ -68,6 +70,10 @@ def check_plain(name: str, value: Any, mixin: type) -> None:
         raise ValueError(
             f"{name} must have its plain loss, got a {type(value).__name__}, which is what "
             "skip_step has returned: give it the trainer's own object"
+        )
+    if missing := [attribute for attribute in attributes if not hasattr(value, attribute)]:
+        raise TypeError(
+            f"{name} must be {kind}, got a {type(value).__name__} without {', '.join(missing)}"
         )
 
 

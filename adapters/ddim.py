@@ -26,6 +26,8 @@ __all__ = ["DdimLoss", "ddim_loss", "ddim_timesteps"]
 DataReduction = Literal["sum", "mean"]
 SkipType = Literal["uniform", "quad"]
 
+_REFUSED = {**SETTLED, "reduction": "the trainer's keepdim and data_reduction say it"}
+
 
 def ddim_loss(
     skip_set: Skips,
@@ -51,8 +53,7 @@ def ddim_loss(
             is known at the first call.
     """
     check_choice("data_reduction", data_reduction, get_args(DataReduction))
-    settled = {**SETTLED, "reduction": "the trainer's keepdim and data_reduction say it"}
-    given = check_options(options, settled)
+    given = check_options(options, _REFUSED)
     skips = SkipSet.wrap(skip_set)
     # β comes with the first batch only; a wrong option is found now, on some schedule.
     SkipStepLoss(NoiseSchedule.linear(2), 1, **given)

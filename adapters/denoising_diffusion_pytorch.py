@@ -43,8 +43,6 @@ _OBJECTIVES: dict[str, PredictionType] = {
 _ATTRIBUTES = ("p_losses", "model", "model_predictions", "betas", "objective", "loss_weight")
 # Whose p_losses takes a squared error of `self.model(x_t, t, ...)`.
 _KNOWN = ("GaussianDiffusion", "GaussianDiffusion1D")
-
-
 _REFUSED = {
     **SETTLED,
     "weighting": "the trainer weighs its loss itself, as with min_snr_loss_weight=True",
@@ -132,13 +130,8 @@ class SkipStepMixin:
 
 
 def _check_diffusion(diffusion: Any) -> None:
-    check_plain("diffusion", diffusion, SkipStepMixin)
-    missing = [attribute for attribute in _ATTRIBUTES if not hasattr(diffusion, attribute)]
-    if missing:
-        raise TypeError(
-            "diffusion must be a GaussianDiffusion of denoising-diffusion-pytorch with discrete "
-            f"timesteps, got a {type(diffusion).__name__} without {', '.join(missing)}"
-        )
+    kind = "a GaussianDiffusion of denoising-diffusion-pytorch with discrete timesteps"
+    check_plain("diffusion", diffusion, SkipStepMixin, kind, _ATTRIBUTES)
     owner = owner_of(diffusion, "p_losses")
     if owner not in _KNOWN:
         raise ValueError(

@@ -172,14 +172,15 @@ class PipelineCorrection:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
-        exchanged = getattr(self._pipe, "scheduler", None) is not self._scheduler
-        if kind is None and exchanged and self._step is not None:
+        if kind is not None or self._step is None:
+            return
+        if self._pipe.scheduler is not self._scheduler:
             warnings.warn(
                 "pipe's scheduler was exchanged while the correction was on, and the new one had "
                 "none: put the correction on after the exchange",
                 stacklevel=2,
             )
-        elif kind is None and self._step is not None and not self._step.used:
+        elif not self._step.used:
             warnings.warn(
                 "scheduler.step was not called while the correction was on, so nothing was "
                 "corrected: a pipeline that steps in another way (ParaDiGMS by "

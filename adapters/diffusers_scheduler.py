@@ -5,11 +5,13 @@ Trainers that are built on diffusers' schedulers read them through here as well.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from s2dm_loss.checks import check_choice
 from s2dm_loss.continuous import ContinuousSchedule
 from s2dm_loss.prediction import PredictionType
 from s2dm_loss.schedule import NoiseSchedule, Schedule
@@ -88,10 +90,12 @@ def path_of(scheduler: Any) -> tuple[Schedule, PredictionType]:
         ValueError: if its path is none of these; the message gives the reason.
     """
     if is_flow(scheduler):
-        if (scheduler.config.get("sigma_max") or 0) > 1:  # written there by Cosmos-Predict2
+        sigma_max = scheduler.config.get("sigma_max") or 0
+        # Cosmos-Predict2 writes it there. UniPC has its own: of σ / (1 - σ) (Cosmos-Predict2.5).
+        if sigma_max > 1 and not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
                 "scheduler must have the σ of flow matching, from 0 to 1, got a "
-                f"{type(scheduler).__name__} with sigma_max {scheduler.config['sigma_max']}: its "
+                f"{type(scheduler).__name__} with sigma_max {sigma_max}: its "
                 "pipeline (Cosmos-Predict2) samples x_0 + σ ε with it, and hands the noise to "
                 "`step`. ScaledModel corrects its denoiser in a loop of your own"
             )
@@ -160,11 +164,7 @@ def is_the_path_of(schedule: Schedule, other: Schedule, prediction_type: str) ->
 def prediction_type_of(scheduler: Any) -> PredictionType:
     """Return what `scheduler.config` says the model predicts, "epsilon" where it says nothing."""
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
-    if prediction_type not in CONFIGURED:
-        raise ValueError(
-            f"scheduler.config.prediction_type must be one of {', '.join(map(repr, CONFIGURED))}, "
-            f"got {prediction_type!r}"
-        )
+    check_choice("scheduler.config.prediction_type", prediction_type, CONFIGURED)
     return prediction_type  # type: ignore[no-any-return]
 
 
@@ -172,15 +172,12 @@ def _rebuilt(config: Any, num_train_timesteps: int) -> NoiseSchedule | None:
     """The schedule that a scheduler's config names, in float64; None if it is not one of ours."""
     named = config.get("beta_schedule", "squaredcos_cap_v2")  # UnCLIP knows no other
     betas = config.get("trained_betas")
-    exact: NoiseSchedule | None = None
-    try:
+    with suppress(ValueError):  # β of 0 or 1 at an end: the scheduler's table has them
         if betas is not None:
-            exact = NoiseSchedule.from_betas(betas)
-        elif named in ("linear", "scaled_linear"):
-            build = getattr(NoiseSchedule, named)
-            exact = build(num_train_timesteps, config["beta_start"], config["beta_end"])
-        elif named == "squaredcos_cap_v2":
-            exact = NoiseSchedule.cosine(num_train_timesteps)
-    except ValueError:  # β of 0 or 1 at an end: the scheduler's table has them
-        return None
-    return exact
+            return NoiseSchedule.from_betas(betas)
+        if named == "squaredcos_cap_v2":
+            return NoiseSchedule.cosine(num_train_timesteps)
+        if named in ("linear", "scaled_linear"):
+            make = NoiseSchedule.linear if named == "linear" else NoiseSchedule.scaled_linear
+            return make(num_train_timesteps, config["beta_start"], config["beta_end"])
+    return None

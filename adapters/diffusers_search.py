@@ -49,7 +49,7 @@ _FLOWS: dict[str, dict[str, Any]] = {
 }
 
 # Arguments of a call that the search gives itself, and lists that hold no entry a prompt.
-_SETTLED = ("generator", "num_inference_steps", "return_dict", "sigmas", "timesteps")
+_OF_SEARCH = ("generator", "num_inference_steps", "return_dict", "sigmas", "timesteps")
 _NOT_LISTED = ("callback_on_step_end_tensor_inputs",)
 _OVERSHOOT = 0.01  # of 1, as a resized image may have
 
@@ -75,7 +75,8 @@ def search_pipeline(
             pipe(prompts[0], num_inference_steps=found.steps)
 
     Solvers that the pipeline or its scheduler's config does not take, or that are for another
-    output, are left out, and said. The pipeline is used as it is, so memory stays that of one.
+    output, are left out, and named on stderr. The pipeline is used as it is: memory stays that of
+    one.
 
     Args:
         pipe: A diffusers pipeline with a `scheduler`.
@@ -118,12 +119,12 @@ def search_pipeline(
             raise ValueError(
                 f"corrections must leave the start noise, which the pipeline draws, got {one!r}"
             )
-    network, runner = Output().eval(), _Runner(pipe, steps, call)
+    runner = _Runner(pipe, steps, call)
     with _quiet(pipe, progress):
-        solvers = runner.usable(network, _solvers(pipe.scheduler, schedulers), images, progress)
+        solvers = runner.usable(_solvers(pipe.scheduler, schedulers), images, progress)
         search = CorrectionSearch(
-            network,
-            {name: partial(runner, scheduler, network) for name, scheduler in solvers.items()},
+            runner.network,
+            {name: partial(runner, scheduler) for name, scheduler in solvers.items()},
             images,
             corrections,
             features=features,
@@ -151,7 +152,7 @@ class PipelineRecommendation:
     def __init__(
         self, pipe: Any, schedulers: Mapping[str, Any], found: Recommendation, steps: int
     ) -> None:
-        """Take the pipeline, its schedulers by name, and what was found for so many calls."""
+        """Take the pipeline, its schedulers by name, and what a search at `steps` calls found."""
         self._pipe, self._schedulers, self._calls = pipe, dict(schedulers), steps
         self.recommendation = found
         self.scheduler: Any = self._schedulers[found.sampler]
@@ -224,9 +225,9 @@ class _Runner:
     """Calls a pipeline with one scheduler and one model of its output."""
 
     def __init__(self, pipe: Any, steps: int, call: dict[str, Any]) -> None:
-        self.pipe, self.steps = pipe, steps
+        self.pipe, self.steps, self.network = pipe, steps, Output().eval()
         self.call = {"output_type": "pt", **call}
-        for name in _SETTLED:
+        for name in _OF_SEARCH:
             if name in call:
                 raise ValueError(f"call must leave {name} to the search, which sets it itself")
         texts = {n: v for n, v in call.items() if isinstance(v, str) and "prompt" in n}
@@ -246,7 +247,7 @@ class _Runner:
             self.prompts = self.prompts or 1
             self.listed |= {name: self.prompts * [text] for name, text in texts.items()}
 
-    def __call__(self, scheduler: Any, network: Output, model: nn.Module, noise: Tensor) -> Tensor:
+    def __call__(self, scheduler: Any, model: nn.Module, noise: Tensor) -> Tensor:
         """Return images [B, C, H, W] for seeds that stand in `noise`, [B, 1]."""
         seeds = (noise.flatten().float().view(torch.int32) & 0x7FFFFFFF).tolist()
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -257,7 +258,7 @@ class _Runner:
         if not self.listed and "batch_size" in inspect.signature(self.pipe.__call__).parameters:
             given["batch_size"] = len(seeds)
         steps = _steps(scheduler, self.steps)
-        with _corrected(self.pipe, scheduler, network, model), torch.no_grad():
+        with _corrected(self.pipe, scheduler, self.network, model), torch.no_grad():
             output = self.pipe(
                 generator=generators, num_inference_steps=steps, return_dict=False, **given
             )[0]
@@ -265,9 +266,7 @@ class _Runner:
             output = torch.as_tensor(output).movedim(-1, 1)
         return output.detach()
 
-    def usable(
-        self, network: Output, solvers: dict[str, Any], images: Tensor, progress: Progress
-    ) -> dict[str, Any]:
+    def usable(self, solvers: dict[str, Any], images: Tensor, progress: Progress) -> dict[str, Any]:
         """Return the solvers with which the pipeline gives an image; the first has to."""
         usable: dict[str, Any] = {}
         predicted = output_of(next(iter(solvers.values())))
@@ -278,7 +277,7 @@ class _Runner:
                         f"it takes the output for {output_of(scheduler)!r}, and it is "
                         f"{predicted!r}: make it with from_config(pipe.scheduler.config)"
                     )
-                image = self(scheduler, network, network, torch.ones(1, 1))
+                image = self(scheduler, self.network, torch.ones(1, 1))
                 if not bool(image.isfinite().all()):
                     raise ValueError("its image is not finite")
                 _check_images(images, image)
@@ -359,7 +358,7 @@ def _plain_config(scheduler: Any) -> dict[str, Any]:
     def is_plain(value: Any) -> bool:
         if isinstance(value, float):
             return math.isfinite(value)  # an infinity is the default, which it is made with again
-        return isinstance(value, (str, int, bool, list, tuple, type(None)))
+        return isinstance(value, (str, int, list, tuple, type(None)))
 
     # `trained_betas` may be NumPy's.
     config = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in scheduler.config.items()}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,13 +42,17 @@ class StepCorrection:
         used: Whether a step was taken while it was on.
     """
 
+    scheduler: Any = None
+    active: bool = False
+    used: bool = False
+
     def __init__(self, scheduler: Any, network: Output, model: nn.Module) -> None:
         """Put the model on a scheduler.
 
         Raises:
             ValueError: if the scheduler has one already.
         """
-        self.scheduler: Any = scheduler
+        self.scheduler = scheduler
         self._network, self._model = network, model
         self._kind = output_of(scheduler)
         self._before = scheduler.__dict__.get("step")
@@ -61,8 +64,7 @@ class StepCorrection:
             )
         self._step = _Step(scheduler, self)
         scheduler.step = self._step
-        self.active: bool = True
-        self.used: bool = False
+        self.active = True
 
     def remove(self) -> None:
         """Take it off; once is enough, twice does no harm."""
@@ -75,7 +77,7 @@ class StepCorrection:
             self.scheduler.step = self._before
 
     def corrected(self, scheduler: Any, output: Any, t: Any, sample: Tensor) -> Any:
-        """Return the model's output at t, as `step` has it."""
+        """Return the corrected output for one call of `step`."""
         kind = output_of(scheduler)
         if kind != self._kind:
             raise ValueError(
@@ -103,10 +105,9 @@ class StepCorrection:
         """Return the handle itself: it is for the copy of its scheduler as well."""
         return self
 
-    @override
-    def __reduce__(self) -> tuple[Callable[[], StepCorrection], tuple[()]]:
+    def __getstate__(self) -> dict[str, Any]:
         """Keep nothing: a scheduler is pickled with its `step`, and the loaded one has its own."""
-        return _removed, ()
+        return {}
 
 
 class _Step:
@@ -160,10 +161,3 @@ def _check_scaled(scheduler: Any, sample: Tensor, t: Any) -> None:
             "not: its images would be wrong. Take a scheduler whose input is x_t as it is: DDIM, "
             "PNDM, DEIS, DPM++ or UniPC"
         )
-
-
-def _removed() -> StepCorrection:
-    handle = object.__new__(StepCorrection)
-    handle.scheduler = None
-    handle.active = handle.used = False
-    return handle

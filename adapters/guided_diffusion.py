@@ -223,26 +223,14 @@ _REFUSED = {
     ),
 }
 _LEARNED_VARIANCES = ("LEARNED", "LEARNED_RANGE")
-_ATTRIBUTES = (
-    "training_losses",
-    "alphas_cumprod",
-    "num_timesteps",
-    "loss_type",
-    "model_mean_type",
-    "model_var_type",
-)
+_ENUMS = ("loss_type", "model_mean_type", "model_var_type")
+_ATTRIBUTES = ("training_losses", "alphas_cumprod", "num_timesteps", *_ENUMS)
 
 
 def _check_diffusion(diffusion: Any) -> None:
-    check_plain("diffusion", diffusion, SkipStepMixin)
-    missing = [name for name in _ATTRIBUTES if not hasattr(diffusion, name)]
-    if missing:
-        raise TypeError(
-            "diffusion must be a GaussianDiffusion or SpacedDiffusion of guided-diffusion, got "
-            f"a {type(diffusion).__name__} without {', '.join(missing)}"
-        )
-    kinds = ("loss_type", "model_mean_type", "model_var_type")
-    if unnamed := [kind for kind in kinds if not hasattr(getattr(diffusion, kind), "name")]:
+    kind = "a GaussianDiffusion or SpacedDiffusion of guided-diffusion"
+    check_plain("diffusion", diffusion, SkipStepMixin, kind, _ATTRIBUTES)
+    if unnamed := [name for name in _ENUMS if not hasattr(getattr(diffusion, name), "name")]:
         raise TypeError(
             f"diffusion must have a {unnamed[0]} of guided-diffusion's, an Enum, got "
             f"{describe(getattr(diffusion, unnamed[0]))}"

@@ -38,7 +38,6 @@ __all__ = ["get_ddpm_loss_fn", "get_sde_loss_fn", "get_smld_loss_fn", "get_step_
 
 LossFn = Callable[[nn.Module, Tensor], Tensor]
 
-
 _REFUSED = {**SETTLED, "reduction": "the trainer's reduce_mean says it"}
 
 
@@ -204,7 +203,12 @@ def get_step_fn(
     elif likelihood_weighting:
         raise ValueError("likelihood_weighting must be False with continuous=False, got True")
     else:
-        make = _discrete_loss(_kind_of(sde, allow_ve))
+        kind = _kind_of(sde, allow_ve)
+        if kind == "subVPSDE":
+            raise ValueError(
+                "continuous must be True for a subVPSDE, which has no discrete form, got False"
+            )
+        make: Callable[..., LossFn] = get_ddpm_loss_fn if kind == "VPSDE" else get_smld_loss_fn
         loss_fn = make(sde, train, reduce_mean, skip_set=skip_set, **options)
 
     def step_fn(state: dict[str, Any], batch: Tensor) -> Tensor:
@@ -225,12 +229,6 @@ def get_step_fn(
         return loss
 
     return step_fn
-
-
-def _discrete_loss(kind: str) -> Callable[..., LossFn]:
-    if kind == "subVPSDE":
-        raise ValueError("continuous must be True for a subVPSDE, which has no discrete form")
-    return get_ddpm_loss_fn if kind == "VPSDE" else get_smld_loss_fn
 
 
 def _predict(
@@ -274,8 +272,11 @@ def _continuous_schedule(sde: Any, kind: str) -> ContinuousSchedule:
     elif kind == "subVPSDE":
         schedule = ContinuousSchedule.sub_vp(sde.beta_0, sde.beta_1)
     else:
-        path = _VePath(sde.sigma_min, sde.sigma_max)
-        schedule = ContinuousSchedule(path, name=f"VE({sde.sigma_min}, {sde.sigma_max})")
+        low, high = math.log(sde.sigma_min), math.log(sde.sigma_max)
+        schedule = ContinuousSchedule(  # log alpha and log sigma
+            lambda t: (torch.zeros_like(t), low + t * (high - low)),
+            name=f"VE({sde.sigma_min}, {sde.sigma_max})",
+        )
     _check_path(sde, schedule)
     return schedule
 
@@ -291,17 +292,6 @@ def _check_path(sde: Any, schedule: ContinuousSchedule) -> None:
             f"sde must have the path of {schedule!r}, got a {type(sde).__name__} whose "
             "marginal_prob is another: a SkipStepLoss of a ContinuousSchedule of its own has it"
         )
-
-
-class _VePath:
-    """(log alpha, log sigma) of the VE SDE: 1 and sigma_min (sigma_max / sigma_min)^t."""
-
-    def __init__(self, sigma_min: float, sigma_max: float) -> None:
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_sigma = math.log(self.sigma_min) + t * math.log(self.sigma_max / self.sigma_min)
-        return torch.zeros_like(t), log_sigma
 
 
 def _kind_of(sde: Any, allow_ve: bool) -> str:

@@ -82,7 +82,7 @@ def loss_of(
 def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions]) -> Trainer:
     """Return a copy of a trainer of LoRA networks that has the S²-DM loss.
 
-    What it validates stays the plain loss.
+    Validation keeps the plain loss.
 
     Args:
         trainer: A `NetworkTrainer`, `SdxlNetworkTrainer`, `FluxNetworkTrainer` or
@@ -96,19 +96,14 @@ def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions])
         TypeError: if `trainer` is none of this kind.
         ValueError: if it trains another kind of network, or has the S²-DM loss already.
     """
-    kind: Any = type(trainer)
-    check_plain("trainer", trainer, SkipStepMixin)
-    if missing := [name for name in _METHODS if not hasattr(trainer, name)]:
-        raise TypeError(
-            "trainer must be a NetworkTrainer of sd-scripts, got a "
-            f"{kind.__name__} without {', '.join(missing)}: a script that makes its loss in a loop "
-            "takes `loss_of` in that loop"
-        )
+    kind = "a NetworkTrainer of sd-scripts (a script with a loop of its own takes `loss_of`)"
+    check_plain("trainer", trainer, SkipStepMixin, kind, _METHODS)
     owner, other = (owner_of(trainer, name) for name in _METHODS[:2])
     if owner != other or owner not in _PREDICTS:
         raise ValueError(
-            f"trainer must train Stable Diffusion, SDXL, Flux or SD3, got a {kind.__name__} with a "
-            f"{_METHODS[1]} of its own: behind the line that makes its target, take "
+            "trainer must train Stable Diffusion, SDXL, Flux or SD3, got a "
+            f"{type(trainer).__name__} with a {_METHODS[1]} of its own: behind the line that makes "
+            "its target, take "
             "SkipStepLoss(ContinuousSchedule.flow(), SkipSet.for_sampling_steps(20), "
             "prediction_type='flow').regression_target(target, sigmas.flatten(), noisy_model_input)"
         )

@@ -26,8 +26,13 @@ from s2dm_loss.sampling import (
 )
 from s2dm_loss.sampling.corrections import NONE
 from tests.helpers import oracle
-from tests.helpers.diffusers_parts import Clipped, diffusers, make_scheduler, tiny_pipeline
-from tests.helpers.flow_pipelines import SD3, Flux, Wan
+from tests.helpers.diffusers_parts import (
+    Clipped,
+    FlowPipeline,
+    diffusers,
+    make_scheduler,
+    tiny_pipeline,
+)
 from tests.helpers.patches import PAGES
 from tests.helpers.small import Network
 
@@ -199,13 +204,6 @@ def test_a_whole_pipeline(pipe):
         assert corrected == pytest.approx(shrunk, abs=1e-5)
 
 
-@pytest.mark.slow
-def test_a_compiled_denoiser_is_no_other(pipe):
-    shrunk = images_of(pipe, shrink_pipeline(pipe, skip_set=99))
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-    assert (images_of(pipe, shrink_pipeline(pipe, skip_set=99)) == shrunk).all()
-
-
 def test_half_precision_frames_before_channels_and_arguments_in_another_order():
     """CogVideoX: [B, F, C, H, W], and a `step` that takes two more arguments in between."""
     pipe = diffusers.DiffusionPipeline()
@@ -225,26 +223,27 @@ def test_half_precision_frames_before_channels_and_arguments_in_another_order():
     assert found.dtype == expected.dtype
 
 
-# Flow matching: each scheduler with a network in the shape of one pipeline.
+# Flow matching: each scheduler with latents in the shape of one pipeline's.
 
+FLUX, SD3, WAN = (2, 16, 4), (2, 2, 8, 8), (2, 2, 1, 8, 8)
 OF_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 EULER, HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 FLOWS = {
-    "shift 1": (Flux, EULER, {}),
+    "shift 0.2": (FLUX, EULER, {"shift": 0.2}),  # its σ begin past 1, by 6e-7
     "shift 3": (SD3, EULER, {"shift": 3.0}),
-    "dynamic": (Wan, EULER, {"use_dynamic_shifting": True}),
-    "heun": (Flux, HEUN, {"shift": 3.0}),
+    "dynamic": (WAN, EULER, {"use_dynamic_shifting": True}),
+    "heun": (FLUX, HEUN, {"shift": 3.0}),
     "unipc": (SD3, "UniPCMultistepScheduler", OF_FLOW),
-    "dpm++": (Wan, "DPMSolverMultistepScheduler", OF_FLOW),
+    "dpm++": (WAN, "DPMSolverMultistepScheduler", OF_FLOW),
     # Mochi: x = σ x_0 + (1-σ) ε, and the output x_0 - ε.
     "data at 1": (SD3, EULER, {"invert_sigmas": True}),
 }
 
 
 def flow_pipeline(name):
-    kind, scheduler, options = FLOWS[name]
-    noise = torch.randn(kind.shape, generator=torch.Generator().manual_seed(0))
-    return kind(make_scheduler(scheduler, **options)), noise
+    shape, scheduler, options = FLOWS[name]
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return FlowPipeline(make_scheduler(scheduler, **options)), noise
 
 
 def flow_at(sigma):
@@ -256,12 +255,11 @@ def flow_at(sigma):
 @contextlib.contextmanager
 def scaled_by_hand(pipe, scale=None, begin=0):
     """Scale the ε̂ in each output of the transformer, by the gain if not said, before guidance."""
-    calls = 2 if isinstance(pipe, Wan) else 1
     turned = pipe.scheduler.config.get("invert_sigmas")
-    count = itertools.count(begin * calls)
+    count = itertools.count(2 * begin)
 
     def hook(module, args, output):
-        sigma = min(float(pipe.scheduler.sigmas[next(count) // calls]), 1.0)
+        sigma = min(float(pipe.scheduler.sigmas[next(count) // 2]), 1.0)
         noise, sign = (1 - sigma, -1) if turned else (sigma, 1)
         x, u = args[0].double(), sign * output.double()
         factor = None if scale is None else scale(noise)
@@ -279,7 +277,7 @@ def test_flow_pipelines(name):
         expected = pipe(x)
     with shrink_pipeline(pipe, skip_set=0.1):
         torch.testing.assert_close(pipe(x), expected, rtol=1e-4, atol=1e-4)
-    assert (expected - plain).abs().max() > 1e-2
+    assert (expected - plain).abs().max() > 1e-3
     assert torch.equal(pipe(x), plain)
     # The other corrections scale the ε̂ in a velocity, and not the velocity.
     turned = name == "data at 1"
@@ -320,7 +318,7 @@ def test_image_to_image_and_the_callback(name):
 def test_two_pipelines_with_one_transformer_are_two():
     first, x = flow_pipeline("shift 3")
     second, _ = flow_pipeline("shift 3")
-    shared = SD3(first.scheduler)
+    shared = FlowPipeline(first.scheduler)
     shared.transformer = second.transformer = first.transformer
     plain = first(x)
     with shrink_pipeline(first, skip_set=0.1):
@@ -347,12 +345,14 @@ def test_an_exception_inside_the_block_leaves_nothing():
     assert torch.equal(pipe(x), plain)
     with pytest.raises(ValueError, match="correction has been removed"), handle:
         pass
+    with pytest.raises(RuntimeError, match="boom"), shrink_pipeline(pipe, skip_set=0.1):
+        stop(*4 * [None])  # before any step: no warning of that
 
 
 def test_a_copy_of_the_scheduler_in_the_block_is_corrected_with_its_own_state():
     """LTX-2 copies its scheduler for the sound."""
     pipe, x = flow_pipeline("shift 3")
-    scheduler, u = pipe.scheduler, torch.randn(SD3.shape)
+    scheduler, u = pipe.scheduler, torch.randn(SD3)
     scheduler.set_timesteps(sigmas=[0.9, 0.5])
     t = scheduler.timesteps[0]
     plain = scheduler.step(u, t, x).prev_sample
@@ -462,6 +462,12 @@ def test_a_flow_scheduler_with_the_sigmas_of_edm_is_refused(pipe):
     assert pipe.scheduler.sigmas[0] == pytest.approx(80)
     with pytest.raises(ValueError, match=r"from 0 to 1, got .* with sigma_max 80.0: .*Cosmos"):
         shrink_pipeline(pipe, skip_set=0.05)
+    # Cosmos-Predict2.5's is of σ / (1 - σ), and its scheduler's σ are those of flow matching.
+    ours = {**OF_FLOW, "use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}
+    scheduler = with_scheduler(pipe, "UniPCMultistepScheduler", **ours).scheduler
+    scheduler.set_timesteps(5)
+    assert scheduler.sigmas[0] == pytest.approx(200 / 201)
+    shrink_pipeline(pipe, skip_set=0.05).remove()
 
 
 def test_a_pipeline_that_does_not_call_step_is_told(pipe):
@@ -518,6 +524,6 @@ def test_what_a_search_recommends_on_a_pipeline(pipe):
     nothing = correct_pipeline(pipe, recommending())
     assert (images_of(pipe) == plain).all()
     with shrink_pipeline(pipe, skip_set=99):
-        correct_pipeline(pipe, recommending()).remove()
-        nothing.remove()
+        with correct_pipeline(pipe, recommending()), nothing:
+            pass
         assert (images_of(pipe) == corrected).all()

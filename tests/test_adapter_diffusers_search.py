@@ -151,6 +151,7 @@ def test_it_says_what_it_does(capsys):
     result = search_pipeline(pipe, images_for(), **options)
     said = capsys.readouterr()
     assert said.out.splitlines()[: len(str(result).splitlines())] == str(result).splitlines()
+    assert said.err.count("into evaluation mode") == 1
     assert "unet: put into evaluation mode" in said.err
     assert "left out: IPNDM (" in said.err
     assert "DDIM, none: distance" in said.err

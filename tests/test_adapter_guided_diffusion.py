@@ -15,8 +15,7 @@ import torch.distributed as dist
 from s2dm_loss import NoiseSchedule, SkipSet
 from s2dm_loss.adapters.guided_diffusion import SkipStepMixin, skip_step
 from s2dm_loss.coefficients import coefficients
-from tests.helpers.distributed import run_distributed
-from tests.helpers.guided_diffusion_parts import KIN, ddp_gradients, make_diffusion
+from tests.helpers.guided_diffusion_parts import KIN, make_diffusion
 from tests.helpers.patches import patched
 from tests.helpers.small import Network
 from tests.helpers.trainers import GUIDED, GUIDED_KIN
@@ -59,30 +58,6 @@ def test_the_terms_are_the_trainers_and_one_more(trainer, config):
     assert (terms["skip"] == 0).tolist() == (t < 9).tolist()
     assert not torch.equal(gradients[0][:2], wanted[0][:2])
     assert torch.equal(gradients[0][2:], wanted[0][2:])
-
-
-@pytest.mark.parametrize("skip", [9, 49])
-def test_an_importance_sampler_sees_the_loss_without_a_constant(skip):
-    """It draws t as often as the loss there is large, and no constant may count as loss.
-
-    The best denoiser of white data, of variance 0.02, has nearly all of its loss at small t.
-    """
-    x = 0.02**0.5 * torch.randn(1000, 1, 16, 16)
-    plain = make_diffusion()
-    a_bar = torch.tensor(plain.alphas_cumprod, dtype=torch.float32).view(-1, 1, 1, 1)
-
-    def best(x_t, t):
-        a = a_bar[t]
-        return (1 - a).sqrt() * x_t / (0.02 * a + 1 - a)
-
-    def share_of_late_t(diffusion):
-        torch.manual_seed(0)
-        losses = diffusion.training_losses(best, x, torch.arange(1000))["loss"]
-        return losses[500:].sum() / losses.sum()
-
-    expected = share_of_late_t(plain)
-    assert expected == pytest.approx(0.0024, rel=0.1)
-    assert share_of_late_t(skip_step(plain, skip)) < expected + 0.002
 
 
 def c2_of(diffusion):
@@ -133,22 +108,6 @@ def test_a_model_that_maps_timesteps_already_is_not_mapped_twice():
         diffusion.training_losses(plain._wrap_model(model), x, t)
     assert torch.equal(model.seen[0][1], model.seen[1][1])
     assert model.seen[1][1].tolist() == [plain.timestep_map[i] for i in t.tolist()]
-
-
-@pytest.mark.slow
-def test_one_model_call_per_step_and_joined_gradients_in_two_processes(tmp_path):
-    torch.manual_seed(1)
-    batch = {
-        "x": torch.randn(8, 1, 6, 6),
-        "noise": torch.randn(8, 1, 6, 6),
-        "t": torch.tensor([0, 999, 8, 500, 9, 10, 700, 3]),
-    }
-    alone = ddp_gradients(0, 1, batch)
-    ranks = run_distributed(ddp_gradients, tmp_path, 2, batch)
-    assert [rank["calls"] for rank in ranks] == [1, 1]
-    torch.testing.assert_close(torch.cat([rank["loss"] for rank in ranks]), alone["loss"])
-    for rank in ranks:
-        torch.testing.assert_close(rank["gradients"], alone["gradients"])
 
 
 def test_fresh_noise_may_be_given_and_the_signature_has_one_more_name():

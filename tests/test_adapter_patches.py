@@ -202,56 +202,29 @@ def test_the_edm_style_of_the_sdxl_script_is_refused():
 def test_ai_toolkit_changes_the_target_of_models_that_make_it_themselves(own_target, control):
     """Wan, Qwen, Z-Image, Flux 2 and most others have a `get_loss_target`; edit models control."""
     plain = today.source_of(*today.AI_TOOLKIT)
-    losses = []
-    for source, tau in (
-        (plain, None),
-        (patched(*today.AI_TOOLKIT, plain), 1.0),
-        (patched(*today.AI_TOOLKIT, plain), 0.5),
-    ):
+    changed, losses = patched(*today.AI_TOOLKIT, plain), []
+    for source, tau in ((plain, None), (changed, 1.0), (changed, 0.5)):
         torch.manual_seed(0)
-        names = today.names_of(today.AI_TOOLKIT, tau, get_torch_dtype=lambda _: torch.float32)
-        loss_of = today.taken(source, "calculate_loss", names)
-        latents, noise, sigmas, x_t = today.straight()
-        model = SimpleNamespace(is_flow_matching=True, prediction_type="flow")
-        model.scale_loss = lambda loss: loss
-        if own_target:
-            model.get_loss_target = lambda noise, batch, **_: (noise - batch.latents).detach()
-        config = Anything(pred_scaler=1.0, target_noise_multiplier=1.0, loss_type="mse")
-        trainer = Anything(train_config=config, sd=model, device_torch="cpu", additional_logs={})
-        batch = Anything(get_is_reg_list=list, latents=latents, loss_multiplier_list=[1.0])
-        if control:
-            x_t = torch.cat([x_t, torch.randn_like(x_t)], dim=1)
-        output, ones = torch.zeros_like(latents), torch.ones(1, 1, 1, 1)
-        given = output, noise, x_t, 1000 * sigmas.flatten(), batch
-        losses.append(loss_of(trainer, *given, mask_multiplier=ones).item())
+        given = {"own_target": own_target, "control": control}
+        losses.append(today.ai_toolkit(source, lambda x_t, _: 0 * x_t, {}, tau, **given).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert abs(losses[2] / losses[0] - 1) > 0.05
 
 
 @pytest.mark.parametrize("mixflow", [False, True])
 def test_simple_tuner_reads_the_sigma_that_is_in_x_t(mixflow):
-    source = patched(*today.SIMPLE_TUNER, today.source_of(*today.SIMPLE_TUNER))
-    names = today.names_of(today.SIMPLE_TUNER, 0.5, Enum=today.Enum, random=today.random)
-    kinds = today.taken(source, "PredictionTypes", names)
-    config = today.Anything(loss_type="l2")
-    model = today.Anything(config=config, PREDICTION_TYPE=kinds.FLOW_MATCHING)
-    methods = ("loss", "get_prediction_target", "get_flow_matching_target", "flow_matching_target")
-    methods += ("noiseward_flow_to_prediction", "prediction_to_noiseward_flow")
-    methods += ("_prepare_flow_noisy_latents", "_mixflow_interpolation_sigmas")
-    today.bound(source, "ModelFoundation", methods, names, model)
-    model.flow_matching_target_direction = lambda: 1.0
-    model._mixflow_enabled, model._mixflow_gamma = lambda: mixflow, lambda: 0.4
-    model.expand_sigmas = lambda batch: None
-    model._expand_sigma_values = lambda sigmas, _: sigmas.view(-1, 1, 1, 1)
+    """x_t = latents + σ flow, also where MixFlow tells the network another σ."""
+    source, seen = patched(*today.SIMPLE_TUNER, today.source_of(*today.SIMPLE_TUNER)), []
+
+    def model(x_t, _):
+        seen.append(x_t)
+        return torch.zeros_like(x_t)
+
     torch.manual_seed(0)
-    latents, noise, sigmas, _ = today.straight()
-    batch = {"latents": latents, "noise": noise, "input_noise": noise, "sigmas": sigmas}
-    batch["timesteps"] = 1000 * sigmas.flatten()
-    model._prepare_flow_noisy_latents(batch)
-    loss = model.loss(batch, {"model_prediction": torch.zeros_like(latents)})
-    x_t = batch["noisy_latents"]
-    # x_t = latents + σ (noise - latents)
-    inside = ((x_t - latents) * (noise - latents)).flatten(1).sum(1)
-    inside = inside / (noise - latents).square().flatten(1).sum(1)
-    target, _ = names["SKIP_LOSS"].regression_target(noise - latents, inside, x_t)
-    torch.testing.assert_close(loss.mean(), target.square().mean(), rtol=1e-4, atol=0)
+    loss = today.simple_tuner(source, model, {}, 0.5, mixflow)
+    torch.manual_seed(0)
+    latents, noise, *_ = today.straight()
+    (x_t,), flow = seen, noise - latents
+    sigma = ((x_t - latents) * flow).flatten(1).sum(1) / flow.square().flatten(1).sum(1)
+    target, _ = today.made(*today.SIMPLE_TUNER, 0.5).regression_target(flow, sigma, x_t)
+    torch.testing.assert_close(loss, target.square().mean(), rtol=1e-4, atol=0)

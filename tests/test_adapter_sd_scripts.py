@@ -1,9 +1,6 @@
 """What the adapter for kohya-ss/sd-scripts alone has, on a double and on the trainer's own code."""
 
-import functools
 import logging
-import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +10,8 @@ from torch import nn
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.sd_scripts import loss_of, skip_step
-from s2dm_loss.head import along
-from s2dm_loss.testing import check_swap
 from tests.doubles import sd_scripts_double as double
 from tests.helpers import sd_scripts_parts as parts
-from tests.helpers.patches import patched
 from tests.helpers.trainers import SD_SCRIPTS
 
 CPU = torch.device("cpu")
@@ -55,75 +49,6 @@ def test_validation_is_the_plain_loss(kind):
     assert torch.equal(*losses)
 
 
-def lines_between(source, start, end):
-    """The lines of a script from the first that begins so up to the next that ends them."""
-    first = source.rindex("\n", 0, source.index(start)) + 1
-    last = source.rindex("\n", 0, source.index(end, first))
-    return textwrap.dedent(source[first:last])
-
-
-@pytest.mark.parametrize("script", ["sdxl_train", "train_db", "fine_tune"])
-@pytest.mark.parametrize("name", ["plain", "zero terminal snr, v", "min snr", "huber", "masked"])
-def test_the_pages_diff_in_the_scripts_with_a_loop(script, name):
-    """The scripts' own lines from the noise to the loss, as they are and after the diff."""
-    (module,) = parts.load_sd_scripts(script)
-    if name == "masked" and script == "fine_tune":
-        pytest.skip("the script has no masks")
-    args = parts.arguments(**parts.OPTIONS[name])
-    plain = Path(module.__file__).read_text()
-    swapped = patched("sd-scripts", f"{script}.py", plain)
-
-    def loss(model, tau=None):
-        batch = parts.make_batch(double.NetworkTrainer, masked=args.masked_loss)
-
-        def unet(x, t, *_):
-            output = model(x, t)
-            return output if script == "sdxl_train" else SimpleNamespace(sample=output)
-
-        namespace = {
-            **vars(module),
-            "args": args,
-            "accelerator": parts.ACCELERATOR,
-            "batch": batch,
-            "latents": 0.18215 * batch["latents"],
-            "weight_dtype": torch.float32,
-            "unet": unet,
-            **dict.fromkeys(("text_embedding", "vector_embedding", "encoder_hidden_states")),
-            "loss_of": functools.partial(loss_of, tau=tau),
-        }
-        for start, end in (
-            ("noise_scheduler = DDPMScheduler(", "if accelerator.is_main"),
-            ("noise, noisy_latents, timesteps =", "accelerator.backward(loss)"),
-        ):
-            lines = lines_between(plain if tau is None else swapped, start, end)
-            exec(compile(lines, script, "exec"), namespace)  # noqa: S102 - the trainer's
-        return namespace["loss"]
-
-    check_swap(loss, loss, rtol=1e-6)
-    if name not in ("plain", "zero terminal snr, v"):
-        return
-    # Below τ = 1 it is the core's loss of what the model was given.
-    seen = []
-
-    def model(x_t, t):
-        seen[:] = x_t, t, torch.sin(3 * x_t)
-        return seen[2]
-
-    found = loss(model, 0.9)
-    x_t, t, output = seen
-    batch = parts.make_batch(double.NetworkTrainer)
-    schedule, x0, kind = NoiseSchedule.scaled_linear(1000), 0.18215 * batch["latents"], "epsilon"
-    if name != "plain":
-        schedule, kind = schedule.rescale_zero_terminal_snr(), "v_prediction"
-    a, b = (along(value, x0).float() for value in schedule.alpha_sigma(t))
-    noise = (x_t - a * x0) / b
-    target = noise if kind == "epsilon" else a * noise - b * x0
-    criterion = SkipStepLoss(schedule, 49, tau=0.9, prediction_type=kind)
-    weights = batch["loss_weights"] if script == "train_db" else None
-    expected = criterion.from_output(output, target, t, x_t, weights=weights)
-    assert abs(float(found / expected) - 1) < 1e-4 < abs(float(found / loss(model)) - 1)
-
-
 @pytest.mark.parametrize("zero", [False, True])
 def test_makes_the_loss_in_float64_and_says_so(kind, zero, caplog):
     """The skips from an iterator, which outlast the first look at them."""
@@ -141,7 +66,7 @@ def test_makes_the_loss_in_float64_and_says_so(kind, zero, caplog):
 def test_refuses_what_it_cannot_serve(kind):
     with pytest.raises(ValueError, match=r"'huber' or 'smooth_l1', got 'l1'"):
         skip_step(kind(), 9).assert_extra_args(parts.arguments(loss_type="l1"), None, None)
-    with pytest.raises(TypeError, match=r"a LoRA without get_noise_scheduler, .*`loss_of`"):
+    with pytest.raises(TypeError, match=r"takes `loss_of`\), got a LoRA without get_noise_sch"):
         skip_step(parts.LoRA(), 9)
 
 

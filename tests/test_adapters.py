@@ -54,14 +54,20 @@ def test_the_swap(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.channels], ids=lambda c: c.name)
 def test_tau_one_is_the_trainers_own_step(case):
-    """With a network of ours: its loss, what it sees, and both random streams after it."""
+    """With a network of ours: its loss, what it sees, and both random streams after it.
+
+    The network is called through the wrapper that it came in, as one for several processes has to.
+    """
     shared = {"estimator": "shared"} if case.options is None else {}
     runs = []
     for given in ({}, {"tau": 1.0, **shared}):
-        model = Network(case.channels, dtype=case.dtype)
+        model, calls = Network(case.channels, dtype=case.dtype), []
+        wrapped = nn.DataParallel(model)
+        wrapped.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(SEED)
         random.seed(SEED)
-        loss = case.loss(model, **given).detach()
+        loss = case.loss(wrapped, **given).detach()
+        assert len(calls) == len(model.seen)
         runs.append((loss, model.seen, torch.get_rng_state(), random.getstate()))
     (plain, seen, *streams), (found, ours, *after) = runs
     torch.testing.assert_close(found, plain, rtol=case.rtol, atol=0)

@@ -4,6 +4,7 @@ import math
 import warnings
 
 import torch
+from torch import nn
 
 from s2dm_loss.sampling import Correction
 
@@ -74,3 +75,39 @@ def tiny_conditional_unet():
         cross_attention_dim=8,
         attention_head_dim=4,
     )
+
+
+class Denoiser(nn.Module):
+    def forward(self, x, t, prompt):
+        return torch.sin(x + t / 1000 + prompt)
+
+
+class FlowPipeline(diffusers.DiffusionPipeline):
+    """The loop of diffusers' pipelines of flow matching in our words.
+
+    The network is a formula: a correction meets its output at the scheduler and never the network.
+    """
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.register_modules(transformer=Denoiser(), scheduler=scheduler)
+
+    def __call__(self, latents, steps=4, image=None, strength=1.0, callback_on_step_end=None):
+        dynamic = self.scheduler.config.get("use_dynamic_shifting")
+        self.scheduler.set_timesteps(steps, **({"mu": 0.8} if dynamic else {}))
+        timesteps = self.scheduler.timesteps
+        if image is not None:
+            begin = steps - int(steps * strength)
+            begin *= getattr(self.scheduler, "order", 1)
+            timesteps = timesteps[begin:]
+            self.scheduler.set_begin_index(begin)
+            sigma = self.scheduler.sigmas[begin]
+            latents = (1 - sigma) * image + sigma * latents
+        for index, t in enumerate(timesteps):
+            plain, prompted = (self.transformer(latents, t, prompt) for prompt in (0.0, 1.0))
+            output = plain + 3 * (prompted - plain)
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                given = {"latents": latents}
+                latents = callback_on_step_end(self, index, t, given).pop("latents", latents)
+        return latents

@@ -9,7 +9,10 @@ import contextlib
 import functools
 import importlib
 import itertools
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -256,11 +259,10 @@ def guided(trainer, **config):
     t = torch.tensor([0, 8, 9, 10, last // 2, last])
 
     def loss(model, tau=None, **options):
-        def network(x_t, t):  # the channels of a learned variance are given
-            output = model(x_t, t)
-            learned = config["variance"].startswith("LEARNED")
-            return torch.cat([output, more], 1) if learned else output
+        def with_variance(x_t, t):  # whose channels are given
+            return torch.cat([model(x_t, t), more], 1)
 
+        network = with_variance if config["variance"].startswith("LEARNED") else model
         diffusion = make_diffusion(trainer=trainer, **config)
         if tau is not None:
             diffusion = guided_adapter.skip_step(diffusion, 9, tau=tau, **options)
@@ -366,15 +368,21 @@ SD_SCRIPTS = dict(
 SD_SCRIPTS["sd-scripts real sdxl"] = functools.cache(
     lambda: parts.load_sd_scripts("sdxl_train_network")[0].SdxlNetworkTrainer
 )
+LOOPED = ("plain", "zero terminal snr, v", "min snr", "huber", "masked")
 NO_SQUARE = ("ip noise", "huber", "masked", *REAL_OPTIONS)
+
+
+def of_stable_diffusion(options):
+    """The path that sd-scripts noises on, and what its network predicts."""
+    path = NoiseSchedule.scaled_linear(1000)
+    if options.get("zero_terminal_snr"):
+        path = path.rescale_zero_terminal_snr()
+    return path, "v_prediction" if options.get("v_parameterization") else "epsilon"
 
 
 def sd_scripts(label, kind, name):
     options = {**OPTIONS, **REAL_OPTIONS, "at the end": AT_THE_END}[name]
-    path = NoiseSchedule.scaled_linear(1000)
-    if options.get("zero_terminal_snr"):
-        path = path.rescale_zero_terminal_snr()
-    predicts = "v_prediction" if options.get("v_parameterization") else "epsilon"
+    path, predicts = of_stable_diffusion(options)
 
     def loss(model, tau=None, **ours):
         trainer = kind()()
@@ -388,6 +396,51 @@ def sd_scripts(label, kind, name):
 
     below = None if name in NO_SQUARE else reference
     return Case(f"{label} {name}", loss, path, 9, predicts, below, channels=4)
+
+
+def sd_scripts_loop(script, name):
+    """What a script with a loop of its own does from the noise to the loss, or its patch."""
+    path, predicts = of_stable_diffusion(OPTIONS[name])
+    module = functools.cache(lambda: parts.load_sd_scripts(script)[0])
+    make_batch = functools.partial(parts.make_batch, sd_scripts_double.NetworkTrainer)
+
+    def loss(model, tau=None):
+        source = Path(module().__file__).read_text()
+        if tau is not None:
+            source = patched("sd-scripts", f"{script}.py", source)
+        args = parts.arguments(**OPTIONS[name])
+        batch = make_batch(masked=args.masked_loss)
+
+        def unet(x, t, *_):
+            output = model(x, t)
+            return output if script == "sdxl_train" else SimpleNamespace(sample=output)
+
+        namespace = {
+            **vars(module()),
+            "args": args,
+            "accelerator": parts.ACCELERATOR,
+            "batch": batch,
+            "latents": 0.18215 * batch["latents"],
+            "weight_dtype": torch.float32,
+            "unet": unet,
+            **dict.fromkeys(("text_embedding", "vector_embedding", "encoder_hidden_states")),
+            "loss_of": functools.partial(sd_scripts_adapter.loss_of, tau=tau),
+        }
+        for start, end in (
+            ("noise_scheduler = DDPMScheduler(", "if accelerator.is_main"),
+            ("noise, noisy_latents, timesteps =", "accelerator.backward(loss)"),
+        ):
+            first = source.rindex("\n", 0, source.index(start)) + 1
+            last = source.rindex("\n", 0, source.index(end, first))
+            exec(textwrap.dedent(source[first:last]), namespace)  # noqa: S102 - the trainer's
+        return namespace["loss"]
+
+    def reference(x_t, t, output):
+        return reference_of(path, predicts, 0.18215 * make_batch()["latents"], t)(x_t, t, output)
+
+    below = None if name in NO_SQUARE else reference
+    case = Case(f"sd-scripts {script} {name}", loss, path, 49, predicts, below, 1e-6)
+    return case._replace(channels=4, options={})
 
 
 # diffusers: the middle of a training script.
@@ -475,6 +528,9 @@ def _cases():
     for label, kind in SD_SCRIPTS.items():
         names = () if "double" in label else REAL_OPTIONS
         yield from (sd_scripts(label, kind, name) for name in (*OPTIONS, "at the end", *names))
+    for script, name in itertools.product(("sdxl_train", "train_db", "fine_tune"), LOOPED):
+        if (script, name) != ("fine_tune", "masked"):  # which has no masks
+            yield sd_scripts_loop(script, name)
     for case in every_pair(
         prediction_type=("epsilon", "v_prediction", "sample"),
         beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"),

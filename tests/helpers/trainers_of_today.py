@@ -150,7 +150,7 @@ def musubi_tuner(source, model, seen, tau=None, sampling="shift"):
     return loss
 
 
-def ai_toolkit(source, model, seen, tau=None, masked=False):
+def ai_toolkit(source, model, seen, tau=None, masked=False, own_target=False, control=False):
     """`calculate_loss`, given a prediction and all that it was made of."""
     namespace = names_of(AI_TOOLKIT, tau, get_torch_dtype=lambda _: torch.float32)
     function = taken(source, "calculate_loss", namespace)
@@ -158,31 +158,40 @@ def ai_toolkit(source, model, seen, tau=None, masked=False):
     timesteps = 1000 * sigmas.flatten()
     foundation = SimpleNamespace(is_flow_matching=True, prediction_type="flow")
     foundation.scale_loss = lambda loss: loss
+    if own_target:
+        foundation.get_loss_target = lambda noise, batch, **_: (noise - batch.latents).detach()
     config = Anything(pred_scaler=1.0, target_noise_multiplier=1.0, loss_type="mse")
     trainer = Anything(train_config=config, sd=foundation, device_torch="cpu", additional_logs={})
     batch = Anything(get_is_reg_list=list, latents=latents, loss_multiplier_list=[1.0])
     mask = torch.rand(len(latents), 1, *latents.shape[2:]) if masked else torch.ones(1, 1, 1, 1)
     output = model(x_t, timesteps)
+    if control:
+        x_t = torch.cat([x_t, torch.randn_like(x_t)], dim=1)
     loss = function(trainer, output, noise, x_t, timesteps, batch, mask_multiplier=mask)
     seen.update(t=timesteps / 1000, target=noise - latents, weight=mask.expand(latents.shape))
     return loss
 
 
-def simple_tuner(source, model, seen, tau=None):
-    """`loss` of the foundation that all its flow models extend."""
+def simple_tuner(source, model, seen, tau=None, mixflow=False):
+    """x_t and `loss` of the foundation that all its flow models extend."""
     namespace = names_of(SIMPLE_TUNER, tau, Enum=Enum, random=random)
     types_ = taken(source, "PredictionTypes", namespace)
     foundation = Anything(config=Anything(loss_type="l2"), PREDICTION_TYPE=types_.FLOW_MATCHING)
     methods = (
         *("loss", "get_prediction_target", "get_flow_matching_target", "flow_matching_target"),
         *("noiseward_flow_to_prediction", "prediction_to_noiseward_flow"),
+        *("_prepare_flow_noisy_latents", "_mixflow_interpolation_sigmas"),
     )
     bound(source, "ModelFoundation", methods, namespace, foundation)
     foundation.flow_matching_target_direction = lambda: 1.0
-    latents, noise, sigmas, x_t = straight()
-    batch = {"latents": latents, "noise": noise, "noisy_latents": x_t, "sigmas": sigmas}
+    foundation._mixflow_enabled, foundation._mixflow_gamma = lambda: mixflow, lambda: 0.4
+    foundation.expand_sigmas = lambda batch: None
+    foundation._expand_sigma_values = lambda sigmas, _: sigmas.view(-1, 1, 1, 1)
+    latents, noise, sigmas, _ = straight()
+    batch = {"latents": latents, "noise": noise, "input_noise": noise, "sigmas": sigmas}
     batch["timesteps"] = 1000 * sigmas.flatten()
-    output = model(x_t, sigmas.flatten())
+    foundation._prepare_flow_noisy_latents(batch)
+    output = model(batch["noisy_latents"], sigmas.flatten())
     seen.update(target=noise - latents)
     return foundation.loss(batch, {"model_prediction": output})
 
