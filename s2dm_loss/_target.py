@@ -11,6 +11,7 @@ is tested over the whole batch and over groups of similar t, against its own sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -93,9 +94,10 @@ def check_target(
         x_t: The network's noisy input, of the shape of `target`.
         mask: Which values count, of a shape that broadcasts to that of `target`; not 0 where one
             does.
-        noise: The trainer's noise ε, of the same shape. With it the comparison is exact, for any
-            number of values, and detects a reversed time on data of variance 1, which nothing else
-            does.
+        noise: The trainer's noise ε, of the same shape. With it the prediction type is judged
+            exactly, for any number of values, and so is a reversed time on data of variance 1,
+            which nothing else detects. Where the target is the noise alone, schedule and time are
+            judged by x_t, from some 1,000 values on.
 
     Returns:
         What was measured.
@@ -112,6 +114,10 @@ def check_target(
     check_per_sample("t", t, "target", target)
     if noise is not None:
         check_like("noise", noise, "target", target)
+    if mask is not None:
+        _check_mask(mask, target)
+    if not len(target):
+        raise ValueError(f"target must hold samples, got {describe(target)}")
     batch = _Batch.of(target, t, x_t, mask, noise)
     path = PathPoint.at(criterion.schedule, t)
     report = batch.read(path, criterion.prediction_type)
@@ -130,6 +136,18 @@ def check_target(
             f"trains.\n{report}\n{_remedy(batch, criterion, t, path)}"
         )
     return report
+
+
+def _check_mask(mask: object, target: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {describe(mask)}")
+    try:
+        mask.expand_as(target)
+    except RuntimeError as error:
+        raise ValueError(
+            f"mask must have a shape that broadcasts to that of target, {tuple(target.shape)}, got "
+            f"{describe(mask)}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -151,7 +169,9 @@ class _Batch:
         counts = torch.ones_like(target) if mask is None else (mask != 0).expand_as(target)
 
         def flat(values: Tensor) -> Tensor:
-            return values.detach().double().reshape(len(target), -1)
+            # What does not count may be NaN.
+            kept = torch.where(counts != 0, values.detach().double(), 0.0)
+            return kept.reshape(len(target), -1)
 
         eps = max(torch.finfo(values.dtype).eps for values in (target, x_t))
         return cls(
@@ -197,7 +217,7 @@ class _Batch:
             n = numbers[group]
             means = [float((each[group] * n).sum() / n.sum()) for each in (square, correlation)]
             cells = f"{means[0] + 1:11.4g} {means[1]:13.3g}"
-            if error is None:
+            if error is None or self.noise is None:
                 root_n = float(n.sum()) ** 0.5
                 spread = zip(means, (2**0.5, 1.0), strict=True)
                 misfit = max(
@@ -206,6 +226,8 @@ class _Batch:
             else:
                 errors = error[group].sqrt()
                 misfit = float((errors / (_SLACK + 4 * rounding[group])).max())
+                # The noise itself says nothing of the path where it is the target.
+                misfit = max(misfit, self._off_path(self.noise, path, group, n))
                 cells += f" {float(errors.max()):7.2g}"
             worst = max(worst, misfit if misfit == misfit else float("inf"))
             first, last = (float(self.t[group[end]]) for end in (0, -1))
@@ -219,6 +241,15 @@ class _Batch:
             worst=worst,
             rows=tuple(rows[:-1]),
         )
+
+    def _off_path(self, noise: Tensor, path: PathPoint, group: Tensor, n: Tensor) -> float:
+        """Return the correlation of the given noise with x_t less b ε, over its bound."""
+        data = self.x_t - path.b[:, None] * noise
+        size = self.mean(data.square()).sqrt()
+        there = size > 10 * self.eps * self.mean(self.x_t.square()).sqrt()
+        correlation = torch.where(there, self.mean(noise * data) / size, 0.0)[group]
+        mean = abs(float((correlation * n).sum() / n.sum()))
+        return mean / (_SLACK + _STANDARD_ERRORS / math.sqrt(float(n.sum())))
 
 
 def _remedy(batch: _Batch, criterion: SkipStepLoss, t: Tensor, path: PathPoint) -> str:

@@ -37,11 +37,6 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or bool(_functorch_is_active())
 
 
-def in_forward_mode() -> bool:
-    """Return whether forward-mode differentiation is at work."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
-
-
 def needs_plain_operators(tensor: Tensor) -> bool:
     """Return whether more is asked of an operation than its gradient by autograd.
 

@@ -179,6 +179,8 @@ def as_float64(name: str, values: Any, *, empty: bool = False) -> Tensor:
 
     It may be empty only where that is said.
     """
+    if isinstance(values, Tensor) and values.requires_grad:
+        raise ValueError(f"{name} must be fixed, got one that requires grad: detach it")
     try:
         if hasattr(values, "__array_interface__"):
             # A copy, in the machine's byte order: torch takes no other, nor a reversed array.
@@ -194,8 +196,12 @@ def as_float64(name: str, values: Any, *, empty: bool = False) -> Tensor:
 
 
 def plain_value(value: Any) -> Any:
-    """Return a number or a name as JSON has it, which has no infinity."""
-    if isinstance(value, str):
+    """Return numbers and names, also in lists and dicts, as JSON has them: without infinity."""
+    if isinstance(value, dict):
+        return {name: plain_value(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(each) for each in value]
+    if value is None or isinstance(value, (str, bool)):
         return value
     if isinstance(value, Integral):
         return int(value)
@@ -203,7 +209,11 @@ def plain_value(value: Any) -> Any:
 
 
 def read_plain_value(value: Any) -> Any:
-    """Return the infinity or NaN that `plain_value` wrote as text, anything else as it is."""
+    """Return the infinities and NaN that `plain_value` wrote as text, the rest as it is."""
+    if isinstance(value, dict):
+        return {name: read_plain_value(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [read_plain_value(each) for each in value]
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 

@@ -61,7 +61,12 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from s2dm_loss.checks import check_choice, check_number, check_rows, describe
-from s2dm_loss.prediction import PathPoint, PredictionType, output_scales
+from s2dm_loss.prediction import (
+    PathPoint,
+    PredictionType,
+    output_scales,
+    read_prediction_type,
+)
 from s2dm_loss.schedule import Schedule, check_schedule, wide_times
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.weighting import Weighting, read_weighting, weights_at
@@ -248,6 +253,8 @@ def gain(
     >>> float(s[0]), round(float(1 / s.min()), 4)
     (1.0, 1.0164)
     """
+    kind = read_prediction_type(options.get("prediction_type"), check_schedule(schedule))
+    options["prediction_type"] = kind
     return coefficients(schedule, skip_set, t=t, **options).gain
 
 

@@ -263,4 +263,9 @@ def _result_dtype(*data: Tensor | None) -> torch.dtype:
 
 def draw_like(noise: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw Gaussian noise of the shape, dtype and device of `noise`."""
+    if type(noise) is not Tensor and hasattr(noise, "device_mesh"):
+        raise ValueError(
+            "noise and, where the estimator draws one, skip_noise must be given for a DTensor, "
+            "whose parts would each draw their own"
+        )
     return torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, **drawn_by(generator))

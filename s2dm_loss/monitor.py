@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 from typing_extensions import Self, override
 
-from s2dm_loss._torch import is_traced, real_tensors, wide_dtype
+from s2dm_loss._torch import full_tensor, is_traced, real_tensors, wide_dtype
 from s2dm_loss.checks import check_count, describe
 from s2dm_loss.schedule import Schedule, check_schedule, log_snr_at
 from s2dm_loss.tables import TimeTable
@@ -99,6 +99,7 @@ class LossByNoise:
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
+        per_sample_loss = full_tensor(per_sample_loss)
         _check_losses(t, per_sample_loss)
         self.schedule.check_timesteps(t)
         loss = per_sample_loss.detach()

@@ -29,6 +29,11 @@ def read_betas(betas: Any) -> Tensor:
             f"betas must be the β of each timestep, got values that fall from {table[0]:.3g} "
             f"to {table[-1]:.3g}, which look like ᾱ: from_alphas_cumprod takes them"
         )
+    if len(table) >= _WHOLE and bool((table.diff() < 0).all()):
+        raise ValueError(
+            "betas must be the β of each timestep, which grow with the noise, got values that fall "
+            f"from {table[0]:.3g} to {table[-1]:.3g}: turn the table round, `betas.flip(0)`"
+        )
     if len(table) >= _WHOLE and table.median() > 0.5 and bool((table <= 1).all()):
         raise ValueError(
             "betas must be the β of each timestep, got a table of which most exceed 0.5, which "

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from s2dm_loss._torch import in_forward_mode
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.schedule import log_one_minus_exp
 
@@ -194,12 +193,10 @@ def _derivatives(path: PathFunction, times: Tensor) -> tuple[Tensor, Tensor]:
         # Where torch 2.4 returns 0.
         with torch.inference_mode(False):
             return _derivatives(path, times.clone())
-    if in_forward_mode():  # which cannot be nested
-        pull: Any = torch.func.vjp(path, times)[1]
-        one, zero = torch.ones_like(times), torch.zeros_like(times)
-        return pull((one, zero))[0].detach(), pull((zero, one))[0].detach()
-    rates: Any = torch.func.jvp(path, (times,), (torch.ones_like(times),))[1]
-    return rates[0].detach(), rates[1].detach()
+    # Not `jvp`: forward mode cannot be nested, and its levels are those of all threads together.
+    pull: Any = torch.func.vjp(path, times)[1]
+    one, zero = torch.ones_like(times), torch.zeros_like(times)
+    return pull((one, zero))[0].detach(), pull((zero, one))[0].detach()
 
 
 def _with_limits(rates: Tensor) -> Tensor:

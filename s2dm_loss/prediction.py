@@ -19,9 +19,11 @@ and ratio = 1 / q, lift = 0 where there is no x_0 in the output.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -63,7 +65,13 @@ class PathPoint:
     @classmethod
     def at(cls, schedule: Schedule, t: Tensor) -> PathPoint:
         """Return a schedule's path at times t."""
-        return cls(*schedule.alpha_sigma(t), rates=lambda: schedule.derivatives(t))  # type: ignore[attr-defined]
+
+        def rates() -> tuple[Tensor, Tensor]:
+            if not hasattr(schedule, "derivatives"):
+                check_velocity(schedule)  # which says what to take
+            return schedule.derivatives(t)  # type: ignore[attr-defined, no-any-return]
+
+        return cls(*schedule.alpha_sigma(t), rates=rates)
 
     def within_the_ends(self) -> PathPoint:
         """Return it with |log snr| <= 60, so that every weighting has a value."""
@@ -223,15 +231,31 @@ def read_output(output: Any) -> Tensor:
     )
 
 
+def _modules_of(model: Any) -> Iterator[nn.Module]:
+    """Yield the modules in a model: itself, of a method or `partial`, or named in a function."""
+    if isinstance(model, nn.Module):
+        yield model
+    elif isinstance(model, partial):
+        for part in (model.func, *model.args, *model.keywords.values()):
+            yield from _modules_of(part)
+    elif inspect.ismethod(model):
+        yield from _modules_of(model.__self__)
+    elif inspect.isfunction(model):
+        named = inspect.getclosurevars(model)
+        for value in (*named.nonlocals.values(), *named.globals.values()):
+            if isinstance(value, nn.Module):
+                yield value
+
+
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Put a module and its parts into evaluation mode, and each back as it was.
+    """Put the modules that a model is or calls into evaluation mode, and each back as it was.
 
     By their attribute: what a module's own `eval()` does, such as merging adapters, could not be
     undone part by part.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
+    modules = (part for module in _modules_of(model) for part in module.modules())
+    training = [module for module in dict.fromkeys(modules) if module.training]
     try:
         for module in training:
             module.training = False

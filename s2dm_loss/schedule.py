@@ -363,6 +363,10 @@ def _betas(count: int, start: float, end: float, *, root: int) -> Tensor:
     start = check_number("beta_start", start, 0.0, 1.0, open_ends=True)
     end = check_number("beta_end", end, 0.0, 1.0, open_ends=True)
     count = check_count("num_train_timesteps", count)
+    if start > end:
+        raise ValueError(
+            f"beta_start must be at most beta_end, got {start:g} and {end:g}: β grows with noise"
+        )
     return (
         torch.linspace(start ** (1 / root), end ** (1 / root), count, dtype=torch.float64) ** root
     )

@@ -95,14 +95,15 @@ class SkipSet:
     def from_skipped(timesteps: Any, num_train_timesteps: int) -> SkipSet:
         """Say the same by the timesteps that the sampler leaves out of 0 … T-1."""
         # Empty for a sampler that skips none.
-        skipped = as_float64("timesteps", timesteps, empty=True).round().long()
+        skipped = as_float64("timesteps", timesteps, empty=True)
         count = check_count("num_train_timesteps", num_train_timesteps)
-        check_all("timesteps", skipped, (skipped >= 0) & (skipped < count), f"lie in [0, {count})")
+        inside = (skipped >= 0) & (skipped < count) & (skipped == skipped.round())
+        check_all("timesteps", skipped, inside, f"be whole numbers in [0, {count})")
         visited = torch.ones(count, dtype=torch.bool)
-        visited[skipped] = False
+        visited[skipped.long()] = False
         if not visited.any():
             raise ValueError("timesteps must leave at least one timestep to the sampler, got all")
-        return _SampledTimesteps(visited.nonzero().flatten().double())
+        return _SampledTimesteps(visited.nonzero().flatten().double(), count)
 
     @staticmethod
     def wrap(skip_set: Skips) -> SkipSet:
@@ -275,8 +276,9 @@ class _SampledTimesteps(SkipSet):
 
     offsets = ()
 
-    def __init__(self, timesteps: Tensor) -> None:
+    def __init__(self, timesteps: Tensor, num_train_timesteps: int | None = None) -> None:
         self.timesteps: tuple[float, ...] = tuple(timesteps.tolist())
+        self._count = num_train_timesteps
         self._rounded = DeviceCopies(torch.unique(timesteps.round().long()))
         # In continuous time, as distances from data at 0 and at 1.
         self._distances = [_with_gaps(timesteps), _with_gaps((1 - timesteps).flip(0))]
@@ -284,6 +286,10 @@ class _SampledTimesteps(SkipSet):
     @override
     def check(self, schedule: Schedule) -> None:
         steps = schedule.timesteps
+        if self._count not in (None, None if steps is None else steps.numel()):
+            raise ValueError(
+                f"num_train_timesteps must be that of the schedule, {schedule!r}, got {self._count}"
+            )
         limit = 1.0 if steps is None else steps.numel() - 1
         if self.timesteps[0] < 0 or self.timesteps[-1] > limit:
             raise ValueError(

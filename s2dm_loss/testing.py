@@ -122,7 +122,7 @@ def check_swap(
     _check_close("the gradient at tau = 1", grad, plain_grad, rtol)
 
     value, grad, _ = _run(lambda m: swapped_loss(m, tau), output_of, seed)
-    norm, plain_norm = grad.flatten(1).norm(dim=1), plain_grad.flatten(1).norm(dim=1)
+    norm, plain_norm = (_rows(each).norm(dim=1) for each in (grad, plain_grad))
     ratio = torch.where(plain_norm > 0, norm / plain_norm, norm + 1)
     bad = ~((ratio >= ratio_low) & (ratio <= ratio_high)) | ~value.isfinite().all()
     _, strong, _ = _run(lambda m: swapped_loss(m, _STRONG_TAU), output_of, seed)
@@ -253,7 +253,12 @@ def _check_close(what: str, found: Tensor, expected: Tensor, rtol: float) -> Non
         )
 
 
+def _rows(values: Tensor) -> Tensor:
+    """Return values of shape [B, ...] as [B, D]."""
+    return values.reshape(len(values), -1)
+
+
 def _turned(grad: Tensor, plain: Tensor) -> float:
     """Return the largest distance of two gradients' directions over the samples."""
-    directions = [torch.nn.functional.normalize(each.flatten(1), dim=1) for each in (grad, plain)]
+    directions = [torch.nn.functional.normalize(_rows(each), dim=1) for each in (grad, plain)]
     return float((directions[0] - directions[1]).norm(dim=1).max())

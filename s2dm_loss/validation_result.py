@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-from s2dm_loss.checks import check_choice, check_number, describe
+from s2dm_loss.checks import (
+    check_choice,
+    check_number,
+    describe,
+    plain_value,
+    read_plain_value,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,9 +114,9 @@ class ValidationLoss:
 
         The values of each sample are in it, which a comparison needs.
         """
-        return {
-            "settings": dict(self.settings),
-            "log_snr": list(self.log_snr),
+        found = {
+            "settings": self.settings,
+            "log_snr": self.log_snr,
             "overall": {kind: self.overall(kind)._asdict() for kind in self.losses},
             "by_level": {
                 kind: [estimate._asdict() for estimate in self.by_level(kind)]
@@ -120,10 +126,12 @@ class ValidationLoss:
             "mean_x0": self.mean_x0.tolist(),
             "losses": {kind: losses.tolist() for kind, losses in self.losses.items()},
         }
+        return plain_value(found)  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
         """Return the result that `to_dict` wrote."""
+        state = read_plain_value(dict(state))
         return cls(
             index=torch.tensor(state["index"], dtype=torch.int64, device="cpu"),
             mean_x0=torch.tensor(state["mean_x0"], dtype=torch.float64, device="cpu"),
@@ -131,8 +139,8 @@ class ValidationLoss:
                 kind: torch.tensor(values, dtype=torch.float64, device="cpu")
                 for kind, values in state["losses"].items()
             },
-            log_snr=list(state["log_snr"]),
-            settings=dict(state["settings"]),
+            log_snr=state["log_snr"],
+            settings=state["settings"],
         )
 
     def plot(self) -> Figure:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss, gain
 from s2dm_loss.coefficients import coefficients
 from s2dm_loss.prediction import epsilon_from_output, output_from_epsilon
 from s2dm_loss.sampling import standard_corrections
@@ -84,8 +84,19 @@ CASES = {
         (lambda: made(VP, SAMPLED([0.5, 1.5])), r"must lie in \[0, 1.0\], .* from 0.5 to 1.5"),
         (lambda: SAMPLED([]), "timesteps must be 1-d"),
         (lambda: SkipSet.from_skipped(range(10), 10), "timesteps must leave at least one"),
-        (lambda: SkipSet.from_skipped([10], 10), r"timesteps must lie in \[0, 10\), got 10"),
-        (lambda: SkipSet.from_skipped([3, -1], 10), r"lie in \[0, 10\), got -1 at index 1"),
+        (lambda: SkipSet.from_skipped([10], 10), r"whole numbers in \[0, 10\), got 10"),
+        (lambda: SkipSet.from_skipped([3, -1], 10), r"in \[0, 10\), got -1\.0 at index 1"),
+        (lambda: SkipSet.from_skipped([0.5], 10), r"whole numbers in \[0, 10\), got 0\.5"),
+        (lambda: made(LINEAR, SkipSet.from_skipped([1], 100)), r"num_train_.*linear.*got 100"),
+        (lambda: made(VP, SkipSet.from_skipped([1], 100)), r"num_train_.*vp.*got 100"),
+        (lambda: BETAS(BETA.flip(0)), r"fall from 0\.02 to 0\.0001: turn the table round"),
+        (lambda: NoiseSchedule.linear(1000, 0.02, 1e-4), "beta_start must be at most beta_end"),
+        (
+            lambda: BETAS(BETA.clone().requires_grad_()),
+            "betas must be fixed, got one that",
+        ),
+        (lambda: gain(FLOW, 0.05, t=T / 1000), "prediction_type must be given on"),
+        (lambda: gain(LINEAR, 9, prediction_type="velocity"), "takes a schedule with derivatives"),
         (lambda: made(tau=1.5), r"tau must lie in \[0.*1.5"),
         (lambda: made(tau=-1), r"tau must lie in \[0.*-1"),
         (lambda: made(tau=NAN), r"tau must lie in .*nan"),

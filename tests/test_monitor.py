@@ -1,11 +1,13 @@
 """The loss by noise level, and the validation loss: the same inputs every time."""
 
 import copy
+import functools
 import io
 import json
 import math
 import pickle
 import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -387,6 +389,28 @@ def test_the_model_is_in_evaluation_mode_and_back_as_it_was():
     assert torch.is_grad_enabled()
 
 
+NAMED = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2))
+
+
+def ways_to_call(network):
+    network.guided = types.MethodType(lambda self, x_t, t: self(x_t), network)
+    yield network.guided
+    yield lambda x_t, t: network(x_t)
+    yield functools.partial(lambda net, x_t, t: net(x_t), network)
+    yield lambda x_t, t: NAMED(x_t)
+
+
+def test_a_function_that_calls_a_network_evaluates_it():
+    for model in ways_to_call(NAMED):
+        seen = set()
+        hook = NAMED.register_forward_pre_hook(lambda net, _, seen=seen: seen.add(net[0].training))
+        validated(model, [torch.randn(6, 2)], levels=2)
+        hook.remove()
+        assert seen == {False}
+        assert all(part.training for part in NAMED.modules())
+    assert NAMED[1].num_batches_tracked == 0
+
+
 def test_arguments_of_the_model_go_with_their_batch():
     model, labels = Recorder(), torch.arange(10)
     batches = [(X0[:6], {"y": labels[:6]}), [X0[6:], {"y": labels[6:], "scale": 2}]]
@@ -513,6 +537,14 @@ def test_numpys_integers_are_integers():
     result = validated(levels=np.int64(4), seed=np.int64(3))
     assert json.loads(json.dumps(result.to_dict()))["settings"]["seed"] == 3
     assert result.compare(validated(levels=4, seed=3)).overall().mean == 0
+
+
+def test_what_json_has_no_number_for_is_kept():
+    result = validated(batches=[X0[:1]], levels=4, skip_set=9, max_c2=math.inf)
+    loaded = ValidationLoss.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert loaded.settings == result.settings
+    assert loaded.settings["max_c2"] == math.inf
+    assert math.isnan(loaded.overall().error)
 
 
 def test_it_goes_through_json_and_back():

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -233,6 +234,18 @@ def test_derivatives_wherever_alpha_sigma_works(name):
     assert not tangent.any()
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert rates(torch.rand(3)).shape == (2, 3)
+
+
+def test_derivatives_in_several_threads():
+    """Levels of forward mode are those of the process: 0 and errors of torch came of it."""
+    schedule, t = MAKERS["vp"](), torch.linspace(0.01, 0.99, 64, dtype=torch.float64)
+    expected = torch.stack(schedule.derivatives(t))
+
+    def same(_):
+        return all(torch.equal(torch.stack(schedule.derivatives(t)), expected) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, range(8)))
 
 
 @pytest.mark.slow

@@ -643,7 +643,7 @@ def test_what_has_no_number_and_what_is_a_users_own_is_kept_too():
 
 
 def test_a_gain_without_a_bound_is_kept():
-    gain = SkipGain(LINEAR, (9, 49), max_c2=INF)
+    gain = SkipGain(LINEAR, (9, 49), max_c2=np.float32("inf"))
     chosen = Candidate("sample", gain, 49, 1.5, 0.4, -0.5, -0.8, -0.2, -0.2)
     values = json.loads(json.dumps(found(NO, chosen).to_dict(), allow_nan=False))
     loaded = Recommendation.from_dict(values, LINEAR)

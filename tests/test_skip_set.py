@@ -102,7 +102,7 @@ def test_a_samplers_times_have_their_gain_however_they_are_rounded(schedule, tim
     earlier, valid = skip_set.earlier(rounded, schedule)
     assert valid.all()
     np.testing.assert_allclose(earlier[0].numpy(), np.array(exact) - 1 / steps, atol=1e-12)
-    found = gain(schedule, skip_set, t=rounded)
+    found = gain(schedule, skip_set, t=rounded, prediction_type="epsilon")
     # The gain of a time that is off by its rounding; at no step it is lost.
     off = torch.maximum((rounded.double() - t).abs() * steps, torch.tensor(1e-6))
     assert (((1 - found) / (1 - expected) - 1).abs() < 4 * off + 1e-5).all()

@@ -234,6 +234,11 @@ def test_the_stand_in_is_called_as_networks_are(call):
         check_swap(lambda model: model(pixels=X0), lambda model, tau: model(pixels=X0))
 
 
+def test_data_without_axes():
+    trainer = Swap(LINEAR, "epsilon", x0=torch.randn(8))
+    assert check_swap(trainer.loss, trainer.by(skip=49)).calls == 1
+
+
 @pytest.mark.parametrize("t", [T[:1], T[:, None].expand(8, 3)], ids=["one", "each frame's"])
 def test_a_report_has_a_row_for_each_sample_whatever_the_shape_of_t(t):
     def by_time(model):
@@ -358,6 +363,21 @@ def test_a_path_of_sigma_is_named():
     trainer.fails(r"or x_t multiplied by √\(1\+σ²\)", "sample")
 
 
+@pytest.mark.parametrize("data", ["normal", "half"])
+def test_with_the_noise_a_noise_target_is_judged_by_x_t(data):
+    """There the noise in the target is right on any path, so x_t less b ε has to be without it."""
+    for seed in range(5):
+        trainer = Trainer(LINEAR, data, seed=seed)
+        for batch in (trainer, Trainer(LINEAR, data, (16, 64), seed)):
+            batch.check("epsilon", noise=batch.noise)
+        trainer.fails("is not what", "epsilon", schedule=COSINE, noise=trainer.noise)
+        t, x_t = trainer.t, trainer.x_t
+        trainer.t = 999 - t
+        trainer.fails("time turned round, 999 - t", "epsilon", noise=trainer.noise)
+        trainer.t, trainer.x_t = t, torch.zeros_like(x_t)
+        trainer.fails("is not what", "epsilon", noise=trainer.noise)
+
+
 def test_an_adapter_in_the_place_of_its_loss():
     class Adapter:
         criterion = SkipStepLoss(LINEAR, 9)
@@ -386,6 +406,11 @@ def test_only_what_counts_under_a_mask_is_judged():
     report = trainer.check("v_prediction", target=target, mask=values < 40)
     assert report.values == 64 * 4 * 40
     trainer.fails("is not what", "v_prediction", target=target)
+    target[..., 40:] = math.nan
+    assert trainer.check("v_prediction", target=target, mask=values < 40).fits
+    for mask, error in (([1], TypeError), (torch.ones(64, 3, 64), ValueError)):
+        with pytest.raises(error, match="mask must"):
+            trainer.check("v_prediction", mask=mask)
     with pytest.raises(ValueError, match="got 4096 that count"):
         trainer.check("v_prediction", target=target, mask=values < 16)
 

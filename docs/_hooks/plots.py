@@ -142,7 +142,7 @@ def schedule_ends() -> Figure:
         _line(left, schedule.timesteps, 1 / gain(schedule, 9), name)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     for path, name in ((ContinuousSchedule.vp(), "VP-SDE"), (ContinuousSchedule.flow(), "flow")):
-        _line(right, t, 1 / gain(path, 0.01, t=t), name)
+        _line(right, t, 1 / gain(path, 0.01, t=t, prediction_type="epsilon"), name)
     left.set_title("λ(t), k = 9")
     right.set_title("λ(t), δ = 0.01")
     for axis in (left, right):

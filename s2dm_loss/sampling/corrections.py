@@ -85,10 +85,8 @@ class Correction:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON's own types, less its schedule."""
         options = {name: getattr(self, name) for name in self.options}
-        options = {n: plain_value(v) if isinstance(v, float) else v for n, v in options.items()}
-        strengths = [plain_value(strength) for strength in self.strengths]
-        kept = {"type": type(self).__name__, "name": self.name, "none": plain_value(self.none)}
-        return {**kept, "strengths": strengths, **options}
+        kept = {"type": type(self).__name__, "name": self.name, "none": self.none}
+        return plain_value({**kept, "strengths": [*self.strengths], **options})  # type: ignore[no-any-return]
 
     @override
     def __repr__(self) -> str:
@@ -185,7 +183,7 @@ class SkipGain(PredictionScaling):
         if strengths is None:
             strengths = _default_skips(check_schedule(schedule))
         super().__init__(schedule, strengths, prediction_type=prediction_type)
-        self.max_c2 = max_c2
+        self.max_c2: float = check_number("max_c2", max_c2, 0.0, torch.inf)
         # Checks max_c2 and the skips.
         dtype = torch.long if schedule.timesteps is not None else None
         for skip in self.strengths:
@@ -313,7 +311,7 @@ class StoredCorrection(Correction):
         kind = _KINDS.get(self.values["type"])
         if kind is None:
             return self
-        options = {n: read_plain_value(self.values[n]) for n in ("strengths", *kind.options)}
+        options = read_plain_value({n: self.values[n] for n in ("strengths", *kind.options)})
         return kind(**options) if kind is StartScaling else kind(schedule, **options)  # type: ignore[call-arg]
 
     @override

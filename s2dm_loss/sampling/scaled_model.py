@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack, override
 
+from s2dm_loss._torch import replicated_like
 from s2dm_loss.checks import FixedSettings, check_batch, check_per_sample, describe
-from s2dm_loss.coefficients import GainOptions, gain
+from s2dm_loss.coefficients import GainOptions, coefficients
 from s2dm_loss.head import along
 from s2dm_loss.prediction import (
     PathPoint,
@@ -159,7 +160,7 @@ class ScaledModel(FixedSettings, TabledModule):
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         times = self._batch_of_times(t, x_t)
         self.schedule.check_timesteps(times)
-        scale, *on_input = self._scales.at(times, dtype)
+        scale, *on_input = replicated_like(x_t, *self._scales.at(times, dtype))
         shift = along(on_input[0], x_t) * x_t.to(dtype) if on_input else None
         return along(scale, x_t), shift
 
@@ -241,7 +242,7 @@ class _Gain:
         self.schedule, self.skip_set, self.options = schedule, skip_set, options
 
     def __call__(self, t: Tensor) -> Tensor:
-        return gain(self.schedule, self.skip_set, t=t, **self.options)
+        return coefficients(self.schedule, self.skip_set, t=t, **self.options).gain
 
     @override
     def __repr__(self) -> str:

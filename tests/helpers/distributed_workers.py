@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from s2dm_loss import ContinuousSchedule, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, ScaledModel, SkipStepLoss
 from s2dm_loss.monitor import LossByNoise, validation_loss
 from tests.strategies import ESTIMATORS, LINEAR, drawn, normal, normals, timesteps
 
@@ -168,6 +168,12 @@ def losses_in_every_placement():
 def losses_of_placed_times():
     """Return each way's losses, in whole, by where t and the data lie."""
     ways = placers()
+    try:
+        CRITERION(lambda x_t, t: x_t, ways["batch"](X))
+    except ValueError as error:
+        assert "must be given for a DTensor" in str(error)  # noqa: PT017 - no pytest here
+    else:
+        raise AssertionError("each part has drawn its own noise")
     del ways["channels"]
     results = {}
     for way, losses in WAYS.items():
@@ -179,9 +185,15 @@ def losses_of_placed_times():
     return results
 
 
+class Same(nn.Module):
+    def forward(self, x_t, t):
+        return x_t
+
+
 PLAIN = {"skip_set": 9, "reduction": "none"}
 CRITERION = SkipStepLoss(LINEAR, **PLAIN)
 OF_V = SkipStepLoss(LINEAR, prediction_type="v_prediction", **PLAIN)
+SCALED = ScaledModel.with_gain(Same(), LINEAR, 99)
 CONTINUOUS = SkipStepLoss(ContinuousSchedule.cosine(), 0.05, reduction="none")
 WAYS = {
     "noise": lambda x, y, t, _: CRITERION.from_output(x, y, t),
@@ -190,6 +202,8 @@ WAYS = {
     "target": lambda x, y, t, _: mse_to(x, OF_V.regression_target(y, t, x + y)),
     "step": lambda x, y, t, _: CRITERION(lambda x_t, t: x_t, x, t, noise=y),
     "continuous": lambda x, y, _, time: CONTINUOUS.from_output(x, y, time),
+    "scaled": lambda x, y, t, _: SCALED(x, t),
+    "monitored": lambda x, y, t, _: LossByNoise(LINEAR)(t, CRITERION.from_output(x, y, t)),
 }
 
 
