@@ -7,7 +7,7 @@
 A script's loss is mse(output, target), whichever of ε, v, x_0 and flow the output is, and so is
 this one at τ = 1: it is `SkipStepLoss.from_output`, with the schedule and the prediction type read
 from the script's noise scheduler (`diffusers_scheduler`). What corrects a trained pipeline is in
-`diffusers_pipeline`.
+`diffusers_pipeline`, what searches for it in `diffusers_search`; all of it can be imported here.
 """
 
 from __future__ import annotations
@@ -26,13 +26,22 @@ from s2dm_loss.adapters.diffusers_pipeline import (
     shrink_pipeline,
 )
 from s2dm_loss.adapters.diffusers_scheduler import CONFIGURED, prediction_type_of, schedule_of
+from s2dm_loss.adapters.diffusers_search import PipelineRecommendation, search_pipeline
 from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample, describe
 from s2dm_loss.loss import LossOptions, RegressionTarget, SkipStepLoss
 from s2dm_loss.prediction import PredictionType
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
 
-__all__ = ["PipelineCorrection", "SkipLoss", "correct_pipeline", "schedule_of", "shrink_pipeline"]
+__all__ = [
+    "PipelineCorrection",
+    "PipelineRecommendation",
+    "SkipLoss",
+    "correct_pipeline",
+    "schedule_of",
+    "search_pipeline",
+    "shrink_pipeline",
+]
 
 _REFUSED = {"timesteps": SETTLED["timesteps"]}
 

@@ -20,7 +20,6 @@ from torch import nn
 from typing_extensions import Self, Unpack, override
 
 from s2dm_loss.adapters.diffusers_scheduler import is_the_path_of, path_of, scheduler_of
-from s2dm_loss.adapters.diffusers_search import PipelineRecommendation, search_pipeline
 from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.coefficients import GainOptions
@@ -30,14 +29,6 @@ from s2dm_loss.sampling.result import Recommendation
 from s2dm_loss.sampling.scaled_model import ScaledModel
 from s2dm_loss.schedule import Schedule
 from s2dm_loss.skip_set import Skips
-
-__all__ = [
-    "PipelineCorrection",
-    "PipelineRecommendation",
-    "correct_pipeline",
-    "search_pipeline",
-    "shrink_pipeline",
-]
 
 
 def shrink_pipeline(

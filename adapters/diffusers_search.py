@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from itertools import count
 from types import TracebackType
 from typing import Any
 
@@ -18,12 +15,12 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from s2dm_loss.adapters.diffusers_scheduler import (
-    is_flow,
     is_the_path_of,
     output_of,
     path_of,
     scheduler_of,
 )
+from s2dm_loss.adapters.diffusers_solvers import plain_config, solvers_of, steps_of
 from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.prediction import evaluating
@@ -31,22 +28,6 @@ from s2dm_loss.sampling.corrections import Correction, EpsilonScaling, ScoreResc
 from s2dm_loss.sampling.progress import Progress
 from s2dm_loss.sampling.result import Recommendation
 from s2dm_loss.sampling.search import CorrectionSearch
-
-# Names of solvers, and what each needs besides the config of the scheduler in use.
-_DIFFUSION: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {},
-    "PNDMScheduler": {"skip_prk_steps": True},
-    "DEISMultistepScheduler": {},
-    "DPMSolverMultistepScheduler": {},
-    "UniPCMultistepScheduler": {},
-}
-_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-_FLOWS: dict[str, dict[str, Any]] = {
-    "FlowMatchEulerDiscreteScheduler": {},
-    "FlowMatchHeunDiscreteScheduler": {},
-    "DPMSolverMultistepScheduler": _FLOW,
-    "UniPCMultistepScheduler": _FLOW,
-}
 
 # Arguments of a call that the search gives itself, and lists that hold no entry a prompt.
 _OF_SEARCH = ("generator", "num_inference_steps", "return_dict", "sigmas", "timesteps")
@@ -121,7 +102,7 @@ def search_pipeline(
             )
     runner = _Runner(pipe, steps, call)
     with _quiet(pipe, progress):
-        solvers = runner.usable(_solvers(pipe.scheduler, schedulers), images, progress)
+        solvers = runner.usable(solvers_of(pipe.scheduler, schedulers), images, progress)
         search = CorrectionSearch(
             runner.network,
             {name: partial(runner, scheduler) for name, scheduler in solvers.items()},
@@ -156,7 +137,7 @@ class PipelineRecommendation:
         self._pipe, self._schedulers, self._calls = pipe, dict(schedulers), steps
         self.recommendation = found
         self.scheduler: Any = self._schedulers[found.sampler]
-        self.steps: int = _steps(self.scheduler, steps)
+        self.steps: int = steps_of(self.scheduler, steps)
         self._block: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> Self:
@@ -183,7 +164,7 @@ class PipelineRecommendation:
     def to_dict(self) -> dict[str, Any]:
         """Return what was found in JSON's own types, with the schedulers' configs."""
         schedulers = {
-            name: {"class": type(one).__name__, "config": _plain_config(one)}
+            name: {"class": type(one).__name__, "config": plain_config(one)}
             for name, one in self._schedulers.items()
         }
         return {**self.recommendation.to_dict(), "schedulers": schedulers, "calls": self._calls}
@@ -257,7 +238,7 @@ class _Runner:
             given[name] = values[rows] if isinstance(values, Tensor) else [values[i] for i in rows]
         if not self.listed and "batch_size" in inspect.signature(self.pipe.__call__).parameters:
             given["batch_size"] = len(seeds)
-        steps = _steps(scheduler, self.steps)
+        steps = steps_of(scheduler, self.steps)
         with _corrected(self.pipe, scheduler, self.network, model), torch.no_grad():
             output = self.pipe(
                 generator=generators, num_inference_steps=steps, return_dict=False, **given
@@ -305,64 +286,6 @@ def _check_images(images: Tensor, own: Tensor) -> None:
             f"images must lie in [0, 1] as the pipeline's do, got values from {low:.3g} to "
             f"{high:.3g}: (images + 1) / 2, images / 255 or images.clamp(0, 1)"
         )
-
-
-def _solvers(scheduler: Any, given: Sequence[Any] | None) -> dict[str, Any]:
-    """Return copies of the scheduler in use, which comes first, and of those to try, by name."""
-    solvers = {_short(scheduler): copy.deepcopy(scheduler)}
-    if given is not None:
-        if not isinstance(given, Sequence) or any(isinstance(one, type) for one in given):
-            raise TypeError(
-                "schedulers must be a list of schedulers, each made with "
-                f"from_config(pipe.scheduler.config), got {describe(given)}"
-            )
-        for one in given:
-            name, others = _short(one), count(2)
-            while name in solvers and _settings(solvers[name]) != _settings(one):
-                name = f"{_short(one)} {next(others)}"
-            solvers.setdefault(name, copy.deepcopy(one))
-        return solvers
-    import diffusers
-
-    flow, config = is_flow(scheduler), dict(scheduler.config)
-    if flow:  # its shift has two names
-        shift = config.get("flow_shift", config.get("shift", 1.0))
-        config = {**config, "shift": shift, "flow_shift": shift}
-    for name, options in (_FLOWS if flow else _DIFFUSION).items():
-        kind = getattr(diffusers, name)
-        if _short(kind) not in solvers:
-            takes = inspect.signature(kind.__init__).parameters
-            known = {n: v for n, v in {**config, **options}.items() if n in takes}
-            solvers[_short(kind)] = kind.from_config(known)
-    return solvers
-
-
-def _short(scheduler: Any) -> str:
-    """Return a scheduler's name in the table."""
-    name = (scheduler if isinstance(scheduler, type) else type(scheduler)).__name__
-    for end in ("Scheduler", "Discrete", "Multistep"):
-        name = name.removesuffix(end)
-    return name
-
-
-def _settings(scheduler: Any) -> dict[str, str]:
-    return {name: str(v) for name, v in scheduler.config.items() if not name.startswith("_")}
-
-
-def _steps(scheduler: Any, calls: int) -> int:
-    """Return the number of steps that make as many network calls, or one less."""
-    return (calls + 1) // 2 if getattr(scheduler, "order", 1) == 2 else calls
-
-
-def _plain_config(scheduler: Any) -> dict[str, Any]:
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, float):
-            return math.isfinite(value)  # an infinity is the default, which it is made with again
-        return isinstance(value, (str, int, list, tuple, type(None)))
-
-    # `trained_betas` may be NumPy's.
-    config = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in scheduler.config.items()}
-    return {name: value for name, value in config.items() if is_plain(value)}
 
 
 @contextmanager

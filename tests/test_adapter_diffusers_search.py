@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from s2dm_loss import NoiseSchedule
-from s2dm_loss.adapters.diffusers_pipeline import (
+from s2dm_loss.adapters.diffusers import (
     PipelineRecommendation,
     correct_pipeline,
     search_pipeline,

@@ -63,7 +63,7 @@ def images_of_a_search(num_samples):
 
 def test_what_a_search_costs():
     pytest.importorskip("diffusers")
-    from s2dm_loss.adapters.diffusers_search import search_pipeline
+    from s2dm_loss.adapters.diffusers import search_pipeline
 
     usual = inspect.signature(search_pipeline).parameters["num_samples"].default
     made = [images_of_a_search(usual), images_of_a_search(64)]
