@@ -250,7 +250,7 @@ def test_coefficients_gain_and_the_scaled_model(data):
     x_t, output = normal(3, 2, seed=1), normal(3, 2, seed=2)
     where, options = (case.schedule, case.skip_set), {"tau": tau, "max_c2": max_c2}
     found = coefficients(*where, t=case.t, **options)
-    s = gain(*where, t=case.t, **options)
+    s = gain(*where, t=case.t, prediction_type="epsilon", **options)
     of_output = gain(*where, t=case.t, prediction_type=kind, **options)
     scaled_model = ScaledModel.with_gain(nn.Identity(), *where, prediction_type=kind, **options)
     scaled_output = scaled_model.rescale(output, x_t, case.t)
