@@ -127,6 +127,7 @@ CASES = {
         (lambda: SIGMAS([80.0, 1.0, 0.1]), r"decreases.*`sigmas.flip\(0\)`"),
         (lambda: SIGMAS([0.0, 1.0]), "sigmas must be positive and finite"),
         (lambda: SIGMAS([1.0, 2.0]).rescale_zero_terminal_snr(), "variance-pres"),
+        (lambda: LOG_SNR(torch.linspace(99, 1, 100)), "ends at 1, which looks like an SNR"),
         (lambda: LOG_SNR([0.0, 1.0]), r"log_snr must decrease .*increases: .*`log_snr.flip\(0\)`"),
         (lambda: NoiseSchedule([0.1]), "log_alphas_cumprod must be at"),
         (lambda: NoiseSchedule([-2, -1]), "increase, got -1.0 at index 1"),

@@ -225,6 +225,7 @@ def test_vmap_over_continuous_times():
         (lambda t: (t.sum(), t), ValueError, r"of the shape of t.*shape \(\)"),
         (lambda t: (t.log(), (t - 2).log()), ValueError, "without NaN, got NaN"),
         (lambda t: (1 - t, t), ValueError, "from_alpha_sigma takes them"),
+        (lambda t: (t * 0 + 1, 80 * t + 1), ValueError, "from_alpha_sigma takes them"),
         (1.0, TypeError, "must be callable"),
     ],
 )
