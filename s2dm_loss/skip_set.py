@@ -120,7 +120,7 @@ class SkipSet:
                     f"got {offset!r}"
                 )
             if steps is not None and not isinstance(offset, int):
-                near, unit = int(offset), ""
+                near, unit = int(min(offset, steps.numel() - 1)), ""
                 if offset < 1:
                     near, unit = max(1, round(offset * steps.numel())), ", a skip in units of time"
                 raise TypeError(

@@ -192,6 +192,7 @@ CASES = {
             lambda: made(LINEAR, 9.0),
             r"in timesteps, got 9.0: on 1000 timesteps that is 9$",
         ),
+        (lambda: made(LINEAR, math.inf), "got inf: on 1000 timesteps that is 999$"),
         (lambda: made(LINEAR, 0.02), "got 0.02, a skip in units of time: on 1000 .* is 20"),
         (lambda: made(LINEAR, T), r"SkipSet\.from_timesteps"),
         (lambda: SkipSet("9"), r"skip_set must be .*got '9' \(str\)"),

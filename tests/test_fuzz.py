@@ -178,7 +178,10 @@ def test_the_loss_of_any_output(data):
     kind = draw(st.just("epsilon") | case.kinds())
     if kind == "score" and any(pair[1] == 0 for pair in case.pairs):
         return  # a score without noise is infinite
-    tau = draw(st.one_of(st.floats(1e-6, 1), st.sampled_from([0.0, 0.99, 1.0])))
+    if kind != "epsilon" and any(0 < pair[0] < 1e-12 for pair in case.pairs):
+        return  # where the oracle's noise in the output cancels in float64
+    # Nearer to 1 it is 1 in float32, and no skip term is logged.
+    tau = draw(st.one_of(st.floats(1e-6, 1 - 1e-6), st.sampled_from([0.0, 0.99, 1.0])))
     max_c2 = draw(st.sampled_from([100.0, 100.0, 0.0, 1.0, 1e4]))
     weighting = draw(st.sampled_from(WEIGHTINGS))
     estimator = draw(st.sampled_from(ESTIMATORS))
