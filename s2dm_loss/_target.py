@@ -11,7 +11,6 @@ is tested over the whole batch and over groups of similar t, against its own sta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -199,13 +198,12 @@ class _Batch:
         epsilon = ratio[:, None] * self.target + lift[:, None] * self.x_t
         sizes = [self.mean(values.square()).sqrt() for values in (self.target, self.x_t)]
         rounding = self.eps * (ratio.abs() * sizes[0] + lift.abs() * sizes[1])
-        data = self.x_t - b[:, None] * epsilon
-        size = self.mean(data.square()).sqrt()
-        # Where there are no data but rounding they say nothing.
-        there = size > 10 * self.eps * sizes[1]
-        square = self.mean(epsilon.square()) - 1
-        correlation = torch.where(there, self.mean(epsilon * data) / size, 0.0)
-        error = None if self.noise is None else self.mean((epsilon - self.noise).square())
+        square, correlation = self.mean(epsilon.square()) - 1, self._correlation(epsilon, b)
+        error = off_path = None
+        if self.noise is not None:
+            error = self.mean((epsilon - self.noise).square())
+            # Where the target is the noise, it says nothing of the path.
+            off_path = self._correlation(self.noise, b)
         numbers = self.counts.sum(1) * (rounding <= _MOST_ROUNDING)
         kept = numbers.nonzero().flatten()
         kept = kept[self.t[kept].argsort()]
@@ -215,10 +213,10 @@ class _Batch:
         groups = kept.tensor_split(min(_GROUPS, len(kept)))
         for group in (*groups, kept):
             n = numbers[group]
+            root_n = float(n.sum()) ** 0.5
             means = [float((each[group] * n).sum() / n.sum()) for each in (square, correlation)]
             cells = f"{means[0] + 1:11.4g} {means[1]:13.3g}"
-            if error is None or self.noise is None:
-                root_n = float(n.sum()) ** 0.5
+            if error is None or off_path is None:
                 spread = zip(means, (2**0.5, 1.0), strict=True)
                 misfit = max(
                     abs(mean) / (_SLACK + _STANDARD_ERRORS * each / root_n) for mean, each in spread
@@ -226,8 +224,8 @@ class _Batch:
             else:
                 errors = error[group].sqrt()
                 misfit = float((errors / (_SLACK + 4 * rounding[group])).max())
-                # The noise itself says nothing of the path where it is the target.
-                misfit = max(misfit, self._off_path(self.noise, path, group, n))
+                mean = abs(float((off_path[group] * n).sum() / n.sum()))
+                misfit = max(misfit, mean / (_SLACK + _STANDARD_ERRORS / root_n))
                 cells += f" {float(errors.max()):7.2g}"
             worst = max(worst, misfit if misfit == misfit else float("inf"))
             first, last = (float(self.t[group[end]]) for end in (0, -1))
@@ -242,14 +240,13 @@ class _Batch:
             rows=tuple(rows[:-1]),
         )
 
-    def _off_path(self, noise: Tensor, path: PathPoint, group: Tensor, n: Tensor) -> float:
-        """Return the correlation of the given noise with x_t less b ε, over its bound."""
-        data = self.x_t - path.b[:, None] * noise
+    def _correlation(self, noise: Tensor, b: Tensor) -> Tensor:
+        """Return the correlation of a noise with the data that it leaves in x_t, of shape [B]."""
+        data = self.x_t - b[:, None] * noise
         size = self.mean(data.square()).sqrt()
+        # Where there are no data but rounding they say nothing.
         there = size > 10 * self.eps * self.mean(self.x_t.square()).sqrt()
-        correlation = torch.where(there, self.mean(noise * data) / size, 0.0)[group]
-        mean = abs(float((correlation * n).sum() / n.sum()))
-        return mean / (_SLACK + _STANDARD_ERRORS / math.sqrt(float(n.sum())))
+        return torch.where(there, self.mean(noise * data) / size, 0.0)
 
 
 def _remedy(batch: _Batch, criterion: SkipStepLoss, t: Tensor, path: PathPoint) -> str:

@@ -69,7 +69,9 @@ class PathPoint:
         def rates() -> tuple[Tensor, Tensor]:
             if not hasattr(schedule, "derivatives"):
                 check_velocity(schedule)  # which says what to take
-            return schedule.derivatives(t)  # type: ignore[attr-defined, no-any-return]
+            continuous: Any = schedule
+            found: tuple[Tensor, Tensor] = continuous.derivatives(t)
+            return found
 
         return cls(*schedule.alpha_sigma(t), rates=rates)
 

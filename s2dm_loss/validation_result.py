@@ -126,7 +126,8 @@ class ValidationLoss:
             "mean_x0": self.mean_x0.tolist(),
             "losses": {kind: losses.tolist() for kind, losses in self.losses.items()},
         }
-        return plain_value(found)  # type: ignore[no-any-return]
+        plain: dict[str, Any] = plain_value(found)
+        return plain
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:

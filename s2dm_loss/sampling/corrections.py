@@ -86,7 +86,8 @@ class Correction:
         """Return it as JSON's own types, less its schedule."""
         options = {name: getattr(self, name) for name in self.options}
         kept = {"type": type(self).__name__, "name": self.name, "none": self.none}
-        return plain_value({**kept, "strengths": [*self.strengths], **options})  # type: ignore[no-any-return]
+        plain: dict[str, Any] = plain_value({**kept, "strengths": [*self.strengths], **options})
+        return plain
 
     @override
     def __repr__(self) -> str:
