@@ -15,7 +15,8 @@ import torch.distributed as dist
 from s2dm_loss import NoiseSchedule, SkipSet
 from s2dm_loss.adapters.guided_diffusion import SkipStepMixin, skip_step
 from s2dm_loss.coefficients import coefficients
-from tests.helpers.guided_diffusion_parts import KIN, make_diffusion
+from tests.helpers.distributed import run_distributed
+from tests.helpers.guided_diffusion_parts import KIN, ddp_gradients, make_diffusion
 from tests.helpers.patches import patched
 from tests.helpers.small import Network
 from tests.helpers.trainers import GUIDED, GUIDED_KIN
@@ -108,6 +109,22 @@ def test_a_model_that_maps_timesteps_already_is_not_mapped_twice():
         diffusion.training_losses(plain._wrap_model(model), x, t)
     assert torch.equal(model.seen[0][1], model.seen[1][1])
     assert model.seen[1][1].tolist() == [plain.timestep_map[i] for i in t.tolist()]
+
+
+@pytest.mark.slow
+def test_one_model_call_per_step_and_joined_gradients_in_two_processes(tmp_path):
+    torch.manual_seed(1)
+    batch = {
+        "x": torch.randn(8, 1, 6, 6),
+        "noise": torch.randn(8, 1, 6, 6),
+        "t": torch.tensor([0, 999, 8, 500, 9, 10, 700, 3]),
+    }
+    alone = ddp_gradients(0, 1, batch)
+    ranks = run_distributed(ddp_gradients, tmp_path, 2, batch)
+    assert [rank["calls"] for rank in ranks] == [1, 1]
+    torch.testing.assert_close(torch.cat([rank["loss"] for rank in ranks]), alone["loss"])
+    for rank in ranks:
+        torch.testing.assert_close(rank["gradients"], alone["gradients"])
 
 
 def test_fresh_noise_may_be_given_and_the_signature_has_one_more_name():
