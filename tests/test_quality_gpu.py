@@ -1,13 +1,16 @@
 """The plan for a GPU, rehearsed on a tiny network on the CPU."""
 
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from quality_tools import ONE_ARM, TINY
 
-from benchmarks.files import load_json, load_tensors
-from benchmarks.quality import gpu
+from benchmarks.files import load_json, load_tensors, write_whole
+from benchmarks.quality import gpu, runner
+from benchmarks.quality.cli import main
 
 
 def shrunk(preset):
@@ -29,15 +32,37 @@ def test_each_part_writes_its_record(part, tmp_path):
 
 def test_a_part_that_takes_too_long_stops_and_goes_on(tmp_path, monkeypatch):
     part = gpu.Part("made", "of a test", ONE_ARM)
+    save_json = runner.save_json
 
-    def slow(*_, **__):
-        raise TimeoutError
+    def slow(path, content):
+        save_json(path, content)
+        if "cells" in path.parts:
+            time.sleep(60)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, "run", slow)
-        said = gpu.do(part, tmp_path, None, seconds=1)
-    assert "stopped after 1 seconds; the same command goes on; 0 cells" in said
+        patch.setattr(runner, "save_json", slow)
+        said = gpu.do(part, tmp_path, None, seconds=2)
+    assert "stopped after 2 seconds; the same command goes on; 1 cells" in said
+    assert len(load_json(tmp_path / "made.json")["rows"]) == 1
     assert "complete; 4 cells" in gpu.do(part, tmp_path, None)
+
+
+def test_a_part_that_stops_in_a_file_blames_no_file(tmp_path, monkeypatch):
+    def slow(*_):
+        time.sleep(60)
+
+    monkeypatch.setattr(gpu, "run", lambda *_, **__: write_whole(tmp_path / "file", slow))
+    said = gpu.do(gpu.Part("made", "of a test", ONE_ARM), tmp_path, None, seconds=1)
+    assert "stopped after 1 seconds" in said
+    assert not (tmp_path / "file").exists()
+
+
+def test_the_command_line_sets_the_limit(tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(gpu, "do", lambda *given: limits.append(given[3]))
+    for extra in ([], ["--seconds", "7"]):
+        CliRunner().invoke(main, ["gpu", "--parts", "1", "--out", str(tmp_path), *extra])
+    assert limits == [gpu.LIMIT, 7]
 
 
 def test_the_search_is_asked_about_the_first_parts_network(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def _in_one_line() -> Iterator[None]:
 
     context = click.get_current_context()
     words = [str(context.info_name), *filter(None, [context.params.get("preset")])]
-    for name in ("sampler", "steps", "out", "seeds", "data", "parts"):
+    for name in ("sampler", "steps", "out", "seeds", "data", "parts", "seconds"):
         if (value := context.params.get(name)) is not None:
             words += [f"--{name}", str(value)]
     again = f"python -m benchmarks.quality {shlex.join(words)}"
@@ -207,8 +207,11 @@ def search_command(
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/gpu"), show_default=True)
 @DATA
 @click.option("--parts", help="Numbers of parts, such as 1,3 [all].")
+@click.option("--seconds", type=click.IntRange(1), help="Time for each part [480].")
 @click.option("--dry-run", is_flag=True, help="List the parts, and stop.")
-def gpu_command(out: Path, data: Path | None, parts: str | None, dry_run: bool) -> None:
+def gpu_command(
+    out: Path, data: Path | None, parts: str | None, seconds: int | None, dry_run: bool
+) -> None:
     """Do what is planned for minutes on a GPU, one part after the other."""
     from benchmarks.quality import gpu
 
@@ -219,7 +222,7 @@ def gpu_command(out: Path, data: Path | None, parts: str | None, dry_run: bool) 
         return
     with _in_one_line():
         for part in chosen:
-            click.echo(gpu.do(part, out, data))
+            click.echo(gpu.do(part, out, data, seconds or gpu.LIMIT))
 
 
 @main.command("keep")
