@@ -22,7 +22,7 @@ from s2dm_loss.coefficients import (
     output_weights,
 )
 from s2dm_loss.head import REDUCTIONS, Reduction, weighted_square
-from s2dm_loss.prediction import PathPoint, PredictionType
+from s2dm_loss.prediction import PathPoint, PredictionType, warn_if_the_start_fails
 from s2dm_loss.schedule import Schedule
 from s2dm_loss.skip_set import SkipSet
 from s2dm_loss.tables import TimeTable
@@ -69,6 +69,9 @@ class LossTable:
             row = self._rows_at(times[:1])
             if weighting is not None:
                 self._check_weighting(weighting, times if timesteps is None else timesteps)
+        warn_if_the_start_fails(
+            schedule, prediction_type, lambda t: self._coefficients(t).gain, stacklevel=3
+        )
         self._reads_input, self._draws = row.on_input is not None, row.on_skip_noise is not None
         # Of a form's three parts: where a target holds no x_t it holds no x_0 either.
         self._has = (True, self._reads_input, self._draws)

@@ -20,6 +20,7 @@ and ratio = 1 / q, lift = 0 where there is no x_0 in the output.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,38 @@ def check_prediction_type(
                 f"at t = {timesteps[q.isinf()][0].item()}, where it is infinite: a weighting, such "
                 "as 'uniform', counts the error of the noise instead"
             )
+
+
+def warn_if_the_start_fails(
+    schedule: Schedule,
+    prediction_type: PredictionType,
+    gain: Callable[[Tensor], Tensor],
+    *,
+    stacklevel: int,
+) -> None:
+    """Warn where a sampler that starts at the last timestep with s(t) ε̂ is left with noise.
+
+    A step of DDIM from t to t' multiplies what is missing of ε̂ by b a' / a: with next to no signal
+    at t, as of cosine schedules, that is thousands. Judged by the first of ten steps.
+    """
+    timesteps = schedule.timesteps
+    if timesteps is None or prediction_type not in ("epsilon", "score"):
+        return
+    with real_tensors():
+        last = timesteps[-1:]
+        (a, b), s = schedule.alpha_sigma(last), gain(last).detach()
+        if bool(a == 0):  # where such a network cannot start at all
+            return
+        a_next, b_next = schedule.alpha_sigma((last - max(1, len(timesteps) // 10)).clamp(min=0))
+        left = float((1 - s).abs() * b / a * a_next / b_next)
+    if left > 1:
+        warnings.warn(
+            f"the gain at the last timestep of {schedule!r}, which has next to no signal, is "
+            f"{float(s):.3f}: a network of the noise that samples from there, with few steps and "
+            f"no clipping, is left with {left:,.0f} times the noise. Start earlier "
+            "(timestep_spacing='leading' in diffusers), or predict v",
+            stacklevel=stacklevel + 1,
+        )
 
 
 class OutputScales(NamedTuple):

@@ -29,6 +29,7 @@ from s2dm_loss.prediction import (
     output_scales,
     read_output,
     read_prediction_type,
+    warn_if_the_start_fails,
 )
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet
@@ -114,7 +115,9 @@ class ScaledModel(FixedSettings, TabledModule):
             TypeError, ValueError: if an argument is not as said.
         """
         scale = _Gain(check_schedule(schedule), SkipSet.wrap(skip_set), options)
-        return cls(model, schedule, scale, prediction_type=options.get("prediction_type"))
+        scaled = cls(model, schedule, scale, prediction_type=options.get("prediction_type"))
+        warn_if_the_start_fails(schedule, scaled.prediction_type, scale, stacklevel=2)
+        return scaled
 
     @override
     def _copy_tables(self, device: torch.device) -> None:
