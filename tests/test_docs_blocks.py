@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import unicodedata
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -136,3 +137,26 @@ def test_what_a_block_prints_stands_below_it_and_nothing_else_does():
     assert found == ("```python\n1\n```\n\nwords\n\n```python\n2\n```\n\n```text\nnew\n```\n")
     assert ran(found, {"1\n": "", "2\n": "new\n"}.__getitem__) == found
     assert digest(found) == digest(page) != digest(page.replace("2", "3"))
+
+
+def test_the_line_for_a_solver_of_flow_matching_samples_the_data():
+    """A network that is exact for data N(0, 0.5²); without these options it is taken for noise."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    page = (ROOT / "docs" / "correct.md").read_text(encoding="utf-8")
+    (options,) = re.findall(r"add\s+`(prediction_type=.*?)`", page)
+    pipe = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    given = eval(f"dict({options})", {"pipe": pipe})  # noqa: S307 - our own page
+
+    def spread(scheduler):
+        scheduler.set_timesteps(20)
+        x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps:
+            sigma = float(t) / 1000
+            a, variance = 1 - sigma, 0.25 * (1 - sigma) ** 2 + sigma**2
+            x = scheduler.step((sigma - 0.25 * a) / variance * x, t, x).prev_sample
+        return float(x.std())
+
+    config = pipe.scheduler.config
+    assert spread(UniPCMultistepScheduler.from_config(config, **given)) == pytest.approx(0.5, 0.05)
+    assert spread(UniPCMultistepScheduler.from_config(config)) > 0.8
