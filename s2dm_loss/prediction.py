@@ -164,9 +164,10 @@ def warn_if_the_start_fails(
     if left > 1:
         warnings.warn(
             f"the gain at the last timestep of {schedule!r}, which has next to no signal, is "
-            f"{float(s):.3f}: a network of the noise that samples from there, with few steps and "
-            f"no clipping, is left with {left:,.0f} times the noise. Start earlier "
-            "(timestep_spacing='leading' in diffusers), or predict v",
+            f"{float(s):.3f}: DDIM and other solvers that start there with a network of the noise "
+            f"are left with {left:,.0f} times the noise, or clipped with too little spread. "
+            "DDPM in all steps, a start earlier (timestep_spacing='leading' in diffusers) and a "
+            "network of v are safe",
             stacklevel=stacklevel + 1,
         )
 

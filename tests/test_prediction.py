@@ -102,7 +102,7 @@ MAKERS = {
 def test_a_gain_that_ruins_a_start_at_the_last_timestep_is_warned_of(make):
     """By as much as a first step of DDIM leaves there, of data that are 0 and a network that knows
     it: x_t = b ε, and ε̂ = s ε."""
-    with pytest.warns(UserWarning, match="cosine.*is 0.497.*predict v") as caught:
+    with pytest.warns(UserWarning, match="cosine.*is 0.497.*network of v") as caught:
         make(COSINE, 49)
     (a, next_a), (b, next_b) = COSINE.alpha_sigma(torch.tensor([999, 899]))
     s = 0.99 / (0.99 + 0.01 * 100)  # c² is bounded by 100
