@@ -211,6 +211,16 @@ def test_ai_toolkit_changes_the_target_of_models_that_make_it_themselves(own_tar
     assert abs(losses[2] / losses[0] - 1) > 0.05
 
 
+@pytest.mark.parametrize("config", [{"do_guidance_loss": True}, {"loss_type": "mae"}])
+def test_ai_toolkit_keeps_the_plain_loss_where_its_target_is_extrapolated_or_its_loss_l1(config):
+    """Guidance would multiply the change of the target; L1 has no squared part."""
+    plain, losses = today.source_of(*today.AI_TOOLKIT), []
+    for source, tau in ((plain, None), (patched(*today.AI_TOOLKIT, plain), 0.5)):
+        torch.manual_seed(0)
+        losses.append(today.ai_toolkit(source, lambda x_t, _: 0 * x_t, {}, tau, **config))
+    assert losses[0].equal(losses[1])
+
+
 @pytest.mark.parametrize("mixflow", [False, True])
 def test_simple_tuner_reads_the_sigma_that_is_in_x_t(mixflow):
     """x_t = latents + σ flow, also where MixFlow tells the network another σ."""

@@ -150,9 +150,12 @@ def musubi_tuner(source, model, seen, tau=None, sampling="shift"):
     return loss
 
 
-def ai_toolkit(source, model, seen, tau=None, masked=False, own_target=False, control=False):
+def ai_toolkit(
+    source, model, seen, tau=None, masked=False, own_target=False, control=False, **config
+):
     """`calculate_loss`, given a prediction and all that it was made of."""
     namespace = names_of(AI_TOOLKIT, tau, get_torch_dtype=lambda _: torch.float32)
+    namespace["concat_prompt_embeds"] = lambda embeds: embeds
     function = taken(source, "calculate_loss", namespace)
     latents, noise, sigmas, x_t = straight()
     timesteps = 1000 * sigmas.flatten()
@@ -160,8 +163,10 @@ def ai_toolkit(source, model, seen, tau=None, masked=False, own_target=False, co
     foundation.scale_loss = lambda loss: loss
     if own_target:
         foundation.get_loss_target = lambda noise, batch, **_: (noise - batch.latents).detach()
-    config = Anything(pred_scaler=1.0, target_noise_multiplier=1.0, loss_type="mse")
-    trainer = Anything(train_config=config, sd=foundation, device_torch="cpu", additional_logs={})
+    scales = {"pred_scaler": 1.0, "target_noise_multiplier": 1.0}
+    settings = Anything(**{**scales, "loss_type": "mse", **config})
+    trainer = Anything(train_config=settings, sd=foundation, device_torch="cpu", additional_logs={})
+    trainer.predict_noise, trainer._guidance_loss_target_batch = lambda **_: 0 * noise, 3.0
     batch = Anything(get_is_reg_list=list, latents=latents, loss_multiplier_list=[1.0])
     mask = torch.rand(len(latents), 1, *latents.shape[2:]) if masked else torch.ones(1, 1, 1, 1)
     output = model(x_t, timesteps)
