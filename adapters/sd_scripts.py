@@ -100,12 +100,13 @@ def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions])
     check_plain("trainer", trainer, SkipStepMixin, kind, _METHODS)
     owner, other = (owner_of(trainer, name) for name in _METHODS[:2])
     if owner != other or owner not in _PREDICTS:
+        sign = "-" if owner == "LuminaNetworkTrainer" else ""  # its target is latents - noise
         raise ValueError(
             "trainer must train Stable Diffusion, SDXL, Flux or SD3, got a "
             f"{type(trainer).__name__} with a {_METHODS[1]} of its own: behind the line that makes "
-            "its target, take "
-            "SkipStepLoss(ContinuousSchedule.flow(), SkipSet.for_sampling_steps(20), "
-            "prediction_type='flow').regression_target(target, sigmas.flatten(), noisy_model_input)"
+            f"its target, write target = {sign}SkipStepLoss(ContinuousSchedule.flow(), "
+            "SkipSet.for_sampling_steps(20), prediction_type='flow').regression_target("
+            f"{sign}target, sigmas.flatten(), noisy_model_input.view_as(target)).target"
         )
     predicts = _PREDICTS[owner]
     given: dict[str, Any] = {"skip_set": SkipSet.wrap(skip_set), **options}
@@ -129,6 +130,12 @@ class SkipStepMixin:
         """Refuse what the loss has no meaning for before any model is loaded."""
         plain: Any = super()
         _check_loss_type(args)
+        gamma = getattr(args, "ip_noise_gamma", None)
+        if gamma and self.skip_step_options.get("prediction_type") == "flow":
+            raise ValueError(
+                f"ip_noise_gamma must be 0 for Flux, got {gamma}: x_t is rebuilt from latents and "
+                "target, which do not hold that second noise. Leave --ip_noise_gamma out"
+            )
         return plain.assert_extra_args(args, *datasets, **kwargs)
 
     def get_noise_scheduler(self, args: Any, device: torch.device) -> Any:

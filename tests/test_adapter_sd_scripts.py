@@ -1,6 +1,7 @@
 """What the adapter for kohya-ss/sd-scripts alone has, on a double and on the trainer's own code."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+import s2dm_loss
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.sd_scripts import loss_of, skip_step
 from tests.doubles import sd_scripts_double as double
@@ -114,16 +116,31 @@ def test_flux_and_sd3(prediction_type, weighted, tau):
     torch.testing.assert_close(kept[1:], target[1:])
 
 
+def test_flux_refuses_a_perturbed_input():
+    """Its x_t is rebuilt from latents and target, which hold no second noise."""
+    trainer = skip_step(double.FluxNetworkTrainer(), 0.05)
+    with pytest.raises(ValueError, match=r"ip_noise_gamma must be 0 for Flux, got 0\.1: "):
+        trainer.assert_extra_args(parts.arguments(ip_noise_gamma=0.1), None, None)
+
+
 @pytest.mark.parametrize(
     ("script", "name"),
     [("lumina", "Lumina"), ("hunyuan_image", "HunyuanImage"), ("anima", "Anima")],
 )
 def test_refuses_other_networks_by_name_and_says_what_to_do(script, name):
+    """The line that it says changes the trainer's own target; Lumina's is latents - noise."""
     (module,) = parts.load_sd_scripts(f"{script}_train_network")
     trainer = getattr(module, f"{name}NetworkTrainer")()
-    said = rf"got a {name}NetworkTrainer .*regression_target\(target, s"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"got a {name}NetworkTrainer ") as refused:
         skip_step(trainer, 0.05)
+    (line,) = re.findall(r"write target = (.*)$", str(refused.value))
+    latents, noise = torch.randn(2, 8, 4, 4, 4).unbind(0)
+    sigmas, sign = torch.linspace(0.1, 0.9, 8).reshape(8, 1, 1, 1), -1 if name == "Lumina" else 1
+    x_t, target = (1 - sigmas) * latents + sigmas * noise, sign * (noise - latents)
+    names = {"target": target, "sigmas": sigmas, "noisy_model_input": x_t, **vars(s2dm_loss)}
+    criterion = SkipStepLoss(ContinuousSchedule.flow(), 0.05, prediction_type="flow")
+    changed, _ = criterion.regression_target(noise - latents, sigmas.flatten(), x_t)
+    torch.testing.assert_close(eval(line, names), sign * changed)  # noqa: S307 - ours
 
 
 def test_a_flow_matching_scheduler_needs_what_the_target_is():
