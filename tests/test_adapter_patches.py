@@ -221,6 +221,21 @@ def test_ai_toolkit_keeps_the_plain_loss_where_its_target_is_extrapolated_or_its
     assert losses[0].equal(losses[1])
 
 
+@pytest.mark.parametrize("arranged", [torch.negative, lambda flow: flow.movedim(1, 2)])
+def test_musubi_tuner_refuses_a_target_of_another_sign_or_shape(arranged):
+    """Z-Image's has the other sign; Kandinsky 5's and layered Qwen-Image's axes stand elsewhere."""
+    source = patched(*today.MUSUBI, today.source_of(*today.MUSUBI))
+    with pytest.raises(ValueError, match="the target must be noise - latents"):
+        today.musubi_tuner(source, lambda x_t, _: x_t, {}, 0.5, arranged=arranged)
+
+
+def test_simple_tuner_refuses_a_rollout():
+    """It tells another σ than that of x_t."""
+    source = patched(*today.SIMPLE_TUNER, today.source_of(*today.SIMPLE_TUNER))
+    with pytest.raises(ValueError, match="scheduled_sampling_max_step_offset must be 0"):
+        today.simple_tuner(source, lambda x_t, _: x_t, {}, 0.5, scheduled_sampling_plan=object())
+
+
 @pytest.mark.parametrize("mixflow", [False, True])
 def test_simple_tuner_reads_the_sigma_that_is_in_x_t(mixflow):
     """x_t = latents + σ flow, also where MixFlow tells the network another σ."""

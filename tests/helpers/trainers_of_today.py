@@ -124,7 +124,7 @@ def kohya_settings(sampling, scheme):
     return Anything(**settings, model_prediction_type="raw")
 
 
-def musubi_tuner(source, model, seen, tau=None, sampling="shift"):
+def musubi_tuner(source, model, seen, tau=None, sampling="shift", arranged=lambda flow: flow):
     """`process_batch`: the draw of t, the call and the loss."""
     root = root_of(TRAINERS["musubi-tuner"].variable)
     (times,) = load(root / "src", "musubi_tuner.training.timesteps")
@@ -135,7 +135,7 @@ def musubi_tuner(source, model, seen, tau=None, sampling="shift"):
 
     def call_dit(args, accelerator, dit, latents, batch, noise, x_t, timesteps, _):
         # The network is called with timesteps / 1000 in some architectures, past 1 by 0.001.
-        return SimpleNamespace(pred=dit(x_t, timesteps), target=noise - latents)
+        return SimpleNamespace(pred=dit(x_t, timesteps), target=arranged(noise - latents))
 
     trainer.call_dit = call_dit
     sigmas = torch.linspace(1, 0.001, 1000)
@@ -177,7 +177,7 @@ def ai_toolkit(
     return loss
 
 
-def simple_tuner(source, model, seen, tau=None, mixflow=False):
+def simple_tuner(source, model, seen, tau=None, mixflow=False, **given):
     """x_t and `loss` of the foundation that all its flow models extend."""
     namespace = names_of(SIMPLE_TUNER, tau, Enum=Enum, random=random)
     types_ = taken(source, "PredictionTypes", namespace)
@@ -194,7 +194,7 @@ def simple_tuner(source, model, seen, tau=None, mixflow=False):
     foundation._expand_sigma_values = lambda sigmas, _: sigmas.view(-1, 1, 1, 1)
     latents, noise, sigmas, _ = straight()
     batch = {"latents": latents, "noise": noise, "input_noise": noise, "sigmas": sigmas}
-    batch["timesteps"] = 1000 * sigmas.flatten()
+    batch |= {"timesteps": 1000 * sigmas.flatten(), **given}
     foundation._prepare_flow_noisy_latents(batch)
     output = model(batch["noisy_latents"], sigmas.flatten())
     seen.update(target=noise - latents)
