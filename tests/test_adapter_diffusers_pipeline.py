@@ -283,7 +283,7 @@ def test_flow_pipelines(name):
     turned = name == "data at 1"
     kind = "velocity" if turned else "flow"
     for correction, strength, scale in (
-        (EpsilonScaling, 1.02, lambda _: 1 / 1.02),
+        (EpsilonScaling, 1.02, lambda s: 1 - 0.02 / 1.02 * min(1, (1 - s) / 0.01) ** 2),
         (ScoreRescaling, 0.8, lambda s: ((1 - s) ** 2 + s**2) / ((1 - s) ** 2 / 0.8 + s**2)),
     ):
         with scaled_by_hand(pipe, scale):

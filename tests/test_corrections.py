@@ -37,6 +37,26 @@ def test_the_gain_its_inverse_and_epsilon_scaling():
     assert EpsilonScaling(LINEAR, [1.25]).scale(TIMES, 1.25).tolist() == [0.8] * 4
 
 
+@pytest.mark.parametrize(
+    ("schedule", "kind", "t", "ratio"),
+    [
+        *((FLOW, "flow", 1 - a, a) for a in (0.0, 1e-6, 3e-4, 0.01, 0.1, 1.0)),
+        (ContinuousSchedule.flow(data_at=1), "velocity", 1e-6, 1e-6),
+        (LINEAR, "v_prediction", 999, BAR[999].sqrt()),
+        (LINEAR, "sample", 999, (BAR / (1 - BAR))[999].sqrt()),
+        (LINEAR, "epsilon", 999, 1.0),
+        (LINEAR, "score", 0, 1.0),
+    ],
+)
+def test_epsilon_scaling_is_bounded_where_an_output_says_nothing_of_the_noise(
+    schedule, kind, t, ratio
+):
+    """The output changes by (s-1) ε̂ / ratio: UniPC and DPM++ begin a flow next to ratio 0."""
+    t = torch.tensor([t], dtype=torch.int64 if schedule is LINEAR else torch.float64)
+    s = EpsilonScaling(schedule, [1.25], prediction_type=kind).scale(t, 1.25)
+    assert s.item() - 1 == pytest.approx(-0.2 * min(1, (float(ratio) / 0.01) ** 2), rel=1e-6)
+
+
 @pytest.mark.parametrize(("psi", "options"), [(0.1, {"psi": 0.1}), (1.0, {})])
 def test_score_rescaling(psi, options):
     squared = (1 - BAR[TIMES]) / BAR[TIMES]  # σ²

@@ -23,12 +23,13 @@ from typing_extensions import override
 
 from s2dm_loss.checks import check_number, describe, plain_value, read_plain_value
 from s2dm_loss.coefficients import DEFAULT_MAX_C2, DEFAULT_TAU, gain
-from s2dm_loss.prediction import PredictionType, read_prediction_type
+from s2dm_loss.prediction import PathPoint, PredictionType, output_scales, read_prediction_type
 from s2dm_loss.sampling.scaled_model import ScaledModel
 from s2dm_loss.schedule import Schedule, check_schedule
 
 # Shares of the schedule for the coarse scan. On T = 1000 timesteps they are the skips 19, 49, …
 GAIN_SHARES = (-0.1, -0.05, -0.02, 0.02, 0.05, 0.1, 0.15, 0.2)
+_FULL_REACH = 0.01  # ratio from which on Epsilon Scaling is not bounded
 
 
 class Correction:
@@ -86,8 +87,7 @@ class Correction:
         """Return it as JSON's own types, less its schedule."""
         options = {name: getattr(self, name) for name in self.options}
         kept = {"type": type(self).__name__, "name": self.name, "none": self.none}
-        plain: dict[str, Any] = plain_value({**kept, "strengths": [*self.strengths], **options})
-        return plain
+        return dict(plain_value({**kept, "strengths": [*self.strengths], **options}))
 
     @override
     def __repr__(self) -> str:
@@ -192,14 +192,8 @@ class SkipGain(PredictionScaling):
 
     @override
     def scale(self, t: Tensor, strength: float) -> Tensor:
-        s = gain(
-            self.schedule,
-            abs(strength),
-            t=t,
-            tau=self.tau,
-            prediction_type=self.prediction_type,
-            max_c2=self.max_c2,
-        )
+        kind, most = self.prediction_type, self.max_c2
+        s = gain(self.schedule, abs(strength), t=t, tau=self.tau, prediction_type=kind, max_c2=most)
         return s if strength > 0 else 1 / s
 
     @override
@@ -209,7 +203,11 @@ class SkipGain(PredictionScaling):
 
 
 class EpsilonScaling(PredictionScaling):
-    """ε̂ / λ with one λ: Epsilon Scaling (Ning et al., arXiv 2308.15321)."""
+    """ε̂ / λ with one λ: Epsilon Scaling (Ning et al., arXiv 2308.15321).
+
+    An output with data in it changes by (s-1) ε̂ / ratio (see `coefficients`), which has no bound.
+    So where ratio < 0.01 (σ > 0.99 on flow matching), s - 1 is multiplied by (ratio / 0.01)².
+    """
 
     name: str = "epsilon scaling λ ="
 
@@ -226,7 +224,11 @@ class EpsilonScaling(PredictionScaling):
 
     @override
     def scale(self, t: Tensor, strength: float) -> Tensor:
-        return torch.full_like(t, 1 / strength, dtype=torch.float64)
+        scales = output_scales(self.prediction_type, PathPoint.at(self.schedule, t))
+        change = torch.full_like(t, 1 / strength - 1, dtype=torch.float64)
+        if scales.shift is not None:
+            change = change * (scales.ratio / _FULL_REACH).square().clamp(max=1)
+        return 1 + change
 
 
 class ScoreRescaling(PredictionScaling):
