@@ -16,11 +16,10 @@ from typing_extensions import Self, override
 
 from s2dm_loss.adapters.diffusers_scheduler import (
     is_the_path_of,
-    output_of,
     path_of,
     scheduler_of,
 )
-from s2dm_loss.adapters.diffusers_solvers import plain_config, solvers_of, steps_of
+from s2dm_loss.adapters.diffusers_solvers import plain_of, scheduler_from, solvers_of, steps_of
 from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.prediction import evaluating
@@ -56,8 +55,8 @@ def search_pipeline(
             pipe(prompts[0], num_inference_steps=found.steps)
 
     Solvers that the pipeline or its scheduler's config does not take, or that are for another
-    output, are left out, and named on stderr. The pipeline is used as it is: memory stays that of
-    one.
+    output or noise schedule, are left out, and named on stderr. The pipeline is used as it is:
+    memory stays that of one.
 
     Args:
         pipe: A diffusers pipeline with a `scheduler`.
@@ -95,12 +94,12 @@ def search_pipeline(
             one(schedule, prediction_type=kind)
             for one in (SkipGain, EpsilonScaling, ScoreRescaling)
         ]
+    runner = _Runner(pipe, steps, call)
     for one in corrections:
         if one.changes_noise:
             raise ValueError(
                 f"corrections must leave the start noise, which the pipeline draws, got {one!r}"
             )
-    runner = _Runner(pipe, steps, call)
     with _quiet(pipe, progress):
         solvers = runner.usable(solvers_of(pipe.scheduler, schedulers), images, progress)
         search = CorrectionSearch(
@@ -163,10 +162,7 @@ class PipelineRecommendation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found in JSON's own types, with the schedulers' configs."""
-        schedulers = {
-            name: {"class": type(one).__name__, "config": plain_config(one)}
-            for name, one in self._schedulers.items()
-        }
+        schedulers = {name: plain_of(one) for name, one in self._schedulers.items()}
         return {**self.recommendation.to_dict(), "schedulers": schedulers, "calls": self._calls}
 
     @classmethod
@@ -177,12 +173,7 @@ class PipelineRecommendation:
             TypeError, ValueError: if the pipeline's scheduler is of another schedule or prediction
                 type than the one that was searched with.
         """
-        import diffusers
-
-        schedulers = {
-            name: getattr(diffusers, one["class"]).from_config(one["config"])
-            for name, one in values["schedulers"].items()
-        }
+        schedulers = {name: scheduler_from(one) for name, one in values["schedulers"].items()}
         schedule, kind = path_of(next(iter(schedulers.values())))
         own, own_kind = path_of(scheduler_of(pipe))
         if kind != own_kind or not is_the_path_of(schedule, own, kind):
@@ -247,17 +238,23 @@ class _Runner:
             output = torch.as_tensor(output).movedim(-1, 1)
         return output.detach()
 
-    def usable(self, solvers: dict[str, Any], images: Tensor, progress: Progress) -> dict[str, Any]:
+    def usable(
+        self, solvers: dict[str, Callable[[], Any]], images: Tensor, progress: Progress
+    ) -> dict[str, Any]:
         """Return the solvers with which the pipeline gives an image; the first has to."""
         usable: dict[str, Any] = {}
-        predicted = output_of(next(iter(solvers.values())))
-        for name, scheduler in solvers.items():
+        path, predicted = path_of(self.pipe.scheduler)
+        for name, make in solvers.items():
             try:
-                if output_of(scheduler) != predicted:
+                scheduler = make()
+                own, takes = path_of(scheduler)
+                if takes != predicted:
                     raise ValueError(
-                        f"it takes the output for {output_of(scheduler)!r}, and it is "
+                        f"it takes the output for {takes!r}, and it is "
                         f"{predicted!r}: make it with from_config(pipe.scheduler.config)"
                     )
+                if not is_the_path_of(own, path, predicted):
+                    raise ValueError(f"it is on {own!r}, and the scheduler in use on {path!r}")
                 image = self(scheduler, self.network, torch.ones(1, 1))
                 if not bool(image.isfinite().all()):
                     raise ValueError("its image is not finite")

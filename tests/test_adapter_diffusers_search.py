@@ -4,6 +4,7 @@ The pipelines are tiny and their networks exact: for Gaussian data E[ε | x_t] i
 what each solver with each correction makes of the start noise is a factor that one run tells.
 """
 
+import inspect
 import json
 
 import numpy as np
@@ -18,11 +19,13 @@ from s2dm_loss.adapters.diffusers import (
     search_pipeline,
 )
 from s2dm_loss.adapters.diffusers_scheduler import path_of
+from s2dm_loss.adapters.diffusers_solvers import solvers_of
 from s2dm_loss.sampling import Recommendation, SkipGain, StartScaling
 from tests.helpers.diffusers_parts import Clipped, diffusers, make_scheduler, tiny_pipeline
 
 DEVIATION = 0.8
 SHAPE = (1, 2, 2)
+EULER = "FlowMatchEulerDiscreteScheduler"
 OPTIONS = {"clip_sample": False, "timestep_spacing": "trailing"}
 QUICK = {"steps": 2, "num_samples": 32, "batch_size": 32, "progress": False}
 
@@ -174,6 +177,65 @@ def test_trained_betas_are_kept(of):
     assert torch.equal(again.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
 
 
+def in_use(name, *args, **changed):
+    """A scheduler whose settings were changed after it was made."""
+    scheduler = make_scheduler(name, *args)
+    scheduler.register_to_config(**changed)
+    return scheduler
+
+
+def test_a_scheduler_that_was_changed_later_is_kept_as_it_is():
+    """As StableDiffusionPipeline changes its own."""
+    changed = in_use("DDIMScheduler", steps_offset=1, clip_sample=False)
+    flow = in_use(EULER)
+    flow.set_shift(6.0)
+    for scheduler in (changed, flow):
+        pipe = Pipeline(Exact(), scheduler)
+        found = search_pipeline(pipe, images_for(), schedulers=[], **QUICK)
+        again = PipelineRecommendation.from_dict(pipe, json.loads(json.dumps(found.to_dict())))
+        for one in (scheduler, again.scheduler):
+            one.set_timesteps(4)
+        assert torch.equal(again.scheduler.timesteps, scheduler.timesteps)
+        assert again.scheduler.config.get("clip_sample") == scheduler.config.get("clip_sample")
+
+
+NOT_CLIPPED = {"clip_sample": False}
+OF_LCM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "kept"),
+    [
+        (make_scheduler("DDIMScheduler"), {}),
+        (make_scheduler("PNDMScheduler"), NOT_CLIPPED),
+        (in_use("DDIMScheduler", steps_offset=1), {"steps_offset": 1}),
+        # Its default β are Stable Diffusion's.
+        (make_scheduler("LCMScheduler"), {**OF_LCM, **NOT_CLIPPED}),
+    ],
+)
+def test_a_solver_is_what_from_config_makes(scheduler, kept):
+    for name, make in [*solvers_of(scheduler, None).items()][1:]:
+        solver = make()
+        takes = inspect.signature(type(solver).__init__).parameters
+        options = {"skip_prk_steps": True} if name == "PNDM" else {}
+        line = type(solver).from_config(scheduler.config, **options)
+        expected = {n: v for n, v in {**line.config, **kept}.items() if n in takes}
+        assert {n: v for n, v in solver.config.items() if n in takes} == expected
+
+
+@pytest.mark.parametrize("shift", [None, 6.0])
+def test_the_shift_of_other_solvers_is_that_of_the_one_in_use(shift):
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    config = make_scheduler("UniPCMultistepScheduler", **flow).config
+    scheduler = type(make_scheduler(EULER)).from_config(config, shift=5.0)  # hides a flow_shift
+    if shift is not None:
+        scheduler.set_shift(shift)
+    solvers = [make() for make in solvers_of(scheduler, None).values()][1:]
+    found = [one.config.get("shift", one.config.get("flow_shift")) for one in solvers]
+    assert found == 3 * [shift or 5.0]
+    assert solvers_of(solvers[-1], None)["FlowMatchEuler"]().shift == (shift or 5.0)
+
+
 def test_what_was_found_for_another_pipeline_is_refused():
     found = search_pipeline(pipeline_of(), images_for(), schedulers=[], **QUICK)
     cosine = make_scheduler("DDIMScheduler", beta_schedule="squaredcos_cap_v2", **OPTIONS)
@@ -184,7 +246,7 @@ def test_what_was_found_for_another_pipeline_is_refused():
     other = pipeline_of()
     other.scheduler = make_scheduler("UniPCMultistepScheduler")
     with PipelineRecommendation.from_dict(other, found.to_dict()):
-        pass
+        deviation(other, 2)
 
 
 class Texts(Pipeline):
@@ -226,6 +288,41 @@ def test_solvers_for_another_output_are_left_out(capsys):
     assert "left out: UniPC (ValueError: it takes the output for 'epsilon', and it is" in said
 
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+
+
+def by_hand():
+    scheduler = make_scheduler("DDIMScheduler", **OPTIONS)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**0.9
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "tried", "said"),
+    [
+        (by_hand(), ["DDIM"], "UniPC (ValueError: it is on NoiseSchedule.linear(1000), and"),
+        (
+            make_scheduler("DDIMScheduler", **ZERO_SNR, **OPTIONS),
+            ["DDIM", "DPMSolver", "UniPC"],
+            "PNDM (ValueError: it is on NoiseSchedule.linear(1000), and",
+        ),
+        (
+            make_scheduler("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"),
+            ["DPMSolver", "DDIM", "PNDM", "UniPC"],
+            "DEIS (NotImplementedError: sde-dpmsolver++",
+        ),
+    ],
+    ids=["by hand", "zero snr", "sde"],
+)
+def test_solvers_of_another_schedule_or_that_cannot_be_made_are_left_out(
+    scheduler, tried, said, capsys
+):
+    pipe = Pipeline(Exact(), scheduler)
+    found = search_pipeline(pipe, images_for(), **{**QUICK, "steps": 4, "progress": True})
+    assert list(found.recommendation.cost.calls) == tried
+    assert f"left out: {said}" in capsys.readouterr().err
+
+
 def test_diffusers_own_pipeline_which_hands_eta_to_every_scheduler():
     """And returns NumPy's images, with the channels last."""
     pipe = tiny_pipeline()
@@ -263,6 +360,14 @@ def test_an_exception_leaves_the_pipeline_as_it_was():
         pass
 
 
+def pipeline_with(name):
+    """One with a function as one of its parts, or as its scheduler's step."""
+    pipe = pipeline_of()
+    *owner, last = name.split(".")
+    setattr(pipe.scheduler if owner else pipe, last, lambda *args: None)
+    return pipe
+
+
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
@@ -273,6 +378,7 @@ def test_an_exception_leaves_the_pipeline_as_it_was():
         ({"pipe": nn.Identity()}, TypeError, "pipe must be a diffusers pipeline"),
         ({"corrections": [StartScaling()]}, ValueError, "must leave the start noise"),
         ({"corrections": [Clipped()]}, ValueError, "must leave the start noise"),
+        ({"pipe": pipeline_with("scheduler.step")}, ValueError, "del scheduler.step"),
         (
             {"prompt_embeds": torch.ones(2), "labels": [1]},
             ValueError,
