@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from typing_extensions import Self, Unpack, override
 
-from s2dm_loss.adapters.diffusers_scheduler import is_the_path_of, path_of, scheduler_of
-from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
+from s2dm_loss.adapters.diffusers_scheduler import path_of, scheduler_of
+from s2dm_loss.adapters.diffusers_solvers import short_name
+from s2dm_loss.adapters.diffusers_step import Output, StepCorrection, check_correction
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.coefficients import GainOptions
 from s2dm_loss.prediction import PredictionType
@@ -92,13 +93,14 @@ def correct_pipeline(
     if isinstance(correction, Recommendation):
         if strength is not None:
             raise TypeError(f"strength must be left out for a Recommendation, got {strength!r}")
+        _check_sampler(correction, scheduler_of(pipe))
         strength, correction = correction.strength, correction.correction
     if isinstance(correction, StoredCorrection):
         correction = correction.on(path_of(scheduler_of(pipe))[0])
     elif not isinstance(correction, Correction):
         raise TypeError(
-            "correction must be a Correction with a strength, or what a search returned, got "
-            f"{describe(correction)}"
+            "correction must be a Correction with a strength, or a Recommendation, got "
+            f"{describe(correction)}: what search_pipeline returned goes on by `with found:`"
         )
     if strength is None:
         raise TypeError("strength must be given with a correction, such as 49 with SkipGain")
@@ -137,16 +139,21 @@ class PipelineCorrection:
         self._step: StepCorrection | None = None
         self._says = "nothing"
         if model is not network:
-            self._says = _checked(model, network, *path).extra_repr()
+            self._says = check_correction(model, network, *path).extra_repr()
             self._step = StepCorrection(self._scheduler, network, model)
         self.active: bool = True
         self._entered = False
 
     def remove(self) -> None:
         """Take the correction off; once is enough, twice does no harm."""
+        self._remove(warn=self.active)
+
+    def _remove(self, *, warn: bool) -> None:
         self.active = False
         if self._step is not None:
             self._step.remove()
+            if warn:
+                self._step.warn_of(self._pipe, stacklevel=3)
 
     def __enter__(self) -> Self:
         if not self.active:
@@ -162,22 +169,7 @@ class PipelineCorrection:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.remove()
-        if kind is not None or self._step is None:
-            return
-        if self._pipe.scheduler is not self._scheduler:
-            warnings.warn(
-                "pipe's scheduler was exchanged while the correction was on, and the new one had "
-                "none: put the correction on after the exchange",
-                stacklevel=2,
-            )
-        elif not self._step.used:
-            warnings.warn(
-                "scheduler.step was not called while the correction was on, so nothing was "
-                "corrected: a pipeline that steps in another way (ParaDiGMS by "
-                "batch_step_no_noise) or with another scheduler takes none",
-                stacklevel=2,
-            )
+        self._remove(warn=kind is None)
 
     @override
     def __repr__(self) -> str:
@@ -185,24 +177,12 @@ class PipelineCorrection:
         return f"{type(self).__name__}({self._says}, {type(self._scheduler).__name__}, {state})"
 
 
-def _checked(
-    model: nn.Module, network: nn.Module, schedule: Schedule, prediction_type: PredictionType
-) -> ScaledModel:
-    """Return the model of a correction, or say why it is none for a pipeline."""
-    if not isinstance(model, ScaledModel) or model.model is not network:
-        inner = f" of a {type(model.model).__name__}" if isinstance(model, ScaledModel) else ""
-        raise ValueError(
-            f"correction makes a {type(model).__name__}{inner} of the network; on a pipeline it "
-            "must make a ScaledModel of the network itself, which scales what that returns"
+def _check_sampler(found: Recommendation, scheduler: Any) -> None:
+    """Warn if a search has tried the scheduler in use, and recommends another one."""
+    name = short_name(scheduler)
+    if name in found.cost.calls and found.sampler.partition(" ")[0] != name:
+        warnings.warn(
+            f"correction was found for {found.sampler}, and the pipeline's scheduler is {name}: "
+            "exchange the scheduler first, or search with this one alone",
+            stacklevel=3,
         )
-    if model.prediction_type != prediction_type:
-        raise ValueError(
-            f"correction is for prediction_type {model.prediction_type!r}, and the pipeline's is "
-            f"{prediction_type!r}: make it with prediction_type={prediction_type!r}"
-        )
-    if not is_the_path_of(model.schedule, schedule, prediction_type):
-        raise ValueError(
-            f"correction is for {model.schedule!r}, and the pipeline's is {schedule!r}: make it "
-            "with schedule_of(pipe.scheduler)"
-        )
-    return model

@@ -20,7 +20,7 @@ from s2dm_loss.adapters.diffusers_scheduler import (
     scheduler_of,
 )
 from s2dm_loss.adapters.diffusers_solvers import plain_of, scheduler_from, solvers_of, steps_of
-from s2dm_loss.adapters.diffusers_step import Output, StepCorrection
+from s2dm_loss.adapters.diffusers_step import Output, StepCorrection, check_correction
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.prediction import evaluating
 from s2dm_loss.sampling.corrections import Correction, EpsilonScaling, ScoreRescaling, SkipGain
@@ -100,6 +100,9 @@ def search_pipeline(
             raise ValueError(
                 f"corrections must leave the start noise, which the pipeline draws, got {one!r}"
             )
+        for strength in one.strengths:
+            model = one.correct_model(runner.network, strength)
+            check_correction(model, runner.network, schedule, kind)
     with _quiet(pipe, progress):
         solvers = runner.usable(solvers_of(pipe.scheduler, schedulers), images, progress)
         search = CorrectionSearch(
@@ -158,7 +161,7 @@ class PipelineRecommendation:
     ) -> None:
         block, self._block = self._block, None
         if block is not None:
-            block.__exit__(None, None, None)
+            block.__exit__(kind, error, traceback)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found in JSON's own types, with the schedulers' configs."""
@@ -292,6 +295,7 @@ def _corrected(pipe: Any, scheduler: Any, network: Output, model: nn.Module) -> 
     before, pipe.scheduler = pipe.scheduler, scheduler
     try:
         yield
+        handle.warn_of(pipe, stacklevel=4)
     finally:
         handle.remove()
         pipe.scheduler = before

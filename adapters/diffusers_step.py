@@ -11,13 +11,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from s2dm_loss.adapters.diffusers_scheduler import is_flow, output_of
+from s2dm_loss.adapters.diffusers_scheduler import is_flow, is_the_path_of, output_of
+from s2dm_loss.prediction import PredictionType
+from s2dm_loss.sampling.scaled_model import ScaledModel
+from s2dm_loss.schedule import Schedule
 
 # What a pipeline hands to every scheduler, and not every `step` takes.
 _OPTIONAL = ("eta", "generator", "use_clipped_model_output")
@@ -26,12 +32,38 @@ _OPTIONAL = ("eta", "generator", "use_clipped_model_output")
 class Output(nn.Module):
     """Stands for a pipeline's network: returns the output that has come to `scheduler.step`."""
 
-    output: Any
+    def __init__(self) -> None:
+        """Make one; copies of a scheduler may step with it in threads, each with its own output."""
+        super().__init__()
+        self.here = threading.local()
 
     @override
     def forward(self, x_t: Tensor, t: Tensor) -> Any:
         del x_t, t
-        return self.output
+        return self.here.output
+
+
+def check_correction(
+    model: nn.Module, network: nn.Module, schedule: Schedule, prediction_type: PredictionType
+) -> ScaledModel:
+    """Return the model of a correction, or say why it is none for a pipeline."""
+    if not isinstance(model, ScaledModel) or model.model is not network:
+        inner = f" of a {type(model.model).__name__}" if isinstance(model, ScaledModel) else ""
+        raise ValueError(
+            f"correction makes a {type(model).__name__}{inner} of the network; on a pipeline it "
+            "must make a ScaledModel of the network itself, which scales what that returns"
+        )
+    if model.prediction_type != prediction_type:
+        raise ValueError(
+            f"correction is for prediction_type {model.prediction_type!r}, and the pipeline's is "
+            f"{prediction_type!r}: make it with prediction_type={prediction_type!r}"
+        )
+    if not is_the_path_of(model.schedule, schedule, prediction_type):
+        raise ValueError(
+            f"correction is for {model.schedule!r}, and the pipeline's is {schedule!r}: make it "
+            "with schedule_of(pipe.scheduler)"
+        )
+    return model
 
 
 class StepCorrection:
@@ -56,7 +88,7 @@ class StepCorrection:
         self._network, self._model = network, model
         self._kind = output_of(scheduler)
         self._before = scheduler.__dict__.get("step")
-        if isinstance(self._before, _Step) and self._before.handle.active:
+        if any(one.handle.active for one in _steps_in(scheduler.step)):
             raise ValueError(
                 f"pipe's {type(scheduler).__name__} has a correction already, and two would "
                 "multiply: remove the first handle. Another pipeline that shares the scheduler "
@@ -75,6 +107,24 @@ class StepCorrection:
             del self.scheduler.step
         else:
             self.scheduler.step = self._before
+
+    def warn_of(self, pipe: Any, stacklevel: int) -> None:
+        """Warn if what a pipeline has done while it was on is not corrected."""
+        now = pipe.scheduler
+        copied = any(one.handle is self for one in _steps_in(now.step))
+        if now is not self.scheduler and not copied:
+            warnings.warn(
+                "pipe's scheduler was exchanged while the correction was on, and the new one had "
+                "none: put the correction on after the exchange",
+                stacklevel=stacklevel + 1,
+            )
+        elif not self.used:
+            warnings.warn(
+                "scheduler.step was not called while the correction was on, so nothing was "
+                "corrected: a pipeline that steps in another way (ParaDiGMS by "
+                "batch_step_no_noise) or with another scheduler takes none",
+                stacklevel=stacklevel + 1,
+            )
 
     def corrected(self, scheduler: Any, output: Any, t: Any, sample: Tensor) -> Any:
         """Return the corrected output for one call of `step`."""
@@ -95,11 +145,11 @@ class StepCorrection:
             if kind != "epsilon":
                 # Euler's x_0 + σ ε, say, as the network has seen it.
                 sample = scheduler.scale_model_input(sample, t)
-        self._network.output = output
+        self._network.here.output = output
         try:
             return self._model(sample, time)
         finally:
-            self._network.output = None
+            del self._network.here.output
 
     def __deepcopy__(self, memo: object) -> Self:
         """Return the handle itself: it is for the copy of its scheduler as well."""
@@ -116,13 +166,21 @@ class _Step:
     def __init__(self, scheduler: Any, handle: StepCorrection) -> None:
         self.scheduler, self.handle, self.step = scheduler, handle, scheduler.step
         self.__signature__ = inspect.signature(scheduler.step)  # pipelines ask whether it has eta
+        takes = self.__signature__.parameters
+        self._takes_all = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+        if not takes.keys() >= {"model_output", "timestep", "sample"}:
+            raise ValueError(
+                "scheduler.step must name model_output, timestep and sample, got a step of "
+                f"{self.__signature__}: wrap it with functools.wraps"
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.handle.active:
             return self.step(*args, **kwargs)
         self.handle.used = True
-        takes = self.__signature__.parameters
-        kwargs = {n: v for n, v in kwargs.items() if n in takes or n not in _OPTIONAL}
+        if not self._takes_all:
+            takes = self.__signature__.parameters
+            kwargs = {n: v for n, v in kwargs.items() if n in takes or n not in _OPTIONAL}
         call = self.__signature__.bind(*args, **kwargs)
         given = call.arguments
         if given.get("per_token_timesteps") is not None:
@@ -147,6 +205,14 @@ class _Step:
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+
+def _steps_in(step: Any) -> Iterator[_Step]:
+    """Yield the corrected steps that a scheduler's `step` is, or wraps as functools.wraps does."""
+    while step is not None:
+        if isinstance(step, _Step):
+            yield step
+        step = getattr(step, "step" if isinstance(step, _Step) else "__wrapped__", None)
 
 
 def _check_scaled(scheduler: Any, sample: Tensor, t: Any) -> None:

@@ -2,10 +2,13 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import pickle
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -327,8 +330,12 @@ def test_two_pipelines_with_one_transformer_are_two():
         with shrink_pipeline(second, skip_set=0.1):  # each has its own, and none is scaled twice
             assert torch.equal(second(x), once)
             assert torch.equal(first(x), once)
-        with pytest.raises(ValueError, match=r"has a correction already.*shares the scheduler"):
-            shrink_pipeline(shared, skip_set=0.1)
+        step = first.scheduler.step
+        for put in (step, functools.wraps(step)(lambda *args, **call: step(*args, **call))):
+            first.scheduler.step = put
+            with pytest.raises(ValueError, match=r"has a correction already.*shares the sched"):
+                shrink_pipeline(shared, skip_set=0.1)
+        first.scheduler.step = step
     assert torch.equal(shared(x), plain)
 
 
@@ -368,6 +375,31 @@ def test_a_copy_of_the_scheduler_in_the_block_is_corrected_with_its_own_state():
     assert torch.equal(copied.step(u, t, x).prev_sample, plain)
 
 
+class Together(EpsilonScaling):
+    barrier = None
+
+    def scale(self, t, strength):
+        if self.barrier is not None:
+            self.barrier.wait(10)
+        return super().scale(t, strength)
+
+
+def test_copies_of_the_scheduler_step_in_threads():
+    """diffusers' examples/server-async serves requests so."""
+    pipe, x = flow_pipeline("shift 3")
+    pipe.scheduler.set_timesteps(4)
+    correction = Together(ContinuousSchedule.flow(), prediction_type="flow")
+
+    def step(output):
+        scheduler = copy.deepcopy(pipe.scheduler)
+        return scheduler.step(output, scheduler.timesteps[1], x).prev_sample
+
+    with correct_pipeline(pipe, correction, 1.05), ThreadPoolExecutor(2) as pool:
+        alone = [step(x), step(-x)]
+        correction.barrier = threading.Barrier(2)
+        assert all(map(torch.equal, pool.map(step, (x, -x)), alone))
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler"])
 def test_the_schedulers_attributes_are_copied_and_put_back(name, pipe):
     """StableDiffusionPanorama keeps them for each of its views."""
@@ -400,7 +432,13 @@ def test_a_scheduler_that_is_exchanged_in_the_block_is_told(pipe):
     said = "scheduler was exchanged while the correction was on"
     with pytest.warns(UserWarning, match=said), shrink_pipeline(pipe, 99):
         pipe.scheduler = make_scheduler("UniPCMultistepScheduler")
+    handle = shrink_pipeline(pipe, 99)
     pipe.scheduler = make_scheduler("DDIMScheduler")
+    with pytest.warns(UserWarning, match=said):
+        handle.remove()
+    with shrink_pipeline(pipe, 99):  # TextToVideoZero puts a copy on, which is corrected
+        pipe.scheduler = copy.deepcopy(pipe.scheduler)
+        images_of(pipe)
     with shrink_pipeline(pipe, 99):
         pipe.scheduler.register_to_config(prediction_type="v_prediction")
         with pytest.raises(ValueError, match=r"was 'epsilon' and is 'v_prediction'.*anew"):
@@ -426,7 +464,7 @@ class Composed(Correction):
 @pytest.mark.parametrize(
     ("correction", "strength", "said"),
     [
-        (None, 1.0, "correction must be a Correction with a strength"),
+        (None, 1.0, "correction must be a Correction with a strength.*`with found:`"),
         (SkipGain(LINEAR), None, "strength must be given"),
         (SkipGain(LINEAR), "49", "strength must be a real number"),
         (SkipGain(LINEAR, prediction_type="v_prediction"), 49, "is for prediction_type 'v_pred"),
@@ -445,6 +483,7 @@ def test_a_correction_that_is_none_for_the_pipeline_is_refused(correction, stren
     assert "step" not in pipe.scheduler.__dict__
 
 
+@pytest.mark.filterwarnings("ignore:scheduler.step was not called")
 def test_a_table_of_sigmas_is_for_networks_that_predict_the_noise(pipe):
     """There x_t is x_0 + σ ε, and the noise that is in an x_0 another."""
     sigmas = NoiseSchedule.from_sigmas((1 / BAR - 1).sqrt())
@@ -454,6 +493,7 @@ def test_a_table_of_sigmas_is_for_networks_that_predict_the_noise(pipe):
         correct_pipeline(pipe, EpsilonScaling(sigmas, prediction_type="sample"), 1.05)
 
 
+@pytest.mark.filterwarnings("ignore:scheduler.step was not called")
 def test_a_flow_scheduler_with_the_sigmas_of_edm_is_refused(pipe):
     """Cosmos-Predict2 writes them into its config, as here, and samples x_0 + σ ε."""
     with_scheduler(pipe, "FlowMatchEulerDiscreteScheduler", use_karras_sigmas=True)
@@ -488,6 +528,23 @@ def test_a_block_inside_its_own_is_refused(pipe):
         assert handle.active
 
 
+class Logged(diffusers.DDIMScheduler):
+    def step(self, model_output, timestep, sample, **options):
+        return super().step(model_output, timestep, sample, **options)
+
+
+def test_a_step_of_ones_own_gets_all_that_the_pipeline_hands_it(pipe):
+    pipe.scheduler = Logged(clip_sample=False)
+    with correct_pipeline(pipe, EpsilonScaling(LINEAR), 1 + 1e-6):
+        images = [pipe(1, torch.Generator().manual_seed(0), eta, 3, output_type="np").images
+                  for eta in (0.0, 1.0)]  # fmt: skip
+    assert abs(images[0] - images[1]).max() > 0.01
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **options: step(*args, **options)
+    with pytest.raises(ValueError, match=r"step must name model_output.*functools\.wraps"):
+        shrink_pipeline(pipe, skip_set=99)
+
+
 def test_what_is_refused(pipe):
     with pytest.raises(TypeError, match="pipe must be a diffusers pipeline"):
         shrink_pipeline(pipe.unet, skip_set=9)
@@ -505,12 +562,12 @@ def test_what_is_refused(pipe):
         pipe.scheduler.step(x, 1000.0, x, per_token_timesteps=t)
 
 
-def recommending(correction=None, strength=0.0):
+def recommending(correction=None, strength=0.0, samplers=("sample",)):
     """What a search returns that has found one correction to be surely better, or none."""
-    none = Candidate("sample", NONE, 0.0, 1.0)
-    better = Candidate("sample", correction, strength, 0.5, 1.0, -0.5, -0.6, -0.4, -0.4)
+    none = Candidate(samplers[0], NONE, 0.0, 1.0)
+    better = Candidate(samplers[-1], correction, strength, 0.5, 1.0, -0.5, -0.6, -0.4, -0.4)
     found = (none,) if correction is None else (none, better)
-    return Recommendation(found, (), SearchCost(((1, 1),), {"sample": 1}, 1, 1))
+    return Recommendation(found, (), SearchCost(((1, 1),), dict.fromkeys(samplers, 1), 1, 1))
 
 
 def test_what_a_search_recommends_on_a_pipeline(pipe):
@@ -527,3 +584,8 @@ def test_what_a_search_recommends_on_a_pipeline(pipe):
         with correct_pipeline(pipe, recommending()), nothing:
             pass
         assert (images_of(pipe) == corrected).all()
+    # It has tried the scheduler in use, and recommends another.
+    other = recommending(SkipGain(LINEAR, [99]), 99, ("DDIM", "UniPC"))
+    with pytest.warns(UserWarning, match="found for UniPC, and the pipeline's scheduler is DDIM"):
+        handle = correct_pipeline(pipe, other)
+    images_of(pipe, handle)

@@ -356,8 +356,17 @@ def test_an_exception_leaves_the_pipeline_as_it_was():
     with pytest.raises(RuntimeError, match="boom"), found:
         raise RuntimeError("boom")
     assert pipe.scheduler is scheduler
-    with found, pytest.raises(ValueError, match="is on already"), found:
-        pass
+    with pytest.warns(UserWarning, match="step was not called"), found:  # noqa: SIM117
+        with pytest.raises(ValueError, match="is on already"), found:
+            pass
+    with pytest.warns(UserWarning, match="was exchanged"), found:
+        pipe.scheduler = scheduler
+    with pytest.raises(TypeError, match="by `with found:`"):
+        correct_pipeline(pipe, found)
+
+
+OF_V = SkipGain(NoiseSchedule.linear(1000), prediction_type="v_prediction")
+OF_COSINE = SkipGain(NoiseSchedule.cosine(1000))
 
 
 def pipeline_with(name):
@@ -378,6 +387,8 @@ def pipeline_with(name):
         ({"pipe": nn.Identity()}, TypeError, "pipe must be a diffusers pipeline"),
         ({"corrections": [StartScaling()]}, ValueError, "must leave the start noise"),
         ({"corrections": [Clipped()]}, ValueError, "must leave the start noise"),
+        ({"corrections": [OF_V]}, ValueError, "is for prediction_type 'v_prediction', and"),
+        ({"corrections": [OF_COSINE]}, ValueError, r"is for NoiseSchedule.cosine\(1000\), and"),
         ({"pipe": pipeline_with("scheduler.step")}, ValueError, "del scheduler.step"),
         (
             {"prompt_embeds": torch.ones(2), "labels": [1]},
