@@ -205,6 +205,11 @@ class _Runner:
         for name in _OF_SEARCH:
             if name in call:
                 raise ValueError(f"call must leave {name} to the search, which sets it itself")
+        if self.call["output_type"] != "latent" and getattr(pipe, "safety_checker", None):
+            raise ValueError(
+                "pipe must have no safety_checker, whose black images would count as samples: "
+                "set pipe.safety_checker = None during the search"
+            )
         texts = {n: v for n, v in call.items() if isinstance(v, str) and "prompt" in n}
         self.listed = {
             name: value

@@ -389,6 +389,7 @@ def pipeline_with(name):
         ({"corrections": [Clipped()]}, ValueError, "must leave the start noise"),
         ({"corrections": [OF_V]}, ValueError, "is for prediction_type 'v_prediction', and"),
         ({"corrections": [OF_COSINE]}, ValueError, r"is for NoiseSchedule.cosine\(1000\), and"),
+        ({"pipe": pipeline_with("safety_checker")}, ValueError, "must have no safety_checker"),
         ({"pipe": pipeline_with("scheduler.step")}, ValueError, "del scheduler.step"),
         (
             {"prompt_embeds": torch.ones(2), "labels": [1]},
