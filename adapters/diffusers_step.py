@@ -35,7 +35,7 @@ class Output(nn.Module):
     def __init__(self) -> None:
         """Make one; copies of a scheduler may step with it in threads, each with its own output."""
         super().__init__()
-        self.here = threading.local()
+        self.here: threading.local = threading.local()
 
     @override
     def forward(self, x_t: Tensor, t: Tensor) -> Any:
