@@ -75,7 +75,8 @@ def correct_pipeline(
             images = pipe(num_inference_steps=10).images
 
     What a search has found goes in without a strength, `correct_pipeline(pipe, found)`; if it found
-    that no correction is better, nothing is changed.
+    that no correction is better, nothing is changed. A warning says if it has tried the pipeline's
+    scheduler, and recommends another.
 
     Args:
         pipe: A diffusers pipeline with a `scheduler`.
@@ -145,7 +146,7 @@ class PipelineCorrection:
         self._entered = False
 
     def remove(self) -> None:
-        """Take the correction off; once is enough, twice does no harm."""
+        """Take the correction off, and warn if it was never used; twice does no harm."""
         self._remove(warn=self.active)
 
     def _remove(self, *, warn: bool) -> None:

@@ -78,7 +78,7 @@ def _like(scheduler: Any, kind: type[Any], options: dict[str, Any]) -> Any:
 
     It is `kind.from_config(scheduler.config)`, where `kind` has its own default for what the config
     leaves at one. Kept besides are what the network was trained with, what was changed later (by
-    StableDiffusionPipeline, say), the shift of a flow, and that nothing is clipped.
+    StableDiffusionPipeline, say), and the shift of a flow. DDIM clips only where this one does.
     """
     config, takes, own = scheduler.config, _parameters(kind), _parameters(type(scheduler))
     unset = {*config.get("_use_default_values", ())}.intersection(own).difference(_OF_NETWORK)
@@ -109,7 +109,8 @@ def short_name(scheduler: Any) -> str:
 
 
 def _settings(scheduler: Any) -> dict[str, str]:
-    return {name: str(v) for name, v in scheduler.config.items() if not name.startswith("_")}
+    settings = {name: str(v) for name, v in scheduler.config.items() if not name.startswith("_")}
+    return {**settings, "set shift": str(_shift_of(scheduler))}
 
 
 def steps_of(scheduler: Any, calls: int) -> int:

@@ -109,10 +109,10 @@ class StepCorrection:
             self.scheduler.step = self._before
 
     def warn_of(self, pipe: Any, stacklevel: int) -> None:
-        """Warn if what a pipeline has done while it was on is not corrected."""
+        """Warn if nothing was corrected, as the pipeline took another scheduler or no step."""
         now = pipe.scheduler
-        copied = any(one.handle is self for one in _steps_in(now.step))
-        if now is not self.scheduler and not copied:
+        on = any(one.handle is self for one in _steps_in(getattr(now, "step", None)))
+        if now is not self.scheduler and not on:
             warnings.warn(
                 "pipe's scheduler was exchanged while the correction was on, and the new one had "
                 "none: put the correction on after the exchange",

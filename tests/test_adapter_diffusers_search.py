@@ -4,6 +4,7 @@ The pipelines are tiny and their networks exact: for Gaussian data E[ε | x_t] i
 what each solver with each correction makes of the start noise is a factor that one run tells.
 """
 
+import copy
 import inspect
 import json
 
@@ -228,8 +229,10 @@ def test_the_shift_of_other_solvers_is_that_of_the_one_in_use(shift):
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     config = make_scheduler("UniPCMultistepScheduler", **flow).config
     scheduler = type(make_scheduler(EULER)).from_config(config, shift=5.0)  # hides a flow_shift
+    before = copy.deepcopy(scheduler)
     if shift is not None:
         scheduler.set_shift(shift)
+    assert len(solvers_of(before, [scheduler])) == (1 if shift is None else 2)
     solvers = [make() for make in solvers_of(scheduler, None).values()][1:]
     found = [one.config.get("shift", one.config.get("flow_shift")) for one in solvers]
     assert found == 3 * [shift or 5.0]
