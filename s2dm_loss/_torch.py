@@ -6,12 +6,14 @@ may be active", "somebody may watch"), so that the loss stays right and only the
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -65,6 +67,26 @@ def real_tensors() -> Iterator[None]:
         pause = getattr(fake_tensor, "unset_fake_temporarily", nullcontext)
     with pause(), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+@contextmanager
+def before_each_call(hook: Callable[[nn.Module, object], None]) -> Iterator[None]:
+    """Have a hook called before each module is, in all threads.
+
+    Compiled code is compiled anew for another key of the hook, so each thread keeps its own, which
+    `register_module_forward_pre_hook` would not. torch warns that a compiled module calls it twice.
+    """
+    hooks: dict[int, object] = getattr(nn.modules.module, "_global_forward_pre_hooks", {})
+    key = -threading.get_ident()
+    mine = key not in hooks
+    try:
+        hooks[key] = hook
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are")
+            yield
+    finally:
+        if mine:
+            del hooks[key]
 
 
 def replicated_like(data: Tensor, *per_sample: Tensor) -> tuple[Any, ...]:

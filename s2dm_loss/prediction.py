@@ -20,9 +20,10 @@ and ratio = 1 / q, lift = 0 where there is no x_0 in the output.
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -30,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from s2dm_loss._torch import real_tensors
+from s2dm_loss._torch import before_each_call, real_tensors
 from s2dm_loss.checks import (
     check_batch,
     check_choice,
@@ -277,10 +278,28 @@ def _modules_of(model: Any) -> Iterator[nn.Module]:
     elif inspect.ismethod(model):
         yield from _modules_of(model.__self__)
     elif inspect.isfunction(model):
-        named = inspect.getclosurevars(model)
+        named = inspect.getclosurevars(inspect.unwrap(model))
         for value in (*named.nonlocals.values(), *named.globals.values()):
             if isinstance(value, nn.Module):
                 yield value
+
+
+class _Called(threading.local):
+    """The modules that `evaluating` has put into evaluation mode, in this thread."""
+
+    training: list[nn.Module] | None = None
+
+
+_called = _Called()
+
+
+def _evaluate(module: nn.Module, _: object = None) -> None:
+    """Put a module that is called into evaluation mode, where this thread is `evaluating`."""
+    if not torch.compiler.is_compiling() and _called.training is not None:
+        for part in module.modules() if module.training else ():
+            if part.training:
+                _called.training.append(part)
+                part.training = False
 
 
 @contextmanager
@@ -288,17 +307,20 @@ def evaluating(model: object) -> Iterator[None]:
     """Put the modules that a model is or calls into evaluation mode, and each back as it was.
 
     By their attribute: what a module's own `eval()` does, such as merging adapters, could not be
-    undone part by part.
+    undone part by part. A function's are found when it calls them; those that compiled code calls
+    only if the function names them.
     """
-    modules = (part for module in _modules_of(model) for part in module.modules())
-    training = [module for module in dict.fromkeys(modules) if module.training]
+    outer, _called.training = _called.training, []
     try:
-        for module in training:
-            module.training = False
-        yield
+        for module in _modules_of(model):
+            for part in module.modules():
+                _evaluate(part)
+        with nullcontext() if isinstance(model, nn.Module) else before_each_call(_evaluate):
+            yield
     finally:
-        for module in training:
+        for module in _called.training:
             module.training = True
+        _called.training = outer
 
 
 def _scales_beside(

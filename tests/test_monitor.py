@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import sys
+import threading
 import types
 from dataclasses import replace
 
@@ -392,7 +393,19 @@ def test_the_model_is_in_evaluation_mode_and_back_as_it_was():
 NAMED = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2))
 
 
+def named(x_t, t):
+    return NAMED(x_t)
+
+
 def ways_to_call(network):
+    holder = types.SimpleNamespace(ema=network, parts={"network": network})
+    yield torch.no_grad()(named)
+    yield torch.autocast("cpu", torch.bfloat16)(named)
+    yield lambda x_t, t: holder.ema(x_t)
+    yield lambda x_t, t: named(holder.parts["network"](x_t), t)
+    yield lambda x_t, t, net=network: net(x_t)
+    yield types.MethodType(lambda self, x_t, t: self.ema(x_t), holder)
+    yield torch.compile(named, backend="eager")
     network.guided = types.MethodType(lambda self, x_t, t: self(x_t), network)
     yield network.guided
     yield lambda x_t, t: network(x_t)
@@ -409,6 +422,33 @@ def test_a_function_that_calls_a_network_evaluates_it():
         assert seen == {False}
         assert all(part.training for part in NAMED.modules())
     assert NAMED[1].num_batches_tracked == 0
+
+
+def test_evaluating_leaves_other_threads_and_compiled_code_alone():
+    torch.compiler.reset()
+    trained, networks = [nn.Dropout(0.5)], [nn.Dropout(0.5)]
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    networks[0].compile(backend=backend, fullgraph=True)
+    networks.append(torch.compile(networks[0], backend=backend, fullgraph=True))
+
+    def model(x_t, t):
+        thread = threading.Thread(target=trained[0], args=(x_t,))
+        thread.start()
+        thread.join()
+        assert trained[0].training
+        return networks[1](networks[0](x_t))
+
+    counts = []
+    for _ in range(3):
+        validated(model, levels=2)
+        assert networks[0].training
+        counts.append(len(graphs))
+    assert counts[0] == counts[2] > 0
 
 
 def test_arguments_of_the_model_go_with_their_batch():
