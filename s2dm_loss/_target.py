@@ -167,18 +167,24 @@ class _Batch:
         """Return the batch, detached."""
         counts = torch.ones_like(target) if mask is None else (mask != 0).expand_as(target)
 
-        def flat(values: Tensor) -> Tensor:
+        def flat(name: str, values: Tensor) -> Tensor:
             # What does not count may be NaN.
             kept = torch.where(counts != 0, values.detach().double(), 0.0)
+            if not kept.isfinite().all():
+                raise ValueError(
+                    f"{name} must be finite where it counts, got {int((~kept.isfinite()).sum())} "
+                    f"values of {kept.numel()} that are not: see what the trainer divides by, or "
+                    "whether half precision overflows"
+                )
             return kept.reshape(len(target), -1)
 
         eps = max(torch.finfo(values.dtype).eps for values in (target, x_t))
         return cls(
-            flat(target),
+            flat("target", target),
             t.detach(),
-            flat(x_t),
-            flat(counts),
-            None if noise is None else flat(noise),
+            flat("x_t", x_t),
+            flat("mask", counts),
+            None if noise is None else flat("noise", noise),
             eps,
         )
 
@@ -196,8 +202,10 @@ class _Batch:
             d = a * q - b * p
             ratio, lift = a / d, -p / d
         epsilon = ratio[:, None] * self.target + lift[:, None] * self.x_t
-        sizes = [self.mean(values.square()).sqrt() for values in (self.target, self.x_t)]
-        rounding = self.eps * (ratio.abs() * sizes[0] + lift.abs() * sizes[1])
+        # ratio · target is ε - lift · x_t if it is right. By its own size a wrong one, much too
+        # large, would say nothing.
+        lifted = lift.abs() * self.mean(self.x_t.square()).sqrt()
+        rounding = self.eps * (1 + 2 * lifted)
         square, correlation = self.mean(epsilon.square()) - 1, self._correlation(epsilon, b)
         error = off_path = None
         if self.noise is not None:

@@ -415,6 +415,22 @@ def test_only_what_counts_under_a_mask_is_judged():
         trainer.check("v_prediction", target=target, mask=values < 16)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("given", [True, False], ids=["noise", ""])
+def test_no_sample_is_left_out_for_what_is_wrong_with_it(kind, given):
+    trainer = Trainer(LINEAR, "half", shape=(256, 64))
+    noise, target = trainer.noise if given else None, trainer.target(kind).clone()
+    target[:100] *= 1e7
+    trainer.fails("is not what", kind, target=target, noise=noise)
+    for bad in (math.nan, math.inf):
+        target[:100] = bad
+        with pytest.raises(ValueError, match=r"target must be finite .*, got 6400 values of 16384"):
+            trainer.check(kind, target=target, noise=noise)
+        trainer.x_t[7, 3] = bad
+        with pytest.raises(ValueError, match="x_t must be finite where it counts, got 1 values"):
+            trainer.check(kind, noise=noise)
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_half_precision_next_to_the_data_is_not_accused(kind):
     """There ε̂ is a small difference over a small σ: rounding adds to its mean square."""
