@@ -28,6 +28,8 @@ _GROUPS = 8
 _STANDARD_ERRORS = 4.0
 # What tables in float32 and inputs in half precision may change a mean by.
 _SLACK = 0.01
+# A v tells its schedule by what the size of the data differs from that of the noise.
+_SAME_SIZE = 0.1
 # Samples in which rounding moves ε̂ by more, which are those next to the data, say nothing.
 _MOST_ROUNDING = 0.03
 
@@ -94,17 +96,17 @@ def check_target(
         mask: Which values count, of a shape that broadcasts to that of `target`; not 0 where one
             does.
         noise: The trainer's noise ε, of the same shape. With it the prediction type is judged
-            exactly, for any number of values, and so is a reversed time on data of variance 1,
-            which nothing else detects. Where the target is the noise alone, schedule and time are
-            judged by x_t, from some 1,000 values on.
+            exactly, for any number of values, and so are a reversed time and, of a v, the schedule
+            on data of variance near 1, which nothing else detects. Where the target is the noise
+            alone, schedule and time are judged by x_t, from some 1,000 values on.
 
     Returns:
         What was measured.
 
     Raises:
         AssertionError: if it is another target; the message names the readings that fit it.
-        ValueError: if there are too few values to judge without `noise`, or an argument is not as
-            said.
+        ValueError: if `noise` is needed, for too few values or for a v that fits on data of root
+            mean square 0.9 to 1.1, or an argument is not as said.
     """
     if not isinstance(criterion, SkipStepLoss):
         own = ": pass its `.criterion`" if hasattr(criterion, "criterion") else ""
@@ -134,7 +136,25 @@ def check_target(
             f"{criterion.prediction_type!r} on {criterion.schedule!r} is not what the trainer "
             f"trains.\n{report}\n{_remedy(batch, criterion, t, path)}"
         )
+    if noise is None and criterion.prediction_type == "v_prediction":
+        _check_size(batch, path)
     return report
+
+
+def _check_size(batch: _Batch, path: PathPoint) -> None:
+    """Raise ValueError for data as large as the noise, which any rotation of (x_t, v) turns into.
+
+    On a variance-preserving path x_0 = a x_t - b v.
+    """
+    data = path.a[:, None] * batch.x_t - path.b[:, None] * batch.target
+    size = float((data.square() * batch.counts).sum() / batch.counts.sum()) ** 0.5
+    on_circle = torch.hypot(path.a, path.b).allclose(torch.ones_like(path.a))
+    if on_circle and abs(size - 1) < _SAME_SIZE:
+        raise ValueError(
+            "noise must be given to judge a v on data of root mean square 0.9 to 1.1, got none on "
+            f"data of {size:.2f}: there a v fits every variance-preserving schedule. Pass the "
+            "trainer's noise"
+        )
 
 
 def _check_mask(mask: object, target: Tensor) -> None:

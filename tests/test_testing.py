@@ -307,7 +307,8 @@ def test_8192_values_tell_the_prediction_type(schedule, kinds):
     """On data of variance 1, where a v has mean square 1 too, and others."""
     for (seed, data), kind in itertools.product(enumerate(DATA), kinds):
         trainer = Trainer(schedule, data, seed=seed)
-        report = trainer.check(kind)
+        needed = kind == "v_prediction" and schedule in (LINEAR, GVP) and data != "half"
+        report = trainer.check(kind, noise=trainer.noise if needed else None)
         assert report.fits
         assert 7000 < report.values <= 8192  # float32 says nothing next to the data
         assert report.mean_square == pytest.approx(1, abs=0.06)
@@ -352,6 +353,18 @@ def test_the_noise_tells_the_direction_of_time_on_data_of_variance_1(data_at):
     discrete = Trainer(LINEAR, "half")
     discrete.t = 999 - discrete.t
     discrete.fails("time turned round, 999 - t", "v_prediction")
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE])
+@pytest.mark.parametrize("data", ["normal", "signs"])
+def test_a_v_on_data_of_variance_1_asks_for_the_noise(schedule, data):
+    """There (v, x_t) is a rotation of (x_0, ε) by any schedule, as far as two means can tell."""
+    trainer = Trainer(LINEAR, data, shape=(256, 64))
+    with pytest.raises(ValueError, match=r"noise must be given .* got none on data of 1\.0"):
+        trainer.check("v_prediction", schedule=schedule)
+    if schedule is COSINE:
+        trainer.fails("is not what", "v_prediction", schedule=COSINE, noise=trainer.noise)
+    assert trainer.check("v_prediction", noise=trainer.noise).fits
 
 
 def test_a_path_of_sigma_is_named():
@@ -400,7 +413,7 @@ def test_a_noise_is_judged_where_no_data_are_left(kind):
 
 
 def test_only_what_counts_under_a_mask_is_judged():
-    trainer, values = Trainer(LINEAR, shape=(64, 4, 64)), torch.arange(64)
+    trainer, values = Trainer(LINEAR, "half", (64, 4, 64)), torch.arange(64)
     target = trainer.target("v_prediction")
     target[..., 40:] = 7.0
     report = trainer.check("v_prediction", target=target, mask=values < 40)
@@ -435,7 +448,7 @@ def test_no_sample_is_left_out_for_what_is_wrong_with_it(kind, given):
 def test_half_precision_next_to_the_data_is_not_accused(kind):
     """There ε̂ is a small difference over a small σ: rounding adds to its mean square."""
     early = torch.arange(128) // 2 * torch.tensor([0, 15]).repeat(64)
-    trainer = Trainer(LINEAR, "normal", shape=(128, 256), t=early)
+    trainer = Trainer(LINEAR, "half", shape=(128, 256), t=early)
     trainer.x_t = trainer.x_t.bfloat16()
     for noise in (None, trainer.noise.bfloat16()):
         report = trainer.check(kind, target=trainer.target(kind).bfloat16(), noise=noise)
