@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,9 +86,9 @@ def check_swap(
 
     It finds a scale or a target that is not the trainer's, a wrong order of arguments, a loss that
     explodes or dies at an end of the schedule, a schedule that does not act, and a model that is
-    called more often than before. It cannot detect a wrong prediction type, nor reliably a reversed
-    time: at τ = 1 the loss is the trainer's own squared error whatever it is told. `check_target`
-    detects both.
+    called more often than before. It cannot detect a wrong prediction type or x_t (x_0 in its
+    place, say), nor reliably a reversed time: at τ = 1 the loss is the trainer's own squared error
+    whatever it is told. `check_target`, given what the swap gives to the loss, detects them.
 
     Args:
         trainers_loss: Calls the model it is given, once, and returns the trainer's own loss: a
@@ -99,8 +100,9 @@ def check_swap(
         rtol: Tolerance of the comparison at τ = 1, relative to the largest entry.
         ratio_low: Smallest ratio of gradients at `tau` that is accepted.
         ratio_high: Largest. The defaults hold for every built-in schedule at τ = 0.99.
-        output_of: Makes the stand-in's output from x_t; Gaussian noise of the shape of x_t if not
-            given. For networks with more or fewer channels out than in.
+        output_of: Makes the stand-in's output from Gaussian noise of the shape of x_t, which is the
+            output if not given. For networks with more or fewer channels out than in, such as
+            `lambda x: torch.cat([x, x], 1)` for a learned variance.
         seed: Seed of all random numbers.
 
     Raises:
@@ -125,7 +127,9 @@ def check_swap(
     norm, plain_norm = (_rows(each).norm(dim=1) for each in (grad, plain_grad))
     ratio = torch.where(plain_norm > 0, norm / plain_norm, norm + 1)
     bad = ~((ratio >= ratio_low) & (ratio <= ratio_high)) | ~value.isfinite().all()
-    _, strong, _ = _run(lambda m: swapped_loss(m, _STRONG_TAU), output_of, seed)
+    with warnings.catch_warnings():  # of a τ that nobody trains with
+        warnings.filterwarnings("ignore", "the gain at the last timestep")
+        _, strong, _ = _run(lambda m: swapped_loss(m, _STRONG_TAU), output_of, seed)
     report = SwapReport(
         times=probe.times,
         plain=float(plain.sum()),
@@ -166,13 +170,12 @@ class _Probe(nn.Module):
         x_t, t = _read_call(args, kwargs)
         self.calls += 1
         self.times = torch.as_tensor(t).detach().flatten()
+        # Not the trainer's own numbers, nor x_t: they hold its noise, and the output may be right.
+        source = torch.Generator("cpu").manual_seed(self.seed + 1)
+        drawn = torch.randn(x_t.shape, generator=source, dtype=torch.float64, device="cpu")
+        output = drawn.to(x_t)
         if self.output_of is not None:
-            output = self.output_of(x_t).detach().clone()
-        else:
-            # Not the trainer's own numbers, which may be its noise, and the output all right.
-            source = torch.Generator("cpu").manual_seed(self.seed + 1)
-            drawn = torch.randn(x_t.shape, generator=source, dtype=torch.float64, device="cpu")
-            output = drawn.to(x_t)
+            output = self.output_of(output).detach().clone()
         self.output = output.requires_grad_()
         vars(output)["sample"] = output  # as diffusers' networks return it
         return (output,) if kwargs.get("return_dict") is False else output

@@ -211,6 +211,22 @@ def test_several_gpus_are_no_warning(monkeypatch):
     check_swap(EPSILON.loss, RIGHT)
 
 
+@pytest.mark.filterwarnings("error:the gain at the last timestep")
+def test_a_right_swap_of_a_learned_variance_passes_without_a_warning():
+    """An output that is x_t is the noise itself at t = 999, where the gradient says nothing."""
+    trainer = Swap(LINEAR, "epsilon", T.repeat(4), X0.repeat(4, 1, 1, 1))
+    right = trainer.by(skip=49)
+
+    def mean_of(model):
+        return lambda x_t, t: model(x_t, t)[:, :3]
+
+    check_swap(
+        lambda model: trainer.loss(mean_of(model)),
+        lambda model, tau: right(mean_of(model), tau),
+        output_of=lambda x: torch.cat([x, x], 1),
+    )
+
+
 @pytest.mark.parametrize(
     "call",
     [
