@@ -24,7 +24,7 @@ from s2dm_loss.coefficients import (
 from s2dm_loss.head import REDUCTIONS, Reduction, weighted_square
 from s2dm_loss.prediction import PathPoint, PredictionType, warn_if_the_start_fails
 from s2dm_loss.schedule import Schedule
-from s2dm_loss.skip_set import SkipSet
+from s2dm_loss.skip_set import SkipSet, warn_if_sampled_early
 from s2dm_loss.tables import TimeTable
 from s2dm_loss.terms import LossTerms, loss_terms
 from s2dm_loss.timesteps import times_at
@@ -69,6 +69,7 @@ class LossTable:
             row = self._rows_at(times[:1])
             if weighting is not None:
                 self._check_weighting(weighting, times if timesteps is None else timesteps)
+        warn_if_sampled_early(skip_set, schedule, stacklevel=3)
         warn_if_the_start_fails(
             schedule, prediction_type, lambda t: self._coefficients(t).gain, stacklevel=3
         )

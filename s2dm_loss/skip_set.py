@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -248,6 +249,22 @@ class _SamplingStride(SkipSet):
     @override
     def __repr__(self) -> str:
         return f"SkipSet.for_sampling_steps({self.num_inference_steps})"
+
+
+def warn_if_sampled_early(skip_set: SkipSet, schedule: Schedule, *, stacklevel: int) -> None:
+    """Warn where all sampled timesteps are early ones: they may be of something else."""
+    steps = schedule.timesteps
+    if not isinstance(skip_set, _SampledTimesteps) or steps is None or skip_set._count:
+        return
+    first, last = skip_set.timesteps[0], skip_set.timesteps[-1]
+    if 2 * last < steps.numel() - 1:
+        warnings.warn(
+            f"the sampled timesteps go from {first:g} to {last:g}, on a schedule whose last is "
+            f"{steps.numel() - 1}, and all later t are paired with {last:g}. Right for a sampler "
+            "that starts there, such as img2img; not for σ, indices or another schedule's "
+            "timesteps, in place of which give `scheduler.timesteps` on this one",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:

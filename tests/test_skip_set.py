@@ -1,12 +1,16 @@
 """Which earlier time each t is paired with, against plain loops over the definition."""
 
+import contextlib
+import functools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import nn
 
-from s2dm_loss import NoiseSchedule, SkipSet, gain
+from s2dm_loss import NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss, gain
 from tests.strategies import FLOW, VP
 
 SCHEDULE = NoiseSchedule.linear(100)
@@ -42,6 +46,26 @@ def test_from_timesteps_pairs_with_the_latest_sampled_before(timesteps):
     skipped = sorted(set(range(100)) - visited)
     if skipped:
         assert pairs(SkipSet.from_skipped(skipped, 100)) == expected
+
+
+@pytest.mark.parametrize(
+    ("visited", "count", "warns"),
+    [
+        ([14.61, 3.2, 0.03, 0.0], 1000, True),  # Euler's sigmas
+        (range(20), 1000, True),  # the steps' indices
+        (range(0, 1000, 50), 4000, True),  # another schedule's
+        (range(0, 1000, 50), 1000, False),
+        ([i * i for i in range(29)], 1000, False),  # DDIM's "quad", to 0.8 T
+        ([0], 1, False),
+    ],
+)
+def test_timesteps_that_are_all_early_are_warned_of(visited, count, warns):
+    schedule = NoiseSchedule.linear(count, 1e-5, 0.02)
+    said = f"go from 0 to {max(visited):g}, on a schedule whose last is {count - 1}"
+    for make in (SkipStepLoss, functools.partial(ScaledModel.with_gain, nn.Identity())):
+        with pytest.warns(UserWarning, match=said) if warns else contextlib.nullcontext():
+            make(schedule, SkipSet.from_timesteps(visited))
+    SkipStepLoss(schedule, SkipSet.from_skipped(range(count // 3 + 1, count), count))
 
 
 def test_a_sampler_that_skips_nothing():

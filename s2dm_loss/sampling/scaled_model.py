@@ -32,7 +32,7 @@ from s2dm_loss.prediction import (
     warn_if_the_start_fails,
 )
 from s2dm_loss.schedule import Schedule, check_schedule
-from s2dm_loss.skip_set import Skips, SkipSet
+from s2dm_loss.skip_set import Skips, SkipSet, warn_if_sampled_early
 from s2dm_loss.tables import TabledModule, TimeTable
 
 
@@ -114,8 +114,10 @@ class ScaledModel(FixedSettings, TabledModule):
         Raises:
             TypeError, ValueError: if an argument is not as said.
         """
-        scale = _Gain(check_schedule(schedule), SkipSet.wrap(skip_set), options)
+        skip_set = SkipSet.wrap(skip_set)
+        scale = _Gain(check_schedule(schedule), skip_set, options)
         scaled = cls(model, schedule, scale, prediction_type=options.get("prediction_type"))
+        warn_if_sampled_early(skip_set, schedule, stacklevel=2)
         warn_if_the_start_fails(schedule, scaled.prediction_type, scale, stacklevel=2)
         return scaled
 
