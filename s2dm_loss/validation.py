@@ -24,7 +24,7 @@ from s2dm_loss.prediction import PathPoint, evaluating, read_output
 from s2dm_loss.schedule import Schedule, log_snr_at
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.timesteps import times_at
-from s2dm_loss.validation_result import ValidationLoss
+from s2dm_loss.validation_result import ValidationLoss, same_samples
 from s2dm_loss.weighting import weights_at
 
 _OF_SKIP_STEP = ("skip_set", "tau", "estimator", "normalize", "max_c2")
@@ -88,7 +88,7 @@ def validation_loss(
     place = _device_of(model) if device is None else torch.device(device)
     rank, world_size = rank_and_size()
     indices: list[int] = []
-    means: list[float] = []
+    fingerprints: list[list[float]] = []
     losses = [torch.empty(0, len(criteria), levels, dtype=torch.float64, device="cpu")]
     with evaluating(model), torch.no_grad(), _own_random_numbers(place, seed):
         for batch in _bar(batches, shown=progress and rank == 0):
@@ -99,8 +99,8 @@ def validation_loss(
                 index = [rank + world_size * (len(indices) + j) for j in range(len(x0))]
             losses.append(_losses_of(criteria, model, x0, model_kwargs, index, levels, seed))
             indices += index
-            means += x0.double().reshape(len(x0), -1).mean(1).tolist()
-    index_of, mean_x0, found = _joined(indices, means, torch.cat(losses))
+            fingerprints += _fingerprints(x0)
+    index_of, fingerprint, found = _joined(indices, fingerprints, torch.cat(losses))
     middle = (torch.arange(levels, dtype=torch.float64, device="cpu") + 0.5) / levels
     # From noise to data, whichever way the schedule's time runs.
     times = times_at(schedule, middle)
@@ -117,7 +117,7 @@ def validation_loss(
         settings["timesteps"] = list(sampled)  # of which a skip set's name has a few
     return ValidationLoss(
         index=index_of,
-        mean_x0=mean_x0,
+        fingerprint=fingerprint,
         losses=dict(zip(criteria, found[..., order].unbind(1), strict=True)),
         log_snr=log_snr.tolist(),
         settings=settings,
@@ -219,33 +219,45 @@ def _read_batch(
     return x0, moved, index
 
 
+def _fingerprints(x0: Tensor) -> list[list[float]]:
+    """Return each sample's sum with fixed signs over √D, which is ± about its size, and its size.
+
+    A mean would be 0 for all standardised samples.
+    """
+    values = x0.reshape(len(x0), -1).to("cpu", torch.float64)
+    drawn = torch.randint(2, values.shape[1:], generator=_source(0, 0), device="cpu")
+    sums = values @ (2.0 * drawn - 1).double() / values.shape[1] ** 0.5
+    found: list[list[float]] = torch.stack([sums, values.square().mean(1).sqrt()], 1).tolist()
+    return found
+
+
 def _joined(
-    indices: list[int], means: list[float], losses: Tensor
+    indices: list[int], fingerprints: list[list[float]], losses: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the samples of all processes, each once, in the order of their index."""
     mine = (
         torch.tensor(indices, dtype=torch.int64, device="cpu"),
-        torch.tensor(means, dtype=torch.float64, device="cpu"),
+        torch.tensor(fingerprints, dtype=torch.float64, device="cpu").reshape(-1, 2),
         losses,
     )
     parts: list[Any] = [mine] * rank_and_size()[1]
     if len(parts) > 1:
         distributed.all_gather_object(parts, mine)
-    index, mean_x0, losses = (torch.cat(values) for values in zip(*parts, strict=True))
+    index, fingerprint, losses = (torch.cat(values) for values in zip(*parts, strict=True))
     if not len(index):
         raise ValueError(
             "batches must hold at least one sample, got none: was an iterator used up before?"
         )
     index, order = index.sort(stable=True)
-    mean_x0, losses = mean_x0[order], losses[order]
+    fingerprint, losses = fingerprint[order], losses[order]
     # A distributed sampler repeats samples to fill its last batch.
     first = torch.ones_like(index, dtype=torch.bool)
     first[1:] = index[1:] != index[:-1]
-    same = torch.isclose(mean_x0[1:], mean_x0[:-1], rtol=1e-3, equal_nan=True)
+    same = same_samples(fingerprint[1:], fingerprint[:-1])
     if bool((~first[1:] & ~same).any()):
         i = int((~first[1:] & ~same).nonzero()[0])
         raise ValueError(f"index must differ between samples, got {int(index[i])} for several")
-    return index[first], mean_x0[first], losses[first]
+    return index[first], fingerprint[first], losses[first]
 
 
 def _device_of(model: object) -> torch.device | None:

@@ -520,6 +520,19 @@ def test_only_the_same_is_compared():
         result.compare(0.3)
 
 
+def test_samples_are_told_apart_whatever_their_mean_and_type():
+    """Each of mean 0, as standardised data are; and some much larger than others."""
+    ours, theirs = (x0 - x0.mean(1, keepdim=True) for x0 in torch.randn(2, 500, 192))
+    ours *= torch.logspace(-3, 3, 500)[:, None]
+    result = validated(Recorder(), ours, levels=2)
+    assert result.compare(validated(Recorder(), ours.bfloat16(), levels=2)).differences
+    for other in (theirs, 1.1 * ours, ours.flip(1)):
+        with pytest.raises(ValueError, match="same samples"):
+            result.compare(validated(Recorder(), other, levels=2))
+    with pytest.raises(ValueError, match="index must differ"):
+        validated(Recorder(), [(ours, {}, [7] * 500)], levels=2)
+
+
 def test_a_result_of_another_machine_is_compared():
     """Whose logarithms may differ in their last digit, as those of CPUs without AVX2 do."""
     result = validated(levels=4)
