@@ -109,6 +109,8 @@ def validation_loss(
         "schedule": _without_address(schedule),
         "levels": levels,
         "seed": seed,
+        # A path of one's own has no name, and log SNR does not tell its scale.
+        "alpha": [float(f"{alpha:.6g}") for alpha in schedule.alpha_sigma(times)[0].tolist()],
         **_settings(criteria["plain"], "prediction_type", "weighting"),
         **_weights_of(criteria["plain"], times),
         **_settings(criteria.get("skip_step"), *_OF_SKIP_STEP),

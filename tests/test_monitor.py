@@ -520,6 +520,20 @@ def test_only_the_same_is_compared():
         result.compare(0.3)
 
 
+def test_two_paths_of_one_snr_are_two_schedules():
+    def result(scale):
+        path = ContinuousSchedule.from_alpha_sigma(lambda t: (scale(t), 10 * t * scale(t)))
+        return json.loads(json.dumps(validated(schedule=path, levels=4).to_dict()))
+
+    of_sigma, preserving = map(
+        ValidationLoss.from_dict,
+        (result(torch.ones_like), result(lambda t: (1 + 100 * t * t) ** -0.5)),
+    )
+    assert of_sigma.log_snr == pytest.approx(preserving.log_snr)
+    with pytest.raises(ValueError, match="other must have the same alpha"):
+        of_sigma.compare(preserving)
+
+
 def test_samples_are_told_apart_whatever_their_mean_and_type():
     """Each of mean 0, as standardised data are; and some much larger than others."""
     ours, theirs = (x0 - x0.mean(1, keepdim=True) for x0 in torch.randn(2, 500, 192))
