@@ -108,8 +108,9 @@ class SkipLoss(nn.Module):
             options: As for the class. `prediction_type` left out,
                 `scheduler.config.prediction_type` is read at each call, as scripts set it inside
                 their loop. Two cases have to be said by name: "sample", and for a FlowMatch
-                scheduler "flow" (target = noise - x_0, as Flux) or "sample" (target = x_0, as SD3
-                with `--precondition_outputs`).
+                scheduler "flow" (target = noise - x_0, as Flux), "sample" (target = x_0, as SD3
+                with `--precondition_outputs`) or "velocity" (of a scheduler with `invert_sigmas`,
+                whose σ counts the data: target = x_0 - noise, as Mochi).
 
         Raises:
             TypeError: if `scheduler` is no diffusers scheduler, or an option is unknown.
@@ -117,7 +118,7 @@ class SkipLoss(nn.Module):
         """
         schedule, name = schedule_of(scheduler), type(scheduler).__name__
         prediction_type = options.get("prediction_type")
-        if prediction_type not in ("flow", "sample") and schedule.timesteps is None:
+        if prediction_type not in ("flow", "sample", "velocity") and schedule.timesteps is None:
             raise ValueError(
                 f"prediction_type must be given for a {name}, whose config does not say it: 'flow' "
                 "where target = noise - x_0 (Flux; SD3 with --precondition_outputs 0), 'sample' "

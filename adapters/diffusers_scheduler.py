@@ -30,7 +30,8 @@ def schedule_of(scheduler: Any) -> Schedule:
 
     Where the config's `beta_schedule` gives the scheduler's table to float32 rounding, it is
     rebuilt in float64, since c at k = 1 loses four digits in float32; else the table is taken as
-    it is. Zero terminal SNR is ᾱ = 0 at the end, also where the scheduler writes 2^-24 for it.
+    it is. Zero terminal SNR is ᾱ = 0 at the end, also where the scheduler writes 2^-24 for it. With
+    `invert_sigmas` (Mochi) the time is its σ too, which counts the data: they lie at 1.
 
     Raises:
         TypeError: if `scheduler` is no diffusers scheduler.
@@ -41,7 +42,7 @@ def schedule_of(scheduler: Any) -> Schedule:
     if config is None or not callable(getattr(scheduler, "set_timesteps", None)):
         raise TypeError(f"scheduler must be a diffusers scheduler, got a {name}")
     if name.startswith("FlowMatch"):
-        return ContinuousSchedule.flow()
+        return ContinuousSchedule.flow(data_at=1 if config.get("invert_sigmas") else 0)
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         reason = (

@@ -221,6 +221,20 @@ def test_a_loss_that_cannot_be_made(name, config, options, said):
         make_loss(make_scheduler(name, **config), **options)
 
 
+@pytest.mark.filterwarnings("ignore:prediction_type .flow. is noise minus data")
+@pytest.mark.parametrize("kind", ["flow", "velocity"])
+def test_sigmas_that_count_the_data(kind):
+    """Mochi: x_t = σ x_0 + (1-σ) ε, so that an upright scheduler at 1 - σ has the same loss."""
+    options = {"skip_set": 0.02, "prediction_type": kind}
+    upright, inverted = (
+        make_loss(make_scheduler(FLOW, **o), **options) for o in ({}, {"invert_sigmas": True})
+    )
+    pred, target, _, noisy = batch()
+    t, sign = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]), 1 if kind == "flow" else -1
+    found = inverted(sign * pred, sign * target, 1 - t, noisy)
+    torch.testing.assert_close(found, upright(pred, target, t, noisy))
+
+
 def test_wrong_calls():
     pred, target, t, noisy = batch()
     wide = torch.cat([noisy, noisy], 1)
