@@ -39,6 +39,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or bool(_functorch_is_active())
 
 
+def reading_is_free(t: Tensor) -> bool:
+    """Whether values can be read without a device sync and outside any tracer."""
+    return type(t) is Tensor and t.device.type == "cpu" and not is_traced()
+
+
 def needs_plain_operators(tensor: Tensor) -> bool:
     """Return whether more is asked of an operation than its gradient by autograd.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
-from s2dm_loss._torch import drawn_by, is_traced, real_tensors, wide_dtype
+from s2dm_loss._torch import drawn_by, reading_is_free, real_tensors, wide_dtype
 from s2dm_loss.checks import check_number, describe
 from s2dm_loss.paths import (
     PROBES,
@@ -186,7 +186,7 @@ class ContinuousSchedule:
         """
         if not t.is_floating_point():
             raise TypeError(f"t must hold floating-point times in [0, 1], got {describe(t)}")
-        if _reading_is_free(t) and not bool(is_inside(t).all()):
+        if reading_is_free(t) and not bool(is_inside(t).all()):
             raise ValueError(
                 f"t must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}: "
                 "a trainer's timesteps are divided by their number first"
@@ -219,7 +219,7 @@ class ContinuousSchedule:
                 data. Where values cannot be read (compiled, on a GPU) it is infinite.
         """
         rates = derivatives_of(self._log_alpha_sigma, self._times(t))
-        if _reading_is_free(t):
+        if reading_is_free(t):
             check_finite(repr(self), t, rates)
         return rates
 
@@ -304,8 +304,3 @@ def _read_data_at(data_at: object) -> DataAt:
             f"data_at must be 0 or 1, the time at which the data lie, got {describe(data_at)}"
         )
     return 1 if data_at == 1 else 0
-
-
-def _reading_is_free(t: Tensor) -> bool:
-    """Whether values can be read without a device sync and outside any tracer."""
-    return type(t) is Tensor and t.device.type == "cpu" and not is_traced()

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from s2dm_loss._torch import drawn_by, wide_dtype
+from s2dm_loss._torch import drawn_by, reading_is_free, wide_dtype
 from s2dm_loss.checks import describe
 from s2dm_loss.schedule import Schedule, since_data
 
@@ -90,6 +90,11 @@ def draw(
                 f"one device, got {name} = {describe(value)}"
             )
     schedule.check_timesteps(t)
+    if weights is not None and reading_is_free(weights) and not bool((weights >= 0).all()):
+        raise ValueError(
+            "timesteps must return weights of at least 0 in (t, weights), got values from "
+            f"{weights.min().item()} to {weights.max().item()}: p_uniform(t) / p(t) is never less"
+        )
     return t, weights
 
 

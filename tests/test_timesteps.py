@@ -88,6 +88,15 @@ def test_what_a_function_returns_is_checked(returned, named):
         draw(lambda n, **_: returned, FLOW, 3, device="cpu")
 
 
+@pytest.mark.parametrize("bad", [-1.0, torch.nan])
+def test_weights_of_a_function_are_not_negative(bad):
+    def drawn(n, **_):
+        return torch.rand(n), torch.tensor([1.0, bad, 2.0])
+
+    with pytest.raises(ValueError, match="must return weights of at least 0"):
+        draw(drawn, FLOW, 3, device="cpu")
+
+
 def test_times_of_the_wrong_kind_are_refused():
     with pytest.raises(TypeError, match="integer timesteps"):
         draw(lambda n, **_: torch.rand(n), LINEAR, 3, device="cpu")
