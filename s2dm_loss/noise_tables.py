@@ -12,6 +12,8 @@ from s2dm_loss.checks import as_float64, check_all
 
 # From this length on, numbers in (0, 1) that fall from above one half are taken for ᾱ.
 _TELLING_LENGTH = 10
+# From this length on, β that fall all the way are turned round.
+_TURNED = 20
 # From this length on a table is a whole schedule, which goes on to noise.
 _WHOLE = 100
 # What else a table that runs the wrong way may be, which turning it round would not mend.
@@ -29,7 +31,7 @@ def read_betas(betas: Any) -> Tensor:
             f"betas must be the β of each timestep, got values that fall from {table[0]:.3g} "
             f"to {table[-1]:.3g}, which look like ᾱ: from_alphas_cumprod takes them"
         )
-    if len(table) >= _WHOLE and bool((table.diff() < 0).all()):
+    if len(table) >= _TURNED and bool((table.diff() < 0).all()):
         raise ValueError(
             "betas must be the β of each timestep, which grow with the noise, got values that fall "
             f"from {table[0]:.3g} to {table[-1]:.3g}: turn the table round, `betas.flip(0)`"
