@@ -122,7 +122,8 @@ class LossByNoise:
 
         With several processes it is over all of them, and every process has to call it: the sums
         are added up in one all-reduce. A bin without losses has no mean, and one with a single loss
-        no standard error; their keys are left out.
+        no standard error; their keys are left out. The standard errors are those of times drawn
+        independently: with stratified times they are too large, several times over.
         """
         sums = self._reduced()
         rows = torch.cat([sums.sum(1, keepdim=True), sums], dim=1).T.tolist()
@@ -132,7 +133,7 @@ class LossByNoise:
             if count > 0:
                 found[""][label] = mean = total / count
             if count > 1:
-                variance = (squares - count * mean**2) / (count - 1)
+                variance = (squares - count * mean * mean) / (count - 1)
                 # Rounding may leave less than 0; NaN stays NaN.
                 found["_error"][label] = math.sqrt(0.0 if variance < 0 else variance / count)
         return {

@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 from s2dm_loss.checks import check_batch, check_count, describe
 from s2dm_loss.loss import LossOptions, SkipStepLoss
 from s2dm_loss.prediction import PathPoint, evaluating, read_output
-from s2dm_loss.schedule import Schedule, log_snr_at
+from s2dm_loss.schedule import Schedule, check_schedule, log_snr_at
 from s2dm_loss.skip_set import Skips, SkipSet
 from s2dm_loss.timesteps import times_at
 from s2dm_loss.validation_result import ValidationLoss, same_samples
@@ -80,9 +80,12 @@ def validation_loss(
             "sample would be one: give `x0.split(64)`"
         )
     shared: LossOptions = {**options, "reduction": "none"}
-    # At τ = 1, which is the plain loss, any skips will do.
+    # At τ = 1, which is the plain loss, any skips will do; one timestep has none but these.
     plain: LossOptions = {**shared, "tau": 1.0}
-    criteria = {"plain": SkipStepLoss(schedule, SkipSet.for_sampling_steps(2), **plain)}
+    steps = check_schedule(schedule).timesteps
+    alone = steps is not None and len(steps) == 1
+    skips = SkipSet.from_timesteps([0]) if alone else SkipSet.for_sampling_steps(2)
+    criteria = {"plain": SkipStepLoss(schedule, skips, **plain)}
     if skip_set is not None:
         criteria["skip_step"] = SkipStepLoss(schedule, skip_set, **shared)
     place = _device_of(model) if device is None else torch.device(device)

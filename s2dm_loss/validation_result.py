@@ -226,6 +226,7 @@ class Comparison:
         for kind in self.differences:
             mean, (low, high) = self.overall(kind).mean, self.interval(kind)
             verdict = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
+            verdict = verdict if math.isfinite(mean) else "not finite"
             reference = fmean(self.reference[kind])
             percent = 100 * mean / reference if reference else math.nan
             lines.append(
@@ -256,12 +257,17 @@ def same_samples(mine: Tensor, theirs: Tensor) -> Tensor:
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """Return a quantile of Student's t, by its expansion in 1 / degrees; NaN for none.
+    """Return a quantile of Student's t, exact for 1 and 2 degrees; NaN for none.
 
-    Abramowitz and Stegun 26.7.5: within 0.5 % of a 97.5 % quantile from 4 degrees on.
+    Else its expansion in 1 / degrees, Abramowitz and Stegun 26.7.5: within 0.5 % of a 97.5 %
+    quantile from 4 degrees on.
     """
     if degrees < 1:
         return math.nan
+    if degrees == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if degrees == 2:
+        return (2 * probability - 1) / math.sqrt(2 * probability * (1 - probability))
     z: float = NormalDist().inv_cdf(probability)
     terms: tuple[float, ...] = (
         (z**3 + z) / 4,

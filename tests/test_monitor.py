@@ -117,6 +117,11 @@ def test_equal_losses_have_no_error():
     assert filled([5] * 1000, [0.3] * 1000).compute()["loss_error/all"] == 0
 
 
+def test_a_sum_of_squares_beyond_float64_is_no_overflow():
+    losses = torch.tensor([1e160, 1.0], dtype=torch.float64)
+    assert filled([1, 500], losses).compute()["loss/all"] == 5e159
+
+
 def test_a_loss_that_is_not_finite_shows_in_its_bin_alone():
     found = filled([0, 999], [math.nan, 1.0], bins=2).compute()
     assert math.isnan(found["loss/all"])
@@ -360,6 +365,13 @@ def test_the_batch_size_changes_nothing(schedule):
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
 
 
+def test_a_schedule_of_one_timestep_has_a_validation_loss():
+    betas = NoiseSchedule.from_betas([0.5])
+    model = Recorder()
+    assert validated(model, schedule=betas, levels=2).overall().mean > 0
+    assert all((t == 0).all() for _, t, _ in model.calls)
+
+
 def test_batches_may_be_empty_and_samples_numbers():
     torch.testing.assert_close(
         losses_of(validated(batches=[X0[:0], X0, X0[:0]])), losses_of(validated()), rtol=0, atol=0
@@ -498,6 +510,12 @@ def test_a_comparison_is_paired():
     assert "not told apart" in str(first.compare(first))
     wide, narrow = first.compare(second, confidence=0.99), first.compare(second, confidence=0.5)
     assert wide.interval()[0] < compared.interval()[0] < narrow.interval()[0]
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_not_compared(scale):
+    broken = validated(Recorder(scale), levels=4).compare(validated(levels=4))
+    assert str(broken).startswith("plain loss not finite: ")
 
 
 def test_only_the_same_is_compared():
@@ -707,3 +725,5 @@ def test_quantiles_of_students_t(degrees, probability):
     tolerance = 0.005 if degrees >= 9 or (degrees, probability) == (4, 0.975) else 0.08
     assert t_quantile(probability, degrees) == pytest.approx(expected, rel=tolerance)
     assert math.isnan(t_quantile(probability, 0))
+    for few in (1, 2):
+        assert t_quantile(probability, few) == pytest.approx(stats.t.ppf(probability, few))
