@@ -31,7 +31,7 @@ def read_betas(betas: Any) -> Tensor:
             f"betas must be the β of each timestep, got values that fall from {table[0]:.3g} "
             f"to {table[-1]:.3g}, which look like ᾱ: from_alphas_cumprod takes them"
         )
-    if len(table) >= _TURNED and bool((table.diff() < 0).all()):
+    if len(table) >= _TURNED and table[0] > table[-1] and bool((table.diff() <= 0).all()):
         raise ValueError(
             "betas must be the β of each timestep, which grow with the noise, got values that fall "
             f"from {table[0]:.3g} to {table[-1]:.3g}: turn the table round, `betas.flip(0)`"

@@ -102,7 +102,7 @@ def check_swap(
         ratio_high: Largest. The defaults hold for every built-in schedule at τ = 0.99.
         output_of: Makes the stand-in's output from Gaussian noise of the shape of x_t, which is the
             output if not given. For networks with more or fewer channels out than in, such as
-            `lambda x: torch.cat([x, x], 1)` for a learned variance.
+            `lambda x: torch.cat([x, x], 1)` for a learned variance. Of zeros no skip can be seen.
         seed: Seed of all random numbers.
 
     Raises:
