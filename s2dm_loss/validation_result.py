@@ -290,7 +290,7 @@ def _figure(label: str) -> tuple[Figure, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "a figure needs matplotlib: pip install 's2dm-loss[plot]'", name="matplotlib"
+            "a figure needs matplotlib: pip install matplotlib", name="matplotlib"
         ) from error
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()

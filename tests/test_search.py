@@ -683,7 +683,7 @@ def test_its_figure(result, monkeypatch):
     far = Candidate("sample", GAIN, 9, INF, 0.0, INF, INF, INF)
     found(NO, far).plot().canvas.draw()  # without a scan, and without a distance
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if not installed
-    with pytest.raises(ImportError, match=r"pip install 's2dm-loss\[plot\]'"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         result.plot()
 
 

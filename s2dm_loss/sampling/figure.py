@@ -22,7 +22,7 @@ def draw(found: Recommendation) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plot needs matplotlib: pip install 's2dm-loss[plot]'") from error
+        raise ImportError("plot needs matplotlib: pip install matplotlib") from error
     scanned = {id(p.correction): p.correction for p in found.scan}
     corrections = [c for c in scanned.values() if not isinstance(c, NoCorrection)]
     columns = 1 + len(corrections)
