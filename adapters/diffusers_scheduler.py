@@ -5,6 +5,7 @@ Trainers that are built on diffusers' schedulers read them through here as well.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import suppress
 from typing import Any
 
@@ -23,6 +24,9 @@ CONFIGURED = ("epsilon", "v_prediction", "sample")
 # More than the relative difference of ᾱ between diffusers' float32 tables and the same schedule in
 # float64; measured over its schedulers and schedules it stays below 4e-5.
 _FLOAT32_ROUNDING = 1e-4
+# Options that change the path, which few schedulers take, and at which they change nothing: Mochi's
+# and CogVideoX's.
+_OF_SOME = {"invert_sigmas": False, "snr_shift_scale": 1.0}
 
 
 def schedule_of(scheduler: Any) -> Schedule:
@@ -41,6 +45,7 @@ def schedule_of(scheduler: Any) -> Schedule:
     config = getattr(scheduler, "config", None)
     if config is None or not callable(getattr(scheduler, "set_timesteps", None)):
         raise TypeError(f"scheduler must be a diffusers scheduler, got a {name}")
+    _check_ignored(scheduler)
     if name.startswith("FlowMatch"):
         return ContinuousSchedule.flow(data_at=1 if config.get("invert_sigmas") else 0)
     table = getattr(scheduler, "alphas_cumprod", None)
@@ -71,6 +76,22 @@ def schedule_of(scheduler: Any) -> Schedule:
     return NoiseSchedule.from_alphas_cumprod(table)
 
 
+def _check_ignored(scheduler: Any) -> None:
+    """Raise ValueError if a scheduler does not do what its config, made for another one, asks for.
+
+    `from_config` keeps such options. The scheduler then samples on another path than the network's.
+    """
+    takes = inspect.signature(type(scheduler).__init__).parameters
+    for option, neutral in _OF_SOME.items():
+        value = scheduler.config.get(option, neutral)
+        if value != neutral and option not in takes:
+            raise ValueError(
+                f"scheduler must do what its config says, got {option}={value!r} of a "
+                f"{type(scheduler).__name__}, which ignores it and samples on another path than "
+                "the network was trained on: take the pipeline's own class of scheduler"
+            )
+
+
 def scheduler_of(pipe: Any) -> Any:
     """Return a pipeline's scheduler, or raise TypeError."""
     if not hasattr(pipe, "scheduler"):
@@ -91,6 +112,7 @@ def path_of(scheduler: Any) -> tuple[Schedule, PredictionType]:
         ValueError: if its path is none of these; the message gives the reason.
     """
     if is_flow(scheduler):
+        _check_ignored(scheduler)
         sigma_max = scheduler.config.get("sigma_max") or 0
         # Cosmos-Predict2 writes it there. UniPC has its own: of σ / (1 - σ) (Cosmos-Predict2.5).
         if sigma_max > 1 and not hasattr(scheduler, "alphas_cumprod"):

@@ -22,6 +22,8 @@ _DIFFUSION: dict[str, dict[str, Any]] = {
     "UniPCMultistepScheduler": {},
 }
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+# What other schedulers make of the σ of flow matching by these is none.
+_FLOW |= dict.fromkeys(("use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas"), False)
 _FLOWS: dict[str, dict[str, Any]] = {
     "FlowMatchEulerDiscreteScheduler": {},
     "FlowMatchHeunDiscreteScheduler": {},

@@ -137,6 +137,7 @@ class StepCorrection:
         if is_flow(scheduler):
             if scheduler.step_index is None:
                 scheduler._init_step_index(t)
+                _check_sigmas(scheduler)
             # The rounding of a shift can lead past 1.
             time = scheduler.sigmas[scheduler.step_index].clamp(0, 1)
         else:
@@ -213,6 +214,18 @@ def _steps_in(step: Any) -> Iterator[_Step]:
         if isinstance(step, _Step):
             yield step
         step = getattr(step, "step" if isinstance(step, _Step) else "__wrapped__", None)
+
+
+def _check_sigmas(scheduler: Any) -> None:
+    """Raise ValueError unless σ goes from 1 to 0, or from 0 to 1 where it counts the data."""
+    sigmas, falls = scheduler.sigmas, scheduler.sigmas.diff()
+    falls = -falls if output_of(scheduler) == "velocity" else falls
+    if not bool((sigmas.max() < 1.001) & (falls < 1e-6).all()):
+        raise ValueError(
+            "scheduler must have the σ of flow matching, from 1 to 0, got values from "
+            f"{float(sigmas[0]):.4g} over {float(sigmas.max()):.4g} to {float(sigmas[-1]):.4g}: "
+            "set use_beta_sigmas, use_exponential_sigmas and use_karras_sigmas to False"
+        )
 
 
 def _check_scaled(scheduler: Any, sample: Tensor, t: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -96,7 +97,8 @@ class LossTable:
         The data are those of the form, of the output's shape; what this loss has no use for may be
         None.
         """
-        values = output.shape[self._reduction.first_axis :].numel()
+        # Not `numel`, which makes a constant of a size that an export leaves open.
+        values = math.prod(output.shape[self._reduction.first_axis :])
         # ξ, the third, follows the type of the others.
         share, slope, *scales = self._forms[form].at(t, _result_dtype(output, *data[:2]), values)
         if weights is not None:

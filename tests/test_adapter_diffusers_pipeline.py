@@ -510,6 +510,37 @@ def test_a_flow_scheduler_with_the_sigmas_of_edm_is_refused(pipe):
     shrink_pipeline(pipe, skip_set=0.05).remove()
 
 
+@pytest.mark.parametrize(
+    ("own", "option"),
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
+        (diffusers.CogVideoXDDIMScheduler(snr_shift_scale=3.0), "snr_shift_scale=3.0"),
+    ],
+)
+def test_a_scheduler_that_ignores_what_its_config_says_of_the_path_is_refused(own, option, pipe):
+    """Mochi's and CogVideoX's, by README's line for a better solver."""
+    pipe.scheduler = own
+    shrink_pipeline(pipe, SkipSet.for_sampling_steps(20))  # their own do it
+    flow = OF_FLOW if "invert" in option else {}
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(own.config, **flow)
+    with pytest.raises(ValueError, match=rf"got {option} of a UniPC.*ignores it"):
+        shrink_pipeline(pipe, SkipSet.for_sampling_steps(20))
+    if not flow:
+        with pytest.raises(ValueError, match="ignores it"):
+            schedule_of(pipe.scheduler)
+
+
+@pytest.mark.parametrize("made", ["beta", "exponential", "karras"])
+def test_sigmas_that_are_none_of_a_flow_are_refused(made, pipe):
+    """As diffusers' UniPC makes them of a flow's with these options: up to 157, or rising."""
+    options = {**OF_FLOW, f"use_{made}_sigmas": True}
+    scheduler = with_scheduler(pipe, "UniPCMultistepScheduler", **options).scheduler
+    scheduler.set_timesteps(4, sigmas=[1.0, 0.75, 0.5, 0.25] if made == "karras" else None)
+    x = torch.randn(2, 1, 8, 8)
+    with shrink_pipeline(pipe, 0.05), pytest.raises(ValueError, match="must have the σ of flow"):
+        scheduler.step(x, scheduler.timesteps[0], x)
+
+
 def test_a_pipeline_that_does_not_call_step_is_told(pipe):
     """StableDiffusionParadigms calls `batch_step_no_noise`."""
     scheduler = with_scheduler(pipe, "DDIMParallelScheduler").scheduler

@@ -82,21 +82,31 @@ def test_a_loss_in_continuous_time_pickles_and_moves():
     assert torch.equal(again.from_output(*data), criterion.from_output(*data))
 
 
+class Step(nn.Module):
+    def __init__(self, criterion):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, eps_hat, noise, t):
+        return self.criterion.from_output(eps_hat, noise, t)
+
+
 def test_export_leaves_nothing_behind():
-    class Step(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.criterion = Loss().make()
-
-        def forward(self, eps_hat, noise, t):
-            return self.criterion.from_output(eps_hat, noise, t)
-
-    step, arguments = Step(), (*normals(2, 4, 3), T)
+    step, arguments = Step(Loss().make()), (*normals(2, 4, 3), T)
     for strict in (False, True):
         exported = torch.export.export(step, arguments, strict=strict).module()
         torch.testing.assert_close(exported(*arguments), step(*arguments))
         Loss().check(step.criterion)
         Loss().check(copy.deepcopy(step.criterion))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_export_takes_any_batch(reduction):
+    step, arguments = Step(SkipStepLoss(LINEAR, 9, reduction=reduction)), (*normals(2, 4, 3), T)
+    batch = {0: torch.export.Dim("batch", max=64)}
+    exported = torch.export.export(step, arguments, dynamic_shapes=(batch, batch, batch)).module()
+    shorter = [tensor[:3] for tensor in arguments]
+    torch.testing.assert_close(exported(*shorter), step(*shorter))
 
 
 @KINDS
