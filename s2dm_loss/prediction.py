@@ -277,8 +277,10 @@ def _modules_of(model: Any) -> Iterator[nn.Module]:
             yield from _modules_of(part)
     elif inspect.ismethod(model):
         yield from _modules_of(model.__self__)
+    elif hasattr(model, "__wrapped__"):
+        yield from _modules_of(model.__wrapped__)
     elif inspect.isfunction(model):
-        named = inspect.getclosurevars(inspect.unwrap(model))
+        named = inspect.getclosurevars(model)
         for value in (*named.nonlocals.values(), *named.globals.values()):
             if isinstance(value, nn.Module):
                 yield value

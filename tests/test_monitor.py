@@ -413,6 +413,8 @@ def ways_to_call(network):
     holder = types.SimpleNamespace(ema=network, parts={"network": network})
     yield torch.no_grad()(named)
     yield torch.autocast("cpu", torch.bfloat16)(named)
+    yield functools.wraps(network)(lambda x_t, t: network(x_t))
+    yield functools.wraps(len)(lambda x_t, t: network(x_t))
     yield lambda x_t, t: holder.ema(x_t)
     yield lambda x_t, t: named(holder.parts["network"](x_t), t)
     yield lambda x_t, t, net=network: net(x_t)
