@@ -147,10 +147,10 @@ class PipelineCorrection:
 
     def remove(self) -> None:
         """Take the correction off, and warn if it was never used; twice does no harm."""
-        self._remove(warn=self.active)
+        self._remove(warn=True)
 
     def _remove(self, *, warn: bool) -> None:
-        self.active = False
+        warn, self.active = warn and self.active, False
         if self._step is not None:
             self._step.remove()
             if warn:

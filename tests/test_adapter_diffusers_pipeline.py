@@ -439,6 +439,10 @@ def test_a_scheduler_that_is_exchanged_in_the_block_is_told(pipe):
     with shrink_pipeline(pipe, 99):  # TextToVideoZero puts a copy on, which is corrected
         pipe.scheduler = copy.deepcopy(pipe.scheduler)
         images_of(pipe)
+    with shrink_pipeline(pipe, 99) as handle:
+        images_of(pipe)
+        handle.remove()  # what happens from here on is not its business
+        pipe.scheduler = make_scheduler("DDIMScheduler")
     with shrink_pipeline(pipe, 99):
         pipe.scheduler.register_to_config(prediction_type="v_prediction")
         with pytest.raises(ValueError, match=r"was 'epsilon' and is 'v_prediction'.*anew"):
