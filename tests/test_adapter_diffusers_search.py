@@ -280,48 +280,44 @@ def test_what_is_one_for_all_prompts(prompt, given):
     search_pipeline(pipe, images_for(), schedulers=[], prompt=prompt, **given, **QUICK)
 
 
-def test_solvers_for_another_output_are_left_out(capsys):
-    given = [make_scheduler("UniPCMultistepScheduler")]
-    given.append(make_scheduler("DEISMultistepScheduler", prediction_type="v_prediction"))
-    pipe = pipeline_of("v_prediction")
-    options = {**QUICK, "steps": 4, "schedulers": given, "progress": True}
-    found = search_pipeline(pipe, images_for(), **options)
-    assert list(found.recommendation.cost.calls) == ["DDIM", "DEIS"]
-    said = capsys.readouterr().err
-    assert "left out: UniPC (ValueError: it takes the output for 'epsilon', and it is" in said
-
-
-ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
-
-
-def by_hand():
-    scheduler = make_scheduler("DDIMScheduler", **OPTIONS)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod**0.9
-    return scheduler
+V = {"prediction_type": "v_prediction"}
+ZERO_SNR = {"rescale_betas_zero_snr": True, **V}
+BY_HAND = make_scheduler("DDIMScheduler", **OPTIONS)
+BY_HAND.alphas_cumprod = BY_HAND.alphas_cumprod**0.9
+ON_LINEAR = "(ValueError: it is on NoiseSchedule.linear(1000), and"
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "tried", "said"),
+    ("scheduler", "given", "tried", "said"),
     [
-        (by_hand(), ["DDIM"], "UniPC (ValueError: it is on NoiseSchedule.linear(1000), and"),
+        (
+            make_scheduler("DDIMScheduler", **V),
+            [
+                make_scheduler("UniPCMultistepScheduler"),
+                make_scheduler("DEISMultistepScheduler", **V),
+            ],
+            ["DDIM", "DEIS"],
+            "UniPC (ValueError: it takes the output for 'epsilon', and it is",
+        ),
+        (BY_HAND, None, ["DDIM"], f"UniPC {ON_LINEAR}"),
         (
             make_scheduler("DDIMScheduler", **ZERO_SNR, **OPTIONS),
+            None,
             ["DDIM", "DPMSolver", "UniPC"],
-            "PNDM (ValueError: it is on NoiseSchedule.linear(1000), and",
+            f"PNDM {ON_LINEAR}",
         ),
         (
             make_scheduler("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"),
+            None,
             ["DPMSolver", "DDIM", "PNDM", "UniPC"],
             "DEIS (NotImplementedError: sde-dpmsolver++",
         ),
     ],
-    ids=["by hand", "zero snr", "sde"],
+    ids=["output", "by hand", "zero snr", "sde"],
 )
-def test_solvers_of_another_schedule_or_that_cannot_be_made_are_left_out(
-    scheduler, tried, said, capsys
-):
-    pipe = Pipeline(Exact(), scheduler)
-    found = search_pipeline(pipe, images_for(), **{**QUICK, "steps": 4, "progress": True})
+def test_solvers_that_are_none_for_the_pipeline_are_left_out(scheduler, given, tried, said, capsys):
+    options = {**QUICK, "steps": 4, "schedulers": given, "progress": True}
+    found = search_pipeline(Pipeline(Exact(), scheduler), images_for(), **options)
     assert list(found.recommendation.cost.calls) == tried
     assert f"left out: {said}" in capsys.readouterr().err
 

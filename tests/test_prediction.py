@@ -1,7 +1,6 @@
 """Conversions between prediction types, against the definitions on x_t = a x_0 + b ε."""
 
 import re
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -126,7 +125,6 @@ def test_a_gain_that_ruins_a_start_at_the_last_timestep_is_warned_of(make):
     ],
 )
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.filterwarnings("error")
 def test_elsewhere_nothing_is_warned_of(make, schedule, skip, options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        make(schedule, skip, **options)
+    make(schedule, skip, **options)

@@ -36,25 +36,16 @@ def test_a_part_that_takes_too_long_stops_and_goes_on(tmp_path, monkeypatch):
 
     def slow(path, content):
         save_json(path, content)
-        if "cells" in path.parts:
-            time.sleep(60)
+        if "cells" in path.parts:  # whoever writes a file must not take it for the file's fault
+            write_whole(tmp_path / "file", lambda _: time.sleep(60))
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "save_json", slow)
         said = gpu.do(part, tmp_path, None, seconds=2)
     assert "stopped after 2 seconds; the same command goes on; 1 cells" in said
     assert len(load_json(tmp_path / "made.json")["rows"]) == 1
-    assert "complete; 4 cells" in gpu.do(part, tmp_path, None)
-
-
-def test_a_part_that_stops_in_a_file_blames_no_file(tmp_path, monkeypatch):
-    def slow(*_):
-        time.sleep(60)
-
-    monkeypatch.setattr(gpu, "run", lambda *_, **__: write_whole(tmp_path / "file", slow))
-    said = gpu.do(gpu.Part("made", "of a test", ONE_ARM), tmp_path, None, seconds=1)
-    assert "stopped after 1 seconds" in said
     assert not (tmp_path / "file").exists()
+    assert "complete; 4 cells" in gpu.do(part, tmp_path, None)
 
 
 def test_the_command_line_sets_the_limit(tmp_path, monkeypatch):
