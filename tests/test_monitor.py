@@ -410,21 +410,18 @@ def named(x_t, t):
 
 
 def ways_to_call(network):
-    holder = types.SimpleNamespace(ema=network, parts={"network": network})
-    yield torch.no_grad()(named)
-    yield torch.autocast("cpu", torch.bfloat16)(named)
-    yield functools.wraps(network)(lambda x_t, t: network(x_t))
-    yield functools.wraps(len)(lambda x_t, t: network(x_t))
-    yield lambda x_t, t: holder.ema(x_t)
-    yield lambda x_t, t: named(holder.parts["network"](x_t), t)
+    holder = types.SimpleNamespace(parts={"network": network})
+    yield types.MethodType(lambda self, x_t, t: self.parts["network"](x_t), holder)
     yield lambda x_t, t, net=network: net(x_t)
-    yield types.MethodType(lambda self, x_t, t: self.ema(x_t), holder)
-    yield torch.compile(named, backend="eager")
+    yield functools.wraps(len)(lambda x_t, t: network(x_t))
+    # Compiled, no hook is called, and the network has to be named.
+    compiled = functools.partial(torch.compile, backend="eager")
     network.guided = types.MethodType(lambda self, x_t, t: self(x_t), network)
-    yield network.guided
-    yield lambda x_t, t: network(x_t)
-    yield functools.partial(lambda net, x_t, t: net(x_t), network)
-    yield lambda x_t, t: NAMED(x_t)
+    yield compiled(network.guided)
+    yield compiled(functools.wraps(network)(lambda x_t, t: network(x_t)))
+    yield compiled(torch.no_grad()(lambda x_t, t: network(x_t)))
+    yield functools.partial(compiled(lambda net, x_t, t: net(x_t)), network)
+    yield compiled(named)
 
 
 def test_a_function_that_calls_a_network_evaluates_it():
