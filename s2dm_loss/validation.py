@@ -80,11 +80,10 @@ def validation_loss(
             "sample would be one: give `x0.split(64)`"
         )
     shared: LossOptions = {**options, "reduction": "none"}
-    # At τ = 1, which is the plain loss, any skips will do; one timestep has none but these.
+    # At τ = 1, which is the plain loss, any skips will do; these fit one timestep too.
     plain: LossOptions = {**shared, "tau": 1.0}
-    steps = check_schedule(schedule).timesteps
-    alone = steps is not None and len(steps) == 1
-    skips = SkipSet.from_timesteps([0]) if alone else SkipSet.for_sampling_steps(2)
+    ends = times_at(check_schedule(schedule), torch.arange(2.0, device="cpu"))
+    skips = SkipSet.from_timesteps(ends)
     criteria = {"plain": SkipStepLoss(schedule, skips, **plain)}
     if skip_set is not None:
         criteria["skip_step"] = SkipStepLoss(schedule, skip_set, **shared)

@@ -169,15 +169,6 @@ def test_schedulers_of_one_class_are_as_many_solvers_as_they_have_settings():
     assert list(found.recommendation.cost.calls) == ["DDIM", "DDIM 2"]
 
 
-@pytest.mark.parametrize("of", [np.array, list])
-def test_trained_betas_are_kept(of):
-    betas = of(np.linspace(1e-4, 0.05, 1000).tolist())
-    pipe = Pipeline(Exact(), make_scheduler("DDIMScheduler", trained_betas=betas, **OPTIONS))
-    found = search_pipeline(pipe, images_for(), schedulers=[], **QUICK)
-    again = PipelineRecommendation.from_dict(pipe, json.loads(json.dumps(found.to_dict())))
-    assert torch.equal(again.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
-
-
 def in_use(name, *args, **changed):
     """A scheduler whose settings were changed after it was made."""
     scheduler = make_scheduler(name, *args)
@@ -185,18 +176,21 @@ def in_use(name, *args, **changed):
     return scheduler
 
 
-def test_a_scheduler_that_was_changed_later_is_kept_as_it_is():
-    """As StableDiffusionPipeline changes its own."""
-    changed = in_use("DDIMScheduler", steps_offset=1, clip_sample=False)
-    flow = in_use(EULER)
+def test_a_scheduler_is_kept_as_it_is():
+    """Also one that was changed later, as StableDiffusionPipeline changes its own."""
+    betas, flow = np.linspace(1e-4, 0.05, 1000), make_scheduler(EULER)
     flow.set_shift(6.0)
-    for scheduler in (changed, flow):
+    changed = in_use("DDIMScheduler", steps_offset=1, clip_sample=False)
+    trained = [make_scheduler("DDIMScheduler", trained_betas=b) for b in (betas, betas.tolist())]
+    for scheduler in (changed, flow, *trained):
         pipe = Pipeline(Exact(), scheduler)
         found = search_pipeline(pipe, images_for(), schedulers=[], **QUICK)
         again = PipelineRecommendation.from_dict(pipe, json.loads(json.dumps(found.to_dict())))
         for one in (scheduler, again.scheduler):
             one.set_timesteps(4)
-        assert torch.equal(again.scheduler.timesteps, scheduler.timesteps)
+        for name in ("timesteps", "alphas_cumprod", "sigmas"):
+            kept, own = (getattr(one, name, AT_ZERO) for one in (again.scheduler, scheduler))
+            assert torch.equal(kept, own)
         assert again.scheduler.config.get("clip_sample") == scheduler.config.get("clip_sample")
 
 

@@ -7,8 +7,8 @@ import json
 import math
 import pickle
 import sys
-import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.monitor import LossByNoise, validation_loss
+from s2dm_loss.prediction import evaluating
 from s2dm_loss.validation_result import ValidationLoss, t_quantile
 from tests.helpers.distributed_workers import small_model
 from tests.strategies import COSINE, FLOW, LINEAR, VP, ZERO_SNR, beside, normal
@@ -424,6 +425,15 @@ def ways_to_call(network):
     yield compiled(named)
 
 
+def test_threads_evaluate_at_once():
+    networks, other, first = [nn.Dropout(0.5)], ThreadPoolExecutor(1), evaluating(len)
+    other.submit(first.__enter__).result()
+    with evaluating(lambda: networks):
+        other.submit(first.__exit__, None, None, None).result()
+        assert torch.equal(networks[0](X0), X0)
+    assert networks[0].training
+
+
 def test_a_function_that_calls_a_network_evaluates_it():
     for model in ways_to_call(NAMED):
         seen = set()
@@ -437,8 +447,7 @@ def test_a_function_that_calls_a_network_evaluates_it():
 
 def test_evaluating_leaves_other_threads_and_compiled_code_alone():
     torch.compiler.reset()
-    trained, networks = [nn.Dropout(0.5)], [nn.Dropout(0.5)]
-    graphs = []
+    trained, networks, graphs, counts = [nn.Dropout(0.5)], [nn.Dropout(0.5)], [], []
 
     def backend(graph, _):
         graphs.append(graph)
@@ -448,13 +457,10 @@ def test_evaluating_leaves_other_threads_and_compiled_code_alone():
     networks.append(torch.compile(networks[0], backend=backend, fullgraph=True))
 
     def model(x_t, t):
-        thread = threading.Thread(target=trained[0], args=(x_t,))
-        thread.start()
-        thread.join()
+        ThreadPoolExecutor(1).submit(trained[0], x_t).result()
         assert trained[0].training
         return networks[1](networks[0](x_t))
 
-    counts = []
     for _ in range(3):
         validated(model, levels=2)
         assert networks[0].training
