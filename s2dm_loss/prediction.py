@@ -157,15 +157,15 @@ def warn_if_the_start_fails(
         return
     with real_tensors():
         last = timesteps[-1:]
-        (a, b), s = schedule.alpha_sigma(last), gain(last).detach()
+        (a, b), scale = schedule.alpha_sigma(last), gain(last).detach()
         if bool(a == 0):  # where such a network cannot start at all
             return
         a_next, b_next = schedule.alpha_sigma((last - max(1, len(timesteps) // 10)).clamp(min=0))
-        left = float((1 - s).abs() * b / a * a_next / b_next)
+        s, left = float(scale), float((1 - scale).abs() * b / a * a_next / b_next)
     if left > 1:
         warnings.warn(
             f"the gain at the last timestep of {schedule!r}, which has next to no signal, is "
-            f"{float(s):.3f}: DDIM and other solvers that start there with a network of the noise "
+            f"{s:.3f}: DDIM and other solvers that start there with a network of the noise "
             f"are left with {left:,.0f} times the noise, or clipped with too little spread. "
             "DDPM in all steps, a start earlier (timestep_spacing='leading' in diffusers) and a "
             "network of v are safe",

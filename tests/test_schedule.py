@@ -311,6 +311,7 @@ def test_what_turning_round_would_not_mend_has_its_own_cure(read, table, message
     "make",
     [
         lambda: (NoiseSchedule.cosine(10).rescale_zero_terminal_snr(), SkipSet([1, 2])),
+        lambda: (NoiseSchedule.cosine(10), SkipSet(1)),
         lambda: (NoiseSchedule.from_betas([0.1, 0.2, 0.3]), SkipSet.from_timesteps([0, 2])),
         lambda: (NoiseSchedule.from_sigmas([0.1, 2.0]), SkipSet.from_skipped([1], 2)),
         lambda: (ContinuousSchedule.vp(data_at=1), SkipSet.from_timesteps([0.0, 0.5])),
