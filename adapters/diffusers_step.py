@@ -168,7 +168,8 @@ class _Step:
         self.scheduler, self.handle, self.step = scheduler, handle, scheduler.step
         self.__signature__ = inspect.signature(scheduler.step)  # pipelines ask whether it has eta
         takes = self.__signature__.parameters
-        self._takes_all = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+        takes_all = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+        self._left_out = {} if takes_all else {*_OPTIONAL}.difference(takes)
         if not takes.keys() >= {"model_output", "timestep", "sample"}:
             raise ValueError(
                 "scheduler.step must name model_output, timestep and sample, got a step of "
@@ -179,9 +180,7 @@ class _Step:
         if not self.handle.active:
             return self.step(*args, **kwargs)
         self.handle.used = True
-        if not self._takes_all:
-            takes = self.__signature__.parameters
-            kwargs = {n: v for n, v in kwargs.items() if n in takes or n not in _OPTIONAL}
+        kwargs = {n: v for n, v in kwargs.items() if n not in self._left_out}
         call = self.__signature__.bind(*args, **kwargs)
         given = call.arguments
         if given.get("per_token_timesteps") is not None:
