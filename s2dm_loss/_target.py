@@ -221,11 +221,12 @@ class _Batch:
         else:
             d = a * q - b * p
             ratio, lift = a / d, -p / d
-        epsilon = ratio[:, None] * self.target + lift[:, None] * self.x_t
-        # ratio · target is ε - lift · x_t if it is right. By its own size a wrong one, much too
+        parts = ratio[:, None] * self.target, lift[:, None] * self.x_t
+        epsilon = parts[0] + parts[1]
+        # The parts differ by ε alone if they are right. By its own size a wrong one, much too
         # large, would say nothing.
-        lifted = lift.abs() * self.mean(self.x_t.square()).sqrt()
-        rounding = self.eps * (1 + 2 * lifted)
+        smaller = torch.minimum(*(self.mean(part.square()).sqrt() for part in parts))
+        rounding = self.eps * (1 + 2 * smaller)
         square, correlation = self.mean(epsilon.square()) - 1, self._correlation(epsilon, b)
         error = off_path = None
         if self.noise is not None:

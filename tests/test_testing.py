@@ -451,6 +451,9 @@ def test_no_sample_is_left_out_for_what_is_wrong_with_it(kind, given):
     noise, target = trainer.noise if given else None, trainer.target(kind).clone()
     target[:100] *= 1e7
     trainer.fails("is not what", kind, target=target, noise=noise)
+    x_t, trainer.x_t = trainer.x_t, torch.cat([1e9 * trainer.x_t[:100], trainer.x_t[100:]])
+    trainer.fails("is not what", kind, noise=noise)
+    trainer.x_t = x_t
     for bad in (math.nan, math.inf):
         target[:100] = bad
         with pytest.raises(ValueError, match=r"target must be finite .*, got 6400 values of 16384"):
