@@ -425,10 +425,10 @@ def ways_to_call(network):
     yield compiled(named)
 
 
-def test_threads_evaluate_at_once():
+def test_evaluating_within_itself_and_in_two_threads():
     networks, other, first = [nn.Dropout(0.5)], ThreadPoolExecutor(1), evaluating(len)
     other.submit(first.__enter__).result()
-    with evaluating(lambda: networks):
+    with evaluating(len), evaluating(len):
         other.submit(first.__exit__, None, None, None).result()
         assert torch.equal(networks[0](X0), X0)
     assert networks[0].training
