@@ -39,6 +39,7 @@ FUZZ = settings(
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:prediction_type 'flow' is noise minus data"),
+    pytest.mark.filterwarnings("ignore:the sampled timesteps go from"),
 ]
 WEIGHTINGS = [None, None, "uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]
 
