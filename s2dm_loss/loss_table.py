@@ -71,9 +71,7 @@ class LossTable:
             if weighting is not None:
                 self._check_weighting(weighting, times if timesteps is None else timesteps)
         warn_if_sampled_early(skip_set, schedule, stacklevel=3)
-        warn_if_the_start_fails(
-            schedule, prediction_type, lambda t: self._coefficients(t).gain, stacklevel=3
-        )
+        warn_if_the_start_fails(schedule, lambda t: self._coefficients(t).gain, stacklevel=3)
         self._reads_input, self._draws = row.on_input is not None, row.on_skip_noise is not None
         # Of a form's three parts: where a target holds no x_t it holds no x_0 either.
         self._has = (True, self._reads_input, self._draws)

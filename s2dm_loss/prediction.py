@@ -141,11 +141,7 @@ def check_prediction_type(
 
 
 def warn_if_the_start_fails(
-    schedule: Schedule,
-    prediction_type: PredictionType,
-    gain: Callable[[Tensor], Tensor],
-    *,
-    stacklevel: int,
+    schedule: Schedule, gain: Callable[[Tensor], Tensor], *, stacklevel: int
 ) -> None:
     """Warn where a sampler that starts at the last timestep with s(t) ε̂ is left with noise.
 
@@ -153,7 +149,7 @@ def warn_if_the_start_fails(
     at t, as of cosine schedules, that is thousands. Judged by the first of ten steps.
     """
     timesteps = schedule.timesteps
-    if timesteps is None or prediction_type not in ("epsilon", "score"):
+    if timesteps is None:
         return
     with real_tensors():
         last = timesteps[-1:]

@@ -97,12 +97,13 @@ MAKERS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "score"])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_a_gain_that_ruins_a_start_at_the_last_timestep_is_warned_of(make):
+def test_a_gain_that_ruins_a_start_at_the_last_timestep_is_warned_of(make, kind):
     """By as much as a first step of DDIM leaves there, of data that are 0 and a network that knows
     it: x_t = b ε, and ε̂ = s ε."""
     with pytest.warns(UserWarning, match="cosine.*is 0.497.*network of v") as caught:
-        make(COSINE, 49)
+        make(COSINE, 49, prediction_type=kind)
     (a, next_a), (b, next_b) = COSINE.alpha_sigma(torch.tensor([999, 899]))
     s = 0.99 / (0.99 + 0.01 * 100)  # c² is bounded by 100
     x_next = next_a * (b - b * s) / a + next_b * s

@@ -118,7 +118,7 @@ class ScaledModel(FixedSettings, TabledModule):
         scale = _Gain(check_schedule(schedule), skip_set, options)
         scaled = cls(model, schedule, scale, prediction_type=options.get("prediction_type"))
         warn_if_sampled_early(skip_set, schedule, stacklevel=2)
-        warn_if_the_start_fails(schedule, scaled.prediction_type, scale, stacklevel=2)
+        warn_if_the_start_fails(schedule, scale, stacklevel=2)
         return scaled
 
     @override
