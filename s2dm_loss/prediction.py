@@ -157,7 +157,7 @@ def warn_if_the_start_fails(
         if bool(a == 0):  # where such a network cannot start at all
             return
         a_next, b_next = schedule.alpha_sigma((last - max(1, len(timesteps) // 10)).clamp(min=0))
-        s, left = float(scale), float((1 - scale).abs() * b / a * a_next / b_next)
+        s, left = float(scale), float((1 - scale) * b / a * a_next / b_next)
     if left > 1:
         warnings.warn(
             f"the gain at the last timestep of {schedule!r}, which has next to no signal, is "
