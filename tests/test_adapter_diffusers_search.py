@@ -349,9 +349,9 @@ def test_an_exception_leaves_the_pipeline_as_it_was():
     with pytest.raises(RuntimeError, match="boom"), found:
         raise RuntimeError("boom")
     assert pipe.scheduler is scheduler
-    with pytest.warns(UserWarning, match="step was not called"), found:  # noqa: SIM117
-        with pytest.raises(ValueError, match="is on already"), found:
-            pass
+    again = pytest.raises(ValueError, match="is on already")
+    with pytest.warns(UserWarning, match="step was not called"), found, again, found:
+        pass
     with pytest.warns(UserWarning, match="was exchanged"), found:
         pipe.scheduler = scheduler
     with pytest.raises(TypeError, match="by `with found:`"):
