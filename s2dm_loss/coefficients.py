@@ -52,6 +52,7 @@ with which every target is finite and the loss goes smoothly to the trainer's ow
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -60,6 +61,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
+from s2dm_loss._torch import real_tensors
 from s2dm_loss.checks import check_choice, check_number, check_rows, describe
 from s2dm_loss.prediction import (
     PathPoint,
@@ -256,6 +258,35 @@ def gain(
     kind = read_prediction_type(options.get("prediction_type"), check_schedule(schedule))
     options["prediction_type"] = kind
     return coefficients(schedule, skip_set, t=t, **options).gain
+
+
+def warn_if_the_start_fails(
+    schedule: Schedule, gain: Callable[[Tensor], Tensor], *, stacklevel: int
+) -> None:
+    """Warn where a sampler that starts at the last timestep with s(t) ε̂ is left with noise.
+
+    A step of DDIM from t to t' multiplies what is missing of ε̂ by b a' / a: with next to no signal
+    at t, as of cosine schedules, that is thousands. Judged by the first of ten steps.
+    """
+    timesteps = schedule.timesteps
+    if timesteps is None:
+        return
+    with real_tensors():
+        last = timesteps[-1:]
+        (a, b), scale = schedule.alpha_sigma(last), gain(last).detach()
+        if bool(a == 0):  # where such a network cannot start at all
+            return
+        a_next, b_next = schedule.alpha_sigma((last - max(1, len(timesteps) // 10)).clamp(min=0))
+        s, left = float(scale), float((1 - scale) * b / a * a_next / b_next)
+    if left > 1:
+        warnings.warn(
+            f"the gain at the last timestep of {schedule!r}, which has next to no signal, is "
+            f"{s:.3f}: DDIM and other solvers that start there with a network of the noise "
+            f"are left with {left:,.0f} times the noise, or clipped with too little spread. "
+            "DDPM in all steps, a start earlier (timestep_spacing='leading' in diffusers) and a "
+            "network of v are safe",
+            stacklevel=stacklevel + 1,
+        )
 
 
 class LossRows(NamedTuple):

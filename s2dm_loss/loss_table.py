@@ -21,9 +21,10 @@ from s2dm_loss.coefficients import (
     coefficients,
     loss_rows,
     output_weights,
+    warn_if_the_start_fails,
 )
 from s2dm_loss.head import REDUCTIONS, Reduction, weighted_square
-from s2dm_loss.prediction import PathPoint, PredictionType, warn_if_the_start_fails
+from s2dm_loss.prediction import PathPoint, PredictionType
 from s2dm_loss.schedule import Schedule
 from s2dm_loss.skip_set import SkipSet, warn_if_sampled_early
 from s2dm_loss.tables import TimeTable

@@ -1,6 +1,7 @@
 """c², A and s over random schedules, against formulas that the code does not use."""
 
 import math
+import re
 
 import mpmath
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2dm_loss import NoiseSchedule
+from s2dm_loss import NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import Coefficients, coefficients
-from tests.strategies import ESTIMATORS, FLOW, LINEAR, VP, ZERO_SNR, betas, schedules
+from tests.strategies import COSINE, ESTIMATORS, FLOW, LINEAR, VP, ZERO_SNR, betas, schedules
 
 
 def c2_of(schedule, skip, **options):
@@ -143,3 +144,43 @@ def test_the_bound_of_a_weighting(weight, max_c2, bound):
     found = coefficients(schedule, 1, **options)
     assert found.c2[1].item() == pytest.approx(bound, rel=1e-15)
     assert found.c[1].item() == pytest.approx(math.sqrt(bound), rel=1e-15)
+
+
+MAKERS = {
+    "loss": SkipStepLoss,
+    "scaled": lambda *args, **options: ScaledModel.with_gain(torch.nn.Identity(), *args, **options),
+}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "score"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_gain_that_ruins_a_start_at_the_last_timestep_is_warned_of(make, kind):
+    """By as much as a first step of DDIM leaves there, of data that are 0 and a network that knows
+    it: x_t = b ε, and ε̂ = s ε."""
+    with pytest.warns(UserWarning, match="cosine.*is 0.497.*network of v") as caught:
+        make(COSINE, 49, prediction_type=kind)
+    (a, next_a), (b, next_b) = COSINE.alpha_sigma(torch.tensor([999, 899]))
+    s = 0.99 / (0.99 + 0.01 * 100)  # c² is bounded by 100
+    x_next = next_a * (b - b * s) / a + next_b * s
+    (said,) = re.findall(r"with ([\d,]+) times", str(caught[0].message))
+    assert float(said.replace(",", "")) == pytest.approx(float(x_next / next_b - s), rel=1e-3)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("schedule", "skip", "options"),
+    [
+        (LINEAR, 99, {}),
+        (NoiseSchedule.scaled_linear(1000), 99, {}),
+        (COSINE, 49, {"prediction_type": "v_prediction"}),
+        (COSINE, 49, {"prediction_type": "sample"}),
+        (COSINE, 49, {"tau": 1.0}),
+        (ZERO_SNR, 49, {}),
+        (NoiseSchedule.linear(1), SkipSet.from_timesteps([0]), {}),
+        (VP, 0.05, {}),
+    ],
+)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.filterwarnings("error")
+def test_elsewhere_nothing_is_warned_of(make, schedule, skip, options):
+    make(schedule, skip, **options)

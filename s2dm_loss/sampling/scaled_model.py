@@ -20,7 +20,7 @@ from typing_extensions import Self, Unpack, override
 
 from s2dm_loss._torch import replicated_like
 from s2dm_loss.checks import FixedSettings, check_batch, check_per_sample, describe
-from s2dm_loss.coefficients import GainOptions, coefficients
+from s2dm_loss.coefficients import GainOptions, coefficients, warn_if_the_start_fails
 from s2dm_loss.head import along
 from s2dm_loss.prediction import (
     PathPoint,
@@ -29,7 +29,6 @@ from s2dm_loss.prediction import (
     output_scales,
     read_output,
     read_prediction_type,
-    warn_if_the_start_fails,
 )
 from s2dm_loss.schedule import Schedule, check_schedule
 from s2dm_loss.skip_set import Skips, SkipSet, warn_if_sampled_early
