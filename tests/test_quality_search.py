@@ -13,7 +13,6 @@ from benchmarks.quality.record import collect
 from benchmarks.quality.runner import Bench, run
 from benchmarks.quality.samplers import sample
 from benchmarks.quality.search import search
-from benchmarks.quality.statistics import Cell
 from benchmarks.quality.streams import Purpose, generator
 from s2dm_loss import CorrectionSearch
 from s2dm_loss.sampling import StartScaling
@@ -31,8 +30,7 @@ def test_a_search_is_kept_and_judged_on_noise_of_its_own(tmp_path, monkeypatch):
     far = StartScaling((1.5, 3.0))  # from no correction
     monkeypatch.setattr(searching, "CorrectionSearch", small)
     monkeypatch.setattr(searching, "standard_corrections", lambda *_, **__: (far,))
-    cell = Cell("ddim", 2)
-    found = search(preset, tmp_path, 0, cell)
+    found = search(preset, tmp_path, 0, ["ddim"], 2)
     assert asked == [searching.SAMPLES]
     assert "5 x 32 samples to choose" in found["cost"]
 
@@ -49,6 +47,6 @@ def test_a_search_is_kept_and_judged_on_noise_of_its_own(tmp_path, monkeypatch):
     assert found["corrected"] == pytest.approx(distance(start * float(strength)), rel=1e-3)
 
     monkeypatch.setattr(searching, "Bench", None)  # all that follows reads the file
-    assert search(preset, tmp_path, 0, cell) == found
+    assert search(preset, tmp_path, 0, ["ddim"], 2) == found
     assert load_json(tmp_path / "search-seed0-ddim-2.json") == found
     assert collect(preset, tmp_path)["searches"] == [found]

@@ -178,28 +178,36 @@ def run_command(
 
 @main.command("search")
 @PRESET
-@click.option("--sampler", default="ddim", show_default=True)
+@click.option(
+    "--sampler", "samplers", multiple=True, default=["ddim"], show_default=True, help="Or several."
+)
 @click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True)
 @OUT
 @SEEDS
 @DATA
 def search_command(
-    preset: str, sampler: str, steps: int, out: Path | None, seeds: str | None, data: Path | None
+    preset: str,
+    samplers: tuple[str, ...],
+    steps: int,
+    out: Path | None,
+    seeds: str | None,
+    data: Path | None,
 ) -> None:
-    """Ask the search which correction PRESET's plain networks want."""
+    """Ask the search which sampler and correction PRESET's plain networks want."""
     chosen = _preset(preset, seeds)
     with _in_one_line():
         from benchmarks.quality.samplers import TITLES
         from benchmarks.quality.search import search
-        from benchmarks.quality.statistics import Cell
 
-        if sampler not in TITLES:
-            raise ValueError(f"sampler: expected one of {', '.join(TITLES)}, got {sampler!r}")
+        if unknown := [name for name in samplers if name not in TITLES]:
+            raise ValueError(f"sampler: expected one of {', '.join(TITLES)}, got {unknown[0]!r}")
         for seed in chosen.seeds:
-            found = search(chosen, out or Path("runs") / preset, seed, Cell(sampler, steps), data)
+            root = out or Path("runs") / preset
+            found = search(chosen, root, seed, samplers, steps, data)
             click.echo(
-                f"Seed {seed}: recommended {found['recommended']}; on fresh noise the distance is "
-                f"{found['corrected']:.4g}, and {found['plain']:.4g} without a correction."
+                f"Seed {seed}: recommended {found['sampler']} with {found['recommended']}; on "
+                f"fresh noise the distance is {found['corrected']:.4g}, and {found['plain']:.4g} "
+                f"with {samplers[0]} and no correction."
             )
 
 

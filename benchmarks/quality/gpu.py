@@ -6,7 +6,6 @@ started again, and writes its record before the next begins.
 
 from __future__ import annotations
 
-import itertools
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from benchmarks.quality.presets import CIFAR10_UNET, TEN, Preset, arm
 from benchmarks.quality.record import collect
 from benchmarks.quality.runner import run
 from benchmarks.quality.search import search
-from benchmarks.quality.statistics import Cell
 
 LIMIT = 480
 PART_BYTES = 15 * 2**20
@@ -34,7 +32,7 @@ SOLVERS = ("ddim", "unipc", "pndm", "deis")
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the plan: what is trained and measured, and the cells in which the search is asked.
+    """A part of the plan: what is trained and measured, and what samplers the search is asked of.
 
     The plain network's averaged weights may be kept, in bfloat16.
     """
@@ -43,7 +41,7 @@ class Part:
     about: str
     preset: Preset
     keep_weights: bool = False
-    searches: tuple[Cell, ...] = ()
+    searched: tuple[str, ...] = ()
 
 
 # A state takes half a gigabyte and a second, and nothing branches off here.
@@ -98,9 +96,9 @@ PARTS = (
     ),
     Part(
         "search",
-        "what the search recommends for seed 1 of the U-Net, with DDIM and with UniPC",
+        "which pair of solver and correction the search recommends for seed 1 of the U-Net",
         replace(_UNET, seeds=(1,), arms=(arm(Plain(), samplers=("ddim",), steps=TEN),)),
-        searches=(Cell("ddim", 10), Cell("unipc", 10)),
+        searched=SOLVERS,
     ),
 )
 
@@ -108,13 +106,13 @@ PARTS = (
 def do(part: Part, out: Path, data: Path | None, seconds: int = LIMIT) -> str:
     """Do a part in `out`, or go on with it, for so many seconds; return what came of it."""
     # The search has the networks of the first part.
-    root = out / (PARTS[0].name if part.searches else part.name)
+    root = out / (PARTS[0].name if part.searched else part.name)
     ended = "complete"
     try:
         with _limited(seconds):
             run(part.preset, root, data_folder=data)
-            for cell, seed in itertools.product(part.searches, part.preset.seeds):
-                search(part.preset, root, seed, cell, data)
+            for seed in part.preset.seeds if part.searched else ():
+                search(part.preset, root, seed, part.searched, TEN[0], data)
     except _OutOfTimeError:
         ended = f"stopped after {seconds} seconds; the same command goes on"
     record = collect(part.preset, root)
