@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -58,40 +59,29 @@ def main() -> None:
 @click.option("--largest", type=int, help="log2 of the largest size [26; 28 on a GPU].")
 @click.option("--step-batch", type=int, help="Batch of the step [4; 128 on a GPU].")
 @click.option("--step-seconds", default=60.0, show_default=True, help="Time for each step.")
-@click.option("--budget", type=float, help="Seconds after which nothing new is begun.")
+@click.option("--budget", default=float("inf"), help="Seconds after which nothing new is begun.")
 @click.option("--small", is_flag=True, help="For a rehearsal: one sample, a small network.")
 @AGAINST
 @OUT
 def run(
     device: str | None,
     names: tuple[str, ...],
-    seconds: float,
-    largest: int | None,
-    step_batch: int | None,
-    step_seconds: float,
-    budget: float | None,
-    small: bool,
+    budget: float,
     against: Path | None,
     out: Path,
+    **sizes: Any,
 ) -> None:
     """Measure, and write after each result; a level measured before is replaced."""
-    began = time.monotonic()
+    deadline = time.monotonic() + budget
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("device: torch sees no GPU here")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device == "cuda"
+    sizes["largest"] = sizes["largest"] or (28 if device == "cuda" else 26)
+    sizes["step_batch"] = sizes["step_batch"] or (128 if device == "cuda" else 4)
     torch.manual_seed(0)
     try:
-        settings = Settings(
-            device=torch.device(device),
-            seconds=seconds,
-            largest=largest or (28 if on_gpu else 26),
-            step_batch=step_batch or (128 if on_gpu else 4),
-            step_seconds=step_seconds,
-            deadline=began + (budget or float("inf")),
-            small=small,
-            other=other_loss(against, torch.device(device)) if against else {},
-        )
+        other = other_loss(against, torch.device(device)) if against else {}
+        settings = Settings(torch.device(device), deadline=deadline, other=other, **sizes)
         for name in names or tuple(LEVELS):
             click.echo(f"Measuring {name} on {device}:", err=True)
             _measure(name, settings, out / f"{device}.json")
@@ -103,11 +93,15 @@ def run(
 def _measure(name: str, settings: Settings, path: Path) -> None:
     """Write a level's results to `path`, where other levels' stay, one after the other."""
     figures = []
+    folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--out", "--against"):  # one machine's own
+        folders.add_argument(option)
+    words = folders.parse_known_args()[1]
     changes = git("status", "--porcelain", "--", "s2dm_loss/*.py", "benchmarks/overhead")
     shown = {
         "machine": machine(settings.device),
         "version": __version__,
-        "command": shlex.join(["python", "-m", "benchmarks.overhead", *_own_words(sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", "benchmarks.overhead", *words]),
         "commit": git("rev-parse", "HEAD"),
         "local_changes": bool(changes),
         # Above 0: something else was running.
@@ -124,17 +118,6 @@ def _measure(name: str, settings: Settings, path: Path) -> None:
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         click.echo(f"  {name}: the rest is left out: {str(error).splitlines()[0]}", err=True)
-
-
-def _own_words(arguments: list[str]) -> list[str]:
-    """Return a command line less the folders in it, which are one machine's own."""
-    kept, words = [], iter(arguments)
-    for word in words:
-        if word in ("--out", "--against"):
-            next(words, None)
-        elif not word.startswith(("--out=", "--against=")):
-            kept.append(word)
-    return kept
 
 
 @main.command()

@@ -32,12 +32,9 @@ START_UP = 10.0
 
 
 def follow(options: Sequence[str], seconds: float, say: Callable[[str], object]) -> None:
-    """Run the parts, all of them together within `seconds`.
+    """Run the parts, with options that all share, and say what became of each.
 
-    Args:
-        options: Options of `python -m benchmarks.overhead run` that all parts share.
-        seconds: Time for all parts, divided as theirs are.
-        say: Told what begins, and what did not end well.
+    They have `seconds` together, divided as theirs are.
     """
     end, later = time.monotonic() + seconds, sum(PARTS.values())
     for levels, share in PARTS.items():
