@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.overhead import measure
 from benchmarks.overhead.contenders import Loss, compiled, contenders
+from benchmarks.overhead.measure import Arguments, Shape
 
 T = TypeVar("T")
 Cell = dict[str, Any]
-Shape = tuple[int, ...]
 
 LATENTS = (64, 4, 64, 64)
 KNOWN = {
@@ -27,8 +27,6 @@ KNOWN = {
     "video latents": (4, 16, 13, 60, 90),
 }
 """What people train on, by the end of a cell's name."""
-SMALLEST = 14
-"""log2 of the smallest size."""
 ALLOCATIONS = 5
 
 
@@ -40,33 +38,22 @@ def flat_shape(log2: int) -> Shape:
 
 @dataclass(frozen=True)
 class Settings:
-    """How large and how long.
-
-    Attributes:
-        device: Where.
-        seconds: Time for each cell of a table, compilation not counted.
-        largest: log2 of the largest size; even.
-        step_batch: Batch of the training step.
-        step_seconds: Time for each training step.
-        deadline: When to stop, by `time.monotonic`; what comes later is left out.
-        small: For a rehearsal: one sample of each known shape, and a small network.
-        other: The loss of another version, by that version.
-    """
+    """Where, how large and how long."""
 
     device: torch.device
-    seconds: float
-    largest: int
+    seconds: float  # for each cell of a table, compilation not counted
+    largest: int  # log2 of the largest size; even
     step_batch: int
-    step_seconds: float
-    deadline: float = float("inf")
-    small: bool = False
-    other: dict[str, Loss] = field(default_factory=dict)
+    step_seconds: float  # for each training step
+    deadline: float = float("inf")  # by `time.monotonic`; what comes later is left out
+    small: bool = False  # for a rehearsal: one sample of each known shape, and a small network
+    other: dict[str, Loss] = field(default_factory=dict)  # of another version, by that version
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """The shapes people train on, then the sizes from the largest on, by name."""
+        """The shapes people train on, then the sizes from the largest to 2^14, by name."""
         known = {name: (1, *shape[1:]) if self.small else shape for name, shape in KNOWN.items()}
-        return known | {f"2^{n}": flat_shape(n) for n in range(self.largest, SMALLEST - 1, -2)}
+        return known | {f"2^{n}": flat_shape(n) for n in range(self.largest, 13, -2)}
 
     def in_time(
         self, cells: Sequence[T], seconds: float | None = None
@@ -110,7 +97,7 @@ def bandwidth(settings: Settings) -> Iterator[Cell]:
     """Speed of a copy between tensors that exist already."""
     mebibytes = 16 if settings.small else 1024 if settings.device.type == "cuda" else 128
     rates = measure.copy_bandwidth(settings.device, mebibytes, settings.seconds)
-    yield {"mebibytes": mebibytes, "copy_bytes_per_second": [round(rate) for rate in rates]}
+    yield {"mebibytes": mebibytes, "copy_bytes_per_second": rates}
 
 
 def heads(settings: Settings, mode: str, dtypes: Sequence[torch.dtype]) -> Iterator[Cell]:
@@ -150,23 +137,20 @@ def counts(settings: Settings) -> Iterator[Cell]:
         for name, loss in (contenders(settings.device, dtype) | settings.other).items()
     ]
     for (shape, dtype, name, loss), _ in settings.in_time(cells):
+        arguments = measure.some_arguments(shape, dtype, settings.device)
         row = {
             "contender": name,
             "shape": shape,
             "dtype": str(dtype).removeprefix("torch."),
             "data_bytes": dtype.itemsize * torch.Size(shape).numel(),
-            **_count(loss, shape, dtype, settings.device, compile_too=shape == latents),
+            **_count(loss, arguments, settings.device, compile_too=shape == latents),
         }
         if name == "expected":
-            arguments = measure.some_arguments(shape, dtype, settings.device)
             row["gradient_error"] = measure.gradient_error(loss, arguments)
         yield row
 
 
-def _count(
-    loss: Loss, shape: Shape, dtype: torch.dtype, device: torch.device, *, compile_too: bool
-) -> Cell:
-    arguments = measure.some_arguments(shape, dtype, device)
+def _count(loss: Loss, arguments: Arguments, device: torch.device, *, compile_too: bool) -> Cell:
     work = measure.gradient_of(loss, arguments)
     work()  # what happens once only, such as the first read of a table
     arguments[0].grad = None

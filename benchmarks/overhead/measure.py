@@ -10,10 +10,11 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from operator import truediv
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,26 +23,29 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+Shape = tuple[int, ...]
+Arguments = tuple[Tensor, Tensor, Tensor]
+"""ε̂, ε and t."""
 Prepare = Callable[[], Callable[[], object]]
 """Picks inputs, untimed, and returns the work to be timed."""
 
-spread = partial(statistics.quantiles, n=4, method="inclusive")
-"""First quartile, median, third quartile."""
+
+def quartiles(values: Iterable[float], digits: int | None) -> list[float]:
+    """Return the first quartile, the median and the third quartile."""
+    return [round(x, digits) for x in statistics.quantiles(values, n=4, method="inclusive")]
 
 
-def some_arguments(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ε̂, ε and t, the timesteps evenly over all 1,000."""
+def some_arguments(shape: Shape, dtype: torch.dtype, device: torch.device) -> Arguments:
+    """Return arguments of a loss, the timesteps evenly over all 1,000."""
     eps_hat = torch.randn(shape, device=device).to(dtype).requires_grad_()
     noise = torch.randn(shape, device=device).to(dtype)
     return eps_hat, noise, torch.arange(shape[0], device=device) * 1000 // shape[0]
 
 
 def inputs_in_turn(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, least_bytes: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield sets of (ε̂, ε, t) in turn for ever, and free the gradient of the last one.
+    shape: Shape, dtype: torch.dtype, device: torch.device, least_bytes: int
+) -> Iterator[Arguments]:
+    """Yield sets of arguments in turn for ever, and free the gradient of the last one.
 
     So many sets, from 3 to 256, that they fill `least_bytes` and none is found in a cache.
     """
@@ -52,7 +56,7 @@ def inputs_in_turn(
         arguments[0].grad = None
 
 
-def gradient_of(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+def gradient_of(loss: Callable[..., Tensor], arguments: Arguments) -> Callable[[], Tensor]:
     """Return the work of a forward and a backward, which begins with no gradient of ε̂ held."""
 
     def work() -> Tensor:
@@ -105,23 +109,15 @@ def _time(work: Callable[[], object], device: torch.device) -> float:
 
 
 def summarise(times: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Return quartiles of the times, in microseconds, and of the ratios within each round.
-
-    A ratio is to `F.mse_loss`; in half types ours is also compared with what scripts do there.
-    """
-    pairs = [(name, "mse") for name in times if name != "mse"]
-    if {"expected", "mse_lifted"} <= times.keys():
-        pairs.append(("expected", "mse_lifted"))
+    """Return quartiles of the times, in microseconds, and of ratios to `F.mse_loss` in a round."""
     return {
         "microseconds": {
-            name: [round(1e6 * value, 2) for value in spread(values)]
-            for name, values in times.items()
+            name: quartiles((1e6 * value for value in values), 2) for name, values in times.items()
         },
         "ratios": {
-            f"{above}/{below}": [
-                round(value, 4) for value in spread(list(map(truediv, times[above], times[below])))
-            ]
-            for above, below in pairs
+            f"{name}/mse": quartiles(map(truediv, values, times["mse"]), 4)
+            for name, values in times.items()
+            if name != "mse"
         },
     }
 
@@ -141,11 +137,8 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
     if kineto is None or kineto.kineto_results is None:
         raise RuntimeError("this build of torch has no profiler to read allocations from")
     events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 # What the host can do only when the device has answered.
@@ -207,7 +200,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.element_size() * math.prod(n if stride else min(n, 1) for n, stride in axes)
 
 
-def gradient_error(loss: Callable[..., Tensor], arguments: tuple[Tensor, Tensor, Tensor]) -> float:
+def gradient_error(loss: Callable[..., Tensor], arguments: Arguments) -> float:
     """Return how far the gradient of ε̂ is from float64's, over the largest entry of that."""
     eps_hat, noise, t = arguments
     gradients = []
@@ -241,25 +234,22 @@ def syncs_forbidden() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def inductor_bytes(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> int:
+def inductor_bytes(loss: Callable[..., Tensor], arguments: Arguments) -> int:
     """Return the bytes that Inductor's kernels move, forward and backward, by its own count."""
     from torch._functorch import config as autograd_config
     from torch._inductor import config, metrics
 
     log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
-    level, propagate = log.level, log.propagate
-    # Inductor counts only for whoever reads its log, and only what it compiles anew.
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        torch.compiler.reset()
-        metrics.reset()
-        with config.patch(fx_graph_cache=False), autograd_config.patch(enable_autograd_cache=False):
-            torch.compile(loss, dynamic=False)(*arguments).backward()
-        return int(metrics.num_bytes_accessed)
-    finally:
-        log.setLevel(level)
-        log.propagate = propagate
+    torch.compiler.reset()
+    metrics.reset()
+    with (
+        # Inductor counts only for whoever reads its log, and only what it compiles anew.
+        mock.patch.multiple(log, isEnabledFor=lambda _level: True, info=lambda *_: None),
+        config.patch(fx_graph_cache=False),
+        autograd_config.patch(enable_autograd_cache=False),
+    ):
+        torch.compile(loss, dynamic=False)(*arguments).backward()
+    return int(metrics.num_bytes_accessed)
 
 
 def copy_bandwidth(device: torch.device, mebibytes: int, seconds: float) -> list[float]:
@@ -269,4 +259,4 @@ def copy_bandwidth(device: torch.device, mebibytes: int, seconds: float) -> list
     pairs = [[torch.ones(count, device=device) for _ in range(2)] for _ in range(3)]
     copies = itertools.cycle([partial(target.copy_, source) for target, source in pairs])
     times = interleave({"copy": partial(next, copies)}, device, seconds)["copy"]
-    return spread([8 * count / value for value in times])
+    return quartiles((8 * count / value for value in times), None)
