@@ -30,15 +30,7 @@ DRAWN = {"expected": 1, "mse": 0, "min_snr": 3, "released": 4}
 
 
 class Device:
-    """One device's results, as a template asks for them.
-
-    Attributes:
-        label: The kind of device.
-        levels: The results.
-        machine: The device's name.
-        versions: Versions of the library that were measured.
-        copy_rate: Bytes a second of a copy, read and written.
-    """
+    """One device's results, as a template asks for them."""
 
     def __init__(self, path: Path) -> None:
         """Read what `python -m benchmarks.overhead run` wrote."""
@@ -47,11 +39,12 @@ class Device:
         self.machine = machine.get("gpu", machine["cpu"])
         self.versions = sorted({level["version"] for level in self.levels.values()})
         (copy,) = self.levels["bandwidth"]["figures"]
-        self.copy_rate: float = copy["copy_bytes_per_second"][1]
+        self.copy_rate: float = copy["copy_bytes_per_second"][1]  # read and written
 
-    def cells(self, level: str) -> list[Cell]:
-        """Return the results of a level, sizes in order before the shapes people train on."""
+    def cells(self, level: str, *dtypes: str) -> list[Cell]:
+        """Return a level's results, of some types or all, sizes before what people train on."""
         found = self.levels.get(level, {}).get("figures", [])
+        found = [cell for cell in found if not dtypes or cell["dtype"] in dtypes]
         return sorted(found, key=lambda c: (c.get("name", "2^")[:2] != "2^", math.prod(c["shape"])))
 
     def known(self) -> list[tuple[str, Cell]]:
@@ -84,9 +77,8 @@ class Device:
         """
         step = self.fastest_step
         level = step["dtype"] if step["mode"] == "eager" else step["mode"]
-        again = [cell for cell in self.cells(level) if cell["dtype"] == step["dtype"]]
-        heads = [step["head"], *(cell for cell in again if cell["shape"] == step["shape"])]
-        shares = [extra_time(head) / _plain(step) for head in heads]
+        again = [c for c in self.cells(level, step["dtype"]) if c["shape"] == step["shape"]]
+        shares = [extra_time(head) / _plain(step) for head in (step["head"], *again)]
         return min(shares), max(shares)
 
     @property
@@ -112,16 +104,13 @@ class Device:
         shapes = {tuple(cell["shape"]): cell["name"] for cell in self.cells("float32")}
         missing = []
         for level, dtype in HEADS[1:]:
-            cells = [cell for cell in self.cells(level) if cell["dtype"] == dtype]
-            found = {tuple(cell["shape"]): cell["name"] for cell in cells}
+            found = {tuple(cell["shape"]): cell["name"] for cell in self.cells(level, dtype)}
             left = [name for shape, name in shapes.items() if shape not in found]
+            where = " and ".join(left)
+            if len(found) < len(left):
+                where = "any size" + (f" but {' and '.join(found.values())}" if found else "")
             if left:
                 title = dtype if level == dtype else f"{level} {dtype}"
-                where = " and ".join(left)
-                if not found:
-                    where = "any size"
-                elif len(found) < len(left):
-                    where = f"any size but {' and '.join(found.values())}"
                 missing.append(f"{title} at {where}")
         timed = {cell["mode"] for cell in self.steps}
         steps = STEPS if self.label == "GPU" else STEPS[:2]  # no graphs on a CPU
@@ -134,8 +123,8 @@ class Device:
 
     def held(self, name: str) -> float:
         """Return the most tensors of the data's size that a loss holds at once, in float32."""
-        rows = [row for row in self.cells("counts") if row["dtype"] == "float32"]
-        return max(r["peak_bytes"] / r["data_bytes"] for r in rows if r["contender"] == name)
+        rows = [row for row in self.cells("counts", "float32") if row["contender"] == name]
+        return max(row["peak_bytes"] / row["data_bytes"] for row in rows)
 
     @property
     def waits(self) -> int:
@@ -148,14 +137,14 @@ class Device:
 
     def losses(self, level: str, dtype: str) -> list[str]:
         """Return what was timed beside `F.mse_loss`, in the tables' order."""
-        timed = {p for c in self.cells(level) if c["dtype"] == dtype for p in c["ratios"]}
+        timed = {pair for cell in self.cells(level, dtype) for pair in cell["ratios"]}
         return [name for name in LABELS if f"{name}/mse" in timed]
 
     @property
     def large(self) -> list[Cell]:
         """The float32 cells whose time is that of the data."""
-        cells = self.cells("float32") + self.cells("compiled")
-        return [c for c in cells if c["dtype"] == "float32" and math.prod(c["shape"]) >= 2**22]
+        cells = self.cells("float32") + self.cells("compiled", "float32")
+        return [cell for cell in cells if math.prod(cell["shape"]) >= 2**22]
 
     def moved(self, cell: Cell) -> tuple[float, float]:
         """Return shares of a copy's speed: by bytes moved, and by those that any loss must move."""

@@ -47,8 +47,7 @@ class Training:
 
     def predict(self, noise: Tensor, t: Tensor) -> Tensor:
         """Return the model's answer to x_t."""
-        answer: Tensor = self.network(self.path.noisy(self.x0, noise, t).x_t, t).sample
-        return answer
+        return self.network(self.path.noisy(self.x0, noise, t).x_t, t).sample
 
     def objective(self, loss: Loss) -> Objective:
         """Return a loss of (noise, t) that calls the model once."""
