@@ -85,7 +85,7 @@ def run(
         for name in names or tuple(LEVELS):
             click.echo(f"Measuring {name} on {device}:", err=True)
             _measure(name, settings, out / f"{device}.json")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.cuda.OutOfMemoryError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"Wrote {out / device}.json.")
 
@@ -107,33 +107,28 @@ def _measure(name: str, settings: Settings, path: Path) -> None:
         # Above 0: something else was running.
         "load_average_before": round(os.getloadavg()[0], 2),
     }
-    try:
-        for cell in LEVELS[name](settings):
-            figures.append(cell)
-            said = [cell[key] for key in ("name", "contender", "dtype", "mode") if key in cell]
-            said += [f"{pair} {ratio[1]:.2f}" for pair, ratio in cell.get("ratios", {}).items()]
-            click.echo(f"  {'  '.join(said)}", err=True)
-            results = load_json(path) if path.exists() else {}
-            save_json(path, {**results, name: {**shown, "figures": figures}})
-    except torch.cuda.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        click.echo(f"  {name}: the rest is left out: {str(error).splitlines()[0]}", err=True)
+    for cell in LEVELS[name](settings):
+        figures.append(cell)
+        said = [cell[key] for key in ("name", "contender", "dtype", "mode") if key in cell]
+        said += [f"{pair} {ratio[1]:.2f}" for pair, ratio in cell.get("ratios", {}).items()]
+        click.echo(f"  {'  '.join(said)}", err=True)
+        results = load_json(path) if path.exists() else {}
+        save_json(path, {**results, name: {**shown, "figures": figures}})
 
 
 @main.command()
-@click.option("--minutes", default=8.0, show_default=True, help="Time for all of it.")
 @click.option("--rehearse", is_flag=True, help="On the CPU, at small sizes.")
 @AGAINST
 @OUT
-def gpu(minutes: float, rehearse: bool, against: Path | None, out: Path) -> None:
-    """Measure all that is worth it on a GPU in minutes, the most useful first."""
+def gpu(rehearse: bool, against: Path | None, out: Path) -> None:
+    """Measure all that is worth it on a GPU in 8 minutes, the most useful first."""
     if not rehearse and not torch.cuda.is_available():
         raise click.ClickException("gpu: torch sees no GPU here; --rehearse needs none")
     options = ["--out", str(out), "--seconds", "1", "--step-seconds", "25"]
     options += ["--against", str(against)] if against else []
     rehearsal = ["--device", "cpu", "--small", "--largest", "14", "--step-batch", "1"]
     options += rehearsal if rehearse else ["--device", "cuda"]
-    plan.follow(options, 60 * minutes - 5, click.echo)
+    plan.follow(options, 8 * 60 - 5, click.echo)
 
 
 if __name__ == "__main__":
