@@ -18,12 +18,8 @@ from benchmarks.provenance import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "overhead"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-HEADS = (
-    ("float32", "float32"),
-    ("bfloat16", "bfloat16"),
-    ("compiled", "float32"),
-    ("compiled", "bfloat16"),
-)
+DTYPES = ("float32", "bfloat16")
+HEADS = (*((dtype, dtype) for dtype in DTYPES), *(("compiled", dtype) for dtype in DTYPES))
 """Levels of the loss alone, and their types."""
 STEPS = ("eager", "compiled", "graph", "compiled graph")
 DRAWN = {"expected": 1, "mse": 0, "min_snr": 3, "released": 4}
@@ -61,7 +57,7 @@ class Device:
     @property
     def fastest_step(self) -> Cell:
         """The plain training step that takes least, of those that were measured."""
-        return min(self.steps, key=_plain)
+        return min(self.steps, key=median)
 
     @property
     def steps(self) -> list[Cell]:
@@ -78,25 +74,14 @@ class Device:
         step = self.fastest_step
         level = step["dtype"] if step["mode"] == "eager" else step["mode"]
         again = [c for c in self.cells(level, step["dtype"]) if c["shape"] == step["shape"]]
-        shares = [extra_time(head) / _plain(step) for head in (step["head"], *again)]
+        heads = [step["head"], *again]
+        shares = [(median(head, "expected") - median(head)) / median(step) for head in heads]
         return min(shares), max(shares)
 
     @property
-    def added_text(self) -> str:
-        """Those shares as text."""
-        least, most = (f"{100 * share:.2f}" for share in self.added)
-        return f"{least} %" if least == most else f"{least} to {most} %"
-
-    @property
-    def ratios_text(self) -> str:
-        """`expected` over `F.mse_loss` at the shapes people train on, eager, float32."""
-        ratios = [cell["ratios"]["expected/mse"][1] for _, cell in self.known()]
-        return f"{min(ratios):.2f} to {max(ratios):.2f}"
-
-    @property
     def extra(self) -> float:
-        """By how many microseconds it takes longer there, at most."""
-        return max(extra_time(cell) for _, cell in self.known())
+        """By how many microseconds `expected` takes longer at the shapes people train on."""
+        return max(median(cell, "expected") - median(cell) for _, cell in self.known())
 
     @property
     def unmeasured(self) -> list[str]:
@@ -154,19 +139,15 @@ class Device:
         return moved / 3 * least, least
 
 
-def _plain(cell: Cell) -> float:
-    return float(cell["microseconds"]["mse"][1])
-
-
-def extra_time(timed: Cell) -> float:
-    """Return by how many microseconds `expected` takes longer than `F.mse_loss`."""
-    return float(timed["microseconds"]["expected"][1] - timed["microseconds"]["mse"][1])
+def median(cell: Cell, name: str = "mse") -> float:
+    """Return what a loss takes in microseconds."""
+    return float(cell["microseconds"][name][1])
 
 
 def useful_rate(cell: Cell, name: str) -> float:
     """Return bytes a second that any loss must move: ε̂ and ε read, one gradient written."""
     size = getattr(torch, cell["dtype"]).itemsize * math.prod(cell["shape"])
-    return 3 * size / (cell["microseconds"][name][1] / 1e6)
+    return 3 * size / (median(cell, name) / 1e6)
 
 
 def devices() -> list[Device]:
