@@ -46,10 +46,8 @@ def contenders(device: torch.device, dtype: torch.dtype = torch.float32) -> dict
 
 
 def compiled(losses: dict[str, Loss]) -> dict[str, Loss]:
-    """Compile for one shape, whole, what is asked about: `F.mse_loss` and ours.
-
-    Each compilation takes seconds, of minutes in all.
-    """
+    """Compile what is asked about, `F.mse_loss` and ours, for one shape: each takes seconds."""
+    torch.compiler.reset()
     return {
         name: torch.compile(losses[name], dynamic=False, fullgraph=True)
         for name in ("mse", "mse_lifted", "expected")
@@ -58,11 +56,7 @@ def compiled(losses: dict[str, Loss]) -> dict[str, Loss]:
 
 
 def other_loss(folder: Path, device: torch.device) -> dict[str, Loss]:
-    """Return the loss of a checkout of another version, `expected`, by its version.
-
-    Raises:
-        ValueError: If there is no package in the folder.
-    """
+    """Return the loss of a checkout of another version, `expected`, by its version."""
     if not (folder / "s2dm_loss" / "__init__.py").exists():
         raise ValueError(f"against: expected a checkout with a folder s2dm_loss, got {folder}")
     ours = _forget_modules()
@@ -100,9 +94,7 @@ def min_snr_loss(device: torch.device) -> Loss:
     return loss
 
 
-def released_loss(
-    device: torch.device, skip: int = SKIP, tau: float = TAU
-) -> Callable[..., Tensor]:
+def released_loss(device: torch.device, skip: int = SKIP, tau: float = TAU) -> Loss:
     """Eq. 13 with a fresh target, written out as the released code has it.
 
     A second noise tensor, two squared errors, a boolean mask for each branch, and the two branches

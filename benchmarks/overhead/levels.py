@@ -55,9 +55,7 @@ class Settings:
         known = {name: (1, *shape[1:]) if self.small else shape for name, shape in KNOWN.items()}
         return known | {f"2^{n}": flat_shape(n) for n in range(self.largest, 13, -2)}
 
-    def in_time(
-        self, cells: Sequence[T], seconds: float | None = None
-    ) -> Iterator[tuple[T, float]]:
+    def in_time(self, cells: Sequence[T], seconds: float = 0) -> Iterator[tuple[T, float]]:
         """Yield each cell and its seconds, until the deadline.
 
         A cell gets its even share of what is left, less a part for what is not timed.
@@ -102,15 +100,11 @@ def bandwidth(settings: Settings) -> Iterator[Cell]:
 
 def heads(settings: Settings, mode: str, dtypes: Sequence[torch.dtype]) -> Iterator[Cell]:
     """Forward and backward of the loss alone, "eager" or "compiled", at every shape and size."""
-    cells = list(product(dtypes, settings.shapes.items()))
     # Of each type the shapes that people train on come before the sizes.
-    cells.sort(key=lambda cell: cell[1][0] not in KNOWN)
+    cells = sorted(product(dtypes, settings.shapes.items()), key=lambda c: c[1][0] not in KNOWN)
     losses_in = {dtype: contenders(settings.device, dtype) | settings.other for dtype in dtypes}
     for (dtype, (name, shape)), seconds in settings.in_time(cells):
-        losses = losses_in[dtype]
-        if mode == "compiled":
-            torch.compiler.reset()
-            losses = compiled(losses)
+        losses = compiled(losses_in[dtype]) if mode == "compiled" else losses_in[dtype]
         try:
             times = interleave_heads(settings, losses, shape, dtype, seconds)
         except torch.cuda.OutOfMemoryError:
@@ -128,12 +122,11 @@ def heads(settings: Settings, mode: str, dtypes: Sequence[torch.dtype]) -> Itera
 
 def counts(settings: Settings) -> Iterator[Cell]:
     """Peak memory, operators, bytes, kernels, syncs, graph breaks, gradients: exact, no clock."""
-    shapes = [settings.shapes[name] for name in KNOWN]
     latents = settings.shapes["SD latents"]
+    shapes = sorted((settings.shapes[name] for name in KNOWN), key=lambda shape: shape != latents)
     cells = [
         (shape, dtype, name, loss)
-        for shape in sorted(shapes, key=lambda shape: shape != latents)
-        for dtype in (torch.float32, torch.bfloat16)
+        for shape, dtype in product(shapes, (torch.float32, torch.bfloat16))
         for name, loss in (contenders(settings.device, dtype) | settings.other).items()
     ]
     for (shape, dtype, name, loss), _ in settings.in_time(cells):

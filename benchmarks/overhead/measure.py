@@ -77,12 +77,11 @@ def interleave(
     state that must not be the same contender's luck every time.
     """
     times: dict[str, list[float]] = {name: [] for name in prepare}
-    began = time.perf_counter()
-    for call in prepare.values():
-        call()()  # compiles, and reads tables
-    while time.perf_counter() - began < seconds / 10:
+    began, warm = time.perf_counter(), False
+    while not warm:
         for call in prepare.values():
-            call()()
+            call()()  # compiles, and reads tables
+        warm = time.perf_counter() - began >= seconds / 10
     names, order = list(prepare), random.Random(0)  # noqa: S311
     began, rounds = time.perf_counter(), 0
     while rounds < least_rounds or (time.perf_counter() - began < seconds and rounds < 400):
@@ -133,9 +132,7 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    kineto = profiler.profiler
-    if kineto is None or kineto.kineto_results is None:
-        raise RuntimeError("this build of torch has no profiler to read allocations from")
+    kineto: Any = profiler.profiler
     events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
@@ -149,15 +146,9 @@ class OperatorCount(TorchDispatchMode):
     """Counts operators and the bytes they read and write, below autograd; the same on every run.
 
     Views and allocations move nothing and are left out. What an operator does inside is not seen:
-    `mse_loss` counts as one operator that writes a scalar.
-
-    Attributes:
-        operators: How many compute.
-        data_operators: How many read or write a tensor of at least `large` bytes.
-        bytes: Read and written.
-        new_bytes: Of new outputs of at least `large`.
-        syncs: How many operators make the host wait for the device.
-        names: What was counted, in order.
+    `mse_loss` counts as one operator that writes a scalar. Those of `data_operators` read or write
+    a tensor of at least `large` bytes, `new_bytes` are of new outputs of that size, and `syncs`
+    make the host wait for the device.
     """
 
     def __init__(self, large: int) -> None:
@@ -167,9 +158,7 @@ class OperatorCount(TorchDispatchMode):
         self.operators = self.data_operators = self.bytes = self.new_bytes = self.syncs = 0
         self.names: list[str] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` and count it."""
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
@@ -180,17 +169,14 @@ class OperatorCount(TorchDispatchMode):
         self.syncs += masked or name in SYNCS
         if func.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
             return result
-        read_storages = {leaf.untyped_storage().data_ptr() for leaf in reads}
         sizes = [_bytes(leaf) for leaf in (*reads, *writes)]
         self.names.append(name)
         self.operators += 1
         self.data_operators += max(sizes, default=0) >= self.large
         self.bytes += sum(sizes)
-        self.new_bytes += sum(
-            _bytes(leaf)
-            for leaf in writes
-            if _bytes(leaf) >= self.large and leaf.untyped_storage().data_ptr() not in read_storages
-        )
+        read = {leaf.untyped_storage().data_ptr() for leaf in reads}
+        new = [_bytes(x) for x in writes if x.untyped_storage().data_ptr() not in read]
+        self.new_bytes += sum(size for size in new if size >= self.large)
         return result
 
 

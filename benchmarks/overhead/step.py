@@ -24,9 +24,7 @@ LEAST_ROUNDS = 5  # a step of a slow card is long
 class Training:
     """A model, an optimizer and a batch of images.
 
-    Args:
-        settings: Device and sizes.
-        mode: "eager" in float32; any other in bfloat16 under autocast, "compiled" if it says so.
+    If "eager" in float32; in any other mode in bfloat16 under autocast, "compiled" if it says so.
     """
 
     def __init__(self, settings: Settings, mode: str) -> None:
@@ -34,9 +32,8 @@ class Training:
         self.settings, self.device = settings, settings.device
         self.dtype = torch.float32 if mode == "eager" else torch.bfloat16
         self.model = cifar10_unet(settings.small).to(self.device)
-        self.network: Callable[..., Any] = self.model
-        if "compiled" in mode:
-            self.network = torch.compile(self.model)
+        network = torch.compile(self.model) if "compiled" in mode else self.model
+        self.network: Callable[..., Any] = network
         self.path = EpsilonPath().to(self.device)
         side = 8 if settings.small else 32
         self.x0 = torch.randn(settings.step_batch, 3, side, side, device=self.device)
