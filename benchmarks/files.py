@@ -14,10 +14,7 @@ import torch
 def write_whole(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
     """Let `write` fill a neighbour of `path`, then move it there in one step.
 
-    Args:
-        path: Where the file belongs.
-        write: Called with the path to write to.
-        keep: Where a file that is at `path` already moves to.
+    A file that is there already moves to `keep`, if that is given.
 
     Raises:
         OSError: If it cannot be written, as on a full disk; what was at `path` is still there.
@@ -65,7 +62,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
         ValueError: If the file is damaged, or holds anything but tensors and plain values.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file fails in many ways
@@ -73,7 +70,6 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read ({cause}); remove it to have it made again"
         ) from error
-    return content
 
 
 def save_json(path: Path, content: Any) -> None:

@@ -22,8 +22,7 @@ Row = dict[str, Any]
 
 def study(name: str) -> Row:
     """Return a study's document."""
-    document: Row = load_json(RESULTS / f"{name}.json")
-    return document
+    return load_json(RESULTS / f"{name}.json")
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:

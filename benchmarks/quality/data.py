@@ -193,8 +193,7 @@ class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in self.parts:
             raise ValueError(f"expected a pickle of numpy arrays, found {module}.{name}")
-        found: object = super().find_class(module, name)
-        return found
+        return super().find_class(module, name)
 
 
 class DataSet(NamedTuple):

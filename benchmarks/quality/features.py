@@ -69,8 +69,7 @@ class Classifier(FeatureNetwork):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.body(to_model_range(images))
-        return features / self.get_buffer("spread")
+        return self.body(to_model_range(images)) / self.get_buffer("spread")
 
 
 @dataclass(frozen=True)

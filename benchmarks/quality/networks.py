@@ -45,8 +45,7 @@ class ResidualBlock(nn.Module):
     @override
     def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
         inner = F.silu(self.inner(self.norm(hidden)) + self.time(time))
-        result: Tensor = hidden + self.outer(inner)
-        return result
+        return hidden + self.outer(inner)
 
 
 class ResidualMLP(nn.Module):
@@ -78,8 +77,7 @@ class ResidualMLP(nn.Module):
         hidden = self.inlet(values)
         for block in self.blocks:
             hidden = block(hidden, time)
-        noise: Tensor = self.outlet(hidden) + self.gate(time) * values
-        return noise.view_as(x)
+        return (self.outlet(hidden) + self.gate(time) * values).view_as(x)
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,7 @@ def search(
     check_settings(preset, root)
     path = root / f"search-seed{seed}-{'-'.join(samplers)}-{steps}.json"
     if path.exists():
-        stored: dict[str, Any] = load_json(path)
-        return stored
+        return load_json(path)
     with claimed(preset, root):
         result = _searched(Bench(preset, root, data_folder), seed, samplers, steps)
         save_json(path, result)
@@ -66,8 +65,7 @@ def _searched(bench: Bench, seed: int, samplers: Sequence[str], steps: int) -> d
         return sample(network, sampler, bench.path.schedule, steps, start, noise).clone()
 
     def features(samples: Tensor) -> Tensor:
-        found: Tensor = bench.features(datasets.to_uint8(samples).to(bench.features.device))
-        return found
+        return bench.features(datasets.to_uint8(samples).to(bench.features.device))
 
     kind = bench.path.prediction_type
     model = bench.path.on_schedule(bench.network)

@@ -129,8 +129,7 @@ class Results:
 
     def title(self, method: str) -> str:
         """Return a method's name in tables."""
-        title: str = self.record["titles"][method]
-        return title
+        return self.record["titles"][method]
 
     def cells(self, method: str) -> list[Cell]:
         """Return the cells of a method, in the order of the run."""

@@ -43,20 +43,10 @@ def train(
 ) -> nn.Module:
     """Train a network, or take up a run where it stopped, or load one that is done.
 
-    Args:
-        objective: What to train on.
-        seed: Seed of the initialisation and of all streams.
-        data: The images.
-        path: What x_t and the target are.
-        network: What is built.
-        budget: How it is trained.
-        folder: Of checkpoints while it is under way, then of `weights.pt` and `training.json`.
-        device: Where it is trained.
-        branch: The state of another run to start from; without it a fresh network.
-        progress: Called with the number of steps just done; may raise to stop the run.
-
-    Returns:
-        The network with averaged weights, in evaluation mode, on the device.
+    It has the averaged weights and is in evaluation mode, on the device. The seed is that of the
+    initialisation and of all streams. The folder holds checkpoints while it is under way, then
+    `weights.pt` and `training.json`. With `branch` it starts from that state of another run;
+    `progress` is called with the number of steps just done, and may raise to stop the run.
     """
     weights_path, record_path = folder / "weights.pt", folder / "training.json"
     with torch.random.fork_rng(devices=[]):
