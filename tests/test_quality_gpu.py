@@ -52,8 +52,10 @@ def test_the_command_line_sets_the_limit(tmp_path, monkeypatch):
     limits = []
     monkeypatch.setattr(gpu, "do", lambda *given: limits.append(given[3]))
     for extra in ([], ["--seconds", "7"]):
-        CliRunner().invoke(main, ["gpu", "--parts", "1", "--out", str(tmp_path), *extra])
+        CliRunner().invoke(main, ["gpu", "--part", "1", "--out", str(tmp_path), *extra])
     assert limits == [gpu.LIMIT, 7]
+    said = CliRunner().invoke(main, ["gpu", "--part", "9"])
+    assert "part must be 1 to 5, got 9" in said.output
 
 
 def test_the_search_is_asked_about_the_first_parts_network(tmp_path, monkeypatch):
@@ -62,9 +64,7 @@ def test_the_search_is_asked_about_the_first_parts_network(tmp_path, monkeypatch
     monkeypatch.setattr(gpu, "run", lambda *_, **__: None)
     gpu.do(gpu.PARTS[-1], tmp_path, None)
     first, *_, last = gpu.PARTS
-    places = [arguments[1:4] for arguments in asked]
-    assert places == [(tmp_path / first.name, 1, cell) for cell in last.searches]
-    assert last.searches
+    assert [arguments[1:5] for arguments in asked] == [(tmp_path / first.name, 1, gpu.SOLVERS, 10)]
     assert first.preset.seeds == (1,)
     assert last.preset.settings == first.preset.settings
 

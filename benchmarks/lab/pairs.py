@@ -12,7 +12,6 @@ the same noise.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -169,9 +168,11 @@ def _judged(found: Recommendation, judge: Judge, use: float, best: float) -> dic
     }
 
 
-def main() -> None:
-    """Judge each case, or the digits of a folder, print it, and keep it for the pages."""
-    cases = {"digits, 10 steps": digits(Path(sys.argv[1]))} if sys.argv[1:] else CASES
+@click.command()
+@click.argument("run", required=False, type=click.Path(exists=True, path_type=Path))
+def main(run: Path | None) -> None:
+    """Judge each case, or the digits of a RUN's folder, print it, and keep it for the pages."""
+    cases = {"digits, 10 steps": digits(run)} if run else CASES
     path, made_with = RESULTS / "pairs.json", versions()
     for name, case in cases.items():
         found = study(case)

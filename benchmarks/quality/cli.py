@@ -62,8 +62,11 @@ def _in_one_line() -> Iterator[None]:
 
     context = click.get_current_context()
     words = [str(context.info_name), *filter(None, [context.params.get("preset")])]
-    for name in ("sampler", "steps", "out", "seeds", "data", "parts", "seconds"):
+    for name in ("steps", "out", "seeds", "data", "seconds"):
         if (value := context.params.get(name)) is not None:
+            words += [f"--{name}", str(value)]
+    for name in ("sampler", "part"):
+        for value in context.params.get(f"{name}s", ()):
             words += [f"--{name}", str(value)]
     again = f"python -m benchmarks.quality {shlex.join(words)}"
     try:
@@ -99,22 +102,20 @@ def _preset(name: str, seeds: str | None) -> Preset:
     return replace(preset, seeds=chosen)
 
 
-def _describe(preset: Preset, root: Path, workers: int) -> None:
+def _describe(preset: Preset, root: Path) -> None:
     from benchmarks.quality.layout import check_settings
-    from benchmarks.quality.plan import estimate, plan
+    from benchmarks.quality.plan import plan
 
     check_settings(preset, root)
     todo = plan(preset, root)
-    seconds = estimate(preset, todo) / workers
     click.echo(
         f"{preset.name}, into {root}:\n"
         f"  networks to train    {todo.trainings}, {todo.network_steps:,} network steps of "
         f"{preset.budget.batch_size} images\n"
         f"  cells to measure     {todo.cells}, {todo.sampling_calls:,} network calls on "
         f"{preset.samples:,} images each\n"
-        f"  done already         {todo.done / (todo.done + todo.cost):.0%}\n"
-        f"  estimated time       {seconds / 60:.1f} minutes with {workers} process(es), "
-        "at the speed that this machine has now"
+        f"  all of it takes      {CATALOGUE[preset.name].cost}\n"
+        f"  done already         {todo.done / (todo.done + todo.cost):.0%}"
     )
 
 
@@ -168,12 +169,11 @@ def run_command(
     """Run PRESET, or go on with it; then write its report."""
     chosen = _preset(preset, seeds)
     root = out or Path("runs") / preset
-    processes = workers or min(chosen.workers, os.cpu_count() or 1)
     with _in_one_line():
         if dry_run:
-            _describe(chosen, root, processes)
+            _describe(chosen, root)
         else:
-            _run(chosen, root, processes, data)
+            _run(chosen, root, workers or min(chosen.workers, os.cpu_count() or 1), data)
 
 
 @main.command("search")
@@ -214,18 +214,22 @@ def search_command(
 @main.command("gpu")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/gpu"), show_default=True)
 @DATA
-@click.option("--parts", help="Numbers of parts, such as 1,3 [all].")
+@click.option("--part", "parts", type=int, multiple=True, help="Number of a part [all of them].")
 @click.option("--seconds", type=click.IntRange(1), help="Time for each part [480].")
 @click.option("--dry-run", is_flag=True, help="List the parts, and stop.")
 def gpu_command(
-    out: Path, data: Path | None, parts: str | None, seconds: int | None, dry_run: bool
+    out: Path, data: Path | None, parts: tuple[int, ...], seconds: int | None, dry_run: bool
 ) -> None:
     """Do what is planned for minutes on a GPU, one part after the other."""
     from benchmarks.quality import gpu
 
-    chosen = gpu.PARTS if parts is None else [gpu.PARTS[int(n) - 1] for n in parts.split(",")]
-    for part in chosen:
-        click.echo(f"{part.name}: {part.about}")
+    numbered = dict(enumerate(gpu.PARTS, 1))
+    if unknown := [number for number in parts if number not in numbered]:
+        raise click.BadParameter(f"part must be 1 to {len(numbered)}, got {unknown[0]}")
+    chosen = [numbered[number] for number in parts or numbered]
+    for number, part in numbered.items():
+        if part in chosen:
+            click.echo(f"{number}. {part.name}, {seconds or gpu.LIMIT} s at most: {part.about}")
     if dry_run:
         return
     with _in_one_line():

@@ -1,23 +1,16 @@
-"""What a run has to do, what is done of it, and what the rest would take."""
+"""What a run has to do, and what is done of it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.utils.benchmark import Timer
-
 from benchmarks.quality.checkpoint import newest_state
-from benchmarks.quality.data import SETS
 from benchmarks.quality.layout import Layout
-from benchmarks.quality.networks import default_device
 from benchmarks.quality.objectives import Objective
-from benchmarks.quality.paths import PATHS
 from benchmarks.quality.presets import Arm, Preset
-from benchmarks.quality.samplers import sample
 
 BACKWARD_COST = 2
 """A backward pass costs about two forward passes; progress is counted in forward passes."""
@@ -106,32 +99,3 @@ def plan(preset: Preset, root: Path) -> Plan:
                 todo.sampling_calls += steps
                 todo.cost += preset.samples * steps
     return todo
-
-
-def estimate(preset: Preset, todo: Plan) -> float:
-    """Return the seconds that one process would need for a plan, from a few steps and calls."""
-    device = default_device()
-    shape = SETS[preset.data].shape
-    model = preset.network.build(shape).to(device)
-    path = PATHS[preset.path]()
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    images = torch.randn(preset.budget.batch_size, *shape, device=device)
-    times = torch.zeros(len(images), dtype=torch.long, device=device)
-    start = torch.randn(min(preset.sample_batch, preset.samples), *shape, device=device)
-
-    def one_step() -> None:
-        model(images, times).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def one_call() -> None:
-        sample(model, path.base, path.schedule, 1, start, torch.Generator())
-
-    threads = 1 if preset.workers > 1 else torch.get_num_threads()
-
-    def seconds(action: Callable[[], None]) -> float:
-        # It warms up by two calls, which compile and capture CUDA graphs.
-        return Timer("action()", globals={"action": action}, num_threads=threads).timeit(5).mean
-
-    per_step, per_image = seconds(one_step), seconds(one_call) / len(start)
-    return todo.network_steps * per_step + todo.sampling_calls * preset.samples * per_image
