@@ -1,6 +1,6 @@
 """The loss head: where the loss meets the data.
 
-Everything else in the loss has one value for each sample and costs next to nothing. The head moves
+Everything else in the loss has one value for each sample and costs little. The head moves
 the data six times and makes one new tensor of their size, which ends as the gradient:
 
     forward     residual = output - scale · target     reads two, writes one

@@ -190,7 +190,7 @@ class SkipSet:
         return hash((type(self), self._key()))
 
     def copy_to(self, device: torch.device) -> None:
-        """Have what is looked up ready on a device, as a compiled call cannot keep a copy."""
+        """Copy what is looked up to a device, which compiled code cannot do."""
 
     @override
     def __repr__(self) -> str:

@@ -51,7 +51,7 @@ class DeviceCopies:
 class TabledModule(nn.Module):
     """A module whose tables are ready on the device that it is moved to.
 
-    Compiled calls cannot keep a copy, and `.to()` moves no buffer of these modules.
+    Compiled code cannot make the copies, and these modules have no buffers that `.to()` would move.
     """
 
     def _copy_tables(self, device: torch.device) -> None:

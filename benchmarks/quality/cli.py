@@ -51,8 +51,8 @@ def _known(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
     if value in CATALOGUE:
         return value
     near = difflib.get_close_matches(value, CATALOGUE, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise click.BadParameter(f"there is no preset {value!r}; {hint}The presets:\n{listed()}")
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise click.BadParameter(f"there is no preset {value!r}{hint} The presets:\n{listed()}")
 
 
 @contextmanager

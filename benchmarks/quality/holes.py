@@ -9,6 +9,7 @@ sampler in as many steps, unless `over` names another.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,10 +23,13 @@ from benchmarks.quality import evidence_figures, statistics
 from benchmarks.quality.committed import cell, method_name, results
 from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.statistics import FRECHET, KERNEL, SPREAD, Cell, Results, percent
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, gain
+from s2dm_loss import ContinuousSchedule, CorrectionSearch, NoiseSchedule, gain
+from s2dm_loss.sampling import standard_corrections
+from s2dm_loss.sampling.choosing import plan_of
 
 ALPHA = 0.05
 MEASURES = {"frechet": FRECHET, "kernel": KERNEL, "raw frechet": statistics.RAW_FRECHET}
+JUDGED = ("corrected", "plain")
 GRID = [Cell(sampler, n) for sampler in ("ddim", "pndm", "deis") for n in (10, 20, 50, 100)]
 """The cells of the digits' means."""
 
@@ -99,15 +103,29 @@ def distance(
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def spread(run: str, method: str = "plain", sampler: str | None = None, steps: int = 10) -> str:
-    """Return the spread of the samples over the data's, the mean over the seeds, as text."""
-    return f"{results(run).mean(method_name(method), cell(run, sampler, steps), SPREAD):.3f}"
+def spread(
+    run: str,
+    method: str = "plain",
+    sampler: str | None = None,
+    steps: int = 10,
+    *,
+    raw: bool = False,
+) -> str:
+    """Return the spread of the samples over the data's, the mean over the seeds, as text.
+
+    Of 8-bit images, or raw, as the sampler returns them.
+    """
+    found, name, where = results(run), method_name(method), cell(run, sampler, steps)
+    if raw:
+        by_seed = found.record["raw_spreads"][statistics.cell_key(name, where)].values()
+        return f"{sum(by_seed) / len(by_seed):.3f}"
+    return f"{found.mean(name, where, SPREAD):.3f}"
 
 
-def dose(run: str, skip: float, steps: int = 10) -> str | None:
+def dose(run: str, skip: float, steps: int = 10, sampler: str | None = None) -> str | None:
     """Return the share of the way to its gain that the trained loss has come, by the spread."""
     names = (method_name(f"loss {skip:g}"), method_name(f"gain {skip:g}"))
-    found = results(run).dose(*names, cell(run, None, steps))
+    found = results(run).dose(*names, cell(run, sampler, steps))
     return None if found is None else f"{100 * found.mean:.0f} %"
 
 
@@ -163,8 +181,8 @@ def table(
         for _, run, measure in columns:
             text = change(run, method, sampler, steps, measure) or ""
             is_loss = method.startswith("loss ") and "+" not in method
-            if text and is_loss and measure == "frechet" and sampler is None:
-                share = dose(run, float(method.split()[1]), steps)
+            if text and is_loss and measure == "frechet":
+                share = dose(run, float(method.split()[1]), steps, sampler)
                 text += f" (dose {share})" if share else ""
             line.append(text)
         lines.append(line)
@@ -187,18 +205,20 @@ def cells_table(run: str, rows: Sequence[tuple[str, str, str | None]], steps: Se
 
 
 def mean_table(run: str) -> str:
-    """Return the methods of a grid: mean over its cells and DDIM at 10 steps, 8-bit and raw."""
+    """Return the methods of a grid: mean over its cells and DDIM at 10 steps, by three measures."""
     found = results(run)
     lines = []
     for method in found.methods:
         if method == "plain" or not set(GRID) <= set(found.cells(method)):
             continue
         line = [found.title(method)]
-        for measure in ("frechet", "raw frechet"):
+        for measure in ("frechet", "kernel", "raw frechet"):
             line.append(mean_change(run, method, measure) or "")
             line.append(change(run, method, "ddim", 10, measure) or "")
         lines.append(line)
-    return _table(["", "8-bit, mean", "8-bit, DDIM 10", "raw, mean", "raw, DDIM 10"], lines)
+    titles = ("8-bit", "8-bit kernel", "raw")
+    head = ["", *(f"{title}, {of}" for title in titles for of in ("mean", "DDIM 10"))]
+    return _table(head, lines)
 
 
 class Together(NamedTuple):
@@ -299,6 +319,37 @@ def recommended(run: str, sampler: str, steps: int = 10) -> str:
     return " and ".join(dict.fromkeys(str(one["recommended"]) for one in found))
 
 
+class PairSearch(NamedTuple):
+    """What the search over pairs of sampler and correction recommends, and how that does."""
+
+    pairs: str
+    change: str | None
+    nearer: float
+    distance: str
+
+
+def pair_search(run: str, steps: int = 10) -> PairSearch:
+    """Return what the search over pairs recommends, and its kernel distance on fresh noise.
+
+    The change is over the base sampler with no correction; the distance in thousandths.
+    """
+    kept = [one for one in _all_searches(results(run), steps) if len(one["samplers"]) > 1]
+    ours, theirs = ({one["seed"]: one[f"{what}_kernel"] for one in kept} for what in JUDGED)
+    found = statistics.change(ours, theirs)
+    if found is None:
+        raise ValueError(f"no pairs were searched on {run}")
+    names = [f"{TITLES[one['sampler']]} with {one['recommended']}" for one in kept]
+    mean = 1000 * sum(ours.values()) / len(ours)
+    return PairSearch(listed(list(dict.fromkeys(names))), percent(found), found.mean, f"{mean:.1f}")
+
+
+def search_samples(samplers: int) -> str:
+    """Return how many samples a search over so many samplers draws at most, with its defaults."""
+    samples = inspect.signature(CorrectionSearch).parameters["num_samples"].default
+    corrections = standard_corrections(NoiseSchedule.linear(1000))
+    return f"{plan_of(samplers, corrections, samples).samples:,}"
+
+
 def archive_row(preset: str) -> list[str]:
     """Return images, seeds, plain DDIM 10 over the floor, and what gain and loss 49 do there."""
     found = results(preset)
@@ -332,16 +383,22 @@ def _rescaling(found: Results, where: Cell) -> dict[int, str]:
 
 def _searches(found: Results, where: Cell) -> list[dict[str, Any]]:
     """Return what `search.search` kept in a cell, a record for each seed."""
-    kept = found.record.get("searches", [])
-    return [one for one in kept if (one["sampler"], one["steps"]) == where]
+    kept = _all_searches(found, where.steps)
+    return [one for one in kept if one["samplers"] == [where.sampler]]
+
+
+def _all_searches(found: Results, steps: int) -> list[dict[str, Any]]:
+    """Return the searches of a run, of which older records name one sampler only."""
+    kept = [one for one in found.record.get("searches", []) if one["steps"] == steps]
+    return [{"samplers": [one["sampler"]], **one} for one in kept]
 
 
 HOLES: dict[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
         *(archive_row, best_pair, cells_table, change, claim, continuous_gap, distance, dose, fact),
-        *(gains_that_help, markdown_table, mean_change, mean_table, moved, octave, points),
-        *(recommended, spread, table, times_floor, together, verdict),
+        *(gains_that_help, markdown_table, mean_change, mean_table, moved, octave, pair_search),
+        *(points, recommended, search_samples, spread, table, times_floor, together, verdict),
     )
 }
 FIGURES: dict[str, Callable[[], Figure]] = {

@@ -283,6 +283,8 @@ CIFAR10_WIDE = Preset(
         *(arm(one, steps=(20, 50, 100)) for one in (Plain(), SkipStep(9), SkipStep(49))),
         arm(Plain(), Gain(49), ("ddim",), (20, 50)),
         arm(Plain(), samplers=("unipc",), steps=(20, 50)),
+        arm(Plain(), samplers=("dpm++2m",), steps=(20,)),
+        *(arm(Plain(), one, ("ddim",), (20,)) for one in (Gain(9), ScoreRescaling(1.05))),
     ),
     seeds=(0, 1, 2),
     workers=2,

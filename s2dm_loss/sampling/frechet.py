@@ -120,9 +120,9 @@ class FrechetComparison:
             )
             distance = 2 * whole.distance
             distance -= sum(part.distance for part in parts) / 2
-            # Each half by the map of the other: a map follows the samples it was made from. But a
-            # direction that one half does not have hangs on the few rows that do, and their part
-            # would be lost: then by the map of all.
+            # Each half by the map of the other: a map follows the samples it was made from. But
+            # where only a few rows have a direction, one half may lack it, and their part would be
+            # lost: then by the map of all.
             maps = [whole, whole] if {part.rank for part in parts} != {whole.rank} else parts[::-1]
             for part, half, rows in zip(maps, self._halves, self._data_halves, strict=True):
                 by_sample[half], by_datum[rows] = part.influences(samples[half], self._data[rows])
@@ -221,7 +221,7 @@ class _Pair:
             - 2 * float(overlap.sum())
             + (samples.outside - data.outside) ** 2
         )
-        # In directions that one of the two does not have the map is none.
+        # There is no map in directions that one of the two does not have.
         there = overlap > 1e-12 * overlap[0]
         self.rank = int(there.sum())
         root = overlap.masked_fill(~there, 1.0).rsqrt() * there

@@ -151,7 +151,7 @@ class ScaledModel(FixedSettings, TabledModule):
     def rescale(self, output: Any, x_t: Tensor, t: Tensor | float) -> Any:
         """Scale the prediction in an output that the model has given for x_t at time t.
 
-        Use this if your network is called with something else than the schedule's t, such as σ.
+        For a network that takes σ, say, and not the schedule's t.
         """
         return _scaled(output, x_t, *self._at(x_t, t))
 
