@@ -30,9 +30,11 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers():
+def _same_random_numbers_and_types():
     """What a test draws without a seed of its own does not depend on which tests ran before it."""
     seed = 240101520  # none that a test sets again, and then draws the same numbers
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    yield
+    torch.set_default_dtype(torch.float32)
