@@ -72,17 +72,14 @@ RIGHT = EPSILON.by()
     ],
 )
 def test_a_right_swap_passes(schedule, kind, t, skip):
+    """Whatever the default device."""
     trainer = Swap(schedule, kind, t)
-    report = check_swap(trainer.loss, trainer.by(schedule, skip))
-    assert report.calls == 1
-    assert report.ratio.shape == (8,)
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            report = check_swap(trainer.loss, trainer.by(schedule, skip))
+        assert (report.calls, report.ratio.shape) == (1, (8,))
     assert torch.equal(report.times, t)
     assert "gradient at tau over plain" in str(report)
-
-
-def test_a_right_swap_passes_whatever_the_default_device():
-    with torch.device("meta"):
-        assert check_swap(EPSILON.loss, RIGHT).calls == 1
 
 
 @pytest.mark.parametrize(
@@ -127,15 +124,6 @@ def weighted(model):
     return (torch.arange(1, 9) * (output - target).square().mean((1, 2, 3))).mean()
 
 
-def called_twice(model, tau):
-    EPSILON.batch(model)
-    return RIGHT(model, tau)
-
-
-def nan_at_a_strong_effect(model, tau):
-    return RIGHT(model, tau) * (math.nan if tau == 0.5 else 1)
-
-
 @pytest.mark.parametrize(
     ("plain", "swapped", "message"),
     [
@@ -143,8 +131,12 @@ def nan_at_a_strong_effect(model, tau):
         (V.loss, of_cosine, "schedule"),
         (weighted, RIGHT, "weight of the trainer's"),
         (EARLY.loss, EARLY.by(), "all times of this batch below the skip"),
-        (EPSILON.loss, nan_at_a_strong_effect, "the skip must act some"),
-        (EPSILON.loss, called_twice, "as often as before, 1 times, got 2"),
+        (
+            EPSILON.loss,
+            lambda model, tau: RIGHT(model, tau) * (math.nan if tau == 0.5 else 1),
+            "the skip must act some",
+        ),
+        (EPSILON.loss, lambda *run: EPSILON.batch(run[0]) and RIGHT(*run), "as before, 1 .* got 2"),
         (EPSILON.loss, EPSILON.by(reduction="none"), r"of the trainer's own, \(\), got \(8,\)"),
         (lambda model: 0 * EPSILON.loss(model), RIGHT, "own loss must not be 0"),
         (lambda model: torch.zeros(()), RIGHT, "depend on what the model returns"),
@@ -176,29 +168,24 @@ def test_a_path_whose_time_runs_the_wrong_way(kind):
 def test_a_trainer_in_float64_whose_first_draw_is_its_noise():
     """The stand-in's output must not be that noise again: a loss of 0 times 3 is 0."""
     trainer = Swap(LINEAR, "epsilon", x0=X0.double())
-    right, message = trainer.by(), "the loss at tau = 1 must be the trainer's own"
+    right = trainer.by()
     assert check_swap(trainer.loss, right).plain > 1
-    fails(trainer.loss, lambda model, tau: 3 * right(model, tau), message)
+    fails(trainer.loss, lambda *run: 3 * right(*run), "at tau = 1 must be the trainer's own")
 
 
 def test_the_generators_of_numpy_and_python_start_anew_and_go_on_after():
     """Optimal transport pairs noise and data by numpy's: without it a right swap is 1 % off."""
-    scales = []
+    scales, states = [], []
 
     def drawn(loss):
         scales.append(random.uniform(1, 2) * np.random.uniform(1, 2))  # noqa: S311 - no secret
         return loss * scales[-1]
 
-    def seed():
-        random.seed(1)
-        np.random.seed(1)
-
-    seed()
-    check_swap(lambda m: drawn(EPSILON.loss(m)), lambda m, tau: drawn(RIGHT(m, tau)))
-    assert len(set(scales)) == 1
-    found = random.random(), np.random.random()  # noqa: S311
-    seed()
-    assert found == (random.random(), np.random.random())  # noqa: S311
+    for check in (check_swap, lambda *_: None):
+        check(lambda m: drawn(EPSILON.loss(m)), lambda m, tau: drawn(RIGHT(m, tau)))
+        states.append((random.getstate(), str(np.random.get_state())))
+    assert len(set(scales)) == 1 < len(scales)
+    assert states[0] == states[1]
 
 
 def test_several_gpus_are_no_warning(monkeypatch):
@@ -211,20 +198,21 @@ def test_several_gpus_are_no_warning(monkeypatch):
     check_swap(EPSILON.loss, RIGHT)
 
 
+def calling(call, trainer=EPSILON, swapped=RIGHT):
+    """A trainer's two losses, of a model that is called in another way."""
+
+    def of(model):
+        return lambda x_t, t: call(model, x_t, t)
+
+    return lambda model: trainer.loss(of(model)), lambda model, tau: swapped(of(model), tau)
+
+
 @pytest.mark.filterwarnings("error:the gain at the last timestep")
 def test_a_right_swap_of_a_learned_variance_passes_without_a_warning():
     """An output that is x_t is the noise itself at t = 999, where the gradient says nothing."""
     trainer = Swap(LINEAR, "epsilon", T.repeat(4), X0.repeat(4, 1, 1, 1))
-    right = trainer.by(skip=49)
-
-    def mean_of(model):
-        return lambda x_t, t: model(x_t, t)[:, :3]
-
-    check_swap(
-        lambda model: trainer.loss(mean_of(model)),
-        lambda model, tau: right(mean_of(model), tau),
-        output_of=lambda x: torch.cat([x, x], 1),
-    )
+    losses = calling(lambda model, x_t, t: model(x_t, t)[:, :3], trainer, trainer.by(skip=49))
+    check_swap(*losses, output_of=lambda x: torch.cat([x, x], 1))
 
 
 @pytest.mark.parametrize(
@@ -239,15 +227,12 @@ def test_a_right_swap_of_a_learned_variance_passes_without_a_warning():
     ],
 )
 def test_the_stand_in_is_called_as_networks_are(call):
-    def by_name(model):
-        return lambda x_t, t: call(model, x_t, t)
+    assert torch.equal(check_swap(*calling(call)).times, T)
 
-    report = check_swap(
-        lambda model: EPSILON.loss(by_name(model)), lambda model, tau: RIGHT(by_name(model), tau)
-    )
-    assert torch.equal(report.times, T)
+
+def test_what_the_stand_in_cannot_read_is_named():
     with pytest.raises(TypeError, match=r"with x_t, a tensor, and t, got 0 .*pixels by name"):
-        check_swap(lambda model: model(pixels=X0), lambda model, tau: model(pixels=X0))
+        check_swap(*calling(lambda model, x_t, t: model(pixels=x_t)))
 
 
 def test_data_without_axes():
@@ -257,19 +242,12 @@ def test_data_without_axes():
 
 @pytest.mark.parametrize("t", [T[:1], T[:, None].expand(8, 3)], ids=["one", "each frame's"])
 def test_a_report_has_a_row_for_each_sample_whatever_the_shape_of_t(t):
-    def by_time(model):
-        return lambda x_t, _: model(x_t, t)
-
-    def swapped(model, tau):
-        return RIGHT(by_time(model), tau)
-
-    said = str(check_swap(lambda model: EPSILON.loss(by_time(model)), swapped))
+    plain, swapped = calling(lambda model, x_t, _: model(x_t, t))
+    said = str(check_swap(plain, swapped))
     assert len(said.splitlines()) == 2 + len(X0)
     assert ("nan" in said) == (t.ndim == 2)
-    fails(lambda m: EPSILON.loss(by_time(m)), lambda m, tau: swapped(m, tau) / tau**99, "gradient")
+    fails(plain, lambda model, tau: swapped(model, tau) / tau**99, "gradient")
 
-
-# check_target
 
 GVP = ContinuousSchedule.from_alpha_sigma(
     lambda t: (torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)), min_time=1e-3
