@@ -17,7 +17,8 @@ from tests.strategies import FLOW, LINEAR, VP, ZERO_SNR
 BETA = torch.linspace(1e-4, 0.02, 1000)
 BAR = (1 - BETA).cumprod(0)
 X, T, NAN = torch.zeros(4, 3, 8, 8), torch.tensor([0, 9, 500, 999]), math.nan
-ONE = X[:, :1]
+ONE, FALLS = X[:, :1], torch.linspace(0.95, 0.05, 10)
+VARIANCES = 1 - BAR, (1 - BAR).sqrt(), 1 - BAR[-100:]
 SIX, NINE = (torch.zeros(4, channels, 8, 8) for channels in (6, 9))
 CRITERION = SkipStepLoss(LINEAR, 9)
 
@@ -36,12 +37,18 @@ def of_v(*arguments):
     return loss(*arguments, prediction_type="v_prediction")
 
 
+def of_flow(kind, **options):
+    return made(FLOW, 0.01, prediction_type=kind, **options)
+
+
 BARS, BETAS, LOG_SNR, SIGMAS = (
     getattr(NoiseSchedule, f"from_{name}")
     for name in ("alphas_cumprod", "betas", "log_snr", "sigmas")
 )
 SCHEDULER = type("Scheduler", (), {"alphas_cumprod": BAR})  # as diffusers' are
+PATH = ContinuousSchedule.from_alpha_sigma
 SAMPLED, STEPS = SkipSet.from_timesteps, SkipSet.for_sampling_steps
+MEANT = {"v-prediction": "v_prediction", "noise": "epsilon", "x0": "sample", "Flow": "flow"}
 LEARNED = nn.Linear(1, 1)  # as EDM2's weighting, which is trained beside the network
 WEIGHT = r"weighting must lie in \[0, 1e\+06\].*"
 COUNT = r"got 1000, which looks like the number of timesteps: NoiseSchedule.linear\(1000\)"
@@ -90,15 +97,13 @@ CASES = {
         (lambda: made(LINEAR, SkipSet.from_skipped([1], 100)), r"num_train_.*linear.*got 100"),
         (lambda: made(VP, SkipSet.from_skipped([1], 100)), r"num_train_.*vp.*got 100"),
         (lambda: BETAS(BETA.flip(0)), r"fall from 0\.02 to 0\.0001: turn the table round"),
-        (
-            lambda: BETAS(BETA[::50].flip(0).clamp(max=0.015)),  # 20 values, some of them equal
-            r"from 0\.015 to 0\.0001: turn the table round",
-        ),
+        # 20 values, some of them equal.
+        (lambda: BETAS(BETA[::50].flip(0).clamp(max=0.015)), r"0\.015 to 0\.0001: turn the table"),
+        *((lambda x=x: BETAS(x), "most exceed .*1 - ᾱ or its root") for x in VARIANCES),
+        (lambda: BETAS(FALLS), r"fall from 0\.95 to 0\.05, which look like ᾱ"),
+        (lambda: BETAS(torch.cat([FALLS, FALLS[5:] / 10])), r"0\.95 to 0\.005, which look like ᾱ"),
         (lambda: NoiseSchedule.linear(1000, 0.02, 1e-4), "beta_start must be at most beta_end"),
-        (
-            lambda: BETAS(BETA.clone().requires_grad_()),
-            "betas must be fixed, got one that",
-        ),
+        (lambda: BETAS(BETA.clone().requires_grad_()), "betas must be fixed, got one that"),
         (lambda: gain(FLOW, 0.05, t=T / 1000), "prediction_type must be given on"),
         (lambda: gain(LINEAR, 9, prediction_type="velocity"), "takes a schedule with derivatives"),
         (lambda: made(tau=1.5), r"tau must lie in \[0.*1.5"),
@@ -141,6 +146,10 @@ CASES = {
         (lambda: NoiseSchedule.linear(9, 0.1, 1.0), r"beta_end must lie in \(0.0, 1.0\), got 1.0"),
         (lambda: NoiseSchedule.cosine(9, max_beta=1), r"max_beta must lie in \(0.0, 1.0\), got 1"),
         (lambda: NoiseSchedule.linear(1).rescale_zero_terminal_snr(), "of two timesteps or more"),
+        (
+            lambda: PATH(lambda t: (0.999 - t, t)),
+            "^alpha_sigma .*at least 0, got -0.001 for t from",
+        ),
         (lambda: ContinuousSchedule.vp(2.0, 1.0), r"beta_max must lie in \[2"),
         (lambda: ContinuousSchedule.vp(0.1, math.inf), "beta_max must lie"),
         (lambda: ContinuousSchedule.sub_vp(0.0), r"beta_min must lie in \(0"),
@@ -153,11 +162,11 @@ CASES = {
         (lambda: epsilon_from_output(X, X, T[:3], LINEAR, "flow"), r"t must have shape \(4,\)"),
         (lambda: ScaledModel.with_gain(nn.Identity(), LINEAR, 1000), "skip must be below 1000"),
         (lambda: made(prediction_type="v"), r"one of 'eps.*'v': did you mean 'v_prediction'\?"),
-        (lambda: made(prediction_type="v-prediction"), "did you mean 'v_prediction'"),
         (lambda: made(prediction_type="eps"), "'eps': did you mean 'epsilon'"),
-        (lambda: made(prediction_type="noise"), "did you mean 'epsilon'"),
-        (lambda: made(prediction_type="x0"), "did you mean 'sample'"),
-        (lambda: made(prediction_type="Flow"), "did you mean 'flow'"),
+        *(
+            (lambda kind=kind: made(prediction_type=kind), f"did you mean '{meant}'")
+            for kind, meant in MEANT.items()
+        ),
         (lambda: made(weighting="min-snr"), r"must .*'min-snr': did you mean 'min_snr'\?"),
         (lambda: min_snr(0.0), r"gamma must lie in \(0.0, inf\)"),
         (lambda: soft_min_snr(0.0), r"gamma must lie in \(0.0, inf\)"),
@@ -165,14 +174,8 @@ CASES = {
         (lambda: p2(1, -1), r"gamma must lie in \[0.0, inf\]"),
         (lambda: sigmoid(math.inf), r"bias must lie in \(-inf, inf\)"),
         (lambda: made(ZERO_SNR, weighting="debiased"), WEIGHT + "index 999 of 1000.*no bound"),
-        (
-            lambda: made(FLOW, 0.01, weighting="uniform", prediction_type="sample"),
-            WEIGHT + "index 0 of 17.* no noise, snr has no bound",
-        ),
-        (
-            lambda: made(FLOW, 0.01, weighting="debiased", prediction_type="epsilon"),
-            WEIGHT + "no signal, 1 / snr has no b",
-        ),
+        (lambda: of_flow("sample", weighting="uniform"), WEIGHT + "index 0 of 17.* no noise, snr"),
+        (lambda: of_flow("epsilon", weighting="debiased"), WEIGHT + "no signal, 1 / snr has no b"),
         (lambda: made(FLOW, 0.01), "prediction_type must be given on Con.*flow.*'flow' for noise"),
         (lambda: ScaledModel.with_gain(LEARNED, FLOW, 0.1), "prediction_type must be given on"),
         (lambda: standard_corrections(FLOW), "prediction_type must be given on"),
@@ -192,10 +195,7 @@ CASES = {
         (lambda: CRITERION(X, X, T), r"model must be callable, .*goes to `from_output\(output, ta"),
         (lambda: loss(target=X.long()), "target must be a floating-point"),
         (lambda: loss(target=None), "target must be a tensor, got None"),
-        (
-            lambda: made(LINEAR, 9.0),
-            r"in timesteps, got 9.0: on 1000 timesteps that is 9$",
-        ),
+        (lambda: made(LINEAR, 9.0), r"in timesteps, got 9.0: on 1000 timesteps that is 9$"),
         (lambda: made(LINEAR, math.inf), "got inf: on 1000 timesteps that is 999$"),
         (lambda: made(LINEAR, 0.02), "got 0.02, a skip in units of time: on 1000 .* is 20"),
         (lambda: made(LINEAR, T), r"SkipSet\.from_timesteps"),
@@ -219,6 +219,7 @@ CASES = {
         (lambda: coefficients(LINEAR, 1, t=[1]), r"t must be a tensor, got \[1\]"),
         (lambda: BETAS("x"), "betas must be a sequence"),
         (lambda: NoiseSchedule.cosine(10.0), "num_train_timesteps must be an"),
+        (lambda: PATH(lambda t: (1.0, t)), r"^alpha_sigma .*two .*sigma.*got 1.0 \(float\) and a"),
         (lambda: ContinuousSchedule(3), "log_alpha_sigma must be callable, got 3"),
         (lambda: CRITERION(lambda x, t: {"sample": x}, X), r"model must return a tensor.*dict"),
         (lambda: CRITERION(None, [1.0]), "x0 must be a tensor"),
