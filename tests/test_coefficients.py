@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2dm_loss import NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import Coefficients, coefficients
 from tests.strategies import COSINE, ESTIMATORS, FLOW, LINEAR, VP, ZERO_SNR, betas, schedules
 
@@ -146,6 +146,8 @@ def test_the_bound_of_a_weighting(weight, max_c2, bound):
     assert found.c[1].item() == pytest.approx(math.sqrt(bound), rel=1e-15)
 
 
+STRAIGHT = ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t))
+V = {"prediction_type": "v_prediction"}
 MAKERS = {
     "loss": SkipStepLoss,
     "scaled": lambda *args, **options: ScaledModel.with_gain(torch.nn.Identity(), *args, **options),
@@ -172,12 +174,18 @@ def test_a_gain_that_ruins_a_start_at_the_last_timestep_is_warned_of(make, kind)
     [
         (LINEAR, 99, {}),
         (NoiseSchedule.scaled_linear(1000), 99, {}),
-        (COSINE, 49, {"prediction_type": "v_prediction"}),
-        (COSINE, 49, {"prediction_type": "sample"}),
+        *((schedule, 49, V) for schedule in (LINEAR, COSINE, ZERO_SNR)),
+        *((schedule, 49, V | {"weighting": "min_snr"}) for schedule in (LINEAR, COSINE)),
+        *((schedule, 49, {"prediction_type": "sample"}) for schedule in (LINEAR, COSINE)),
         (COSINE, 49, {"tau": 1.0}),
-        (ZERO_SNR, 49, {}),
+        *((ZERO_SNR, 49, options) for options in ({}, {"weighting": "min_snr"})),
+        (ZERO_SNR, 49, V | {"weighting": "truncated_snr"}),
         (NoiseSchedule.linear(1), SkipSet.from_timesteps([0]), {}),
         (VP, 0.05, {}),
+        (LINEAR, 49, {"prediction_type": "flow"}),
+        # Its end is drawn by nobody.
+        *((FLOW, 0.01, {"prediction_type": "flow", "weighting": w}) for w in (None, "min_snr")),
+        (STRAIGHT, 0.01, {"prediction_type": "flow"}),
     ],
 )
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
