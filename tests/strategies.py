@@ -31,10 +31,10 @@ def schedules(draw, min_size=2, max_size=2000):
 
 
 @st.composite
-def schedules_with_skips(draw, most=3):
+def schedules_with_skips(draw):
     schedule = draw(schedules())
     skips = st.integers(1, schedule.num_train_timesteps - 1)
-    return schedule, sorted(draw(st.sets(skips, min_size=1, max_size=most)))
+    return schedule, sorted(draw(st.sets(skips, min_size=1, max_size=3)))
 
 
 shapes = st.sampled_from(

@@ -29,12 +29,11 @@ def half(t):
     return torch.full_like(t, 0.5, dtype=torch.float64)
 
 
-def test_the_gain_its_inverse_and_epsilon_scaling():
+def test_the_gain_and_its_inverse():
     correction = SkipGain(LINEAR, [-99, 49], tau=0.9)
     lam = [1 + 1 / 9 * (float(BAR[t - 99] / BAR[t]) - 1) if t >= 99 else 1.0 for t in TIMES]
     assert correction.scale(TIMES, -99).tolist() == pytest.approx(lam)
     assert (1 / correction.scale(TIMES, 99)).tolist() == pytest.approx(lam)
-    assert EpsilonScaling(LINEAR, [1.25]).scale(TIMES, 1.25).tolist() == [0.8] * 4
 
 
 @pytest.mark.parametrize(
@@ -95,22 +94,17 @@ def test_the_standard_ones_go_both_ways(schedule):
 def test_the_skips_of_a_scan_and_those_between_are_integers_where_skips_are():
     assert SkipGain(NoiseSchedule.linear(20)).strengths == (-1, 1, 2, 3)
     assert SkipGain(VP).strengths[-1] == 0.2
-    between = SkipGain(LINEAR).between(19, 52)
-    assert between == 36
-    assert isinstance(between, int)
+    assert repr(SkipGain(LINEAR).between(19, 52)) == "36"
     assert SkipGain(VP).between(0.1, 0.2) == pytest.approx(0.15)
     assert StartScaling().between(1.0, 1.1) == pytest.approx(1.05)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, Fraction])
-def test_strengths_of_any_kind_of_number_are_kept(kind):
-    kept = StartScaling([kind(0.5), kind(1.25), kind(1.75)]).to_dict()
+def test_strengths_of_any_kind_of_number_in_any_order_are_kept(kind):
+    """Also of an iterator, which is empty the second time."""
+    kept = StartScaling(kind(s) for s in (1.25, 0.5, 1.75)).to_dict()
     assert kept["strengths"] == [0.5, 1.25, 1.75]
     assert json.loads(json.dumps(kept)) == kept
-
-
-def test_strengths_may_come_from_an_iterator_in_any_order():
-    assert EpsilonScaling(LINEAR, (s for s in (1.1, 0.9))).strengths == (0.9, 1.1)
 
 
 @pytest.mark.parametrize(("kind", "data_at"), [("flow", 0), ("sample", 0), ("velocity", 1)])
@@ -122,16 +116,6 @@ def test_a_scaled_model_scales_the_noise_in_continuous_time(kind, data_at):
     )
     model = ScaledModel(nn.Identity(), path, half, prediction_type=kind)
     torch.testing.assert_close(model.rescale(output, x_t, t), expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-def test_pure_noise_stays_as_it_is(kind):
-    (output, x_t), t = normals(2, 2, 3), torch.tensor([999, 500])
-    model = ScaledModel(nn.Identity(), ZERO_SNR, half, prediction_type=kind)
-    scaled = model.rescale(output, x_t, t)
-    assert torch.equal(scaled[0], output[0])
-    assert scaled.isfinite().all()
-    assert not torch.equal(scaled[1], output[1])
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "score"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mpmath import mpf
+from mpmath import mp, mpf
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.prediction import epsilon_from_output
@@ -56,28 +56,6 @@ SCHEDULES = {
 }
 
 
-def two_terms(eps_hat, noise, t, zeta, schedule, skips, tau):
-    """The loss as the paper prints it, sample by sample, in Python floats and float64 tensors.
-
-    `zeta` is None for the expectation: E mse(ζ, c ε̂) = c² mean ε̂² + 1.
-    """
-    bar = schedule.log_alphas_cumprod
-    losses = []
-    for i, step in enumerate(t.tolist()):
-        plain = (noise[i] - eps_hat[i]).square().mean()
-        terms = []
-        for k in skips:
-            if step < k:
-                continue
-            c = math.sqrt(math.expm1(float(bar[step - k] - bar[step])))
-            if zeta is None:
-                terms.append(c**2 * eps_hat[i].square().mean() + 1)
-            else:
-                terms.append((zeta[i] - c * eps_hat[i]).square().mean())
-        losses.append(tau * plain + (1 - tau) * sum(terms) / len(terms) if terms else plain)
-    return torch.stack(losses)
-
-
 @given(schedules_with_skips(), taus, shapes, seeds, st.sampled_from(ESTIMATORS), st.booleans())
 def test_loss_gradient_and_terms_are_the_papers(given_skips, tau, shape, seed, how, normalize):
     """Of which the loss leaves out the least, and the normalised one the weight A."""
@@ -88,10 +66,13 @@ def test_loss_gradient_and_terms_are_the_papers(given_skips, tau, shape, seed, h
     eps_hat, noise, xi = (normal(*shape, seed=seed + i) for i in range(3))
     options = {"tau": tau, "estimator": how, "max_c2": math.inf, "normalize": normalize}
     criterion = SkipStepLoss(schedule, skips, reduction="none", **options)
-    zeta = {"expected": None, "fresh": xi, "shared": noise}[how]
+    pairs = [oracle.vp_pair(mp.exp(mpf(x))) for x in schedule.log_alphas_cumprod.tolist()]
+    earlier = ([pairs[i - k] for k in skips if i >= k] for i in t)
+    exact = [oracle.scales(pairs[i], next(earlier), tau, math.inf) for i in t]
 
     def paper(x):
-        return two_terms(x, noise, t, zeta, schedule, skips, tau)
+        each = zip(exact, x, noise, xi, strict=True)
+        return torch.stack([at.two_terms(*values, how)[2] for at, *values in each])
 
     *expected, big_a = excess_over_least(paper, eps_hat)
     if normalize:
@@ -171,10 +152,11 @@ def test_terms_of_half_types_are_lifted(estimator):
 
 
 def test_the_skip_noise_follows_the_type_of_the_data():
-    eps_hat, noise, xi = (x.float() for x in normals(3, 4, 3))
+    eps_hat, noise, xi = normals(3, 4, 3, dtype=torch.float32)
     criterion = SkipStepLoss(LINEAR, 9, estimator="fresh", reduction="none")
-    expected = criterion.from_output(eps_hat, noise, T, skip_noise=xi)
-    found = criterion.from_output(eps_hat, noise, T, skip_noise=xi.double())
+    found, expected = (
+        criterion.from_output(eps_hat, noise, T, skip_noise=each) for each in (xi.double(), xi)
+    )
     assert criterion.regression_target(noise, T, skip_noise=xi.double()).weight.dtype == found.dtype
     torch.testing.assert_close(found, expected)  # in float32
 
@@ -267,9 +249,6 @@ def test_tables_follow_the_tensors_to_a_gpu():
     criterion, data = SkipStepLoss(LINEAR, 9), (*normals(2, 4, 3), T)
     on_gpu = criterion.from_output(*(x.cuda() for x in data))
     torch.testing.assert_close(on_gpu.cpu(), criterion.from_output(*data))
-
-
-# On every output
 
 
 def times_of(schedule):
