@@ -64,11 +64,10 @@ def test_scales_the_prediction_and_nothing_else(make, parts):
     before, after = make(x_t), shrink(model, LINEAR, 99)(x_t, t, label="y")
     assert model.seen == [(t, "y")]
     assert type(after) is type(before)
-    prediction, rest = parts(after)
+    (prediction, rest), (_, other) = parts(after), parts(before)
     s = torch.tensor([s_of(0), s_of(500), s_of(999)]).double()[:, None, None]
     torch.testing.assert_close(prediction, s * x_t, rtol=1e-6, atol=0)
-    other = parts(before)[1]
-    assert rest is other or rest == "kept" or torch.equal(rest, other)
+    assert rest is other or torch.equal(rest, other)
 
 
 def test_an_output_that_cannot_be_set_is_refused():
@@ -151,7 +150,7 @@ def test_a_whole_number_is_a_time_in_continuous_time():
     ids=repr,
 )
 def test_every_timestep_is_finite_and_has_the_gain_while_there_is_signal(schedule, kind):
-    t, x_t = torch.arange(1000), normal(1000, 4, seed=0)
+    t, x_t = schedule.timesteps, normal(1000, 4, seed=0)
     found = gain(schedule, 99, prediction_type=kind)
     output = shrink(Returning(), schedule, 99, prediction_type=kind)(x_t, t)
     assert output.isfinite().all()
@@ -173,9 +172,9 @@ def test_computes_its_scale_once_however_many_sampling_steps():
     calls = []
     scaled = ScaledModel(Returning(), LINEAR, lambda t: calls.append(t) or t.double())
     made = len(calls)
-    for dtype in (torch.float64, torch.float32):
-        for t in (999, 500, 0):
-            scaled(torch.ones(2, 3, dtype=dtype), t)
+    for t in (999, 500, 0):
+        scaled(torch.ones(2, 3), t)
+        scaled(torch.ones(2, 3).double(), t)
     assert len(calls) == made
 
 
@@ -205,17 +204,11 @@ def test_outputs_do_not_broadcast(shape, output):
         shrunk(torch.ones(shape), 5)
 
 
-@pytest.mark.parametrize(
-    ("scale", "error", "said"),
-    [
-        (0.9, TypeError, r"scale must be callable as scale\(t\), got"),
-        (lambda t: 0.9, ValueError, "scale must return a floating-point tensor of shape"),
-        (lambda t: torch.ones(3).double(), ValueError, "scale must return .* that of t"),
-        (torch.ones_like, ValueError, "scale must return a floating-point tensor"),
-    ],
-)
-def test_a_scale_that_is_none_is_named(scale, error, said):
-    with pytest.raises(error, match=said):
+@pytest.mark.parametrize("scale", [lambda t: 0.9, lambda t: torch.ones(3), torch.ones_like])
+def test_a_scale_that_is_none_is_named(scale):
+    with pytest.raises(TypeError, match=r"scale must be callable as scale\(t\), got"):
+        ScaledModel(nn.Identity(), LINEAR, 0.9)
+    with pytest.raises(ValueError, match="scale must return a floating-point tensor of shape"):
         ScaledModel(nn.Identity(), LINEAR, scale)
 
 
@@ -241,6 +234,5 @@ def test_a_sampler_that_asks_for_the_mode_and_restores_it_leaves_it(training):
     model = Returning().train(training)
     wrapped = shrink(model, LINEAR, 9)
     before = wrapped.training
-    wrapped.eval()
-    wrapped.train(before)
+    wrapped.eval().train(before)
     assert model.training is training
