@@ -3,6 +3,7 @@
 from functools import partial
 from itertools import product
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from s2dm_loss import ContinuousSchedule, ScaledModel, SkipStepLoss
 from s2dm_loss.monitor import LossByNoise, validation_loss
-from tests.strategies import ESTIMATORS, LINEAR, drawn, normal, normals, timesteps
+from tests.helpers.small import Network
+from tests.strategies import ESTIMATORS, LINEAR, Same, drawn, normal, normals, timesteps
 
 SIZES = [4, 2, 3]
 X0, NOISE, XI = normals(3, sum(SIZES), 1, 6, 6, dtype=torch.float32)
@@ -28,23 +30,6 @@ def everything(rank):
         "by noise": by_noise(rank),
         "validated": validated(rank),
     }
-
-
-# One training step, against one process alone
-
-
-class CountingModel(nn.Module):
-    """A small network that depends on t and counts its calls."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(1, 1, 3, padding=1)
-        self.calls = 0
-
-    def forward(self, x_t, t):
-        self.calls += 1
-        return self.conv(x_t) * (1 + t.reshape(-1, 1, 1, 1) / 1000)
 
 
 def of_core(reduction="mean", estimator="expected"):
@@ -85,17 +70,16 @@ WRAPPERS = {"ddp": DistributedDataParallel, "fsdp2": fsdp2}
 HOW = {"outside": {}, "inside": {"inside": True}, "accumulated": {"micro": 2}, "uneven": {}}
 
 
-def step(rank, sizes, loss, wrap=DistributedDataParallel, **how):
+def step(rank, sizes, loss, wrap=DistributedDataParallel, *, inside=False, micro=1, summed=False):
     """One optimiser step's gradients: the mean over the joined batch, whatever the sizes are."""
-    inside, micro = how.get("inside", False), how.get("micro", 1)
-    model = CountingModel()
+    model = Network(1, dropout=0.0)
     wrapped = wrap(Whole(model, loss) if inside else model)
     mine = [tensor.split(sizes)[rank].chunk(micro) for tensor in joined(sum(sizes)).values()]
-    scale = len(sizes) / sum(sizes) if "summed" in how else 1  # the wrappers average over ranks
+    scale = len(sizes) / sum(sizes) if summed else 1  # the wrappers average over ranks
     for part in zip(*mine, strict=True):
         named = dict(zip(BATCH, part, strict=True))
         (scale * (wrapped(named) if inside else loss(wrapped, named))).backward()
-    assert model.calls == micro
+    assert len(model.seen) == micro
     grads = [parameter.grad for parameter in model.parameters()]
     return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
 
@@ -117,12 +101,13 @@ def steps(rank):
 
 def alone(count, how):
     """The mean over the first `count` samples in this process."""
-    model, loss = CountingModel(), of_core(estimator=how if how in ESTIMATORS else "expected")
+    model, loss = (
+        Network(1, dropout=0.0),
+        of_core(estimator=how if how in ESTIMATORS else "expected"),
+    )
     loss(model, joined(count)).backward()
     return [parameter.grad for parameter in model.parameters()]
 
-
-# The loss of a DTensor, which tensor-parallel training makes
 
 X, Y = normals(2, 5, 7, 3)  # neither axis even in three
 AT = torch.tensor([3, 8, 9, 500, 999])
@@ -168,12 +153,8 @@ def losses_in_every_placement():
 def losses_of_placed_times():
     """Return each way's losses, in whole, by where t and the data lie."""
     ways = placers()
-    try:
+    with pytest.raises(ValueError, match="must be given for a DTensor"):
         CRITERION(lambda x_t, t: x_t, ways["batch"](X))
-    except ValueError as error:
-        assert "must be given for a DTensor" in str(error)  # noqa: PT017 - no pytest here
-    else:
-        raise AssertionError("each part has drawn its own noise")
     del ways["channels"]
     results = {}
     for way, losses in WAYS.items():
@@ -183,11 +164,6 @@ def losses_of_placed_times():
             loss = losses(x, place(Y), place_t(AT), place_t(TIME))
             results[way][times, data] = whole(loss, x)
     return results
-
-
-class Same(nn.Module):
-    def forward(self, x_t, t):
-        return x_t
 
 
 PLAIN = {"skip_set": 9, "reduction": "none"}
@@ -209,9 +185,6 @@ WAYS = {
 
 def mse_to(output, changed):
     return changed.weight * (output - changed.target).square().mean((1, 2))
-
-
-# Monitors
 
 
 def small_model(x_t, t):
