@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from s2dm_loss.sampling.frechet import SAMPLES_PER_AXIS, Axes, FrechetComparison, _Gaussian, _Pair
-from tests.strategies import normal
+from tests.strategies import normal, same
 
 
 def inside(values):
@@ -18,6 +18,10 @@ def differences(data, *sets, seed=0):
     for samples in sets:
         comparison.add(inside(samples))
     return comparison.differences()
+
+
+def of_intervals(found):
+    return found.difference, found.low, found.high
 
 
 def plug_in(samples, data):
@@ -173,35 +177,28 @@ def test_a_half_is_judged_by_the_map_of_the_other():
 
 
 def test_the_axes_leave_the_global_random_state_alone(monkeypatch):
-    torch.manual_seed(3)
-    expected = torch.randn(2)
-    torch.manual_seed(3)
+    state = torch.get_rng_state()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # called, it would be an error
     Axes(normal(100, 30, seed=0), 5, seed=1)
-    assert torch.equal(torch.randn(2), expected)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 3e3, 1e5])
 def test_a_column_that_is_exact_hides_no_other_however_large(ratio):
     """Of diagonal covariances the difference is a sum over columns: the first adds nothing."""
-    draw = torch.Generator().manual_seed(0)
-    data, noise = torch.randn(2, 2048, 4, generator=draw, dtype=torch.float64)
+    data, noise = normal(2, 2048, 4, seed=0)
     data[:, 0] = noise[:, 0]
     large = torch.tensor([ratio, 1.0, 1.0, 1.0])
     sets = [noise * large * torch.tensor([1.0, s, s, s]) for s in (0.9, 1.0, 1.1)]
-
     with_it = differences(data * large, *sets)
     without = differences(data[:, 1:], *(samples[:, 1:] for samples in sets))
-    for name in ("difference", "low", "high"):
-        found, expected = getattr(with_it, name), getattr(without, name)
-        torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
+    same(of_intervals(with_it), of_intervals(without), rtol=0.05, atol=2e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_one_row_with_all_the_variance_makes_a_wide_interval(seed):
     """In whatever axes: a direction that one half does not have is rounding there, not zeros."""
-    draw = torch.Generator().manual_seed(seed)
-    samples, data = torch.randn(2, 2048, 8, generator=draw, dtype=torch.float64)
+    samples, data = normal(2, 2048, 8, seed=seed)
     data[:, 0] = 0
     data[0, 0] = 2048**0.5
     found = []
@@ -211,9 +208,7 @@ def test_one_row_with_all_the_variance_makes_a_wide_interval(seed):
     # With the row a factor of 1.2 is worse by 0.2² = 0.04, without it by 0.44.
     assert found[0].low[1] < -0.1
     assert found[0].high[1] > 0.18
-    for name in ("difference", "low", "high"):
-        values = (getattr(one, name) for one in found)
-        torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
+    same(*map(of_intervals, found), rtol=1e-4, atol=1e-6)
 
 
 def test_samples_for_each_axis_are_enough_for_one_hot_data():
