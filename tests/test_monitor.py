@@ -6,6 +6,7 @@ import io
 import json
 import math
 import pickle
+import re
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +37,7 @@ FOUR, ONES = torch.ones(4).long(), torch.ones(4)
 
 
 def random_times(schedule, count):
-    generator = torch.Generator().manual_seed(0)
-    return schedule.draw_timesteps(count, device=torch.device("cpu"), generator=generator)
+    return schedule.draw_timesteps(count, device=torch.device("cpu"))
 
 
 def filled(t=(3,), losses=(1.0,), schedule=LINEAR, **options):
@@ -113,7 +113,7 @@ def test_names_sort_by_noise_and_serve_every_logger():
     levels = [name for name in names if name.startswith("train_count/")][1:]
     assert levels == sorted(levels)
     assert len(levels) == 12
-    assert set("".join(names)) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-./")  # MLflow's, too
+    assert re.fullmatch(r"[a-z0-9_./-]*", "".join(names))  # MLflow's, too
 
 
 @pytest.mark.parametrize(
@@ -260,9 +260,8 @@ class Network(nn.Module):
 
 
 def validated(model=small_model, batches=X0, schedule=LINEAR, **options):
-    return validation_loss(
-        model, [batches] if isinstance(batches, torch.Tensor) else batches, schedule, **options
-    )
+    batches = [batches] if isinstance(batches, torch.Tensor) else batches
+    return validation_loss(model, batches, schedule, **options)
 
 
 def losses_of(result):
@@ -460,43 +459,37 @@ def test_means_and_errors_metrics_and_table():
     assert [e.error for e in levels] == pytest.approx(stats.sem(losses, axis=0), rel=1e-12)
     assert result.overall() == pytest.approx((losses.mean(), stats.sem(losses.mean(1))), rel=1e-12)
     assert result.log_snr == pytest.approx(LINEAR.log_snr[[875, 625, 375, 125]].tolist())
-    one = validated(batches=X0[:1], levels=4)
-    assert math.isnan(one.overall().error)
     with pytest.raises(ValueError, match="kind must be one of 'plain'"):
-        one.overall("skip_step")
+        validated(levels=2).overall("skip_step")
     metrics = result.metrics("valid")
     assert all(type(value) is float for value in metrics.values())
     assert (metrics["valid/plain"], metrics["valid/plain_error"]) == result.overall()
     name = f"valid_skip_step/02_log_snr_{result.log_snr[2]:.1f}"
     assert metrics[name] == result.by_level("skip_step")[2].mean
     assert len(metrics) == 2 * (2 + 4)
-    lines = str(result).splitlines()
-    assert lines[0].startswith("validation loss of 10 samples at 4 levels")
-    assert lines[-1].split()[:2] == ["all", f"{result.overall().mean:.5g}"]
+    first, *_, last = lines = str(result).splitlines()
+    assert first.startswith("validation loss of 10 samples at 4 levels")
+    assert last.split()[:2] == ["all", f"{result.overall().mean:.5g}"]
     assert len(lines) == 7
 
 
 def test_a_comparison_is_paired():
     first, second = (validated(Recorder(s), levels=4, skip_set=9) for s in (0.50, 0.51))
     compared = first.compare(second)
-    for kind in ("plain", "skip_step"):
+    for kind, confidence in (("plain", 0.95), ("skip_step", 0.95), ("plain", 0.99)):
+        found = first.compare(second, confidence=confidence).interval(kind)
         per_sample = (first.losses[kind] - second.losses[kind]).mean(1).numpy()
-        expected = stats.ttest_1samp(per_sample, 0).confidence_interval(0.95)
-        assert compared.interval(kind) == pytest.approx((expected.low, expected.high), rel=1e-3)
+        expected = stats.ttest_1samp(per_sample, 0).confidence_interval(confidence)
+        assert found == pytest.approx((expected.low, expected.high), rel=1e-3)
     half = (compared.interval()[1] - compared.interval()[0]) / 2
     assert half < 0.1 * 2 * first.overall().error  # what two separate means would have
     percent = 100 * (first.overall().mean / second.overall().mean - 1)
     assert f"({percent:+.2f} %)" in str(compared)
     assert f"loss {'lower' if percent < 0 else 'higher'}: " in str(compared)
     assert "not told apart" in str(first.compare(first))
-    wide, narrow = first.compare(second, confidence=0.99), first.compare(second, confidence=0.5)
-    assert wide.interval()[0] < compared.interval()[0] < narrow.interval()[0]
-
-
-@pytest.mark.parametrize("scale", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_not_compared(scale):
-    broken = validated(Recorder(scale), levels=4).compare(validated(levels=4))
-    assert str(broken).startswith("plain loss not finite: ")
+    for scale in (math.nan, math.inf):
+        broken = validated(Recorder(scale), levels=4, skip_set=9).compare(first)
+        assert str(broken).startswith("plain loss not finite: ")
 
 
 def test_only_the_same_is_compared():
@@ -537,15 +530,11 @@ def test_a_result_of_another_machine_is_compared():
         result.compare(moved)
 
 
-class Constant(nn.Module):
+def constant(value):
     """A weighting whose name does not show its value."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self, log_snr):
-        return torch.full_like(log_snr, self.value)
+    module = nn.Module()
+    module.forward = lambda log_snr: torch.full_like(log_snr, value)
+    return module
 
 
 def a_path(power):
@@ -561,7 +550,7 @@ def a_path(power):
 @pytest.mark.parametrize(
     ("option", "kept", "of_value"),
     [
-        ("weighting", "weighting", Constant),
+        ("weighting", "weighting", constant),
         ("weighting", "weighting", lambda x: lambda log_snr: (x / 400 - log_snr).sigmoid()),
         ("skip_set", "timesteps", lambda t: SkipSet.from_timesteps([0, 1, 2, t, 400, 500, 600])),
         ("schedule", "alpha", lambda t: a_path(-t / 400)),
