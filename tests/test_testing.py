@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,12 +276,12 @@ class Trainer:
             return math.pi / 2 * (self.alpha * self.noise - self.sigma * self.x0)
         return targets_of(self.x0, self.noise, self.alpha, self.sigma)[kind]
 
-    def check(self, kind, assumed=None, schedule=None, *, target=None, **options):
+    def check(self, kind, assumed=None, schedule=None, **changed):
         schedule = schedule or self.schedule
         skip = 1 if schedule.timesteps is not None else 0.01
         criterion = SkipStepLoss(schedule, skip, prediction_type=assumed or kind)
-        target = self.target(kind) if target is None else target
-        return check_target(criterion, target, self.t, self.x_t, **options)
+        data = {"target": self.target(kind), "t": self.t, "x_t": self.x_t}
+        return check_target(criterion, **{**data, **changed})
 
     def fails(self, message, *arguments, **options):
         with pytest.raises(AssertionError, match=message):
@@ -345,8 +346,7 @@ def test_the_noise_tells_the_direction_of_time_on_data_of_variance_1(data_at):
     how = f"prediction_type='velocity' and {message}" if data_at else f"{message} and -output"
     halved.fails(how, "flow", schedule=other, target=halved.x0 - halved.noise)
     discrete = Trainer(LINEAR, "half")
-    discrete.t = 999 - discrete.t
-    discrete.fails("time turned round, 999 - t", "v_prediction")
+    discrete.fails("time turned round, 999 - t", "v_prediction", t=999 - discrete.t)
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE])
@@ -364,10 +364,9 @@ def test_a_v_on_data_of_variance_1_asks_for_the_noise(schedule, data):
 def test_a_path_of_sigma_is_named():
     """x_0 + σ ε given to a criterion that takes it for √ᾱ x_0 + √(1-ᾱ) ε, and the other way."""
     trainer, normalised = Trainer(SIGMAS, "half"), NoiseSchedule(SIGMAS.log_alphas_cumprod)
-    said = r"NoiseSchedule.from_sigmas, or x_t divided"
-    trainer.fails(said, "sample", schedule=normalised)
-    trainer.x_t = trainer.x_t / torch.hypot(trainer.alpha, trainer.sigma)
-    trainer.fails(r"or x_t multiplied by √\(1\+σ²\)", "sample")
+    trainer.fails("NoiseSchedule.from_sigmas, or x_t divided", "sample", schedule=normalised)
+    x_t = trainer.x_t / torch.hypot(trainer.alpha, trainer.sigma)
+    trainer.fails(r"or x_t multiplied by √\(1\+σ²\)", "sample", x_t=x_t)
 
 
 @pytest.mark.parametrize("data", ["normal", "half"])
@@ -377,27 +376,25 @@ def test_with_the_noise_a_noise_target_is_judged_by_x_t(data):
         trainer = Trainer(LINEAR, data, seed=seed)
         for batch in (trainer, Trainer(LINEAR, data, (16, 64), seed)):
             batch.check("epsilon", noise=batch.noise)
-        trainer.fails("is not what", "epsilon", schedule=COSINE, noise=trainer.noise)
-        t, x_t = trainer.t, trainer.x_t
-        trainer.t = 999 - t
-        trainer.fails("time turned round, 999 - t", "epsilon", noise=trainer.noise)
-        trainer.t, trainer.x_t = t, torch.zeros_like(x_t)
-        trainer.fails("is not what", "epsilon", noise=trainer.noise)
+        for said, changed in (
+            ("is not what", {"schedule": COSINE}),
+            ("time turned round, 999 - t", {"t": 999 - trainer.t}),
+            ("is not what", {"x_t": torch.zeros_like(trainer.x_t)}),
+        ):
+            trainer.fails(said, "epsilon", noise=trainer.noise, **changed)
 
 
 def test_an_adapter_in_the_place_of_its_loss():
-    class Adapter:
-        criterion = SkipStepLoss(LINEAR, 9)
-
+    adapter = SimpleNamespace(criterion=SkipStepLoss(LINEAR, 9))
     with pytest.raises(TypeError, match=r"criterion must be a SkipStepLoss, .*its `\.criterion`"):
-        check_target(Adapter(), X0, T, X0)
+        check_target(adapter, X0, T, X0)
 
 
 def test_another_schedule_and_changed_noise():
     trainer = Trainer(LINEAR, "half")
     trainer.fails("Nothing else fits it on this schedule", "v_prediction", schedule=COSINE)
-    trainer.x_t = trainer.x_t + trainer.sigma * 0.5  # an offset that the target does not have
-    trainer.fails(r"offset.* off\?", "v_prediction")
+    x_t = trainer.x_t + trainer.sigma * 0.5  # an offset that the target does not have
+    trainer.fails(r"offset.* off\?", "v_prediction", x_t=x_t)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "score"])
@@ -426,19 +423,15 @@ def test_only_what_counts_under_a_mask_is_judged():
 @pytest.mark.parametrize("given", [True, False], ids=["noise", ""])
 def test_no_sample_is_left_out_for_what_is_wrong_with_it(kind, given):
     trainer = Trainer(LINEAR, "half", shape=(256, 64))
-    noise, target = trainer.noise if given else None, trainer.target(kind).clone()
-    target[:100] *= 1e7
-    trainer.fails("is not what", kind, target=target, noise=noise)
-    x_t, trainer.x_t = trainer.x_t, torch.cat([1e9 * trainer.x_t[:100], trainer.x_t[100:]])
-    trainer.fails("is not what", kind, noise=noise)
-    trainer.x_t = x_t
-    for bad in (math.nan, math.inf):
-        target[:100] = bad
-        with pytest.raises(ValueError, match=r"target must be finite .*, got 6400 values of 16384"):
-            trainer.check(kind, target=target, noise=noise)
-        trainer.x_t[7, 3] = bad
-        with pytest.raises(ValueError, match="x_t must be finite where it counts, got 1 values"):
-            trainer.check(kind, noise=noise)
+    noise = trainer.noise if given else None
+    for name, values in (("target", trainer.target(kind)), ("x_t", trainer.x_t)):
+        bad = values.clone()
+        bad[:100] *= 1e9
+        trainer.fails("is not what", kind, noise=noise, **{name: bad})
+        for number in (math.nan, math.inf):
+            bad[:100] = number
+            with pytest.raises(ValueError, match=f"{name} must be finite .* 6400 values of 16384"):
+                trainer.check(kind, noise=noise, **{name: bad})
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
@@ -446,8 +439,8 @@ def test_half_precision_next_to_the_data_is_not_accused(kind):
     """There ε̂ is a small difference over a small σ: rounding adds to its mean square."""
     early = torch.arange(128) // 2 * torch.tensor([0, 15]).repeat(64)
     trainer = Trainer(LINEAR, "half", shape=(128, 256), t=early)
-    trainer.x_t = trainer.x_t.bfloat16()
+    halves = {"x_t": trainer.x_t.bfloat16(), "target": trainer.target(kind).bfloat16()}
     for noise in (None, trainer.noise.bfloat16()):
-        report = trainer.check(kind, target=trainer.target(kind).bfloat16(), noise=noise)
+        report = trainer.check(kind, noise=noise, **halves)
         assert report.values >= 8192
         assert kind == "v_prediction" or report.values <= 64 * 256
