@@ -28,9 +28,7 @@ def test_the_one_quadratic_is_the_two_terms(estimator):
     for eps, zeta in ((0.0, 0.0), (-0.5, 0.25), (3.0, -2.0)):
         z = {"fresh": zeta, "expected": 0.0, "shared": eps}[estimator]
         # What ε̂ does not touch, left out: a parabola is known by its values at three places.
-        values = [
-            tau * (x - eps) ** 2 + (1 - tau) * (c2 * x**2 - 2 * c * x * z) for x in (-1, 0, 1)
-        ]
+        values = [tau * (x - eps) ** 2 + (1 - tau) * x * (c2 * x - 2 * c * z) for x in (-1, 0, 1)]
         a, b = (values[0] + values[2]) / 2 - values[1], (values[2] - values[0]) / 2
         assert weight == pytest.approx(a, rel=1e-14)
         assert s * eps + g * zeta == pytest.approx(-b / (2 * a), rel=1e-14, abs=1e-15)

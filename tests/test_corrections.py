@@ -47,9 +47,7 @@ def test_the_gain_and_its_inverse():
         (LINEAR, "score", 0, 1.0),
     ],
 )
-def test_epsilon_scaling_is_bounded_where_an_output_says_nothing_of_the_noise(
-    schedule, kind, t, ratio
-):
+def test_epsilon_scaling_is_bounded_where_outputs_say_nothing_of_noise(schedule, kind, t, ratio):
     """The output changes by (s-1) ε̂ / ratio: UniPC and DPM++ begin a flow next to ratio 0."""
     t = torch.tensor([t], dtype=torch.int64 if schedule is LINEAR else torch.float64)
     s = EpsilonScaling(schedule, [1.25], prediction_type=kind).scale(t, 1.25)
@@ -111,9 +109,7 @@ def test_strengths_of_any_kind_of_number_in_any_order_are_kept(kind):
 def test_a_scaled_model_scales_the_noise_in_continuous_time(kind, data_at):
     t, path = (TIMES + 1) / 1001.0, ContinuousSchedule.flow(data_at=data_at)
     x_t, epsilon = normals(2, 4, 3)
-    output, expected = (
-        output_from_epsilon(noise, x_t, t, path, kind) for noise in (epsilon, 0.5 * epsilon)
-    )
+    output, expected = (output_from_epsilon(e, x_t, t, path, kind) for e in (epsilon, epsilon / 2))
     model = ScaledModel(nn.Identity(), path, half, prediction_type=kind)
     torch.testing.assert_close(model.rescale(output, x_t, t), expected, rtol=1e-9, atol=1e-9)
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,7 @@ def ranks(tmp_path_factory):
     return run_distributed(everything, tmp_path_factory.mktemp("ranks"), world_size=len(SIZES))
 
 
-@pytest.mark.parametrize(
-    "how", [*ESTIMATORS, *(f"{wrapper}, {how}" for wrapper in WRAPPERS for how in HOW)]
-)
+@pytest.mark.parametrize("how", [*ESTIMATORS, *map(", ".join, product(WRAPPERS, HOW))])
 def test_every_wrapper_is_one_process_on_the_joined_batch(ranks, how):
     """With one call of the model a step, or for each part of an accumulated one."""
     count = sum(SIZES) if "uneven" in how else len(SIZES) * min(SIZES)

@@ -272,24 +272,21 @@ def test_coefficients_gain_and_the_scaled_model(data):
         by_hand, scaled = at.noise_in(output[i], x_t[i]), at.scaled(output[i], x_t[i])
         torch.testing.assert_close(eps_hat[i], by_hand, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(scaled_output[i], scaled, rtol=1e-5, atol=1e-5)
-        back = output_from_epsilon(
-            by_hand[None], x_t[i : i + 1], case.t[i : i + 1], case.schedule, kind
-        )
+        one = slice(i, i + 1)
+        back = output_from_epsilon(by_hand[None], x_t[one], case.t[one], case.schedule, kind)
         torch.testing.assert_close(back[0], output[i], rtol=1e-5, atol=1e-5)
 
 
-wrong_shapes = st.sampled_from(
-    [(4,), (4, 3), (4, 1), (1, 3), (3, 4, 3), (), (0,), (4, 3, 1), (8, 3)]
-)
+misfits = st.sampled_from([(4,), (4, 3), (4, 1), (1, 3), (3, 4, 3), (), (0,), (4, 3, 1), (8, 3)])
 anything = st.one_of(
     st.none(),
     st.integers(-3, 2000),
     st.floats(allow_nan=True),
     st.text(max_size=3),
     st.lists(st.integers(), max_size=3),
-    st.builds(lambda shape: torch.zeros(shape), wrong_shapes),
-    st.builds(lambda shape: torch.ones(shape, dtype=torch.long), wrong_shapes),
-    st.builds(lambda shape: torch.zeros(shape, device="meta"), wrong_shapes),
+    st.builds(lambda shape: torch.zeros(shape), misfits),
+    st.builds(lambda shape: torch.ones(shape, dtype=torch.long), misfits),
+    st.builds(lambda shape: torch.zeros(shape, device="meta"), misfits),
 )
 
 

@@ -49,10 +49,7 @@ SCHEDULES = {
     "sub-vp": (ContinuousSchedule.sub_vp(), 0.01),
     "flow": (FLOW, 0.01),
     "cosine path": (ContinuousSchedule.cosine(), 0.01),
-    "VE": (
-        ContinuousSchedule.from_alpha_sigma(lambda t: (torch.ones_like(t), 0.002 + 80 * t)),
-        0.01,
-    ),
+    "VE": (ContinuousSchedule.from_alpha_sigma(lambda t: (0 * t + 1, 0.002 + 80 * t)), 0.01),
 }
 
 
@@ -251,13 +248,6 @@ def test_tables_follow_the_tensors_to_a_gpu():
     torch.testing.assert_close(on_gpu.cpu(), criterion.from_output(*data))
 
 
-def times_of(schedule):
-    """Every time, but the first: there, on a path without noise, the score is infinite."""
-    if schedule.timesteps is not None:
-        return schedule.timesteps[1:]
-    return torch.linspace(0, 1, 41, dtype=torch.float64)[1:]
-
-
 def ways_in(criterion, t, target, x_t, x0, eps, **given):
     """The loss of an output: of a trainer's, in the whole step, and by a trainer's own loss."""
     changed = criterion.regression_target(target, t, x_t, **given)
@@ -276,7 +266,8 @@ def sizes(gradient):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_tau_one_is_the_plain_loss_of_the_output_and_the_default_is_near(name, kind):
     schedule, skip = SCHEDULES[name]
-    t = times_of(schedule)
+    times, steps = torch.linspace(0, 1, 41, dtype=torch.float64), schedule.timesteps
+    t = (times if steps is None else steps)[1:]  # at the first a score may be infinite
     output, *data = batch(schedule, t, kind)
     target, x_t = data[:2]
     options = {"tau": 1.0, "prediction_type": kind, "estimator": ESTIMATORS[TYPES.index(kind) % 3]}
@@ -327,15 +318,13 @@ def vp_case(bars, max_c2):
     return schedule, 1, torch.tensor([1, 2]), [oracle.vp_pair(mpf(bar)) for bar in bars], max_c2
 
 
+HALVES = torch.tensor([0.0, 0.5, 1.0])
 BOUNDS = {
     **{f"max_c2 {bound}": vp_case([0.9, 0.36, 0.01], bound) for bound in (0.0, 0.5, 4.0, math.inf)},
     # Where a bound of √max_c2 on c / ratio moved the target of v by 0.1.
     "end of cosine": vp_case(COSINE.alphas_cumprod[[981, 990, 999]].tolist(), 100.0),
     "zero terminal SNR": vp_case([0.9, 0.36, 0.0], 100.0),
-    "flow": (
-        *(FLOW, 0.5, torch.tensor([0.5, 1.0])),
-        *([(1 - mpf(t), mpf(t)) for t in (0.0, 0.5, 1.0)], 100.0),
-    ),
+    "flow": (FLOW, 0.5, HALVES[1:], [(1 - mpf(t), mpf(t)) for t in HALVES.tolist()], 100.0),
 }
 
 

@@ -558,9 +558,7 @@ def a_path(power):
 )
 def test_what_a_name_does_not_show_is_kept(option, kept, of_value):
     """But no address in memory, which is another in the next process."""
-    first, again, second = (
-        validated(levels=4, **{option: of_value(value)}) for value in (200, 200, 300)
-    )
+    first, again, second = (validated(levels=4, **{option: of_value(x)}) for x in (200, 200, 300))
     assert first.log_snr == pytest.approx(second.log_snr)
     assert " at 0x" not in str(first.settings)
     assert first.settings[option] == second.settings[option] or kept == option

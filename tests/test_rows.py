@@ -154,9 +154,7 @@ def test_a_weighting_is_one_row(monkeypatch, data):
     )
 
 
-@pytest.mark.parametrize(
-    ("rows", "odd"), [({"one": 1}, "two"), ({"one": 1, "two": 2, "mine": 3}, "mine")]
-)
+@pytest.mark.parametrize(("rows", "odd"), [(["one"], "two"), (["one", "two", "mine"], "mine")])
 def test_a_row_that_is_forgotten_is_named(rows, odd):
     """As each table is checked when it is imported."""
     with pytest.raises(RuntimeError, match=rf"^ROWS and .*differ in \['{odd}'\]"):

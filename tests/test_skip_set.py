@@ -23,10 +23,8 @@ def pairs(skip_set):
 
 
 @given(st.sets(st.integers(1, 99), min_size=1, max_size=4))
-def test_offsets(offsets):
-    assert pairs(SkipSet(offsets)) == {
-        t: sorted(t - k for k in offsets if t >= k) for t in range(100)
-    }
+def test_offsets(skips):
+    assert pairs(SkipSet(skips)) == {t: sorted(t - k for k in skips if t >= k) for t in range(100)}
 
 
 def test_for_sampling_steps_is_the_stride():

@@ -12,9 +12,7 @@ from tests.helpers.commands import run as run_command
 from tests.strategies import FLOW, LINEAR, VP, drawn, loss_and_gradient, normals, same
 
 T = torch.tensor([0, 98, 99, 999])
-needs_compiler = pytest.mark.skipif(
-    shutil.which("c++") is None, reason="inductor needs one for C++"
-)
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs one for C++")
 TURNED = ContinuousSchedule.vp(data_at=1)
 
 

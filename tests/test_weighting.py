@@ -36,10 +36,8 @@ def test_formula_on_every_output(name, kind):
     """Each paper's, in the oracle."""
     t = torch.tensor([0, 5, 100, 300, 500, 700])
     output, target, x_t, x0, eps = batch(LINEAR, t, kind)
-    criterion = SkipStepLoss(
-        LINEAR, 9, tau=1.0, prediction_type=kind, weighting=name, reduction="none"
-    )
-    found = criterion.from_output(output, target, t, x_t)
+    loss = SkipStepLoss(LINEAR, 9, tau=1.0, prediction_type=kind, weighting=name, reduction="none")
+    found = loss.from_output(output, target, t, x_t)
     for i, bar in enumerate(LINEAR.alphas_cumprod[t].tolist()):
         at = oracle.scales(oracle.vp_pair(mpf(bar)), [], 1.0, weighting=name, kind=kind)
         expected = at.loss(output[i], x0[i], eps[i], None, "expected")
@@ -83,11 +81,9 @@ def test_it_multiplies_the_loss_and_the_papers_terms(estimator):
 
 
 def test_a_function_of_ones_own_and_weights_beside_it():
-    data = *normals(2, 3, 2), torch.tensor([3, 500, 999])
+    data, weights = (*normals(2, 3, 2), torch.tensor([3, 500, 999])), torch.tensor([1.0, 0.0, 2.0])
     found, expected = (
-        SkipStepLoss(LINEAR, 9, weighting=weighting).from_output(
-            *data, weights=torch.tensor([1.0, 0.0, 2.0])
-        )
+        SkipStepLoss(LINEAR, 9, weighting=weighting).from_output(*data, weights=weights)
         for weighting in (lambda log_snr: 5 / (5 + log_snr.exp()), soft_min_snr(5))
     )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

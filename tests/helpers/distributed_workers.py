@@ -101,11 +101,8 @@ def steps(rank):
 
 def alone(count, how):
     """The mean over the first `count` samples in this process."""
-    model, loss = (
-        Network(1, dropout=0.0),
-        of_core(estimator=how if how in ESTIMATORS else "expected"),
-    )
-    loss(model, joined(count)).backward()
+    model, estimator = Network(1, dropout=0.0), how if how in ESTIMATORS else "expected"
+    of_core(estimator=estimator)(model, joined(count)).backward()
     return [parameter.grad for parameter in model.parameters()]
 
 
