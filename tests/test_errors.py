@@ -46,7 +46,6 @@ BARS, BETAS, LOG_SNR, SIGMAS = (
     for name in ("alphas_cumprod", "betas", "log_snr", "sigmas")
 )
 SCHEDULER = type("Scheduler", (), {"alphas_cumprod": BAR})  # as diffusers' are
-PATH = ContinuousSchedule.from_alpha_sigma
 SAMPLED, STEPS = SkipSet.from_timesteps, SkipSet.for_sampling_steps
 MEANT = {"v-prediction": "v_prediction", "noise": "epsilon", "x0": "sample", "Flow": "flow"}
 LEARNED = nn.Linear(1, 1)  # as EDM2's weighting, which is trained beside the network
@@ -146,7 +145,6 @@ CASES = {
         (lambda: NoiseSchedule.linear(9, 0.1, 1.0), r"beta_end must lie in \(0.0, 1.0\), got 1.0"),
         (lambda: NoiseSchedule.cosine(9, max_beta=1), r"max_beta must lie in \(0.0, 1.0\), got 1"),
         (lambda: NoiseSchedule.linear(1).rescale_zero_terminal_snr(), "of two timesteps or more"),
-        (lambda: PATH(lambda t: (0.999 - t, t)), "^alpha_sigma .*at least 0, got -0.001 for t"),
         (lambda: ContinuousSchedule.vp(2.0, 1.0), r"beta_max must lie in \[2"),
         (lambda: ContinuousSchedule.vp(0.1, math.inf), "beta_max must lie"),
         (lambda: ContinuousSchedule.sub_vp(0.0), r"beta_min must lie in \(0"),
@@ -216,7 +214,6 @@ CASES = {
         (lambda: coefficients(LINEAR, 1, t=[1]), r"t must be a tensor, got \[1\]"),
         (lambda: BETAS("x"), "betas must be a sequence"),
         (lambda: NoiseSchedule.cosine(10.0), "num_train_timesteps must be an"),
-        (lambda: PATH(lambda t: (1.0, t)), r"^alpha_sigma .*two .*sigma.*got 1.0 \(float\) and a"),
         (lambda: ContinuousSchedule(3), "log_alpha_sigma must be callable, got 3"),
         (lambda: CRITERION(lambda x, t: {"sample": x}, X), r"model must return a tensor.*dict"),
         (lambda: CRITERION(None, [1.0]), "x0 must be a tensor"),

@@ -223,6 +223,15 @@ def test_paths_that_are_none(path, error, message):
         ContinuousSchedule(path)
 
 
+def test_coefficients_that_are_none():
+    """Named as the user's own function, and not as its logarithms."""
+    begin = "^alpha_sigma must return "
+    with pytest.raises(TypeError, match=begin + r"two .* alpha and sigma.*got 1.0 \(float\) and a"):
+        ContinuousSchedule.from_alpha_sigma(lambda t: (1.0, 80 * t))
+    with pytest.raises(ValueError, match=begin + ".*at least 0, got -0.001 for t from 0 to 1"):
+        ContinuousSchedule.from_alpha_sigma(lambda t: (0.999 - t, t))
+
+
 class Delegating:
     """Hands everything on, as a wrapper that logs or times would."""
 
