@@ -193,6 +193,7 @@ def test_no_value_is_read(schedule):
     with FakeTensorMode(allow_non_fake_inputs=True):
         t = schedule.draw_timesteps(4, device=torch.device("cuda"))
         by_noise.update(t, torch.rand(4, device="cuda"))
+        assert (by_noise._sums.device.type, by_noise._sums.dtype) == ("cuda", torch.float64)
 
 
 @pytest.mark.parametrize(
