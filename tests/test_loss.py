@@ -64,8 +64,9 @@ def test_loss_gradient_and_terms_are_the_papers(given_skips, tau, shape, seed, h
     options = {"tau": tau, "estimator": how, "max_c2": math.inf, "normalize": normalize}
     criterion = SkipStepLoss(schedule, skips, reduction="none", **options)
     pairs = [oracle.vp_pair(mp.exp(mpf(x))) for x in schedule.log_alphas_cumprod.tolist()]
-    earlier = ([pairs[i - k] for k in skips if i >= k] for i in t)
-    exact = [oracle.scales(pairs[i], next(earlier), tau, math.inf) for i in t]
+    exact = [
+        oracle.scales(pairs[i], [pairs[i - k] for k in skips if i >= k], tau, math.inf) for i in t
+    ]
 
     def paper(x):
         each = zip(exact, x, noise, xi, strict=True)

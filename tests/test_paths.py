@@ -37,8 +37,8 @@ def own(path, *, data_at=0):
 
 def exact(name, times):
     """alpha, sigma, dalpha/dt and dsigma/dt, by 40 digits."""
-    of_path = oracle.continuous_pair, oracle.continuous_rates
-    rows = [[*of_path[0](name, t), *of_path[1](name, t)] for t in times.tolist()]
+    pair, rates = oracle.continuous_pair, oracle.continuous_rates
+    rows = [[*pair(name, t), *rates(name, t)] for t in times.tolist()]
     return torch.from_numpy(np.array(rows, dtype=float)).unbind(1)
 
 
@@ -128,7 +128,7 @@ def test_the_ends_have_one_sided_limits():
 
 
 BY_LOGARITHMS = ContinuousSchedule(
-    lambda t: (-t / 20, 0.5 * (-(-t / 10).expm1()).log()), name="logs"
+    lambda t: (-0.05 * t, 0.5 * (-(-0.1 * t).expm1()).log()), name="logarithms"
 )
 
 
@@ -141,7 +141,7 @@ BY_LOGARITHMS = ContinuousSchedule(
             ContinuousSchedule.from_alpha_sigma(lambda t: ((1 - t**2).sqrt(), t), name="circle"),
             r"dalpha/dt must be finite, got -inf at t = 1 on circle.*the noise end",
         ),
-        (BY_LOGARITHMS, "dsigma/dt must be finite, got inf at t = 0 on logs"),
+        (BY_LOGARITHMS, "dsigma/dt must be finite, got inf at t = 0 on logarithms"),
     ],
     ids=repr,
 )
