@@ -116,6 +116,16 @@ def batch(schedule, t, kind):
     return output, targets_of(x0, eps, a, b)[kind], a * x0 + b * eps, x0, eps
 
 
+def ways_in(criterion, t, target, x_t, x0, eps, **given):
+    """The loss of an output: of a trainer's, in the whole step, and by a trainer's own loss."""
+    changed = criterion.regression_target(target, t, x_t, **given)
+    return (
+        lambda o: criterion.from_output(o, target, t, x_t, **given),
+        lambda o: criterion(lambda x_t, t: o, x0, t, noise=eps, **given),
+        lambda o: changed.weight * (o - changed.target).square().mean((1, 2)),
+    )
+
+
 def same(found, expected, **tolerance):
     """That several tensors, such as value and gradient, are close."""
     for value, wanted in zip(found, expected, strict=True):

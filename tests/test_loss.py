@@ -33,6 +33,7 @@ from tests.strategies import (
     shapes,
     taus,
     timesteps,
+    ways_in,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:prediction_type 'flow' is noise minus data")
@@ -247,16 +248,6 @@ def test_tables_follow_the_tensors_to_a_gpu():
     criterion, data = SkipStepLoss(LINEAR, 9), (*normals(2, 4, 3), T)
     on_gpu = criterion.from_output(*(x.cuda() for x in data))
     torch.testing.assert_close(on_gpu.cpu(), criterion.from_output(*data))
-
-
-def ways_in(criterion, t, target, x_t, x0, eps, **given):
-    """The loss of an output: of a trainer's, in the whole step, and by a trainer's own loss."""
-    changed = criterion.regression_target(target, t, x_t, **given)
-    return (
-        lambda o: criterion.from_output(o, target, t, x_t, **given),
-        lambda o: criterion(lambda x_t, t: o, x0, t, noise=eps, **given),
-        lambda o: changed.weight * (o - changed.target).square().mean((1, 2)),
-    )
 
 
 def sizes(gradient):

@@ -18,9 +18,9 @@ from tests.strategies import (
     beside,
     excess_over_least,
     loss_and_gradient,
-    mean_of_squares,
     normal,
     same,
+    ways_in,
 )
 
 T = torch.tensor([0, 49, 300, 450])
@@ -74,22 +74,16 @@ def test_an_estimator_is_one_row(monkeypatch, data, kind, row, skip_term):
         simple, skip = (eps_hat - eps).square(), skip_term(c * eps_hat, eps, xi)
         return torch.where(c > 0, 0.9 * simple + 0.1 * skip, simple).mean((1, 2))
 
-    def of_output(o):
-        return paper(TO_EPSILON[kind](o, x_t, a, b))
-
     options = {"tau": 0.9, "estimator": "mine", "prediction_type": kind, "max_c2": math.inf}
     criterion = SkipStepLoss(LINEAR, 49, reduction="none", **options)
     given = {"skip_noise": xi} if row.on_skip_noise else {}
     slope = TO_EPSILON[kind](output + 1, x_t, a, b) - TO_EPSILON[kind](output, x_t, a, b)
     weight = slope[:, 0, 0] ** -2  # mse(output, target) = mse(ε̂, ε) / slope²
-    expected = excess_over_least(lambda o: weight * of_output(o), output)[:2]
-    changed = criterion.regression_target(target, T, x_t, **given)
-    for loss_of in (
-        lambda o: criterion.from_output(o, target, T, x_t, **given),
-        lambda o: criterion(lambda x_t, t: o, x0, T, noise=eps, **given),
-        lambda o: changed.weight * mean_of_squares(o - changed.target),
-    ):
-        same(loss_and_gradient(loss_of, output), expected, rtol=1e-9, atol=1e-11)
+    *expected, _ = excess_over_least(
+        lambda o: weight * paper(TO_EPSILON[kind](o, x_t, a, b)), output
+    )
+    for way in ways_in(criterion, T, target, x_t, x0, eps, **given):
+        same(loss_and_gradient(way, output), expected, rtol=1e-9, atol=1e-11)
     # What is learned, and what is logged.
     if not given:
         at_0, at_1 = (loss_and_gradient(paper, 0 * eps + x)[1] for x in (0, 1))
