@@ -255,15 +255,8 @@ def test_the_cost_of_a_scan():
 
 @pytest.mark.parametrize("skips", [[49, 99], None])
 def test_progress_only_shows(skips):
-    shown = []
-
-    def progress(runs):
-        for run in runs:
-            shown.append(run)
-            yield run
-
-    search = search_of(skips=skips, num_samples=64, batch_size=50)
-    result = search.recommend(progress)
+    shown, search = [], search_of(skips=skips, num_samples=64, batch_size=50)
+    result = search.recommend(lambda runs: (shown.append(run) for run in runs))
     assert len(shown) == search.cost.runs
     for drops in (lambda runs: runs[::2], lambda runs: [], lambda runs: reversed(runs)):
         assert search.recommend(drops).candidates == result.candidates
