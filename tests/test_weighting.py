@@ -136,6 +136,21 @@ def test_a_last_timestep_that_is_never_trained_is_said_once(kind, weighting):
     assert [warning.filename for warning in caught] == [__file__]  # the line that made the loss
 
 
+@pytest.mark.parametrize(
+    ("schedule", "kind", "weighting"),
+    [
+        *((ZERO_SNR, "v_prediction", weighting) for weighting in ("truncated_snr", None)),
+        *((schedule, "v_prediction", "min_snr") for schedule in (LINEAR, COSINE)),
+        (ZERO_SNR, "epsilon", "min_snr"),
+        (FLOW, "flow", "min_snr"),  # its end is drawn by nobody
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_last_timestep_that_is_trained_is_no_warning(schedule, kind, weighting):
+    skip = 0.01 if schedule is FLOW else 9
+    SkipStepLoss(schedule, skip, prediction_type=kind, weighting=weighting)
+
+
 def test_the_largest_weight_and_the_smallest():
     check_weights(torch.tensor([0.0, 1.0, 1e6]))
     with pytest.raises(ValueError, match=r"got 1e\+06 at index 1 of 4 times"):
