@@ -1,7 +1,6 @@
 """What the ddim adapter alone has, on a double of the trainer and on its own code."""
 
 import inspect
-import pickle
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from s2dm_loss.coefficients import coefficients
 from tests.doubles import ddim_double
 from tests.helpers.ddim_checkout import CONFIG
 from tests.helpers.small import Network, digits
-from tests.helpers.trainers import DDIM, ddim_betas
+from tests.helpers.trainers import DDIM, ddim_betas, pickled
 
 
 @pytest.fixture(params=DDIM, ids=["double", "real"])
@@ -92,7 +91,7 @@ def test_says_what_it_is_and_pickles():
     loss_fn = ddim_loss(SkipSet.for_sampling_steps(50), data_reduction="mean", tau=0.9)
     text = "ddim_loss(SkipSet.for_sampling_steps(50), data_reduction='mean', tau=0.9)"
     assert repr(loss_fn) == text
-    again = pickle.loads(pickle.dumps(loss_fn))  # noqa: S301 - our own bytes
+    again = pickled(loss_fn)
     model = Network(dropout=0.0)
     assert torch.equal(again(model, *batch(), betas()), loss_fn(model, *batch(), betas()))
 

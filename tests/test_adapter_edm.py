@@ -1,13 +1,11 @@
 """What the adapter for NVlabs/edm and edm2 alone has, on doubles and the trainers' own losses."""
 
-import pickle
-
 import pytest
 import torch
 
 from s2dm_loss.adapters.edm import skip_step
 from tests.doubles.edm_double import EDM2Loss, EDMLoss
-from tests.helpers.trainers import EDM, as_net
+from tests.helpers.trainers import EDM, as_net, pickled
 
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5)) / 2
 
@@ -27,7 +25,7 @@ def test_a_snapshot_holds_the_trainers_own_loss(made):
     with made() as kind:
         plain = kind()
         adapted = skip_step(plain, 1 / 17)
-        loaded = pickle.loads(pickle.dumps(adapted))  # noqa: S301 - our own bytes
+        loaded = pickled(adapted)
     assert type(loaded).__name__ == type(plain).__name__
     assert adapted.state_dict() == vars(plain)
     before = dict(vars(plain))

@@ -8,7 +8,6 @@ import copy
 import functools
 import importlib.util
 import itertools
-import pickle
 import random
 import sys
 from pathlib import Path
@@ -19,28 +18,20 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from s2dm_loss import SkipStepLoss
-from s2dm_loss.adapters import (
-    ddim,
-    denoising_diffusion_pytorch,
-    edm,
-    guided_diffusion,
-    score_sde,
-    sd_scripts,
-)
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss.adapters import ddim, edm, guided_diffusion, score_sde, sd_scripts
+from s2dm_loss.adapters import denoising_diffusion_pytorch as lucid
+from s2dm_loss.adapters.changed_output import changed_output
 from s2dm_loss.adapters.diffusers import SkipLoss
+from s2dm_loss.prediction import PREDICTION_TYPES
 from s2dm_loss.testing import check_swap
-from tests.doubles import (
-    denoising_diffusion_pytorch_double,
-    edm_double,
-    score_sde_double,
-    sd_scripts_double,
-)
+from tests.doubles import denoising_diffusion_pytorch_double as lucid_double
+from tests.doubles import edm_double, score_sde_double, sd_scripts_double
 from tests.helpers import more_trainers, trainers
 from tests.helpers.guided_diffusion_parts import make_diffusion
 from tests.helpers.records import Probe
-from tests.helpers.small import Network
-from tests.helpers.trainers import DDPM, SEED
+from tests.helpers.small import Network, every_pair
+from tests.helpers.trainers import DDPM, SEED, pickled
 
 CASES = trainers.CASES + more_trainers.CASES
 
@@ -132,8 +123,6 @@ def test_below_tau_one_it_is_the_cores_loss(case, estimator):
 
 
 # A device that holds no values: what would make a GPU wait, or stays behind, fails.
-
-
 X, T = torch.empty(4, 2, 4, 4, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
 
 
@@ -153,13 +142,15 @@ def guided_on_meta(model, **options):
         yield from (terms["loss"], terms["skip"])
 
 
+VP, SUB_VP, VE = (getattr(score_sde_double, f"{name}SDE")() for name in ("VP", "subVP", "VE"))
+
+
 def score_sde_on_meta(model, **options):
-    vp, sub_vp, ve = (getattr(score_sde_double, f"{name}SDE")() for name in ("VP", "subVP", "VE"))
-    for sde, continuous in itertools.product((vp, sub_vp, ve), (True, False)):
+    for sde, continuous in itertools.product((VP, SUB_VP, VE), (True, False)):
         given = {"continuous": continuous, "allow_ve": True, **options}
         yield score_sde.get_sde_loss_fn(sde, True, skip_set=9, **given)(model, X)
-    yield score_sde.get_ddpm_loss_fn(vp, True, skip_set=9, **options)(model, X)
-    yield score_sde.get_smld_loss_fn(ve, True, skip_set=9, **options)(model, X)
+    yield score_sde.get_ddpm_loss_fn(VP, True, skip_set=9, **options)(model, X)
+    yield score_sde.get_smld_loss_fn(VE, True, skip_set=9, **options)(model, X)
 
 
 @pytest.mark.parametrize("losses", [ddim_on_meta, guided_on_meta, score_sde_on_meta])
@@ -169,22 +160,63 @@ def test_follows_its_tensors_without_reading_values(losses, estimator):
         assert loss.device.type == "meta"
 
 
+SCHEDULES = {
+    "zero terminal snr": NoiseSchedule.linear(1000).rescale_zero_terminal_snr(),
+    "cosine": NoiseSchedule.cosine(1000),
+    "flow": ContinuousSchedule.flow(),
+}
+CHANGES = every_pair(
+    lambda each: each["name"] == "flow" or each["prediction_type"] != "velocity",
+    name=SCHEDULES,
+    prediction_type=PREDICTION_TYPES,
+    estimator=("expected", "shared", "fresh"),
+    tau=(0.1, 0.99, 1.0),
+)
+
+
+@pytest.mark.parametrize("case", CHANGES, ids=lambda case: " ".join(map(str, case.values())))
+def test_a_squared_error_of_the_changed_output_is_the_loss(case):
+    """In value and gradient; at τ = 1 nothing changes."""
+    name, t, skips = case["name"], torch.tensor([0, 8, 9, 300, 999]), 9
+    if name == "flow":
+        t, skips = torch.tensor([0.001, 0.01, 0.02, 0.5, 1.0], dtype=torch.float64), 0.01
+    output, target, x_t = torch.randn(3, 5, 2, 4, 4, dtype=torch.float64)
+    output.requires_grad_()
+    options = {key: value for key, value in case.items() if key != "name"}
+    criterion = SkipStepLoss(SCHEDULES[name], skips, **options, reduction="none")
+    torch.manual_seed(0)
+    expected = criterion.from_output(output, target, t, x_t)
+    torch.manual_seed(0)  # the estimator "fresh" draws once
+    changed, weight = changed_output(criterion, output, t, x_t)
+    found = weight * (changed - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    gradients = [torch.autograd.grad(loss.sum(), output)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    if case["tau"] == 1:
+        assert torch.equal(changed, output)
+        assert torch.equal(weight, torch.ones_like(weight))
+
+
+def test_half_precision_is_lifted_and_tau_zero_refused():
+    t, output = torch.tensor([3, 300]), torch.randn(2, 2, 4, 4).half()
+    criterion = SkipStepLoss(DDPM, 9, prediction_type="v_prediction")
+    changed, weight = changed_output(criterion, output, t, output)
+    assert changed.dtype == weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="tau must be above 0"):
+        changed_output(SkipStepLoss(DDPM, 9, tau=0.0), output, t, output)
+
+
 # skip_step: a changed copy of the trainer's object.
 
 
-def lucid():
-    return denoising_diffusion_pytorch_double.GaussianDiffusion(Network(3), image_size=8)
+def make_lucid():
+    return lucid_double.GaussianDiffusion(Network(3), image_size=8)
 
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 # The trainer's object, `skip_step`, a skip that fits, and a loss of the object.
 SKIP_STEPS = {
-    "denoising_diffusion_pytorch": (
-        lucid,
-        denoising_diffusion_pytorch.skip_step,
-        49,
-        lambda diffusion: diffusion(IMAGES),
-    ),
+    "denoising_diffusion_pytorch": (make_lucid, lucid.skip_step, 49, lambda made: made(IMAGES)),
     "edm": (
         edm_double.EDMLoss,
         edm.skip_step,
@@ -223,21 +255,11 @@ def test_skip_step_returns_a_changed_copy(name):
         skip_step({} if name == "edm" else nn.Linear(1, 1), skip_set)
 
 
-def pickled(value):
-    return pickle.loads(pickle.dumps(value))  # noqa: S301 - our own bytes
-
-
-@pytest.mark.parametrize(
-    ("name", "duplicate"),
-    [
-        *itertools.product(
-            ("denoising_diffusion_pytorch", "guided_diffusion"), (copy.copy, copy.deepcopy, pickled)
-        ),
-        # Its pickle holds the trainer's own loss: tests/test_adapter_edm.py.
-        *itertools.product(["edm"], (copy.copy, copy.deepcopy)),
-    ],
-)
+@pytest.mark.parametrize("name", ["denoising_diffusion_pytorch", "guided_diffusion", "edm"])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickled])
 def test_copies_and_pickles_train_alike(name, duplicate):
+    if (name, duplicate) == ("edm", pickled):
+        pytest.skip("its pickle holds the trainer's own loss: tests/test_adapter_edm.py")
     make, skip_step, skip_set, loss_of = SKIP_STEPS[name]
     changed = skip_step(make(), skip_set)
     other = duplicate(changed)
@@ -252,8 +274,8 @@ def test_copies_and_pickles_train_alike(name, duplicate):
 
 
 def test_a_modules_copy_shares_its_network_and_nothing_that_is_added_later():
-    plain = lucid()
-    changed = denoising_diffusion_pytorch.skip_step(plain, 49)
+    plain = make_lucid()
+    changed = lucid.skip_step(plain, 49)
     assert changed.model is plain.model
     assert changed.state_dict().keys() == plain.state_dict().keys()
     assert next(plain.parameters()) is next(changed.parameters())
@@ -280,13 +302,8 @@ WAYS = {
     "diffusers": (functools.partial(SkipLoss.from_scheduler, DDPMScheduler()), 49),
     "diffusers, class": (functools.partial(SkipLoss, DDPM, scheduler=DDPMScheduler()), 49),
     **{
-        name: (functools.partial(getattr(score_sde, name), sde(), False), 49)
-        for name, sde in {
-            "get_sde_loss_fn": score_sde_double.VPSDE,
-            "get_ddpm_loss_fn": score_sde_double.VPSDE,
-            "get_smld_loss_fn": score_sde_double.VESDE,
-            "get_step_fn": score_sde_double.VPSDE,
-        }.items()
+        name: (functools.partial(getattr(score_sde, name), VE if "smld" in name else VP, False), 49)
+        for name in score_sde.__all__
     },
 }
 
@@ -306,12 +323,8 @@ def test_options_are_refused_by_name(name):
     more = {"likelihood_weighting": False} if name == "get_sde_loss_fn" else {}
     own = ["weighting"] if name.startswith(("ddim", "diffusers", "get_")) else []
     own += ["reduction", "prediction_type"] if name.startswith("diffusers") else []
-    for option, value in {
-        "weighting": "min_snr",
-        "reduction": "sum",
-        "prediction_type": "v_prediction",
-        "timesteps": "stratified",
-    }.items():
+    settled = {"weighting": "min_snr", "reduction": "sum", "timesteps": "stratified"}
+    for option, value in {**settled, "prediction_type": "v_prediction"}.items():
         if option in own:
             way(**{option: value}, **more)
             continue
@@ -323,9 +336,8 @@ def test_options_are_refused_by_name(name):
     with pytest.raises(TypeError, match="skip_set must be"):
         way(skip_set="9")
     if name != "ddim":  # whose schedule comes with the first batch
-        with pytest.raises(
-            (TypeError, ValueError), match=r"skip must be below|takes skips as floats"
-        ):
+        said = "skip must be below|takes skips as floats"
+        with pytest.raises((TypeError, ValueError), match=said):
             way(skip_set=1000)
 
 

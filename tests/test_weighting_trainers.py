@@ -18,7 +18,12 @@ from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.weighting import WEIGHTINGS, min_snr, p2, soft_min_snr
 from tests.doubles.denoising_diffusion_pytorch_double import GaussianDiffusion
 from tests.helpers import more_trainers
-from tests.helpers.diffusers_parts import compute_snr, make_scheduler, min_snr_weights
+from tests.helpers.diffusers_parts import (
+    STABLE_DIFFUSION,
+    compute_snr,
+    make_scheduler,
+    min_snr_weights,
+)
 from tests.helpers.more_trainers import K_DIFFUSION
 from tests.helpers.sd_scripts_parts import load_sd_scripts
 from tests.helpers.small import Network
@@ -53,8 +58,7 @@ def close(found, expected, rtol=1e-6):
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_is_that_of_diffusers_scripts(prediction_type, gamma):
     """train_text_to_image.py --snr_gamma, with diffusers' own `compute_snr` in float32."""
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    scheduler = make_scheduler(prediction_type=prediction_type, **betas)
+    scheduler = make_scheduler(prediction_type=prediction_type, **STABLE_DIFFUSION)
     close(compute_snr(scheduler, T).double(), SNR[T], rtol=1e-3)
     weights = min_snr_weights(scheduler, T, gamma)
     close(weights_of(min_snr(gamma), prediction_type), weights, rtol=1e-3)

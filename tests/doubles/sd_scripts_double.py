@@ -9,6 +9,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from torch.nn import functional as F
 
+from tests.helpers.diffusers_parts import STABLE_DIFFUSION
+
 
 def preserved_of(batch):
     """The samples whose target is the network's own output before training."""
@@ -21,9 +23,7 @@ class NetworkTrainer:
         pass
 
     def get_noise_scheduler(self, args, device):
-        scheduler = DDPMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-        )
+        scheduler = DDPMScheduler(**STABLE_DIFFUSION)
         # Of the schedule before it is fixed, as the trainer has it.
         scheduler.all_snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
         if args.zero_terminal_snr:

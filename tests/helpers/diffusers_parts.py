@@ -24,6 +24,10 @@ class Clipped(Correction):
         return noise.clamp(-strength, strength)
 
 
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+OF_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
 def make_scheduler(name="DDPMScheduler", **config):
     return getattr(diffusers, name)(**config)
 
@@ -31,50 +35,27 @@ def make_scheduler(name="DDPMScheduler", **config):
 def min_snr_weights(scheduler, timesteps, gamma):
     """Those of `--snr_gamma` in train_text_to_image.py (commit 58eb52c), in our words."""
     snr = compute_snr(scheduler, timesteps)
-    weights = torch.stack([snr, gamma * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
-    if scheduler.config.prediction_type == "epsilon":
-        return weights / snr
-    if scheduler.config.prediction_type == "v_prediction":
-        return weights / (snr + 1)
-    return weights
+    over = {"epsilon": snr, "v_prediction": snr + 1}.get(scheduler.config.prediction_type, 1)
+    return snr.clamp(max=gamma) / over
 
 
-SMALL = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "layers_per_block": 1,
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-}
-
-
-def tiny_unet():
-    """diffusers' own U-Net, small enough for a test, for 8x8 images of one channel."""
-    return diffusers.UNet2DModel(
-        **SMALL,
+def tiny_pipeline():
+    """diffusers' own, small enough for a test, for 8x8 images of one channel."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         add_attention=False,
     )
-
-
-def tiny_pipeline():
-    torch.manual_seed(0)
-    pipe = diffusers.DDIMPipeline(unet=tiny_unet(), scheduler=make_scheduler("DDIMScheduler"))
+    pipe = diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("DDIMScheduler"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def tiny_conditional_unet():
-    """The U-Net of text-to-image, for 8x8 latents of one channel and text of width 8."""
-    return diffusers.UNet2DConditionModel(
-        **SMALL,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-    )
 
 
 class Denoiser(nn.Module):
@@ -97,8 +78,7 @@ class FlowPipeline(diffusers.DiffusionPipeline):
         self.scheduler.set_timesteps(steps, **({"mu": 0.8} if dynamic else {}))
         timesteps = self.scheduler.timesteps
         if image is not None:
-            begin = steps - int(steps * strength)
-            begin *= getattr(self.scheduler, "order", 1)
+            begin = (steps - int(steps * strength)) * getattr(self.scheduler, "order", 1)
             timesteps = timesteps[begin:]
             self.scheduler.set_begin_index(begin)
             sigma = self.scheduler.sigmas[begin]

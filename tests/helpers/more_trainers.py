@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from tests.doubles import k_diffusion_double
 from tests.helpers import upstream
-from tests.helpers.diffusers_parts import make_scheduler
+from tests.helpers.diffusers_parts import STABLE_DIFFUSION, make_scheduler
 from tests.helpers.patches import PAGES
 from tests.helpers.small import every_pair
 from tests.helpers.trainers import Case, column, noised, of_each, ramp, reference_of
@@ -135,12 +135,8 @@ def of_onetrainer(prediction_type, weight, strength="mse_strength", masked=False
     flow = prediction_type == "flow"
     t = torch.tensor([0, 20, 200, 500, 900, 999] if flow else [0, 8, 9, 300, 700, 999])
     sigma = column((t + 1) / 1000)
-    scheduler = make_scheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type="epsilon" if flow else prediction_type,
-    )
+    kind = "epsilon" if flow else prediction_type
+    scheduler = make_scheduler(prediction_type=kind, **STABLE_DIFFUSION)
 
     def loss(model, tau=None):
         module = onetrainer()
