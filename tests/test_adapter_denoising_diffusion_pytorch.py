@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader as Loader
 
-from s2dm_loss.adapters.denoising_diffusion_pytorch import _ATTRIBUTES, skip_step
+from s2dm_loss.adapters.denoising_diffusion_pytorch import skip_step
 from tests.doubles import denoising_diffusion_pytorch_double as double
 from tests.helpers.small import Network, digits
 from tests.helpers.trainers import OBJECTIVES, TIMES
@@ -30,23 +30,18 @@ def make(package, *, self_condition=False, **options):
     return package.GaussianDiffusion(unet, image_size=8, **options)
 
 
-def make_double(kind=double.GaussianDiffusion):
-    return kind(Network(3, dropout=0.0), image_size=8)
+def make_double(kind=double.GaussianDiffusion, **options):
+    return kind(Network(3, dropout=0.0), image_size=8, **options)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_double_is_the_trainer(package, objective):
+    options = {"objective": objective, "offset_noise_strength": 0.1}
     for schedule, min_snr in itertools.product(("linear", "cosine", "sigmoid"), (False, True)):
+        options |= {"beta_schedule": schedule, "min_snr_loss_weight": min_snr}
         results = []
         for module in (package, double):
-            diffusion = module.GaussianDiffusion(
-                Network(3, dropout=0.0),
-                image_size=8,
-                objective=objective,
-                beta_schedule=schedule,
-                min_snr_loss_weight=min_snr,
-                offset_noise_strength=0.1,
-            )
+            diffusion = make_double(module.GaussianDiffusion, **options)
             torch.manual_seed(1)
             loss = diffusion(IMAGES, times=TIMES, loss_reduction="none")
             results.append((loss, diffusion.loss_weight, diffusion.betas))
@@ -87,26 +82,17 @@ def test_the_trainers_own_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(inner, "EMA", lambda *_, **__: average)
     images = (digits(128).expand(-1, 3, -1, -1) + 1) / 2
     monkeypatch.setattr(inner, "Dataset", lambda *_, **__: list(images))
-
-    def loader(data, batch_size, **_):
-        """The trainer's would start processes of its own, and pin memory."""
-        return DataLoader(data, batch_size)
-
-    monkeypatch.setattr(inner, "DataLoader", loader)
+    # The trainer's would start processes of its own, and pin memory.
+    monkeypatch.setattr(inner, "DataLoader", lambda data, batch_size, **_: Loader(data, batch_size))
     AcceleratorState._reset_state(reset_partial_state=True)
     weights = []
     for tau in (None, 1.0, 0.5):
         diffusion = make(inner, timesteps=100)
         if tau is not None:
             diffusion = skip_step(diffusion, 9, tau=tau)
+        options = {"train_lr": 1e-3, "train_num_steps": 3, "results_folder": str(tmp_path)}
         trainer = inner.Trainer(
-            diffusion,
-            "no folder is read",
-            train_batch_size=16,
-            train_lr=1e-3,
-            train_num_steps=3,
-            results_folder=str(tmp_path),
-            calculate_fid=False,
+            diffusion, "no folder is read", train_batch_size=16, calculate_fid=False, **options
         )
         torch.manual_seed(1)
         trainer.train()
@@ -126,7 +112,8 @@ def test_refuses_what_it_cannot_serve():
 
     with pytest.raises(ValueError, match="GaussianDiffusion1D, got that of OwnLoss"):
         skip_step(make_double(OwnLoss), 9)
-    attributes = dict.fromkeys(_ATTRIBUTES)
+    names = ("p_losses", "model", "model_predictions", "betas", "objective", "loss_weight")
+    attributes = dict.fromkeys(names)
     with pytest.raises(ValueError, match="got that of what it wraps"):
         skip_step(SimpleNamespace(**attributes), 9)  # as a compiled one
     attributes["p_losses"] = lambda self, x_start, t: x_start.mean()

@@ -23,11 +23,10 @@ from tests.helpers.trainers import GUIDED, GUIDED_KIN
 from tests.helpers.upstream import root_of, stub
 
 
-def make_batch(diffusion, channels=2, size=6):
+def make_batch(diffusion):
     """Data and sorted timesteps that lie below, at and above the skip of 9."""
     last = diffusion.num_timesteps - 1
-    t = torch.tensor([0, 8, 9, 10, last // 2, last])
-    return torch.randn(len(t), channels, size, size), t
+    return torch.randn(6, 2, 6, 6), torch.tensor([0, 8, 9, 10, last // 2, last])
 
 
 def make_model(diffusion, **options):
@@ -82,7 +81,7 @@ VISITED = (0, 300, 600, 800)
 def test_skips_in_original_timesteps(respacing, skips, reached_from):
     """They reach the latest kept timestep at least that far back."""
     plain, base = make_diffusion(respacing=respacing), make_diffusion().alphas_cumprod
-    adapted = skip_step(plain, skips, original_timesteps=True)
+    adapted, same, other = (skip_step(plain, k, original_timesteps=True) for k in (skips, skips, 7))
     found, kept = c2_of(adapted), np.array(plain.timestep_map)
     for index, original in enumerate(kept):
         before = kept[kept <= reached_from(original)]
@@ -90,7 +89,6 @@ def test_skips_in_original_timesteps(respacing, skips, reached_from):
         assert found.c2[index].item() == pytest.approx(wanted, rel=1e-9, abs=1e-15)
         assert (found.tau[index] < 1) == bool(len(before))
     assert "in original timesteps" in repr(adapted)
-    same, other = (skip_step(plain, k, original_timesteps=True) for k in (skips, 7))
     assert adapted.skip_step_loss.skip_set == same.skip_step_loss.skip_set
     assert adapted.skip_step_loss.skip_set != other.skip_step_loss.skip_set
 
@@ -113,12 +111,8 @@ def test_a_model_that_maps_timesteps_already_is_not_mapped_twice():
 
 @pytest.mark.slow
 def test_one_model_call_per_step_and_joined_gradients_in_two_processes(tmp_path):
-    torch.manual_seed(1)
-    batch = {
-        "x": torch.randn(8, 1, 6, 6),
-        "noise": torch.randn(8, 1, 6, 6),
-        "t": torch.tensor([0, 999, 8, 500, 9, 10, 700, 3]),
-    }
+    (x, noise), t = torch.randn(2, 8, 1, 6, 6), torch.tensor([0, 999, 8, 500, 9, 10, 700, 3])
+    batch = {"x": x, "noise": noise, "t": t}
     alone = ddp_gradients(0, 1, batch)
     ranks = run_distributed(ddp_gradients, tmp_path, 2, batch)
     assert [rank["calls"] for rank in ranks] == [1, 1]
@@ -131,11 +125,11 @@ def test_fresh_noise_may_be_given_and_the_signature_has_one_more_name():
     plain = make_diffusion()
     model, (x, t) = make_model(plain, dropout=0.0), make_batch(plain)
     adapted, noise = skip_step(plain, 9, estimator="fresh"), torch.randn_like(x)
-    torch.manual_seed(0)
-    drawn = adapted.training_losses(model, x, t, noise=noise)
-    torch.manual_seed(0)
-    given = adapted.training_losses(model, x, t, noise=noise, skip_noise=torch.randn_like(x))
-    assert torch.equal(drawn["loss"], given["loss"])
+    losses = []
+    for given in (lambda: {}, lambda: {"skip_noise": torch.randn_like(x)}):
+        torch.manual_seed(0)
+        losses.append(adapted.training_losses(model, x, t, noise=noise, **given())["loss"])
+    assert torch.equal(*losses)
     ours = list(inspect.signature(SkipStepMixin.training_losses).parameters)
     theirs = list(inspect.signature(gd.GaussianDiffusion.training_losses).parameters)
     assert ours == [*theirs, "skip_noise"]
@@ -164,14 +158,9 @@ def test_refuses_what_it_cannot_serve():
 def make_unet(kind="class-conditional"):
     from guided_diffusion import script_util
 
-    options = {
-        "num_channels": 32,
-        "num_res_blocks": 1,
-        "attention_resolutions": "4",
-        "learn_sigma": True,
-        "class_cond": kind == "class-conditional",
-        "use_fp16": kind == "fp16",
-    }
+    options = {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "4"}
+    options |= {"class_cond": kind == "class-conditional", "use_fp16": kind == "fp16"}
+    options["learn_sigma"] = True
     if kind == "super-resolution":  # its widths are tied to images of 64 pixels and up
         options |= {"use_checkpoint": False, "num_heads": 1, "num_head_channels": -1}
         options |= {"num_heads_upsample": -1, "use_scale_shift_norm": True, "dropout": 0.0}
@@ -208,19 +197,16 @@ def test_real_networks_at_tau_one_and_below(kind):
 def train_util(monkeypatch, tmp_path):
     """The trainer's own `train_util`, in a process group of one."""
     # mpi4py, which needs an MPI to build, only finds ranks and shares a checkpoint between them.
-    alone = SimpleNamespace(
-        Get_rank=lambda: 0, Get_size=lambda: 1, bcast=lambda value, root=0: value
-    )
-    mpi4py = stub("mpi4py", MPI=SimpleNamespace(COMM_WORLD=alone))
-    monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)
+    alone = SimpleNamespace(Get_rank=lambda: 0, Get_size=lambda: 1, bcast=lambda value, root: value)
+    mpi = SimpleNamespace(COMM_WORLD=alone)
+    monkeypatch.setitem(sys.modules, "mpi4py", stub("mpi4py", MPI=mpi))
     # Gone since NumPy 1.24; the loss-second-moment resampler counts with it.
     monkeypatch.setattr(np, "int", int, raising=False)
     from guided_diffusion import logger, train_util
 
     logger.configure(dir=str(tmp_path / "log"), format_strs=["json"])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
+    method = f"file://{tmp_path}/rendezvous"
+    dist.init_process_group("gloo", init_method=method, rank=0, world_size=1)
     yield train_util
     dist.destroy_process_group()
     logger.Logger.CURRENT.close()
@@ -262,22 +248,18 @@ def test_the_trainers_own_loop(train_util, tmp_path):
 
 @pytest.mark.parametrize(
     ("script", "sizes"),
-    [
-        ("scripts/image_train.py", "--image_size 64"),
-        ("scripts/super_res_train.py", "--large_size 64 --small_size 16"),
-    ],
+    [("image_train", "--image_size 64"), ("super_res_train", "--large_size 64 --small_size 16")],
 )
 def test_the_pages_diff_in_the_trainers_scripts(train_util, tmp_path, monkeypatch, script, sizes):
     """The script runs after the diff that the docs show."""
     from PIL import Image
 
+    script = f"scripts/{script}.py"
     source = (root_of("S2DM_GUIDED_DIFFUSION_ROOT") / script).read_text()
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
     for index in range(8):
-        Image.new("RGB", (64, 64), (30 * index, 90, 200)).save(pictures / f"{index}.png")
+        Image.new("RGB", (64, 64), (30 * index, 90, 200)).save(tmp_path / f"{index}.png")
     flags = (
-        f"--data_dir {pictures} {sizes} --batch_size 2 --lr_anneal_steps 2 --log_interval 1 "
+        f"--data_dir {tmp_path} {sizes} --batch_size 2 --lr_anneal_steps 2 --log_interval 1 "
         "--num_channels 32 --num_res_blocks 1 --attention_resolutions 16 --learn_sigma True "
         "--diffusion_steps 50"
     )

@@ -30,12 +30,9 @@ def loss_of(loss_fn):
 
 
 def make_state(trainer, model):
-    return {
-        "model": model,
-        "optimizer": torch.optim.Adam(model.parameters()),
-        "ema": trainer.ExponentialMovingAverage(model.parameters(), decay=0.5),
-        "step": 0,
-    }
+    average = trainer.ExponentialMovingAverage(model.parameters(), decay=0.5)
+    optimizer = torch.optim.Adam(model.parameters())
+    return {"model": model, "optimizer": optimizer, "ema": average, "step": 0}
 
 
 def warm_up(optimizer, params, step):
@@ -46,30 +43,24 @@ def warm_up(optimizer, params, step):
 
 SDES = ("VPSDE", "subVPSDE", "VESDE")
 STEPS = every_pair(
-    lambda each: each["continuous"] or not (each["likelihood"] or each["kind"] == "subVPSDE"),
+    lambda each: (
+        each["continuous"] or not (each["likelihood_weighting"] or each["kind"] == "subVPSDE")
+    ),
     kind=SDES,
-    continuous=(True, False),
-    reduce_mean=(True, False),
-    likelihood=(True, False),
+    **dict.fromkeys(("continuous", "reduce_mean", "likelihood_weighting"), (True, False)),
 )
 
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: " ".join(map(str, case.values())))
 def test_tau_one_steps_are_the_trainers(trainer, case):
     """Optimizer, warm-up from a learning rate of 0, averaged weights, evaluation: step by step."""
-    sde = getattr(trainer, case["kind"])(N=50)
-    batch = torch.randn(8, 1, 8, 8, generator=torch.manual_seed(1))
-    ours = {"skip_set": 15, "tau": 1.0, "allow_ve": case["kind"] == "VESDE"}
+    kind, flags = case["kind"], {name: value for name, value in case.items() if name != "kind"}
+    sde, batch = getattr(trainer, kind)(N=50), torch.randn(8, 1, 8, 8)
+    ours = {"skip_set": 15, "tau": 1.0, "allow_ve": kind == "VESDE"}
     ends = []
     for make, extra in ((trainer.get_step_fn, {}), (get_step_fn, ours)):
         state = make_state(trainer, torch.nn.DataParallel(Network(1)))
-        options = {
-            "optimize_fn": warm_up,
-            "reduce_mean": case["reduce_mean"],
-            "continuous": case["continuous"],
-            "likelihood_weighting": case["likelihood"],
-            **extra,
-        }
+        options = {"optimize_fn": warm_up, **flags, **extra}
         train_step, eval_step = (make(sde, train=train, **options) for train in (True, False))
         torch.manual_seed(4)
         losses = [train_step(state, batch).item() for _ in range(3)]
@@ -114,28 +105,25 @@ def test_c_comes_from_beta_not_from_the_float32_table(trainer, monkeypatch):
     assert (used / exact - 1).abs().max() < 1e-6
 
 
-def refused(make, sde, error, message, **options):
-    with pytest.raises(error, match=message):
-        make(sde, True, **options)
-
-
 def test_wrong_arguments_are_named(trainer):
     vp, sub_vp, ve = trainer.VPSDE(), trainer.subVPSDE(), trainer.VESDE()
-    refused(get_sde_loss_fn, Network(), TypeError, "VPSDE or subVPSDE or VESDE, got a Network")
-    refused(get_ddpm_loss_fn, sub_vp, TypeError, "vpsde must be a VPSDE, got a subVPSDE")
-    refused(get_ddpm_loss_fn, vp, TypeError, "schedule takes int skips", skip_set=0.1)
-    refused(get_smld_loss_fn, vp, TypeError, "vesde must be a VESDE, got a VPSDE")
-    message = "likelihood_weighting must be False with a weighting"
-    refused(get_sde_loss_fn, vp, ValueError, message, weighting="min_snr")
-    refused(get_step_fn, vp, ValueError, "optimize_fn must be callable for training, got None")
     step_fn = functools.partial(get_step_fn, optimize_fn=print)
     discrete = functools.partial(step_fn, continuous=False)
-    refused(step_fn, vp, ValueError, "tau must lie in", tau=2.0)
-    refused(step_fn, ve, ValueError, "got a VESDE.*allow_ve=True")
-    refused(discrete, ve, ValueError, "got a VESDE.*allow_ve=True")
-    refused(discrete, sub_vp, ValueError, "continuous must be True for a subVPSDE")
-    message = "likelihood_weighting must be False with continuous="
-    refused(discrete, vp, ValueError, message, likelihood_weighting=True)
+    for make, sde, options, error, said in (
+        (get_sde_loss_fn, Network(), {}, TypeError, "VPSDE or subVPSDE or VESDE, got a Network"),
+        (get_ddpm_loss_fn, sub_vp, {}, TypeError, "vpsde must be a VPSDE, got a subVPSDE"),
+        (get_ddpm_loss_fn, vp, {"skip_set": 0.1}, TypeError, "schedule takes int skips"),
+        (get_smld_loss_fn, vp, {}, TypeError, "vesde must be a VESDE, got a VPSDE"),
+        (get_sde_loss_fn, vp, {"weighting": "p2"}, ValueError, "must be False with a weighting"),
+        (get_step_fn, vp, {}, ValueError, "optimize_fn must be callable for training, got None"),
+        (step_fn, vp, {"tau": 2.0}, ValueError, "tau must lie in"),
+        (step_fn, ve, {}, ValueError, "got a VESDE.*allow_ve=True"),
+        (discrete, ve, {}, ValueError, "got a VESDE.*allow_ve=True"),
+        (discrete, sub_vp, {}, ValueError, "continuous must be True for a subVPSDE"),
+        (discrete, vp, {"likelihood_weighting": True}, ValueError, "False with continuous="),
+    ):
+        with pytest.raises(error, match=said):
+            make(sde, True, **options)
 
 
 @pytest.mark.parametrize("kind", SDES)
@@ -152,10 +140,11 @@ def test_a_subclass_is_known_and_one_with_a_path_of_its_own_is_refused(trainer, 
         """Another name for the same path."""
 
     options = {"sigma_max": 40} if kind == "VESDE" else {"beta_max": 10.0}
-    one, other = (made(**options) for made in (Named, getattr(trainer, kind)))
-    assert loss_of(get_sde_loss_fn(one, True, allow_ve=True)) == loss_of(
-        get_sde_loss_fn(other, True, allow_ve=True)
+    one, other = (
+        loss_of(get_sde_loss_fn(made(**options), True, allow_ve=True))
+        for made in (Named, getattr(trainer, kind))
     )
+    assert one == other
 
 
 def batches():
@@ -190,6 +179,6 @@ def test_the_trainers_own_loop(tmp_path, kind, continuous, monkeypatch):
     untouched = make_state(trainer, trainer.create_model(config))
     trainer.restore_checkpoint(str(checkpoint), untouched, torch.device("cpu"))
     assert untouched["step"] == 21
-    arguments = trainer.optimization_manager(config), True, continuous
-    step = trainer.get_step_fn(getattr(trainer, kind)(N=50), True, *arguments)
+    optimize = trainer.optimization_manager(config)
+    step = trainer.get_step_fn(getattr(trainer, kind)(N=50), True, optimize, True, continuous)
     assert step(untouched, next(batches())).isfinite()
