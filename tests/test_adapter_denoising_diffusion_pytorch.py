@@ -37,7 +37,7 @@ def make_double(kind=double.GaussianDiffusion, **options):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_double_is_the_trainer(package, objective):
     options = {"objective": objective, "offset_noise_strength": 0.1}
-    for schedule, min_snr in itertools.product(("linear", "cosine", "sigmoid"), (False, True)):
+    for schedule, min_snr in itertools.product(double.SCHEDULES, (False, True)):
         options |= {"beta_schedule": schedule, "min_snr_loss_weight": min_snr}
         results = []
         for module in (package, double):

@@ -14,11 +14,7 @@ import torch
 from torch import nn
 
 from s2dm_loss import NoiseSchedule
-from s2dm_loss.adapters.diffusers import (
-    PipelineRecommendation,
-    correct_pipeline,
-    search_pipeline,
-)
+from s2dm_loss.adapters.diffusers import PipelineRecommendation, correct_pipeline, search_pipeline
 from s2dm_loss.adapters.diffusers_scheduler import path_of
 from s2dm_loss.adapters.diffusers_solvers import solvers_of
 from s2dm_loss.sampling import Recommendation, SkipGain, StartScaling

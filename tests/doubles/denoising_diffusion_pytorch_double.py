@@ -26,8 +26,7 @@ class GaussianDiffusion(nn.Module):
         super().__init__()
         self.model, self.num_timesteps, self.objective = model, timesteps, objective
         self.offset_noise_strength = offset_noise_strength
-        schedules = {"linear": _linear, "cosine": _cosine, "sigmoid": _sigmoid}
-        betas = schedules[beta_schedule](timesteps)
+        betas = SCHEDULES[beta_schedule](timesteps)
         alphas_cumprod = (1 - betas).cumprod(0)
         snr = alphas_cumprod / (1 - alphas_cumprod)
         clipped = snr.clamp(max=5) if min_snr_loss_weight else snr
@@ -72,3 +71,6 @@ def _sigmoid(timesteps):
 
 def _betas(alphas_cumprod):
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0, 0.999)
+
+
+SCHEDULES = {"linear": _linear, "cosine": _cosine, "sigmoid": _sigmoid}

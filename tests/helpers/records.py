@@ -7,6 +7,7 @@ inputs, losses and gradients of our own runs, and no code. The doubles are held 
 our loss on today's trainers, also where there is no checkout.
 """
 
+import itertools
 import json
 import math
 import random
@@ -14,6 +15,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
@@ -83,21 +85,16 @@ def sd_scripts(kind):
 
 def score_sde(package):
     batch = torch.randn(6, 2, 3, 3, generator=seeded())
-    for kind in ("VPSDE", "subVPSDE", "VESDE"):
+    for kind in trainers.SDE_PATHS:
         sde = getattr(package, kind)()
-        for continuous in (True, False) if kind != "subVPSDE" else (True,):
-            for likelihood in (True, False):
-                rest = (sde, True, True, continuous, likelihood)
-                yield (
-                    f"{kind}, continuous={continuous}, likelihood_weighting={likelihood}",
-                    lambda model, rest=rest: package.get_sde_loss_fn(*rest)(model, batch),
-                )
-        if kind != "subVPSDE":
-            make = getattr(package, trainers.DISCRETE[kind])
-            yield (
-                f"{kind}, {trainers.DISCRETE[kind]}",
-                lambda model, sde=sde, make=make: make(sde, True)(model, batch),
-            )
+        for continuous, likelihood in itertools.product((True, False), repeat=2):
+            if continuous or kind != "subVPSDE":
+                made = package.get_sde_loss_fn(sde, True, True, continuous, likelihood)
+                name = f"{kind}, continuous={continuous}, likelihood_weighting={likelihood}"
+                yield name, lambda model, made=made: made(model, batch)
+        if kind in trainers.DISCRETE:
+            made = getattr(package, trainers.DISCRETE[kind])(sde, True)
+            yield f"{kind}, {trainers.DISCRETE[kind]}", lambda model, made=made: made(model, batch)
 
 
 def seeded():
@@ -115,46 +112,40 @@ own code."""
 
 def of_today(case):
     """Everything that one of today's trainers compares, and what comes of it, in small."""
-    sizes = {name: getattr(trainers_of_today, name) for name in SMALL}
-    vars(trainers_of_today).update(SMALL)
-    try:
-        torch.manual_seed(0)
-        seen = {}
+    seen = {}
+    torch.manual_seed(0)
+    with mock.patch.multiple(trainers_of_today, **SMALL):
         loss = case.loss(trainers_of_today.source_of(*case.file), Probe(), seen, **case.options)
-    finally:
-        vars(trainers_of_today).update(sizes)
     (gradient,) = torch.autograd.grad(loss, seen["output"])
     weight = seen.get("weight", torch.ones_like(gradient))
-    parts = {name: seen[name] for name in ("output", "target", "t", "x_t")}
-    parts |= {"weight": weight, "gradient": gradient}
+    parts = {**seen, "weight": weight, "gradient": gradient}
     values = {name: rounded(part) for name, part in parts.items()}
     return {"shape": list(gradient.shape), "loss": rounded(loss)[0], **values}
 
 
 def criterion_of(case, tau):
     """The loss that a trainer's patch makes, for what this case trains."""
-    today, options = trainers_of_today, case.options
     if case.file[0] in ("flow_matching", "conditional-flow-matching", "sd-scripts"):  # makes none
         skips = SkipSet.for_sampling_steps(20)
         return SkipStepLoss(case.schedule, skips, tau=tau, prediction_type=case.predicts)
-    names = {}
-    if "prediction_type" in options:
-        names = {"noise_scheduler": today.policy_scheduler(options["prediction_type"])}
-        names["config"] = SimpleNamespace(**options)
-    elif case.file == today.REPA:
-        angle = math.pi / 2
-        names["interpolant"] = {
-            "linear": lambda t: (1 - t, t),
-            "cosine": lambda t: (torch.cos(angle * t), torch.sin(angle * t)),
-        }[options["path_type"]]
-    elif case.file == today.SIT:
-        names = {
-            "PathType": SimpleNamespace(LINEAR="LINEAR", GVP="GVP", VP="VP"),
-            "path_type": options["path_type"],
-            "model_type": SimpleNamespace(name=options["model_type"]),
-            "th": torch,
-        }
-    return today.made(*case.file, tau, **names)
+    # What stands beside the lines that make it, in one trainer or another.
+    options = {"prediction_type": "epsilon", "path_type": "linear", "model_type": ""} | case.options
+    angle = math.pi / 2
+    interpolants = {
+        "linear": lambda t: (1 - t, t),
+        "cosine": lambda t: (torch.cos(angle * t), torch.sin(angle * t)),
+    }
+    return trainers_of_today.made(
+        *case.file,
+        tau,
+        noise_scheduler=trainers_of_today.policy_scheduler(options["prediction_type"]),
+        config=SimpleNamespace(**options),
+        interpolant=interpolants.get(options["path_type"]),
+        PathType=SimpleNamespace(LINEAR="LINEAR", GVP="GVP", VP="VP"),
+        path_type=options["path_type"],
+        model_type=SimpleNamespace(name=options["model_type"]),
+        th=torch,
+    )
 
 
 def ours(case, tau):

@@ -20,20 +20,15 @@ import torch
 from torch.nn import functional as F
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
-from s2dm_loss.adapters import ddim as ddim_adapter
 from s2dm_loss.adapters import denoising_diffusion_pytorch as lucid_adapter
 from s2dm_loss.adapters import edm as edm_adapter
 from s2dm_loss.adapters import guided_diffusion as guided_adapter
 from s2dm_loss.adapters import score_sde as score_sde_adapter
 from s2dm_loss.adapters import sd_scripts as sd_scripts_adapter
+from s2dm_loss.adapters.ddim import ddim_loss
 from s2dm_loss.adapters.diffusers import SkipLoss
-from tests.doubles import (
-    ddim_double,
-    denoising_diffusion_pytorch_double,
-    edm_double,
-    score_sde_double,
-    sd_scripts_double,
-)
+from tests.doubles import ddim_double, edm_double, score_sde_double, sd_scripts_double
+from tests.doubles import denoising_diffusion_pytorch_double as lucid_double
 from tests.helpers import sd_scripts_parts as parts
 from tests.helpers import trainers_of_today, upstream
 from tests.helpers.ddim_checkout import load_ddim
@@ -46,6 +41,7 @@ from tests.helpers.small import every_pair
 from tests.helpers.upstream import checkout_on_path, root_of, stubs
 
 SEED = 3  # of all random numbers in one call of a loss
+BOTH = (True, False)
 
 
 class Case(NamedTuple):
@@ -118,24 +114,18 @@ def ddim(label, trainer, schedule, steps, reduction, keepdim):
         if tau is None:
             summed = trainer().noise_estimation_loss(model, x0, t, e, b, keepdim)
             return summed if reduction == "sum" else summed / x0[0].numel()
-        ours = ddim_adapter.ddim_loss(9, tau=tau, data_reduction=reduction, **options)
+        ours = ddim_loss(9, tau=tau, data_reduction=reduction, **options)
         return ours(model, x0, t, e, b, keepdim)
 
     path = NoiseSchedule.from_betas(ddim_betas(ddim_double, schedule, steps))
-
-    def reference(x_t, _, output):
-        return output, e, t
-
-    return Case(f"{label} {schedule} {reduction}", loss, path, reference=reference, rtol=2e-6)
+    name, predicts = f"{label} {schedule} {reduction}", "epsilon"
+    return Case(name, loss, path, 9, predicts, lambda _, __, output: (output, e, t), rtol=2e-6)
 
 
 # lucidrains/denoising-diffusion-pytorch: the noise is drawn, with an offset.
 
-LUCID = of_each(
-    "denoising-diffusion-pytorch",
-    lambda: upstream.denoising_diffusion_pytorch()[0],
-    denoising_diffusion_pytorch_double,
-)
+PYTORCH = "denoising-diffusion-pytorch"
+LUCID = of_each(PYTORCH, lambda: upstream.denoising_diffusion_pytorch()[0], lucid_double)
 TIMES = torch.tensor([0, 8, 9, 300, 700, 999])
 OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 
@@ -143,14 +133,15 @@ OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_predict
 def lucid(name, package, made, path=None, size=(8, 8), self_condition=False, **given):
     """Without a path only the value at τ = 1 is known."""
     x0 = 2 * torch.rand(6, 3, *size, generator=torch.Generator().manual_seed(5)) - 1
-    kind, shape = "GaussianDiffusion1D", {"seq_length": size[0]}
-    if len(size) == 2:
-        kind, shape = "GaussianDiffusion", {"image_size": size[0]}
+    kind, side = "GaussianDiffusion", "image_size"
+    if len(size) == 1:
+        kind, side = "GaussianDiffusion1D", "seq_length"
+    made = {"timesteps": 1000, side: size[0], **made}
 
     def loss(model, tau=None, **options):
         vars(model).update(channels=3, out_dim=3, self_condition=self_condition)
         model.random_or_learned_sinusoidal_cond = False
-        diffusion = getattr(package(), kind)(model, timesteps=1000, **shape, **made)
+        diffusion = getattr(package(), kind)(model, **made)
         if tau is not None:
             diffusion = lucid_adapter.skip_step(diffusion, 9, tau=tau, **options)
         return diffusion.p_losses(x0, TIMES, **given)
@@ -161,29 +152,25 @@ def lucid(name, package, made, path=None, size=(8, 8), self_condition=False, **g
 
 
 def lucid_cases():
-    double = denoising_diffusion_pytorch_double
-    schedules = {kind: getattr(double, f"_{kind}") for kind in ("linear", "cosine", "sigmoid")}
-    grid = every_pair(objective=OBJECTIVES, schedule=schedules, min_snr=(False, True))
+    grid = every_pair(
+        objective=OBJECTIVES, beta_schedule=lucid_double.SCHEDULES, min_snr_loss_weight=BOTH
+    )
     for (label, package), case in itertools.product(LUCID, grid):
-        objective, schedule, min_snr = case.values()
-        made = {"objective": objective, "beta_schedule": schedule, "offset_noise_strength": 0.1}
-        made["min_snr_loss_weight"] = min_snr
-        path = NoiseSchedule.from_betas(schedules[schedule](1000).float())
-        name = f"{label} {objective} {schedule} min_snr={min_snr}"
-        yield lucid(name, package, made, path, loss_reduction="none")
+        betas = lucid_double.SCHEDULES[case["beta_schedule"]](1000).float()
+        name = " ".join(map(str, (label, *case.values())))
+        made = {**case, "offset_noise_strength": 0.1}
+        yield lucid(name, package, made, NoiseSchedule.from_betas(betas), loss_reduction="none")
     # Options of the trainer's own alone, and files with a class of the same name or of 1D.
-    real = "denoising-diffusion-pytorch real"
     for file, options in {
         "classifier_free_guidance": {"classes": torch.arange(6)},
         "repaint": {},
         "guided_diffusion": {},
         "denoising_diffusion_pytorch_1d": {"size": (16,)},
     }.items():
-        yield lucid(f"{real} {file}", functools.partial(lucid_file, file), {}, **options)
-    file = "denoising_diffusion_pytorch"
+        yield lucid(f"{PYTORCH} real {file}", functools.partial(lucid_file, file), {}, **options)
+    package = functools.partial(lucid_file, "denoising_diffusion_pytorch")
     for objective in OBJECTIVES:
-        made, package = {"objective": objective}, functools.partial(lucid_file, file)
-        name = f"{real} {file} {objective}"
+        name, made = f"{PYTORCH} real {objective}", {"objective": objective}
         yield lucid(f"{name} self_condition", package, made, self_condition=True)
         yield lucid(f"{name} immiscible", package, {**made, "immiscible": True})
 
@@ -285,8 +272,8 @@ GUIDED = every_pair(
     loss=("MSE", "RESCALED_MSE"),
     schedule=("linear", "cosine"),
     respacing=(None, "ddim50", "250", [10, 15, 20]),
-    rescale=(False, True),
-    spaced=(False, True),
+    rescale=BOTH,
+    spaced=BOTH,
 )
 GUIDED_KIN = every_pair(
     mean=("EPSILON", "START_X"),
@@ -332,19 +319,16 @@ def score_sde(label, trainer, kind, discrete, *flags):
         make = getattr(score_sde_adapter, name)
         return make(sde, *flags, skip_set=300, tau=tau, **options)(model, batch)
 
+    path = ContinuousSchedule.from_alpha_sigma(SDE_PATHS[kind])
     if discrete:
         steps = torch.linspace(0, 1, 1000, dtype=torch.float64)
         path = DDPM if kind == "VPSDE" else NoiseSchedule.from_sigmas(0.01 * 5000**steps)
-    else:
-        path = ContinuousSchedule.from_alpha_sigma(SDE_PATHS[kind])
 
     def reference(x_t, labels, output):
         torch.manual_seed(SEED)
-        if discrete:
-            t = torch.randint(1000, (32,))
-            t = t if kind == "VPSDE" else 999 - t  # its σ descend
-        else:
-            t = torch.rand(32) * (1 - 1e-5) + 1e-5
+        t = torch.randint(1000, (32,)) if discrete else torch.rand(32) * (1 - 1e-5) + 1e-5
+        if discrete and kind == "VESDE":
+            t = 999 - t  # its σ descend
         noise, sigma = torch.randn_like(batch), column(path.alpha_sigma(t)[1])
         scale = -sigma if kind == "VESDE" else 1
         if kind == "VPSDE" and not discrete and not flags[2]:
@@ -357,7 +341,6 @@ def score_sde(label, trainer, kind, discrete, *flags):
     return Case(label, loss, path, skips, "epsilon", reference, 1e-6, dtype=torch.float64)
 
 
-BOTH = (True, False)
 FLAGS = every_pair(train=BOTH, reduce_mean=BOTH, continuous=BOTH, likelihood=BOTH)
 
 
@@ -420,17 +403,11 @@ def sd_scripts_loop(script, name):
             output = model(x, t)
             return output if script == "sdxl_train" else SimpleNamespace(sample=output)
 
-        namespace = {
-            **vars(module()),
-            "args": args,
-            "accelerator": parts.ACCELERATOR,
-            "batch": batch,
-            "latents": 0.18215 * batch["latents"],
-            "weight_dtype": torch.float32,
-            "unet": unet,
-            **dict.fromkeys(("text_embedding", "vector_embedding", "encoder_hidden_states")),
-            "loss_of": functools.partial(sd_scripts_adapter.loss_of, tau=tau),
-        }
+        namespace = {**vars(module()), "args": args, "accelerator": parts.ACCELERATOR}
+        namespace |= {"batch": batch, "latents": 0.18215 * batch["latents"], "unet": unet}
+        namespace |= dict.fromkeys(("text_embedding", "vector_embedding", "encoder_hidden_states"))
+        namespace["loss_of"] = functools.partial(sd_scripts_adapter.loss_of, tau=tau)
+        namespace["weight_dtype"] = torch.float32
         for start, end in (
             ("noise_scheduler = DDPMScheduler(", "if accelerator.is_main"),
             ("noise, noisy_latents, timesteps =", "accelerator.backward(loss)"),
@@ -453,7 +430,7 @@ def sd_scripts_loop(script, name):
 DIFFUSERS_BETAS = {
     "linear": lambda start, end: torch.linspace(start, end, 1000, dtype=torch.float64),
     "scaled_linear": lambda start, end: DIFFUSERS_BETAS["linear"](start**0.5, end**0.5) ** 2,
-    "squaredcos_cap_v2": lambda *_: denoising_diffusion_pytorch_double._cosine(1000),
+    "squaredcos_cap_v2": lambda *_: lucid_double.SCHEDULES["cosine"](1000),
 }
 
 
@@ -465,16 +442,12 @@ def noised(scheduler, prediction_type, latents, t):
     return scheduler.add_noise(latents, noise, t), target
 
 
-def diffusers_script(prediction_type, beta_schedule, zero_snr):
-    t = torch.tensor([0, 8, 9, 300, 700, 998, 999])
+def diffusers_script(**config):
+    t, prediction_type = torch.tensor([0, 8, 9, 300, 700, 998, 999]), config["prediction_type"]
     latents = torch.randn(7, 2, 4, 4, generator=torch.Generator().manual_seed(5))
-    scheduler = make_scheduler(
-        beta_schedule=beta_schedule,
-        rescale_betas_zero_snr=zero_snr,
-        prediction_type=prediction_type,
-    )
-    path = NoiseSchedule.from_betas(DIFFUSERS_BETAS[beta_schedule](1e-4, 0.02))
-    path = path.rescale_zero_terminal_snr() if zero_snr else path
+    scheduler = make_scheduler(**config)
+    path = NoiseSchedule.from_betas(DIFFUSERS_BETAS[config["beta_schedule"]](1e-4, 0.02))
+    path = path.rescale_zero_terminal_snr() if config["rescale_betas_zero_snr"] else path
 
     def loss(model, tau=None, **options):
         noisy, target = noised(scheduler, prediction_type, latents, t)
@@ -490,7 +463,7 @@ def diffusers_script(prediction_type, beta_schedule, zero_snr):
         torch.manual_seed(SEED)
         return output, noised(scheduler, prediction_type, latents, t)[1], t
 
-    name = f"diffusers {prediction_type} {beta_schedule} zero_snr={zero_snr}"
+    name = " ".join(map(str, ("diffusers", *config.values())))
     return Case(name, loss, path, 9, prediction_type, reference, 1e-6)
 
 
@@ -538,8 +511,8 @@ def _cases():
             yield sd_scripts_loop(script, name)
     for case in every_pair(
         prediction_type=("epsilon", "v_prediction", "sample"),
-        beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"),
-        zero_snr=(False, True),
+        beta_schedule=DIFFUSERS_BETAS,
+        rescale_betas_zero_snr=BOTH,
     ):
         yield diffusers_script(**case)
     yield from map(of_today, trainers_of_today.CASES)
