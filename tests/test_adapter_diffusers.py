@@ -35,13 +35,12 @@ def batch(prediction_type="epsilon", *, scheduler=None, timesteps=(3, 9, 200, 64
     return output, target, t, x_t
 
 
-@pytest.mark.parametrize(
-    ("flow", "prediction_type"),
-    [
-        *((False, kind) for kind in ("epsilon", "v_prediction", "sample")),
-        *((True, kind) for kind in ("flow", "sample")),
-    ],
-)
+UNIPC, FLOW = "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
+ON_TIMESTEPS = NoiseSchedule.linear(1000), [1, 9, 49], [3, 9, 200, 640, 999]
+ON_SIGMAS = ContinuousSchedule.flow(), 0.02, [0.005, 0.2, 0.7, 0.9, 1.0]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow", "x_0"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -53,15 +52,12 @@ def batch(prediction_type="epsilon", *, scheduler=None, timesteps=(3, 9, 200, 64
     ids=lambda options: next(iter(options)),
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_it_is_the_cores_loss(flow, prediction_type, options, dtype):
+def test_it_is_the_cores_loss(prediction_type, options, dtype):
     """Bit for bit, with all that a call takes; whose loss is the plain one at τ = 1."""
-    named = {"prediction_type": prediction_type}
-    if flow:
-        scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler")
-        schedule, skips, t = ContinuousSchedule.flow(), 0.02, [0.005, 0.2, 0.7, 0.9, 1.0]
-    else:
-        scheduler = make_scheduler(**named)
-        schedule, skips, t = NoiseSchedule.linear(1000), [1, 9, 49], [3, 9, 200, 640, 999]
+    flow = prediction_type in ("flow", "x_0")  # that of SD3
+    named = {"prediction_type": "sample" if prediction_type == "x_0" else prediction_type}
+    scheduler = make_scheduler(FLOW) if flow else make_scheduler(**named)
+    schedule, skips, t = ON_SIGMAS if flow else ON_TIMESTEPS
     told = flow or prediction_type == "sample"  # by name, and not by the config
     skip_loss = make_loss(scheduler, skips, **(named if told else {}), **options)
     criterion = SkipStepLoss(schedule, skips, **named, **options)
@@ -77,12 +73,11 @@ def test_it_is_the_cores_loss(flow, prediction_type, options, dtype):
     weights = torch.rand(5)
     for draw in draws:
         found, expected = (
-            of_output(output, *inputs, weights=weights, **draw())
-            for of_output in (skip_loss, criterion.from_output)
-        )
-        assert torch.equal(found, expected)
-        found, expected = (
-            loss.regression_target(*inputs, **draw()) for loss in (skip_loss, criterion)
+            [loss(output, *inputs, weights=weights, **draw()), *target(*inputs, **draw())]
+            for loss, target in (
+                (skip_loss, skip_loss.regression_target),
+                (criterion.from_output, criterion.regression_target),
+            )
         )
         assert all(map(torch.equal, found, expected))
 
@@ -163,7 +158,7 @@ def test_the_table_is_rebuilt_in_float64(name, beta_schedule):
 
 def test_a_table_that_is_not_the_configs_is_taken_as_it_is():
     squared, ended = make_scheduler(), make_scheduler()
-    squared.alphas_cumprod = squared.alphas_cumprod**2
+    squared.alphas_cumprod **= 2
     # `from_config` keeps the key of zero terminal SNR, and DEIS knows no such thing.
     zero = make_scheduler(rescale_betas_zero_snr=True)
     without_it = diffusers.DEISMultistepScheduler.from_config(zero.config)
@@ -195,9 +190,6 @@ def test_a_scheduler_that_names_no_betas_and_a_short_one():
         (make_scheduler(num_train_timesteps=20), "linear(20)"),
     ):
         assert repr(make_loss(scheduler).criterion.schedule) == f"NoiseSchedule.{known}"
-
-
-UNIPC, FLOW = "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
 
 
 @pytest.mark.parametrize(

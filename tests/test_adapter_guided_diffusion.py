@@ -1,5 +1,6 @@
 """What the guided-diffusion adapter alone has, on the trainer's own code and that of its kin."""
 
+import functools
 import inspect
 import itertools
 import json
@@ -136,20 +137,19 @@ def test_fresh_noise_may_be_given_and_the_signature_has_one_more_name():
 
 
 def test_refuses_what_it_cannot_serve():
-    with pytest.raises(ValueError, match=r"MSE or RESCALED_MSE .* got loss_type RESCALED_KL"):
-        skip_step(make_diffusion(loss="RESCALED_KL", variance="LEARNED_RANGE"), 9)
-    with pytest.raises(ValueError, match="EPSILON or START_X, got model_mean_type PREVIOUS_X"):
-        skip_step(make_diffusion(mean="PREVIOUS_X"), 9)
-    adapted = skip_step(make_diffusion(), 9)
-    x, t = make_batch(adapted)
-    with pytest.raises(TypeError, match="t must hold integer timesteps"):
-        adapted.training_losses(make_model(adapted), x, t.float())
-    with pytest.raises(ValueError, match="a skip must be below 1000"):
-        skip_step(make_diffusion(respacing="ddim50"), 1000, original_timesteps=True)
-    diffusion = make_diffusion()
-    diffusion.loss_type = "mse"
-    with pytest.raises(TypeError, match=r"a loss_type of guided-diffusion's, an Enum, got 'mse'"):
-        skip_step(diffusion, 9)
+    kl = make_diffusion(loss="RESCALED_KL", variance="LEARNED_RANGE")
+    adapted, unnamed = skip_step(make_diffusion(), 9), make_diffusion()
+    unnamed.loss_type, (x, t) = "mse", make_batch(adapted)
+    respaced = functools.partial(skip_step, original_timesteps=True)
+    for call, arguments, error, said in (
+        (skip_step, (kl, 9), ValueError, "MSE or RESCALED_MSE .* got loss_type RESCALED_KL"),
+        (skip_step, (make_diffusion(mean="PREVIOUS_X"), 9), ValueError, "mean_type PREVIOUS_X"),
+        (skip_step, (unnamed, 9), TypeError, "a loss_type of guided-diffusion's, an Enum, got"),
+        (respaced, (make_diffusion(respacing="ddim50"), 1000), ValueError, "must be below 1000"),
+        (adapted.training_losses, (make_model(adapted), x, t.float()), TypeError, "integer times"),
+    ):
+        with pytest.raises(error, match=said):
+            call(*arguments)
 
 
 # The trainer's own network, samplers and training loop.

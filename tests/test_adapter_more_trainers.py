@@ -12,6 +12,7 @@ from s2dm_loss.adapters.diffusers import schedule_of
 from tests.helpers.diffusers_parts import make_scheduler
 from tests.helpers.more_trainers import K_DIFFUSION, Unet, k_diffusions, latent_diffusion, snippet
 from tests.helpers.small import Network
+from tests.helpers.trainers import column
 from tests.helpers.upstream import denoising_diffusion_pytorch, stub
 
 
@@ -59,32 +60,26 @@ def test_the_line_for_denoising_diffusion_pytorch(monkeypatch):
 
 
 def test_lightning(monkeypatch):
-    class LightningModule(nn.Module):
-        def log(self, name, value, **_):
-            self.__dict__.setdefault("logged", {})[name] = value
-
-    lightning = stub("lightning", LightningModule=LightningModule)
+    logged = {}
+    with_log = {"log": lambda _, name, value, **__: logged.update({name: value})}
+    lightning = stub("lightning", LightningModule=type("Module", (nn.Module,), with_log))
     monkeypatch.setitem(sys.modules, "lightning", lightning)
-
-    class Model(nn.Conv2d):
-        def forward(self, x_t, t):
-            return super().forward(x_t)
-
-    module = snippet("lightning")["Diffusion"](Model(1, 1, 1))
-    assert module.state_dict().keys() == {"model.weight", "model.bias"}
+    model = Network(1, dropout=0.0)
+    module = snippet("lightning")["Diffusion"](model)
+    assert module.state_dict().keys() == {f"model.{name}" for name in model.state_dict()}
     x0, linear = torch.randn(8, 1, 4, 4), NoiseSchedule.linear(1000)
     torch.manual_seed(0)
     loss = module.training_step(x0, 0)
     torch.manual_seed(0)
-    assert torch.equal(loss, SkipStepLoss(linear, 49)(module.model, x0))
+    assert torch.equal(loss, SkipStepLoss(linear, 49)(model, x0))
     torch.manual_seed(0)
     module.validation_step(x0, 0)
     torch.manual_seed(0)
     t, noise = torch.randint(1000, (8,)), torch.randn_like(x0)
-    alpha, sigma = (s.float().view(-1, 1, 1, 1) for s in linear.alpha_sigma(t))
-    plain = F.mse_loss(module.model(alpha * x0 + sigma * noise, t), noise)
-    torch.testing.assert_close(module.logged["val/loss"], plain)
-    assert module.configure_optimizers().param_groups[0]["params"][0] is module.model.weight
+    alpha, sigma = (column(each).float() for each in linear.alpha_sigma(t))
+    plain = F.mse_loss(model(alpha * x0 + sigma * noise, t), noise)
+    torch.testing.assert_close(logged["val/loss"], plain)
+    assert module.configure_optimizers().param_groups[0]["params"][0] is model.conv.weight
 
 
 @pytest.mark.parametrize("which", K_DIFFUSION, ids=["double", "real"])

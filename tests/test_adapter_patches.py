@@ -34,8 +34,7 @@ SHOWN = [
 ]
 
 
-def ids(patch):
-    return patch.file.stem
+each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.file.stem)
 
 
 def changes(lines):
@@ -46,7 +45,7 @@ def changes(lines):
     return removed - added, added - removed
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=ids)
+@each_patch
 def test_a_patch_names_its_commit_and_its_page_links_to_it(patch):
     trainer = TRAINERS[patch.trainer]
     head = patch.file.read_text(encoding="utf-8").splitlines()[0]
@@ -72,7 +71,7 @@ def test_a_diff_of_a_page_is_its_patch(page, title, lines):
     assert next(line for line in lines if line[:1] == "+").startswith("+from ")
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=ids)
+@each_patch
 def test_git_applies_a_patch_to_the_trainers_file(patch, tmp_path):
     root = root_of(TRAINERS[patch.trainer].variable)
     source = (root / patch.path).read_text(encoding="utf-8")
@@ -162,26 +161,16 @@ def test_the_loss_lines_of_a_script(script, options):
         else:
             sigmas, noisy = None, scheduler.add_noise(images, noise, times)
         output = model(noisy, times)
-        namespace = {
-            **vars(diffusers.training_utils),
-            "F": F,
-            "_extract_into_tensor": lambda table, t, shape: table[t].reshape(shape),
-            "accelerator": SimpleNamespace(gather=lambda loss: loss),
-            "args": args,
-            "encoder_hidden_states": None,
-            "noise": noise,
-            "noise_scheduler": scheduler,
-            "sigmas": sigmas,
-            "timesteps": times,
-            "train_loss": 0.0,
-            "unet": lambda *_, **__: (output,),
-            "weighting": None,
-            **dict.fromkeys(("model_input", "latents", "clean_images"), images),
-            **dict.fromkeys(("model_pred", "model_output"), output),
-            **dict.fromkeys(("noisy_model_input", "noisy_latents", "noisy_images"), noisy),
-        }
+        names = {"noise_scheduler": scheduler, "args": args}
+        namespace = {**vars(diffusers.training_utils), "F": F, **names}
+        namespace |= {"noise": noise, "sigmas": sigmas, "timesteps": times, "train_loss": 0.0}
+        namespace |= dict.fromkeys(("model_input", "latents", "clean_images"), images)
+        namespace |= dict.fromkeys(("model_pred", "model_output"), output)
+        namespace |= dict.fromkeys(("noisy_model_input", "noisy_latents", "noisy_images"), noisy)
+        namespace |= {"encoder_hidden_states": None, "unet": lambda *_, **__: (output,)}
+        namespace |= {"accelerator": SimpleNamespace(gather=lambda loss: loss), "weighting": None}
+        namespace["_extract_into_tensor"] = lambda table, t, shape: table[t].reshape(shape)
         if tau is not None:
-            names = {"noise_scheduler": scheduler, "args": args}
             namespace["skip_loss"] = made("diffusers", path, tau, **names)
         exec(compile(plain if tau is None else swapped, path, "exec"), namespace)  # noqa: S102 - a trainer's
         return namespace["loss"]
@@ -197,56 +186,51 @@ def test_the_edm_style_of_the_sdxl_script_is_refused():
         made("diffusers", path, 1.0, args=args)
 
 
+def loss_of(file, run, tau=0.5, model=lambda x_t, _: 0 * x_t, **given):
+    """The loss of one of today's trainers, or that of its patch."""
+    source = today.source_of(*file)
+    torch.manual_seed(0)
+    return run(source if tau is None else patched(*file, source), model, {}, tau, **given)
+
+
+AI_TOOLKIT = today.AI_TOOLKIT, today.ai_toolkit
+SIMPLE_TUNER = today.SIMPLE_TUNER, today.simple_tuner
+
+
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("own_target", [False, True])
 def test_ai_toolkit_changes_the_target_of_models_that_make_it_themselves(own_target, control):
     """Wan, Qwen, Z-Image, Flux 2 and most others have a `get_loss_target`; edit models control."""
-    plain = today.source_of(*today.AI_TOOLKIT)
-    changed, losses = patched(*today.AI_TOOLKIT, plain), []
-    for source, tau in ((plain, None), (changed, 1.0), (changed, 0.5)):
-        torch.manual_seed(0)
-        given = {"own_target": own_target, "control": control}
-        losses.append(today.ai_toolkit(source, lambda x_t, _: 0 * x_t, {}, tau, **given).item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert abs(losses[2] / losses[0] - 1) > 0.05
+    given = {"own_target": own_target, "control": control}
+    plain, same, other = (loss_of(*AI_TOOLKIT, tau, **given).item() for tau in (None, 1.0, 0.5))
+    assert same == pytest.approx(plain, rel=1e-5)
+    assert abs(other / plain - 1) > 0.05
 
 
 @pytest.mark.parametrize("config", [{"do_guidance_loss": True}, {"loss_type": "mae"}])
 def test_ai_toolkit_keeps_the_plain_loss_where_its_target_is_extrapolated_or_its_loss_l1(config):
     """Guidance would multiply the change of the target; L1 has no squared part."""
-    plain, losses = today.source_of(*today.AI_TOOLKIT), []
-    for source, tau in ((plain, None), (patched(*today.AI_TOOLKIT, plain), 0.5)):
-        torch.manual_seed(0)
-        losses.append(today.ai_toolkit(source, lambda x_t, _: 0 * x_t, {}, tau, **config))
-    assert losses[0].equal(losses[1])
+    assert torch.equal(*(loss_of(*AI_TOOLKIT, tau, **config) for tau in (None, 0.5)))
 
 
 @pytest.mark.parametrize("arranged", [torch.negative, lambda flow: flow.movedim(1, 2)])
 def test_musubi_tuner_refuses_a_target_of_another_sign_or_shape(arranged):
     """Z-Image's has the other sign; Kandinsky 5's and layered Qwen-Image's axes stand elsewhere."""
-    source = patched(*today.MUSUBI, today.source_of(*today.MUSUBI))
     with pytest.raises(ValueError, match="the target must be noise - latents"):
-        today.musubi_tuner(source, lambda x_t, _: x_t, {}, 0.5, arranged=arranged)
+        loss_of(today.MUSUBI, today.musubi_tuner, arranged=arranged)
 
 
 def test_simple_tuner_refuses_a_rollout():
     """It tells another σ than that of x_t."""
-    source = patched(*today.SIMPLE_TUNER, today.source_of(*today.SIMPLE_TUNER))
     with pytest.raises(ValueError, match="scheduled_sampling_max_step_offset must be 0"):
-        today.simple_tuner(source, lambda x_t, _: x_t, {}, 0.5, scheduled_sampling_plan=object())
+        loss_of(*SIMPLE_TUNER, scheduled_sampling_plan=object())
 
 
 @pytest.mark.parametrize("mixflow", [False, True])
 def test_simple_tuner_reads_the_sigma_that_is_in_x_t(mixflow):
     """x_t = latents + σ flow, also where MixFlow tells the network another σ."""
-    source, seen = patched(*today.SIMPLE_TUNER, today.source_of(*today.SIMPLE_TUNER)), []
-
-    def model(x_t, _):
-        seen.append(x_t)
-        return torch.zeros_like(x_t)
-
-    torch.manual_seed(0)
-    loss = today.simple_tuner(source, model, {}, 0.5, mixflow)
+    seen = []
+    loss = loss_of(*SIMPLE_TUNER, model=lambda x_t, _: seen.append(x_t) or 0 * x_t, mixflow=mixflow)
     torch.manual_seed(0)
     latents, noise, *_ = today.straight()
     (x_t,), flow = seen, noise - latents
