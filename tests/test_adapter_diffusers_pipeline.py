@@ -86,19 +86,13 @@ def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps, of
 
 # A correction on a pipeline whose scheduler has timesteps.
 SAMPLERS = {
-    "DDPMScheduler": {},
-    "DDIMScheduler": {"clip_sample": False},
-    "PNDMScheduler": {"skip_prk_steps": True},
-    "DEISMultistepScheduler": {},
-    "DPMSolverMultistepScheduler": {"use_karras_sigmas": True},
-    "DPMSolverSinglestepScheduler": {},
-    "UniPCMultistepScheduler": {},
-    "SASolverScheduler": {},
-    "LCMScheduler": {"beta_schedule": "linear"},
-    "EulerDiscreteScheduler": {"timestep_spacing": "linspace"},
-    "EulerAncestralDiscreteScheduler": {},
-    "LMSDiscreteScheduler": {},
-    "HeunDiscreteScheduler": {},
+    **{name: {} for name in ("DDPM", "DEISMultistep", "DPMSolverSinglestep", "UniPCMultistep")},
+    **{name: {} for name in ("SASolver", "EulerAncestralDiscrete", "LMSDiscrete", "HeunDiscrete")},
+    "DDIM": {"clip_sample": False},
+    "PNDM": {"skip_prk_steps": True},
+    "DPMSolverMultistep": {"use_karras_sigmas": True},
+    "LCM": {"beta_schedule": "linear"},
+    "EulerDiscrete": {"timestep_spacing": "linspace"},
 }
 
 
@@ -126,7 +120,7 @@ def with_scheduler(pipe, *args, **options):
 
 
 # Where diffusers has no step for an x_0.
-NO_SAMPLE = {"PNDMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"}
+NO_SAMPLE = {"PNDM", "EulerAncestralDiscrete", "HeunDiscrete"}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +133,7 @@ NO_SAMPLE = {"PNDMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteSc
 def test_gain_in_every_sampler(name, kind, pipe):
     network = Network(1).eval()
     options = {"beta_start": 1e-4, "beta_end": 0.02, "prediction_type": kind, **SAMPLERS[name]}
-    scheduler = with_scheduler(pipe, name, **options).scheduler
+    scheduler = with_scheduler(pipe, f"{name}Scheduler", **options).scheduler
 
     def by_hand(x, t):
         output = network(x, t).double()

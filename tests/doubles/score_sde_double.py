@@ -21,37 +21,33 @@ class _LinearBeta:
 
     def __init__(self, beta_min=0.1, beta_max=20, N=1000):
         self.beta_0, self.beta_1, self.N = beta_min, beta_max, N
-
-    def _beta(self, t):
-        return self.beta_0 + t * (self.beta_1 - self.beta_0)
+        self.discrete_betas = torch.linspace(beta_min / N, beta_max / N, N)
+        alphas_cumprod = (1 - self.discrete_betas).cumprod(0)
+        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
+        self.sqrt_1m_alphas_cumprod = (1 - alphas_cumprod).sqrt()
 
     def _log_mean(self, t):
         return -(t**2) * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
-
-
-class VPSDE(_LinearBeta):
-    def __init__(self, beta_min=0.1, beta_max=20, N=1000):
-        super().__init__(beta_min, beta_max, N)
-        self.discrete_betas = torch.linspace(beta_min / N, beta_max / N, N)
-        self.alphas_cumprod = (1 - self.discrete_betas).cumprod(0)
-        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
-        self.sqrt_1m_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
 
     def marginal_prob(self, x, t):
         log_mean = self._log_mean(t)
         return _column(log_mean.exp()) * x, (1 - (2 * log_mean).exp()).sqrt()
 
     def sde(self, x, t):
-        return None, self._beta(t).sqrt()
+        return None, (self.beta_0 + t * (self.beta_1 - self.beta_0)).sqrt()
+
+
+class VPSDE(_LinearBeta):
+    pass
 
 
 class subVPSDE(_LinearBeta):
     def marginal_prob(self, x, t):
-        log_mean = self._log_mean(t)
-        return _column(log_mean.exp()) * x, 1 - (2 * log_mean).exp()
+        mean, std = super().marginal_prob(x, t)
+        return mean, std**2
 
     def sde(self, x, t):
-        return None, (self._beta(t) * (1 - (4 * self._log_mean(t)).exp())).sqrt()
+        return None, super().sde(x, t)[1] * (1 - (4 * self._log_mean(t)).exp()).sqrt()
 
 
 class VESDE:

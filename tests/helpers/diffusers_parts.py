@@ -12,7 +12,6 @@ with warnings.catch_warnings():
     # diffusers imports names of torch.jit and of other packages that warn about their own future.
     warnings.simplefilter("ignore")
     import diffusers
-    from diffusers.training_utils import compute_snr
 
 
 class Clipped(Correction):
@@ -30,13 +29,6 @@ OF_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_
 
 def make_scheduler(name="DDPMScheduler", **config):
     return getattr(diffusers, name)(**config)
-
-
-def min_snr_weights(scheduler, timesteps, gamma):
-    """Those of `--snr_gamma` in train_text_to_image.py (commit 58eb52c), in our words."""
-    snr = compute_snr(scheduler, timesteps)
-    over = {"epsilon": snr, "v_prediction": snr + 1}.get(scheduler.config.prediction_type, 1)
-    return snr.clamp(max=gamma) / over
 
 
 def tiny_pipeline():

@@ -156,15 +156,9 @@ def of_onetrainer(prediction_type, weight, strength="mse_strength", masked=False
             )
             name, last = ("skip_step_of_flow", sigma) if flow else ("skip_step", scheduler)
             page[name](data, batch, noisy, last)
-        config = settings_of(
-            module,
-            weight,
-            strength,
-            loss_weight_strength=5.0 if weight == "MIN_SNR_GAMMA" else 1.0,
-            masked_training=masked,
-            masked_prior_preservation_weight=0.0,
-            unmasked_weight=0.1,
-        )
+        options = {"masked_training": masked, "masked_prior_preservation_weight": 0.0}
+        options["loss_weight_strength"] = 5.0 if weight == "MIN_SNR_GAMMA" else 1.0
+        config = settings_of(module, weight, strength, unmasked_weight=0.1, **options)
         mixin = module.ModelSetupDiffusionLossMixin()
         arguments = batch, data, config, torch.device("cpu")
         if flow:

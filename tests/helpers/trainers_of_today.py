@@ -282,14 +282,12 @@ def policy(source, model, seen, tau=None, *, kind, prediction_type, masked=True)
 def vla(source, model, seen, tau=None, kind=SMOLVLA):
     """`forward` of π0's and SmolVLA's flow-matching model; the network is ours."""
     masks = dict.fromkeys(("make_att_2d_masks", "prepare_attention_masks_4d"), lambda *_: None)
-    owner = "VLAFlowMatching" if kind == SMOLVLA else "PI0Pytorch"
+    owner, more = ("VLAFlowMatching", ()) if kind == SMOLVLA else ("PI0Pytorch", (None,))
     function = taken(source, f"{owner}.forward", names_of(kind, tau, **masks))
     actions, noise = torch.randn(2, *ACTIONS).unbind(0)
-    time = torch.rand(len(actions))
-    mask = torch.ones(len(actions), ACTIONS[1])
+    time, mask = torch.rand(len(actions)), torch.ones(len(actions), ACTIONS[1])
 
     def embed_suffix(*inputs):
-        more = () if kind == SMOLVLA else (None,)
         return (model(*inputs[-2:]), mask, mask, *more)
 
     expert = MagicMock(forward=lambda inputs_embeds, **_: ((None, inputs_embeds[1]), None))
@@ -314,13 +312,9 @@ def sit(source, model, seen, tau=None, path_type="LINEAR", model_type="VELOCITY"
     if tau is not None:
         module.SkipStepLoss = partial(SkipStepLoss, tau=tau)
     away = 0.0 if model_type == "VELOCITY" and path_type != "VP" else 1e-3
-    transport = module.Transport(
-        model_type=module.ModelType[model_type],
-        path_type=module.PathType[path_type],
-        loss_type=module.WeightType["NONE"],
-        train_eps=away,
-        sample_eps=away,
-    )
+    kinds = {"model_type": module.ModelType[model_type], "path_type": module.PathType[path_type]}
+    kinds["loss_type"] = module.WeightType["NONE"]
+    transport = module.Transport(**kinds, train_eps=away, sample_eps=away)
     x1, x0 = torch.randn(IMAGES), next_noise(IMAGES)
     loss = transport.training_losses(model, x1)["loss"].mean()
     plan = transport.path_sampler
