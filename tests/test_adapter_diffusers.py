@@ -82,9 +82,6 @@ def test_it_is_the_cores_loss(prediction_type, options, dtype):
         assert all(map(torch.equal, found, expected))
 
 
-# The traps.
-
-
 def test_prediction_type_is_read_at_each_call():
     """And skips from an iterator outlast the first one."""
     scheduler = make_scheduler()
@@ -135,9 +132,6 @@ def test_prior_preservation():
     with pytest.raises(ValueError, match="noisy_latents must have the shape of target"):
         skip_loss(pred, tgt, t, inputs[3])
     torch.testing.assert_close(skip_loss(pred, tgt, t, x), whole[:1])
-
-
-# Which schedulers, and with which table.
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -252,9 +246,6 @@ def test_wrong_calls():
     ):
         with pytest.raises(error, match=said):
             loss(*wrong)
-
-
-# As a module.
 
 
 def test_it_leaves_no_trace_in_a_checkpoint_and_copies():

@@ -45,13 +45,8 @@ LINEAR = NoiseSchedule.linear(1000)
 BAR = LINEAR.alphas_cumprod
 
 # What a scheduler visits.
-SOLVERS = {
-    "DDIM": "DDIMScheduler",
-    "PNDM": "PNDMScheduler",
-    "DEIS": "DEISMultistepScheduler",
-    "DPM++": "DPMSolverMultistepScheduler",
-    "UniPC": "UniPCMultistepScheduler",
-}
+SOLVERS = {"DDIM": "DDIM", "PNDM": "PNDM", "DEIS": "DEISMultistep", "UniPC": "UniPCMultistep"}
+SOLVERS["DPM++"] = "DPMSolverMultistep"
 SPACINGS = ("leading", "trailing", "linspace")
 # The page's table of distances: the schedulers' names and three formulas in each row.
 ROWS = re.findall(
@@ -67,7 +62,7 @@ ROWS = re.findall(
 def test_from_timesteps_pairs_what_the_scheduler_visits(name, spacing, steps, offset):
     options = {"skip_prk_steps": True} if name == "PNDM" else {}
     options |= {"timestep_spacing": spacing, "steps_offset": offset}
-    scheduler = make_scheduler(SOLVERS[name], **options)
+    scheduler = make_scheduler(f"{SOLVERS[name]}Scheduler", **options)
     scheduler.set_timesteps(steps)
     visited = scheduler.timesteps.unique()  # ascending; PNDM repeats one
     earlier, valid = SkipSet.from_timesteps(scheduler.timesteps).earlier(visited, LINEAR)
@@ -302,9 +297,6 @@ def test_image_to_image_and_the_callback(name):
     with shrink_pipeline(pipe, skip_set=0.1):
         torch.testing.assert_close(pipe(x, **options), expected, rtol=1e-4, atol=1e-4)
     assert seen == by_hand
-
-
-# What is refused, and what is left behind.
 
 
 def test_two_pipelines_with_one_transformer_are_two():

@@ -254,15 +254,11 @@ class Texts(Pipeline):
         return super().__call__(torch.tensor([float(len(p) > 1) for p in prompts]), **call)
 
 
+TENSORS = {"callback_on_step_end_tensor_inputs": ["latents"]}
+
+
 @pytest.mark.parametrize("prompt", ["a", ["a", "bb"], ["a", "bb", "c"]])
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"negative_prompt": "ugly"},
-        {"original_size": (8, 8)},
-        {"callback_on_step_end_tensor_inputs": ["latents"]},
-    ],
-)
+@pytest.mark.parametrize("given", [{"negative_prompt": "ugly"}, {"original_size": (8, 8)}, TENSORS])
 def test_what_is_one_for_all_prompts(prompt, given):
     pipe = Texts(Exact(), make_scheduler("DDIMScheduler", **OPTIONS))
     pipe(prompt="a", **given)

@@ -152,9 +152,6 @@ def test_refuses_what_it_cannot_serve():
             call(*arguments)
 
 
-# The trainer's own network, samplers and training loop.
-
-
 def make_unet(kind="class-conditional"):
     from guided_diffusion import script_util
 
@@ -225,20 +222,12 @@ def test_the_trainers_own_loop(train_util, tmp_path):
     diffusion = make_diffusion(steps=100, variance="LEARNED_RANGE", loss="RESCALED_MSE")
     diffusion, model = skip_step(diffusion, 9), make_unet()
     sampler = create_named_schedule_sampler("loss-second-moment", diffusion)
-    train_util.TrainLoop(
-        model=model,
-        diffusion=diffusion,
-        data=itertools.repeat((torch.randn(32, 3, 8, 8), {"y": torch.randint(1000, (32,))})),
-        batch_size=32,
-        microbatch=16,
-        lr=3e-3,
-        ema_rate="0.9",
-        log_interval=2,
-        save_interval=10**6,  # and so one checkpoint, at the end
-        resume_checkpoint="",
-        schedule_sampler=sampler,
-        lr_anneal_steps=4,
-    ).run_loop()
+    data = itertools.repeat((torch.randn(32, 3, 8, 8), {"y": torch.randint(1000, (32,))}))
+    parts = {"model": model, "diffusion": diffusion, "data": data, "schedule_sampler": sampler}
+    options = {"batch_size": 32, "microbatch": 16, "lr": 3e-3, "ema_rate": "0.9"}
+    options |= {"log_interval": 2, "lr_anneal_steps": 4, "resume_checkpoint": ""}
+    # One checkpoint, at the end.
+    train_util.TrainLoop(**parts, **options, save_interval=10**6).run_loop()
     # At most 10 a timestep are kept, of 4 steps with 32 losses each.
     assert 100 < sampler._loss_counts.sum() <= 4 * 32
     assert {"loss", "mse", "vb", "skip", "skip_q3"} <= set(logged(tmp_path)[0])

@@ -95,7 +95,6 @@ def test_git_applies_a_patch_to_the_trainers_file(patch, tmp_path):
 
 
 # The loss lines of diffusers' scripts, as they are and after the patch.
-
 SNR = {"snr_gamma": [None, 5.0], "prediction_type": ["epsilon", "v_prediction"]}
 PRIOR, SD3 = {"with_prior_preservation": [False, True]}, {"precondition_outputs": [0, 1]}
 SCRIPTS = {

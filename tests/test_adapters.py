@@ -31,7 +31,7 @@ from tests.helpers import more_trainers, trainers
 from tests.helpers.guided_diffusion_parts import make_diffusion
 from tests.helpers.records import Probe
 from tests.helpers.small import Network, every_pair
-from tests.helpers.trainers import DDPM, SEED, pickled
+from tests.helpers.trainers import DDPM, SEED, as_net, pickled
 
 CASES = trainers.CASES + more_trainers.CASES
 
@@ -206,9 +206,6 @@ def test_half_precision_is_lifted_and_tau_zero_refused():
         changed_output(SkipStepLoss(DDPM, 9, tau=0.0), output, t, output)
 
 
-# skip_step: a changed copy of the trainer's object.
-
-
 def make_lucid():
     return lucid_double.GaussianDiffusion(Network(3), image_size=8)
 
@@ -217,12 +214,7 @@ IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 # The trainer's object, `skip_step`, a skip that fits, and a loss of the object.
 SKIP_STEPS = {
     "denoising_diffusion_pytorch": (make_lucid, lucid.skip_step, 49, lambda made: made(IMAGES)),
-    "edm": (
-        edm_double.EDMLoss,
-        edm.skip_step,
-        0.05,
-        lambda loss_fn: loss_fn(trainers.as_net(Network(3)), IMAGES),
-    ),
+    "edm": (edm_double.EDMLoss, edm.skip_step, 0.05, lambda made: made(as_net(Network(3)), IMAGES)),
     "guided_diffusion": (
         lambda: make_diffusion(respacing="ddim100"),
         functools.partial(guided_diffusion.skip_step, original_timesteps=True),
@@ -285,9 +277,6 @@ def test_a_modules_copy_shares_its_network_and_nothing_that_is_added_later():
     assert not plain._forward_hooks
     assert changed.double().betas.dtype == torch.float64
     assert plain.betas.dtype == torch.float32
-
-
-# The options.
 
 
 ARGS = SimpleNamespace(v_parameterization=False, loss_type="l2")

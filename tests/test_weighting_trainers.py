@@ -125,10 +125,8 @@ def test_a_row_of_the_page(option, output, theirs, verdict, ours):
         assert bool(((ratio - 1).abs() < 1e-5).all()) == (verdict == "equal")
 
 
-# Each trainer's own code: its factor, and r there.
-
-
 def sd_scripts(option, output):
+    """A trainer's own factor, as each here, and r there."""
     (module,) = load_sd_scripts("library.custom_train_functions")
     r = SNR[BOUNDED]
     arguments = torch.ones_like(r), torch.arange(len(r)), SimpleNamespace(all_snr=r)

@@ -91,7 +91,6 @@ def of_each(name, real, double):
 
 
 # ermongroup/ddim: the noise and t are given.
-
 DDIM = of_each("ddim", lambda: load_ddim(root_of("S2DM_DDIM_ROOT")), ddim_double)
 DDIM_OPTIONS = (
     *(("linear", 1000, "sum", False), ("quad", 50, "mean", True), ("const", 1000, "sum", True)),
@@ -123,7 +122,6 @@ def ddim(label, trainer, schedule, steps, reduction, keepdim):
 
 
 # lucidrains/denoising-diffusion-pytorch: the noise is drawn, with an offset.
-
 PYTORCH = "denoising-diffusion-pytorch"
 LUCID = of_each(PYTORCH, lambda: upstream.denoising_diffusion_pytorch()[0], lucid_double)
 TIMES = torch.tensor([0, 8, 9, 300, 700, 999])
@@ -179,9 +177,6 @@ def lucid_file(file):
     return upstream.denoising_diffusion_pytorch(file)[1]
 
 
-# NVlabs/edm and edm2: σ and the noise are drawn.
-
-
 def ramp(sigma_min):
     """The path of the sampler's steps from σ_min to 80, and the time of a σ on it."""
     low, high = sigma_min ** (1 / 7), 80 ** (1 / 7)
@@ -221,6 +216,7 @@ def as_net(model, log_u=None):
 
 
 def edm(name, kind):
+    """NVlabs/edm and edm2: σ and the noise are drawn."""
     images = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(5)) / 2
 
     def loss(model, tau=None, **options):
@@ -238,10 +234,8 @@ def edm(name, kind):
     return Case(name, loss, path, 1 / 17, "sample", reference, channels=3)
 
 
-# openai/guided-diffusion and its kin.
-
-
 def guided(trainer, **config):
+    """openai/guided-diffusion and its kin."""
     gd, respace = modules_of()
     levels = (1 - gd.get_named_beta_schedule(config["schedule"], 1000)).cumprod(0)
     kept = sorted(respace.space_timesteps(1000, config["respacing"] or [1000]))
@@ -285,7 +279,6 @@ GUIDED_KIN = every_pair(
 
 
 # yang-song/score_sde_pytorch: t and the noise are drawn, t first.
-
 SCORE_SDE = of_each(
     "score_sde", lambda: load_score_sde(root_of("S2DM_SCORE_SDE_ROOT")), score_sde_double
 )
@@ -345,7 +338,6 @@ FLAGS = every_pair(train=BOTH, reduce_mean=BOTH, continuous=BOTH, likelihood=BOT
 
 
 # kohya-ss/sd-scripts: the noise and t are drawn.
-
 SD_SCRIPTS = dict(
     of_each(
         "sd-scripts",
@@ -426,7 +418,6 @@ def sd_scripts_loop(script, name):
 
 
 # diffusers: the middle of a training script.
-
 DIFFUSERS_BETAS = {
     "linear": lambda start, end: torch.linspace(start, end, 1000, dtype=torch.float64),
     "scaled_linear": lambda start, end: DIFFUSERS_BETAS["linear"](start**0.5, end**0.5) ** 2,
@@ -467,10 +458,8 @@ def diffusers_script(**config):
     return Case(name, loss, path, 9, prediction_type, reference, 1e-6)
 
 
-# The flow and robotics trainers, by their patches: docs/adapters/flow.md and robotics.md.
-
-
 def of_today(case):
+    """The flow and robotics trainers, by their patches: docs/adapters/flow.md and robotics.md."""
     today, seen = trainers_of_today, {}
     # The libraries have no loop of their own to patch: the page's stands for it.
     library = case.file in (today.TORCHCFM, today.FLOW_MATCHING)
