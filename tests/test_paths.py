@@ -350,6 +350,8 @@ def test_what_says_and_what_refuses_data_at():
             ContinuousSchedule.flow(data_at=wrong)
     with pytest.raises(ValueError, match=r"rises from t = 1 on.*say data_at=0"):
         ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t), data_at=1)
+    with pytest.raises(ValueError, match="rises from t = 0 on"):  # between its ends
+        ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t, t + 0.3 * (4 * math.pi * t).sin()))
     discrete = NoiseSchedule.linear(10)
     discrete.data_at = 1
     with pytest.raises(ValueError, match=r"data_at=1 is for continuous time.*flip\(0\)"):
