@@ -325,13 +325,12 @@ class PairSearch(NamedTuple):
     pairs: str
     change: str | None
     nearer: float
-    distance: str
 
 
 def pair_search(run: str, steps: int = 10) -> PairSearch:
-    """Return what the search over pairs recommends, and its kernel distance on fresh noise.
+    """Return what the search over pairs recommends, and how much nearer that is on fresh noise.
 
-    The change is over the base sampler with no correction; the distance in thousandths.
+    In the kernel distance, over the base sampler with no correction.
     """
     kept = [one for one in _all_searches(results(run), steps) if len(one["samplers"]) > 1]
     ours, theirs = ({one["seed"]: one[f"{what}_kernel"] for one in kept} for what in JUDGED)
@@ -339,8 +338,7 @@ def pair_search(run: str, steps: int = 10) -> PairSearch:
     if found is None:
         raise ValueError(f"no pairs were searched on {run}")
     names = [f"{TITLES[one['sampler']]} with {one['recommended']}" for one in kept]
-    mean = 1000 * sum(ours.values()) / len(ours)
-    return PairSearch(listed(list(dict.fromkeys(names))), percent(found), found.mean, f"{mean:.1f}")
+    return PairSearch(listed(list(dict.fromkeys(names))), percent(found), found.mean)
 
 
 def search_samples(samplers: int) -> str:
