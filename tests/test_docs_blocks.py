@@ -24,6 +24,7 @@ FENCE = re.compile(
 )
 ALL_PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 COLUMNS = 80  # what a block of the site shows on a desktop without scrolling
+DIFF_OR_TEXT = re.compile(" *(diff|text)")
 
 
 class Block(NamedTuple):
@@ -38,19 +39,18 @@ class Block(NamedTuple):
         exec(code, namespace)  # noqa: S102 - our own page
 
 
+def without_indent(block):
+    lines = block["code"].splitlines(keepends=True)
+    return "".join(line[len(block["indent"]) :] or "\n" for line in lines)
+
+
 def blocks_of(page):
     text = page.read_text(encoding="utf-8")
-    blocks = [
-        Block(text[: match.start()].count("\n"), None, match[1])
-        for match in re.finditer(r"^<!-- test: (.*) -->$", text, re.M)
-    ]
-    for match in FENCE.finditer(text):
-        if not match["info"].startswith("python"):
-            continue
-        indent = len(match["indent"])
-        code = "".join(line[indent:] or "\n" for line in match["code"].splitlines(keepends=True))
-        blocks.append(Block(text[: match.start("code")].count("\n"), match["module"], code))
-    return sorted(blocks)
+    tests = re.finditer(r"^<!-- test: (?P<code>.*) -->$", text, re.M)
+    fences = [match for match in FENCE.finditer(text) if match["info"].startswith("python")]
+    found = [(match, None, match["code"]) for match in tests]
+    found += [(match, match["module"], without_indent(match)) for match in fences]
+    return sorted(Block(text[: m.start("code")].count("\n"), *rest) for m, *rest in found)
 
 
 def snippets_of(page, *requires):
@@ -73,44 +73,33 @@ PAGES = [
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    namespace = {"__name__": page.stem}
-    missing = []
+    namespace, missing = {"__name__": page.stem}, set()
     for block in blocks_of(page):
         if block.requires and importlib.util.find_spec(block.requires) is None:
-            missing.append(block.requires)
-            continue
-        block.run(page, namespace)
+            missing.add(block.requires)
+        else:
+            block.run(page, namespace)
     if missing:
-        pytest.skip(f"the rest ran; not installed: {', '.join(sorted(set(missing)))}")
+        pytest.skip(f"the rest ran; not installed: {', '.join(sorted(missing))}")
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_python_fence_is_found_and_is_no_doctest(page):
+def test_every_python_fence_is_found_and_narrow_and_is_no_doctest(page):
     """A fence that the pattern above misses would go unrun, and `>>>` in one is text to it."""
     text = page.read_text(encoding="utf-8")
     fences = re.findall(r"^\s*(?:```+|~~~+) *\{?\.?py", text, re.M)
     blocks = [block.code for block in blocks_of(page) if "\n" in block.code]
     assert len(fences) == len(blocks)
     assert not any(code.lstrip().startswith(">>>") for code in blocks)
+    # But diffs, which have a trainer's lines to the letter, and what a block has printed.
+    narrow = [block for block in FENCE.finditer(text) if not DIFF_OR_TEXT.match(block["info"])]
+    lines = [(b["indent"], line) for b in narrow for line in b["code"].splitlines()]
+    assert [line for indent, line in lines if columns_of(line) - len(indent) > COLUMNS] == []
 
 
 def columns_of(line):
     """Cells of a fixed-width font: a combining accent, as that of ε̂, has none of its own."""
     return sum(not unicodedata.combining(character) for character in line)
-
-
-def test_no_block_is_wider_than_its_column():
-    """But diffs, which have a trainer's lines to the letter, and what a block has printed."""
-    wide, seen = [], 0
-    for page in ALL_PAGES:
-        for match in FENCE.finditer(page.read_text(encoding="utf-8")):
-            seen += 1
-            for line in match["code"].splitlines():
-                columns = columns_of(line) - len(match["indent"])
-                if columns > COLUMNS and not match["info"].strip().startswith(("diff", "text")):
-                    wide.append(f"{page.relative_to(ROOT)}: {columns} columns: {line}")
-    assert seen > 80
-    assert not wide, "\n".join(wide)
 
 
 def test_the_numbers_of_the_tutorial_are_those_of_its_code():
@@ -133,9 +122,9 @@ def test_the_notebook_is_the_page():
 
 def test_what_a_block_prints_stands_below_it_and_nothing_else_does():
     page = "```python\n1\n```\n\n```text\nold\n```\n\nwords\n\n```python\n2\n```\n"
-    found = ran(page, {"1\n": "", "2\n": "new\n"}.__getitem__)
+    found = ran(page, {"1\n": "", "2\n": "new\n"}.get)
     assert found == ("```python\n1\n```\n\nwords\n\n```python\n2\n```\n\n```text\nnew\n```\n")
-    assert ran(found, {"1\n": "", "2\n": "new\n"}.__getitem__) == found
+    assert ran(found, {"1\n": "", "2\n": "new\n"}.get) == found
     assert digest(found) == digest(page) != digest(page.replace("2", "3"))
 
 

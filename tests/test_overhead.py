@@ -1,9 +1,10 @@
 """The overhead bench: what it measures is right, and it keeps to its time."""
 
+import itertools
 import json
+import math
 import sys
 import time
-import types
 
 import pytest
 import torch
@@ -22,36 +23,26 @@ from tests.strategies import loss_and_gradient
 CPU = torch.device("cpu")
 
 
-def device(tmp_path, name="cuda", **changed):
-    """Return a device of the committed results, some levels replaced."""
-    levels = json.loads((holes.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    path = tmp_path / f"{name}.json"
-    levels |= {level: {"version": "0", **found} for level, found in changed.items()}
-    path.write_text(json.dumps(levels), encoding="utf-8")
-    return holes.Device(path)
-
-
-# What is compared has to be what it says.
+def device(name="cuda", **changed):
+    """Return a device of the committed results, some levels' figures replaced."""
+    found = holes.Device(holes.RESULTS / f"{name}.json")
+    found.levels |= {level: {"figures": figures} for level, figures in changed.items()}
+    return found
 
 
 @pytest.mark.parametrize("case", RELEASED, ids=lambda case: f"k{case['skip']}-{case['dtype']}")
 def test_the_released_contender_gives_the_released_values(case):
-    eps_hat, noise, zeta = (
-        released_tensor(case, name) for name in ("model_output", "noise", "skip_noise")
-    )
-    loss = released_loss(CPU, case["skip"], case["tau"])
-    t = torch.tensor(case["timesteps"])
+    names = ("model_output", "noise", "skip_noise", "grad_model_output")
+    eps_hat, noise, zeta, expected = (released_tensor(case, name) for name in names)
+    loss, t = released_loss(CPU, case["skip"], case["tau"]), torch.tensor(case["timesteps"])
     found, gradient = loss_and_gradient(lambda x: loss(x, noise, t, zeta), eps_hat)
     assert found.item() == pytest.approx(case["loss"], rel=1e-6)
-    expected = released_tensor(case, "grad_model_output")
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_the_min_snr_contender_weighs_by_min_snr():
-    bar = NoiseSchedule.linear().alphas_cumprod
-    t = torch.tensor([10, 500, 900])
-    eps_hat, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    snr = bar[t] / (1 - bar[t])
+    t, (eps_hat, noise) = torch.tensor([10, 500, 900]), torch.randn(2, 3, 4)
+    snr = 1 / (1 / NoiseSchedule.linear().alphas_cumprod[t] - 1)
     errors = (eps_hat.double() - noise).square().mean(1)
     expected = (snr.clamp(max=5) / snr * errors).mean()
     loss = contenders(CPU)["min_snr"](eps_hat, noise, t)
@@ -60,18 +51,15 @@ def test_the_min_snr_contender_weighs_by_min_snr():
 
 def test_the_gradients_error_is_that_of_the_type():
     """Rounding to bfloat16, 8 bits, is at most 2^-8 of the largest entry; float32's far less."""
-    noise, t = torch.randn(4, 3, 8, 8), torch.tensor([0, 9, 500, 999])
-    eps_hat = torch.randn(4, 3, 8, 8)
+    pair, t = torch.randn(2, 4, 3, 8, 8), torch.tensor([0, 9, 500, 999])
     loss = contenders(CPU)["expected"]
-    single = gradient_error(loss, (eps_hat, noise, t))
-    half = gradient_error(loss, (eps_hat.bfloat16(), noise.bfloat16(), t))
-    assert 0 < single < 1e-6
-    assert 1e-4 < half <= 2**-8
-    wrong = gradient_error(
-        lambda e, n, t: loss(e, n, t) * (1.01 if e.dtype == torch.float32 else 1),
-        (eps_hat, noise, t),
-    )
-    assert wrong == pytest.approx(0.01, rel=1e-3)
+    assert 0 < gradient_error(loss, (*pair, t)) < 1e-6
+    assert 1e-4 < gradient_error(loss, (*pair.bfloat16(), t)) <= 2**-8
+
+    def wrong(eps_hat, *others):
+        return loss(eps_hat, *others) * (1.01 if eps_hat.dtype == torch.float32 else 1)
+
+    assert gradient_error(wrong, (*pair, t)) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_another_version_is_loaded_beside_this_one(tmp_path):
@@ -98,34 +86,26 @@ def test_another_version_is_loaded_beside_this_one(tmp_path):
     assert "against: expected a checkout with a folder s2dm_loss" in said.output
 
 
-# Time.
-
-
 def test_cells_share_the_time_that_is_left(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    settings = Settings(CPU, 2.0, 14, 1, 9.0, deadline=110.0)
     shares = []
-    for share in settings.in_time("abcd"):
+    for share in Settings(CPU, 2.0, 14, 1, 9.0, deadline=110.0).in_time("abcd"):
         shares.append(share)
         now += 4  # three of them are over before the deadline
     assert shares == [("a", 1.5), ("b", pytest.approx(1.2)), ("c", pytest.approx(0.6))]
-    assert [seconds for _, seconds in settings.in_time("a")] == []
 
 
 def test_what_people_train_on_comes_first():
-    settings = Settings(CPU, 2.0, 28, 128, 60.0)
-    names = [name for (name, _), _ in settings.in_time(list(settings.shapes.items()))]
-    assert [name.split(", ")[-1] for name in names[:5]] == list(KNOWN)
-    assert names[5:] == ["2^28", "2^26", "2^24", "2^22", "2^20", "2^18", "2^16", "2^14"]
-    for log2 in (14, 28):
-        assert torch.Size(settings.shapes[f"2^{log2}"]).numel() == 2**log2
+    shapes = Settings(CPU, 2.0, 28, 128, 60.0).shapes
+    sizes = {f"2^{n}": 2**n for n in range(28, 13, -2)}
+    assert list(shapes) == [*KNOWN, *sizes]
+    assert {name: math.prod(shapes[name]) for name in sizes} == sizes
 
 
 def test_the_plan_takes_eight_minutes_at_most():
     assert 450 < sum(plan.PARTS.values()) <= 8 * 60 - 5
-    planned = [level for part in plan.PARTS for level in part]
-    assert sorted(planned) == sorted(command.LEVELS)
+    assert sorted(itertools.chain(*plan.PARTS)) == sorted(command.LEVELS)
 
 
 def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path, monkeypatch):
@@ -152,9 +132,8 @@ def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path, monkeypatch):
     plan.follow([], 93.0, said.append)
     assert time.monotonic() - began < 60
     assert asked[2] > asked[0]  # what "quick" left
-    assert any(line.startswith("hangs: ended after") for line in said)
-    assert "fails: failed with exit status 3; what it had written is kept" in said
-    assert said[-1].startswith("last: done")
+    outcomes = [line.partition(": ")[2].split()[0] for line in said[1::2]]
+    assert outcomes == ["done", "ended", "failed", "done"]
     written = alive.stat().st_size
     time.sleep(0.5)
     assert alive.stat().st_size == written > 0
@@ -177,65 +156,27 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
     monkeypatch.setitem(command.LEVELS, "counts", level)
     path = tmp_path / "cpu.json"
     path.write_text('{"step": {"figures": []}}')
-    call = ["run", f"--out={tmp_path}", "--device", "cpu", "--level", "counts"]
-    call += ["--out", str(tmp_path)]
+    call = f"run --out={tmp_path} --device cpu --level counts --out {tmp_path}".split()
     monkeypatch.setattr(sys, "argv", ["overhead", *call])
-    said = CliRunner().invoke(command.main, call)
-    assert isinstance(said.exception, RuntimeError)
+    assert isinstance(CliRunner().invoke(command.main, call).exception, RuntimeError)
     results = json.loads(path.read_text())
+    assert results["step"] == {"figures": []}
     assert results["counts"]["figures"] == [{"name": "first"}]
     # It names no folder of one machine.
     words = "python -m benchmarks.overhead run --device cpu --level counts"
     assert results["counts"]["command"] == words
-    assert results["step"] == {"figures": []}
-
-
-def test_a_rehearsal_measures_what_a_gpu_would(tmp_path, monkeypatch):
-    """Every level at small sizes; nothing is compiled, which takes a CPU minutes."""
-    tiny = {name: (4, *[2] * (len(shape) - 1)) for name, shape in KNOWN.items()}
-    monkeypatch.setattr("benchmarks.overhead.levels.KNOWN", tiny)
-    monkeypatch.setattr(torch, "compile", lambda given, **_options: given)
-    explained = types.SimpleNamespace(graph_break_count=0)
-    monkeypatch.setattr(torch._dynamo, "explain", lambda loss: lambda *arguments: explained)
-    monkeypatch.setattr("benchmarks.overhead.measure.inductor_bytes", lambda loss, arguments: 1)
-    call = ["run", "--device", "cpu", "--small", "--seconds", "0.01", "--step-seconds", "0.01"]
-    call += ["--largest", "14", "--step-batch", "1", "--out", str(tmp_path)]
-    said = CliRunner().invoke(command.main, call)
-    assert said.exit_code == 0, said.output
-    results = json.loads((tmp_path / "cpu.json").read_text())
-    assert set(results) == {*command.LEVELS} - {"step-graph"}  # which needs a GPU
-    cells = results["float32"]["figures"] + results["bfloat16"]["figures"]
-    assert len(cells) == 2 * (len(KNOWN) + 1)
-    assert {c["mode"] for c in results["compiled"]["figures"]} == {"compiled"}
-    assert {c["dtype"] for c in results["compiled"]["figures"]} == {"float32", "bfloat16"}
-    (step,) = results["step"]["figures"]
-    assert set(step["head"]["microseconds"]) | {"sa_dpm"} == set(step["microseconds"])
-    assert results["step-compiled"]["figures"][0]["dtype"] == "bfloat16"
-    syncs = {row["contender"]: row["sync_operators"] for row in results["counts"]["figures"]}
-    assert syncs.pop("released") > 0
-    assert not any(syncs.values())
-    assert holes.Device(tmp_path / "cpu.json").unmeasured == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        (["run", "--device", "cuda"], "device: torch sees no GPU here"),
-        (["gpu"], "gpu: torch sees no GPU here; --rehearse needs none"),
-    ],
-)
-def test_a_gpu_that_is_not_there(call, said):
-    answer = CliRunner().invoke(command.main, call)
-    assert (answer.exit_code, answer.output) == (1, f"Error: {said}\n")
-
-
-# The page's numbers.
+@pytest.mark.parametrize("call", ["run --device cuda", "gpu"])
+def test_a_gpu_that_is_not_there(call):
+    answer = CliRunner().invoke(command.main, call.split())
+    assert (answer.exit_code, "torch sees no GPU here" in answer.output) == (1, True)
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_a_rate_is_of_the_bytes_that_any_loss_moves(tmp_path, name):
-    found = device(tmp_path, name)
+def test_a_rate_is_of_the_bytes_that_any_loss_moves(name):
+    found = device(name)
     cell = dict(found.known())["CIFAR10"]
     seconds = cell["microseconds"]["expected"][1] / 1e6
     rate = holes.useful_rate(cell, "expected")
@@ -248,9 +189,9 @@ def test_a_rate_is_of_the_bytes_that_any_loss_moves(tmp_path, name):
     assert found.old == (row["bytes"] / row["data_bytes"] > 6.5)
 
 
-def test_what_a_step_gains_is_over_the_fastest_plain_one(tmp_path):
+def test_what_a_step_gains_is_over_the_fastest_plain_one():
     """On the GPU the head was timed at the step's shape twice, and each counts."""
-    found = device(tmp_path)
+    found = device()
     (step,) = found.levels["step"]["figures"]
     heads = [c for c in found.levels["float32"]["figures"] if c["name"] == "CIFAR10"]
     times = [head["microseconds"] for head in [step["head"], *heads]]
@@ -258,21 +199,16 @@ def test_what_a_step_gains_is_over_the_fastest_plain_one(tmp_path):
     shares = sorted((t["expected"][1] - t["mse"][1]) / plain for t in times)
     assert found.added == pytest.approx(tuple(shares))
 
-    half = {
-        **step,
-        "mode": "compiled",
-        "dtype": "bfloat16",
-        "microseconds": {"mse": [1, 20000.0, 1]},
-        "head": {"microseconds": {"mse": [1, 300.0, 1], "expected": [1, 400.0, 1]}},
-    }
-    faster = device(tmp_path, **{"step-compiled": {"figures": [half]}})
+    head = {"microseconds": {"mse": [1, 300.0, 1], "expected": [1, 400.0, 1]}}
+    half = {**step, "mode": "compiled", "dtype": "bfloat16", "head": head}
+    half["microseconds"] = {"mse": [1, 20000.0, 1]}
+    faster = device(**{"step-compiled": [half]})
     assert faster.fastest_step["mode"] == "compiled"
     assert faster.added == (0.005, 0.005)
 
 
-def test_what_was_not_measured_is_named(tmp_path):
-    found = device(tmp_path, bfloat16={"figures": []})
-    assert found.unmeasured == [
+def test_what_was_not_measured_is_named():
+    assert device(bfloat16=[]).unmeasured == [
         "bfloat16 at any size",
         "compiled float32 at any size but 2^24",
         "compiled bfloat16 at any size but 2^24",
@@ -282,8 +218,8 @@ def test_what_was_not_measured_is_named(tmp_path):
     ]
 
 
-def test_a_wait_or_a_broken_graph_is_seen(tmp_path):
-    found = device(tmp_path)
+def test_a_wait_or_a_broken_graph_is_seen():
+    found = device()
     assert found.waits == 0
     ours = next(r for r in found.levels["counts"]["figures"] if r["contender"] == "expected")
     ours |= {"graph_breaks": 1, "sync": "called a synchronizing CUDA operation"}

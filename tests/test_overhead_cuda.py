@@ -3,9 +3,10 @@
 import contextlib
 import json
 import time
-import types
 import warnings
 import weakref
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,18 +29,16 @@ class Gpu:
     def __init__(self, monkeypatch):
         self.diary, self.clock, self.held, self.peak = [], 0.0, 5000, 9999
         self.now, self.mode = lambda: self.clock, 0
+        note = self.diary.append
         gpu = self
 
         class Event:
-            def __init__(self, enable_timing=False):
-                assert enable_timing
+            def __init__(self, enable_timing):
+                self.synchronize = lambda: note("wait")
 
             def record(self):
-                gpu.diary.append("record")
+                note("record")
                 self.at = gpu.now()
-
-            def synchronize(self):
-                gpu.diary.append("wait")
 
             def elapsed_time(self, other):
                 return 1e3 * (other.at - self.at)  # in milliseconds, as CUDA's
@@ -48,15 +47,7 @@ class Gpu:
             def wait_stream(self, other):
                 assert isinstance(other, Stream)
 
-        class Graph:
-            def replay(self):
-                gpu.diary.append("replay")
-
-        def reset():
-            self.peak = self.held
-
         def set_mode(mode):
-            self.diary.append(mode)
             self.mode = mode
             # As torch's own does when it is first set, and sets it all the same.
             if mode == "error":
@@ -65,19 +56,19 @@ class Gpu:
         fakes = {
             "Event": Event,
             "Stream": Stream,
-            "CUDAGraph": Graph,
-            "synchronize": lambda device=None: self.diary.append("synchronize"),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: note("replay")),
+            "synchronize": lambda device=None: note("synchronize"),
             "memory_allocated": lambda _device: self.held,
             "max_memory_allocated": lambda _device: self.peak,
-            "reset_peak_memory_stats": lambda _device: reset(),
+            "reset_peak_memory_stats": lambda _device: setattr(self, "peak", self.held),
             "get_sync_debug_mode": lambda: self.mode,
             "set_sync_debug_mode": set_mode,
             "current_stream": Stream,
-            "stream": lambda _stream: contextlib.nullcontext(),
-            "graph": lambda _graph: contextlib.nullcontext(),
+            "stream": contextlib.nullcontext,
+            "graph": contextlib.nullcontext,
+            "empty_cache": lambda: note("emptied"),
         }
         for name, fake in fakes.items():
-            assert hasattr(torch.cuda, name)  # torch's own has that name
             monkeypatch.setattr(torch.cuda, name, fake)
 
     def work(self):
@@ -91,23 +82,22 @@ def gpu(monkeypatch):
     return Gpu(monkeypatch)
 
 
-def test_times_are_those_between_two_events_from_an_idle_gpu(gpu):
-    assert measure._time(gpu.work, CUDA) == pytest.approx(1e-3)
-    assert gpu.diary == ["synchronize", "record", "work", "record", "wait"]
+def profile_of(*kinds):
+    """A profiler that sees events of these kinds."""
+    events = [SimpleNamespace(device_type=getattr(measure.DeviceType, kind)) for kind in kinds]
+    profiler = SimpleNamespace(events=lambda: events)
+    return lambda activities: contextlib.nullcontext(profiler)
 
 
-def test_peak_memory_is_above_what_was_held(gpu):
-    assert measure.peak_memory(gpu.work, CUDA) == 1000
-    assert gpu.diary == ["synchronize", "work", "synchronize"]
-
-
-def test_kernels_are_the_events_on_the_device(gpu, monkeypatch):
-    kinds = [measure.DeviceType.CPU, measure.DeviceType.CUDA, measure.DeviceType.CUDA]
-    events = [types.SimpleNamespace(device_type=kind) for kind in kinds]
-    profiler = types.SimpleNamespace(events=lambda: events)
-    monkeypatch.setattr(measure, "profile", lambda activities: contextlib.nullcontext(profiler))
+def test_what_is_measured_begins_on_an_idle_gpu_and_ends_when_it_is_done(gpu, monkeypatch):
+    times = measure.interleave({"ours": lambda: gpu.work}, CUDA, 0, least_rounds=1)
+    assert times["ours"] == pytest.approx([1e-3])
+    assert gpu.diary == ["work", "synchronize", "record", "work", "record", "wait"]
+    gpu.diary.clear()
+    assert measure.peak_memory(gpu.work, CUDA) == 1000  # above what was held
+    monkeypatch.setattr(measure, "profile", profile_of("CPU", "CUDA", "CUDA"))
     assert measure.kernels(gpu.work) == 2
-    assert gpu.diary == ["synchronize", "work", "synchronize"]
+    assert gpu.diary == ["synchronize", "work", "synchronize"] * 2
 
 
 def test_inputs_lie_on_the_gpu_and_take_turns():
@@ -162,73 +152,71 @@ class OnTheCpu(TorchFunctionMode):
 class SmallNet(nn.Conv2d):
     """An ε-model that returns what the U-Net does."""
 
-    def __init__(self):
-        super().__init__(3, 3, 1)
-
     def forward(self, x_t, t):
         assert t.shape == x_t.shape[:1]
-        return types.SimpleNamespace(sample=super().forward(x_t))
+        return SimpleNamespace(sample=super().forward(x_t))
 
 
 @pytest.fixture
 def small(monkeypatch):
     """The smallest model and sizes, nothing compiled: that is the same on every device."""
-    monkeypatch.setattr(step, "cifar10_unet", lambda small: SmallNet())
-    monkeypatch.setattr(levels, "LATENTS", (4, 4, 2, 2))
     known = {"CIFAR10": (4, 3, 2, 2), "SD latents": (4, 4, 2, 2)}
-    monkeypatch.setattr(levels, "KNOWN", known)
-    monkeypatch.setattr(levels, "flat_shape", lambda log2: (8, 4, 2, 2))
-    monkeypatch.setattr(measure, "inductor_bytes", lambda loss, arguments: 0)
-    explained = types.SimpleNamespace(graph_break_count=0)
-    monkeypatch.setattr(torch._dynamo, "explain", lambda loss: lambda *arguments: explained)
-    monkeypatch.setattr(torch, "compile", lambda given, **options: given)
+    explained = SimpleNamespace(graph_break_count=0)
+    for place, name, double in (
+        (step, "cifar10_unet", lambda small: SmallNet(3, 3, 1)),
+        (levels, "LATENTS", known["SD latents"]),
+        (levels, "KNOWN", known),
+        (levels, "flat_shape", lambda log2: (8, 4, 2, 2)),
+        (measure, "inductor_bytes", lambda loss, arguments: 0),
+        (torch._dynamo, "explain", lambda loss: lambda *arguments: explained),
+        (torch, "compile", lambda given, **options: given),
+    ):
+        monkeypatch.setattr(place, name, double)
 
 
 @pytest.fixture
 def gpu_there(gpu, small, monkeypatch):
     """A GPU that torch finds, whose tensors lie on the CPU and whose kernels nobody counts."""
     gpu.now = time.perf_counter
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU's name")
-    # A build with CUDA would have the optimizer ask the driver whether it is captured.
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_options: None)
-    monkeypatch.setattr(measure, "profile", lambda activities: contextlib.nullcontext(PROFILER))
-    adamw, autocast = torch.optim.AdamW, torch.autocast
+    adamw, autocast, copy_bandwidth = torch.optim.AdamW, torch.autocast, measure.copy_bandwidth
 
     def any_adamw(parameters, fused, capturable, **options):
         gpu.diary.append(("adamw", fused, capturable))
         return adamw(parameters, **options)
 
     def any_autocast(kind, dtype, *, cache_enabled):
-        assert kind == "cuda"
-        gpu.diary.append(("autocast", cache_enabled))
+        gpu.diary.append((f"autocast on {kind}", cache_enabled))
         return autocast("cpu", dtype, cache_enabled=cache_enabled)
 
-    monkeypatch.setattr(torch.optim, "AdamW", any_adamw)
-    monkeypatch.setattr(torch, "autocast", any_autocast)
-    copy_bandwidth = measure.copy_bandwidth
-
-    def small_copies(device, mebibytes, seconds):
-        assert mebibytes == 1024
-        return copy_bandwidth(device, 1, seconds)
-
-    monkeypatch.setattr(measure, "copy_bandwidth", small_copies)
+    for place, name, double in (
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "get_device_name", lambda _device: "a GPU's name"),
+        # A build with CUDA would have the optimizer ask the driver whether it is captured.
+        (torch.accelerator, "current_accelerator", lambda **_options: None),
+        (measure, "profile", profile_of("CUDA")),
+        (torch.optim, "AdamW", any_adamw),
+        (torch, "autocast", any_autocast),
+        (measure, "copy_bandwidth", lambda device, _mib, time: copy_bandwidth(device, 1, time)),
+    ):
+        monkeypatch.setattr(place, name, double)
     with OnTheCpu(gpu):
         yield gpu
 
 
-PROFILER = types.SimpleNamespace(
-    events=lambda: [types.SimpleNamespace(device_type=measure.DeviceType.CUDA)]
-)
+def measured(folder, *options):
+    """The results of the command line at small sizes."""
+    sizes = ["--seconds", "0.01", "--largest", "14", "--step-batch", "4", "--step-seconds", "0.01"]
+    said = CliRunner().invoke(command.main, ["run", *sizes, "--out", folder, *options])
+    assert said.exit_code == 0, said.output
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text())
 
 
 def test_a_whole_run_on_a_gpu(gpu_there, tmp_path):
-    call = ["run", "--seconds", "0.01", "--largest", "14", "--step-batch", "4"]
-    said = CliRunner().invoke(command.main, [*call, "--step-seconds", "0.01", "--out", tmp_path])
-    assert said.exit_code == 0, said.output
-    results = json.loads((tmp_path / "cuda.json").read_text())
+    results = measured(tmp_path)
     assert list(results) == list(command.LEVELS)
     assert {level["machine"]["gpu"] for level in results.values()} == {"a GPU's name"}
+    assert results["bandwidth"]["figures"][0]["mebibytes"] == 1024
     # Only the boolean masks wait.
     for row in results["counts"]["figures"]:
         assert row["kernels"] == 1
@@ -236,24 +224,37 @@ def test_a_whole_run_on_a_gpu(gpu_there, tmp_path):
         assert row["sync"] == waits
     heads = [results[level]["figures"] for level in ("float32", "bfloat16", "compiled")]
     assert [len(cells) for cells in heads] == [3, 3, 6]  # shapes, and two types compiled
-    modes = [
-        (cell["dtype"], cell["mode"])
-        for level in ("step", "step-compiled", "step-graph")
-        for cell in results[level]["figures"]
-    ]
-    assert modes == [
-        ("float32", "eager"), ("bfloat16", "compiled"),
-        ("bfloat16", "graph"), ("bfloat16", "compiled graph"),
-    ]  # fmt: skip
+    steps = [c for name in results if "step" in name for c in results[name]["figures"]]
+    modes = ["float32 eager", *(f"bfloat16 {n}" for n in ("compiled", "graph", "compiled graph"))]
+    assert [f"{cell['dtype']} {cell['mode']}" for cell in steps] == modes
     for cell in results["step-graph"]["figures"]:
         assert "released" not in cell["microseconds"]  # a graph cannot hold its masks
         assert set(cell["loss_falls"]) == set(cell["microseconds"])
     # What a graph holds needs an optimizer that keeps its count on the GPU, and no cache.
     options = [entry for entry in gpu_there.diary if isinstance(entry, tuple)]
-    plain, fast, cacheless = ("adamw", False, False), ("adamw", True, True), ("autocast", False)
-    assert [entry for entry in options if entry != cacheless] == [plain, fast, fast, fast]
-    assert cacheless in options
+    cacheless = ("autocast on cuda", False)
+    adamws = [("adamw", fast, fast) for fast in (False, True, True, True)]
+    assert [entry for entry in options if entry != cacheless] == adamws != options
     assert holes.Device(tmp_path / "cuda.json").unmeasured == []
+
+
+def test_a_rehearsal_on_a_cpu_measures_what_a_gpu_would(small, tmp_path):
+    results = measured(tmp_path, "--device", "cpu", "--small")
+    assert set(results) == {*command.LEVELS} - {"step-graph"}  # which needs a GPU
+    assert {c["mode"] for c in results["compiled"]["figures"]} == {"compiled"}
+    assert {c["dtype"] for c in results["compiled"]["figures"]} == {"float32", "bfloat16"}
+    (cell,) = results["step"]["figures"]
+    assert set(cell["head"]["microseconds"]) | {"sa_dpm"} == set(cell["microseconds"])
+    assert results["step-compiled"]["figures"][0]["dtype"] == "bfloat16"
+    syncs = {row["contender"]: row["sync_operators"] for row in results["counts"]["figures"]}
+    assert syncs.pop("released") > 0
+    assert not any(syncs.values())
+    assert holes.Device(tmp_path / "cpu.json").unmeasured == []
+
+
+def test_a_rehearsals_network_is_a_u_net():
+    answer = step.cifar10_unet(small=True)(torch.zeros(1, 3, 8, 8), torch.tensor([5])).sample
+    assert answer.shape == (1, 3, 8, 8)
 
 
 def test_a_card_that_is_too_small_leaves_one_cell_out(gpu_there, tmp_path, monkeypatch):
@@ -265,45 +266,30 @@ def test_a_card_that_is_too_small_leaves_one_cell_out(gpu_there, tmp_path, monke
         return whole(settings, losses, shape, *rest)
 
     monkeypatch.setattr(levels, "interleave_heads", too_large)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gpu_there.diary.append("emptied"))
-    call = ["run", "--seconds", "0.01", "--largest", "14", "--out", tmp_path]
-    said = CliRunner().invoke(command.main, [*call, "--level", "float32"])
-    assert said.exit_code == 0, said.output
-    cells = json.loads((tmp_path / "cuda.json").read_text())["float32"]["figures"]
+    cells = measured(tmp_path, "--level", "float32")["float32"]["figures"]
     assert [cell["name"] for cell in cells] == ["CIFAR10", "SD latents"]
     assert "emptied" in gpu_there.diary
 
 
 def test_a_gpu_has_sizes_of_its_own(gpu_there, tmp_path, monkeypatch):
-    found = []
-
-    def level(settings):
-        found.append(settings)
-        yield {}
-
+    level = Mock(return_value=[])
     monkeypatch.setitem(command.LEVELS, "counts", level)
-    call = ["run", "--level", "counts", "--out", tmp_path]
     for device in ([], ["--device", "cuda"], ["--device", "cpu"]):
-        CliRunner().invoke(command.main, [*call, *device])
-    sizes = [(s.device.type, s.largest, s.step_batch) for s in found]
-    assert sizes == [("cuda", 28, 128), ("cuda", 28, 128), ("cpu", 26, 4)]
+        call = ["run", "--level", "counts", "--out", tmp_path, *device]
+        CliRunner().invoke(command.main, call)
+    found = [(s.device.type, s.largest, s.step_batch) for (s,), _ in level.call_args_list]
+    assert found == [("cuda", 28, 128), ("cuda", 28, 128), ("cpu", 26, 4)]
 
 
-def test_losses_compute_where_they_are_told_to(small):
+def test_losses_and_steps_compute_where_they_are_told_to(small, monkeypatch):
     """On meta tensors: beside one on the CPU an operator fails, as beside one on a GPU it would."""
-    for name, loss in contenders.contenders(META, torch.bfloat16).items():
-        arguments = measure.some_arguments((4, 3, 2, 2), torch.float32, META)
-        if name == "released":  # the host needs values to know the shape
-            with pytest.raises(NotImplementedError, match="nonzero"):
-                loss(*arguments)
-            continue
+    losses = contenders.contenders(META, torch.bfloat16)
+    arguments = measure.some_arguments((4, 3, 2, 2), torch.float32, META)
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        losses.pop("released")(*arguments)  # the host needs values to know the shape
+    for loss in losses.values():
         loss(*arguments).backward()
         assert arguments[0].grad.device == META
-
-
-def test_a_step_computes_where_it_is_told_to(small, monkeypatch):
-    losses = contenders.contenders(META)
-    del losses["released"]
     monkeypatch.setattr(step, "contenders", lambda device: losses)
     (found,) = step.step(Settings(META, 0.01, 8, 4, 0.01), ["eager"])
     assert set(found["peak_bytes"]) == {*losses, "sa_dpm"}

@@ -1,5 +1,7 @@
 """Holes of the pages resolve, or say where they do not; the committed pages are up to date."""
 
+import re
+
 import pytest
 from matplotlib.figure import Figure
 
@@ -15,8 +17,8 @@ def renderer(tmp_path):
 
 
 def test_holes_are_filled(renderer):
-    text = "# Title {#top}\nAbout {{ change('unet', at=20) }} and {{ four }}.\n{% if four > 3 %}\nSo.\n{% endif %}\n"  # noqa: E501
-    page = renderer.render("docs/page.md", text)
+    text = "# Title {#top}\nAbout {{ change('unet', at=20) }} and {{ four }}.\n"
+    page = renderer.render("docs/page.md", text + "{% if four > 3 %}\nSo.\n{% endif %}\n")
     assert page.startswith("# Title {#top}\n\n<!-- Written by `python -m benchmarks.pages` from ")
     assert page.endswith("sources/docs/page.md. -->\n\nAbout unet 20 and 4.\nSo.\n")
 
@@ -33,19 +35,15 @@ def test_holes_are_filled(renderer):
     ],
 )
 def test_a_hole_that_does_not_resolve_names_its_place(renderer, hole, said):
-    with pytest.raises(ValueError, match=r"docs/page.md, line 3: ") as error:
+    with pytest.raises(ValueError, match=rf"docs/page.md, line 3: .*{re.escape(said)}"):
         renderer.render("docs/page.md", f"# Title\n\n{{{{ {hole} }}}}\n")
-    assert said in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("page", "path"),
-    [("docs/a.md", "assets/room/seeds.svg"), ("README.md", "docs/assets/room/seeds.svg")],
-)
-def test_a_figure_is_linked_from_where_its_page_lies(renderer, page, path):
-    text = renderer.render(page, "# T\n{{ figure('room/seeds', 'Seeds') }}")
-    assert text.endswith(f"\n![Seeds]({path})\n")
-    assert renderer.shown == ["room/seeds"]
+def test_a_figure_is_linked_from_where_its_page_lies(renderer):
+    for page, folder in (("docs/a.md", "assets"), ("README.md", "docs/assets")):
+        text = renderer.render(page, "# T\n{{ figure('room/seeds', 'Seeds') }}")
+        assert text.endswith(f"\n![Seeds]({folder}/room/seeds.svg)\n")
+        assert renderer.shown == ["room/seeds"]
 
 
 def test_two_benchmarks_do_not_share_a_name():

@@ -1,7 +1,6 @@
 """What a user can do wrong on the command line is answered in one line, with how to go on."""
 
 import contextlib
-import inspect
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +20,7 @@ from benchmarks.quality import cli, report, runner
 from benchmarks.quality.catalogue import CATALOGUE
 from benchmarks.quality.networks import PixelUNetSpec, UNetSpec
 from benchmarks.quality.presets import PRESETS
+from tests.helpers.commands import ROOT
 from tests.helpers.commands import run as run_command
 
 
@@ -44,7 +44,6 @@ def is_one_line(said, line):
 def test_a_data_set_that_needs_a_folder_says_which_and_leaves_none(call, tmp_path, preset):
     said = call("run", preset)
     is_one_line(said, "needs files; name their folder with --data: the folder")
-    assert "https://" in said.output
     assert "Preparing" not in said.output
     is_one_line(call("run", preset, "--data", "nowhere"), "there is no folder nowhere")
     assert list(tmp_path.iterdir()) == []
@@ -58,19 +57,22 @@ def test_a_data_set_that_needs_a_folder_says_which_and_leaves_none(call, tmp_pat
 def test_what_a_run_would_cost_is_said_without_its_data(call, tmp_path, monkeypatch):
     network = PixelUNetSpec(UNetSpec(8, (1,), blocks=1), fast=False)
     monkeypatch.setitem(PRESETS, "cifar10-16", replace(ONE_ARM, data="cifar10-16", network=network))
-    said = call("run", "cifar10-16", "--dry-run")
-    assert said.exit_code == 0, said.output
-    assert "networks to train    1, 12 network steps of 8 images" in said.output
+    said = call("run", "cifar10-16", "--dry-run").output
+    assert "networks to train    1, 12 network steps of 8 images" in said
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_preset_that_is_misspelt(call):
-    said = call("run", "digit")
-    assert said.exit_code == 2
-    assert "there is no preset 'digit'; did you mean digits? The presets:" in said.output
-    for name, entry in CATALOGUE.items():
-        assert said.output.count(f"  {name} ") == 1
-        assert entry.cost in said.output
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("digit", "there is no preset 'digit'; did you mean digits? The presets:\n  digits "),
+        ("digits --seeds 0,1,0", "expected each seed once, got '0,1,0'"),
+        ("digits --seeds one", "expected numbers such as 0,1,2, got 'one'"),
+    ],
+)
+def test_what_is_misspelt_is_named(call, given, said):
+    found = call("run", *given.split())
+    assert (found.exit_code, said in found.output) == (2, True)
     assert list(CATALOGUE) == list(PRESETS)
 
 
@@ -78,58 +80,39 @@ def test_help_is_there_at_once(call):
     """Without torch, which takes seconds to import."""
     code = "import sys, benchmarks.quality.cli\nassert 'torch' not in sys.modules"
     run_command(sys.executable, "-c", code)
-    runs, keeps = call("--help").output.split("For this repository's results:")
-    assert ("\n  run " in runs, "\n  keep " in runs, "\n  keep " in keeps) == (True, False, True)
+    assert "\n  run " in call("--help").output.split("For this repository's results:")[0]
 
 
-NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-
-
-@pytest.mark.parametrize(
-    ("out", "said"),
-    [
-        ("file", "out: expected a folder, and file is a file"),
-        ("file/inside", "Not a directory: 'file/inside'"),
-        pytest.param("locked/out", "Permission denied: 'locked/out'", marks=NOT_ROOT),
-    ],
-)
-def test_an_out_that_can_be_no_folder(call, tmp_path, out, said):
-    (tmp_path / "file").touch()
-    (tmp_path / "locked").mkdir(mode=0o500)
-    is_one_line(call("run", "digits", "--out", out), said)
-
-
-def test_a_run_says_what_it_prepares_what_it_left_and_that_it_is_complete(
-    call, tmp_path, monkeypatch
-):
+def test_a_run_says_what_it_left_and_that_it_is_complete(call, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "digits", replace(TINY, name="digits", seeds=(0,)))
     dry = call("run", "digits", "--dry-run").output
     assert "networks to train    2, 24 network steps" in dry
     assert "cells to measure     9, 22 network calls on 64 images each" in dry
     is_one_line(call("keep", "digits"), "no results in")
     assert not (tmp_path / "runs").exists()
+    (tmp_path / "file").touch()
+    is_one_line(call("run", "digits", "--out", "file"), "out: expected a folder, and file is")
+    is_one_line(call("run", "digits", "--out", "file/inside"), "Not a directory: 'file/inside'")
 
-    first = call("run", "digits", "--workers", "1")
-    assert first.exit_code == 0, first.output
-    before, _, after = first.output.partition("\nComplete after ")
-    assert before.startswith("Preparing digits in runs/digits: the images, ")
+    _, _, after = call("run", "digits", "--workers", "1").output.partition("\nComplete after ")
     named = [line.split()[0] for line in after.splitlines() if line.startswith("  ")]
     assert named == list(report.FILES)
     assert set(named) <= {path.name for path in (tmp_path / "runs/digits").iterdir()}
 
-    again = call("run", "digits")
-    assert "runs/digits was complete already; only its report was written again:" in again.output
-    assert "Complete after" not in again.output
+    assert "runs/digits was complete already; only its report" in call("run", "digits").output
     assert "done already         100%" in call("run", "digits", "--dry-run").output
     assert call("keep", "digits").exit_code == 0
     assert (tmp_path / "benchmarks/results/quality/digits.json").exists()
 
+    # What was made is not taken for the results of other settings.
+    longer = replace(PRESETS["digits"].budget, steps=13)
+    monkeypatch.setitem(PRESETS, "digits", replace(PRESETS["digits"], budget=longer))
+    for said in (call("keep", "digits"), call("run", "digits", "--dry-run")):
+        is_one_line(said, "holds results of other settings (budget)")
+
 
 def test_ctrl_c_says_how_to_go_on(call, monkeypatch, tmp_path):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runner, "sample", interrupted)
+    monkeypatch.setattr(runner, "sample", Mock(side_effect=KeyboardInterrupt))
     said = call("run", "digits", "--seeds", "0", "--out", "a folder")
     assert said.exit_code == 130
     again = "`python -m benchmarks.quality run digits --out 'a folder' --seeds 0` goes on"
@@ -138,17 +121,13 @@ def test_ctrl_c_says_how_to_go_on(call, monkeypatch, tmp_path):
 
 
 def test_a_worker_that_dies_is_reported(call, monkeypatch):
-    def dead(*_):
-        raise BrokenProcessPool
-
-    monkeypatch.setattr(runner, "_share", dead)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Mock(side_effect=BrokenProcessPool))
     said = call("run", "digits", "--workers", "2")
     is_one_line(said, "a worker process died, perhaps for want of memory; what is done is kept")
 
 
 WORKERS = """
 import signal, sys
-sys.path[:0] = sys.argv[2:]
 # Tests that a shell started in the background inherit a Ctrl-C that is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from dataclasses import replace
@@ -162,20 +141,22 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_run(tmp_path, sent):
     """A job that would take hours is not waited for, and no process is left with its locks."""
-    here, out = Path(__file__).parent, tmp_path / "out"
-    (tmp_path / "script.py").write_text(WORKERS)
-    command = [sys.executable, tmp_path / "script.py", out, here, here.parent]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    process = subprocess.Popen(command, start_new_session=True, **pipes)  # noqa: S603 - ours
+    out, script = tmp_path / "out", tmp_path / "script.py"
+    script.write_text(WORKERS)
+    process = subprocess.Popen(  # noqa: S603 - ours
+        [sys.executable, script, out],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     try:
-        deadline = time.monotonic() + 240
         while not list(out.glob("models/plain/*/checkpoint.pt")):
             assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < deadline
             time.sleep(0.2)
         process.send_signal(sent)
         _, said = process.communicate(timeout=60)
@@ -186,37 +167,17 @@ def test_no_worker_outlives_the_run(tmp_path, sent):
         assert process.returncode == 130
         assert f"`python -m benchmarks.quality run digits --out {out}` goes on from there." in said
         assert "Traceback" not in said
-    deadline = time.monotonic() + 20
-    # Its session is empty as soon as Python's own helper has noticed.
+    # Its session is empty as soon as Python's own helper has noticed; it runs into the test's
+    # timeout where it never is.
     with contextlib.suppress(ProcessLookupError):
         while True:
             os.killpg(process.pid, 0)
-            assert time.monotonic() < deadline
             time.sleep(0.1)
 
 
 def test_the_labs_help_says_what_each_study_is():
     said = CliRunner().invoke(lab, ["--help"]).output
-    for name, study in STUDIES.items():
+    for name in STUDIES:
         (line,) = [line for line in said.splitlines() if line.split()[:1] == [name]]
         assert len(line.split()) > 4
         assert "partial" not in line
-        if inspect.isfunction(study):
-            assert study.__doc__.splitlines()[0] in line
-
-
-def test_results_of_other_settings_are_not_taken_for_ones_own(call, tmp_path, monkeypatch):
-    assert call("run", "digits").exit_code == 0
-    longer = replace(PRESETS["digits"].budget, steps=13)
-    monkeypatch.setitem(PRESETS, "digits", replace(PRESETS["digits"], budget=longer))
-    for said in (call("keep", "digits"), call("run", "digits", "--dry-run")):
-        is_one_line(said, "holds results of other settings (budget)")
-    assert not (tmp_path / "benchmarks").exists()
-
-
-def test_wrong_seeds_are_named(call):
-    wrong = {"0,1,0": "expected each seed once", "one": "expected numbers such as 0,1,2"}
-    for seeds, expected in wrong.items():
-        found = call("run", "digits", "--seeds", seeds)
-        assert found.exit_code == 2
-        assert f"{expected}, got '{seeds}'" in found.output

@@ -1,6 +1,8 @@
-"""Corrections and what a sampler leaves of Gaussian data, by formula."""
+"""Samplers and corrections: what they leave of Gaussian data, by formula."""
 
 import math
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from torch import nn
 
 from benchmarks.quality.corrections import EpsilonScaling, Gain, ScoreRescaling, StepPush
 from benchmarks.quality.paths import EpsilonPath, FlowPath
-from benchmarks.quality.samplers import FLOW, HEUN, sample
+from benchmarks.quality.samplers import FLOW, HEUN, SAMPLERS, TITLES, make_scheduler, sample
 from benchmarks.quality.spectra import Frequencies
+from benchmarks.quality.streams import Purpose, generator
 from s2dm_loss import NoiseSchedule, gain
 from tests.helpers import recursions
 
@@ -17,13 +20,20 @@ SCHEDULE = NoiseSchedule.linear(1000)
 LEVELS = SCHEDULE.alphas_cumprod.double()
 
 
-class Wavy(nn.Module):
-    def forward(self, x, t):
-        return x.cos() * (1 + t / 1000)
+class Answer(nn.Module):
+    """A network that is a function of x and t."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.forward = answer
+
+
+def wavy(x, t):
+    return x.cos() * (1 + t / 1000)
 
 
 def factor(correction, t):
-    x, model = torch.zeros(3, 1, 4, 4), Wavy()
+    x, model = torch.zeros(3, 1, 4, 4), Answer(wavy)
     scaled = correction.apply(model, EpsilonPath())(x, torch.tensor(t))
     return float((scaled / model(x, torch.tensor(t))).unique())  # the same everywhere
 
@@ -49,64 +59,37 @@ def test_frequencies_are_an_orthonormal_basis_of_cosines():
     wave = torch.cos(math.pi * 3 * (rows + 0.5) / 8).expand(1, 1, 8, 8)
     peak = basis.coordinates(wave).abs().flatten().argmax()
     assert int(peak) == 3
-    assert basis.bands[0].tolist() == [0, 1, 2, 2, 3, 3, 3, 3]
-    assert int(basis.bands[5, 2]) == 3
+    assert [*basis.bands[0].tolist(), int(basis.bands[5, 2])] == [0, 1, 2, 2, 3, 3, 3, 3, 3]
 
 
-# Of Gaussian data of variance 1, dx/dt = (2 t - 1) / ((1-t)² + t²) x; to three digits.
-LEFT_BY_EULER = {
-    ("euler", None): (0.879, 0.938, 0.955, 0.975),
-    ("euler", 0.05): (0.897, 0.955, 0.973, 0.993),
-    ("euler", 0.1): (0.906, 0.968, 0.985, 1.004),
-    ("euler-shift3", None): (0.833, 0.913, 0.937, 0.964),
-    ("euler-shift3", 0.05): (0.851, 0.931, 0.955, 0.983),
-}
+def velocity(x, called, variances=1.0):
+    """E[ε - x_0 | x_t] of Gaussian data, called with 1000 t."""
+    t = called.double() / 1000
+    return (t - (1 - t) * variances) / ((1 - t) ** 2 * variances + t**2) * x
 
 
-class Velocity(nn.Module):
-    """E[ε - x_0 | x_t] of Gaussian data of variance 1, called with 1000 t."""
-
-    def forward(self, x, called):
-        t = called.double() / 1000
-        return (2 * t - 1) / ((1 - t) ** 2 + t**2) * x
-
-
-@pytest.mark.parametrize(("sampler", "delta"), LEFT_BY_EULER)
-def test_what_euler_leaves_of_a_flow_with_a_gain_and_without(sampler, delta):
-    """Against Euler's steps written out, and against the figures of another program."""
+@pytest.mark.parametrize(("sampler", "shift"), [("euler", 1.0), ("euler-shift3", 3.0)])
+@pytest.mark.parametrize("delta", [0, 0.05, 0.1])
+def test_what_euler_leaves_of_a_flow_with_a_gain_and_without(sampler, shift, delta):
     path, start = FlowPath(), torch.ones(1, 1, dtype=torch.float64)
-    model = Velocity() if delta is None else Gain(delta).apply(Velocity(), path)
-    shift = 3.0 if sampler == "euler-shift3" else 1.0
-    for steps, figure in zip((10, 20, 28, 50), LEFT_BY_EULER[sampler, delta], strict=True):
+    model = Gain(delta).apply(Answer(velocity), path) if delta else velocity
+    for steps in (10, 20, 28, 50):
         found = float(sample(model, sampler, path.schedule, steps, start, torch.Generator()))
-        wanted = recursions.euler(1.0, steps, delta or 0.0, shift)
-        assert found == pytest.approx(wanted, rel=1e-4)
-        assert found == pytest.approx(figure, abs=6e-4)
+        assert found == pytest.approx(recursions.euler(1.0, steps, delta, shift), rel=1e-4)
 
 
 def test_heun_calls_a_flow_network_no_more_often_than_euler():
-    calls = []
-
-    def model(x, t):
-        calls.append(float(t))
-        return Velocity()(x, t)
-
-    start = torch.ones(1, 1, dtype=torch.float64)
+    start, model = torch.ones(1, 1, dtype=torch.float64), Mock(wraps=velocity)
     found = sample(model, "heun", FlowPath().schedule, 10, start, torch.Generator())
-    assert len(calls) == 9
-    assert (calls[0], min(calls)) == (1000, pytest.approx(200))
+    calls = [float(call.args[1]) for call in model.call_args_list]
+    assert (len(calls), calls[0], min(calls)) == (9, 1000, pytest.approx(200))
     assert abs(float(found) - 1) < 0.1
 
 
 @pytest.mark.parametrize("sampler", [*FLOW, *HEUN])
 def test_samplers_of_a_flow_keep_the_spread_of_gaussian_data_in_many_steps(sampler):
     variances = torch.tensor([[0.25, 1.0, 4.0]], dtype=torch.float64)
-
-    def model(x, called):
-        t = called.double() / 1000
-        return (t - (1 - t) * variances) / ((1 - t) ** 2 * variances + t**2) * x
-
-    start = torch.ones_like(variances)
+    model, start = partial(velocity, variances=variances), torch.ones_like(variances)
     found = sample(model, sampler, FlowPath().schedule, 400, start, torch.Generator())
     torch.testing.assert_close(found, variances.sqrt(), rtol=0.02, atol=0)
 
@@ -114,13 +97,53 @@ def test_samplers_of_a_flow_keep_the_spread_of_gaussian_data_in_many_steps(sampl
 @pytest.mark.parametrize("strength", [0.02, -0.005])
 def test_a_push_is_the_step_that_dcw_writes_down(strength):
     """x' + c (x' - x̂_0) after each of five Euler steps, against the factor on the velocity."""
-    path, model = FlowPath(), Wavy()
+    path = FlowPath()
     start = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    pushed = StepPush(strength, 5).apply(model, path)
+    pushed = StepPush(strength, 5).apply(Answer(wavy), path)
     found = sample(pushed, "euler", path.schedule, 5, start, torch.Generator())
     x = start
     for n in range(5, 0, -1):
-        velocity = model(x, torch.tensor(200.0 * n))
-        clean, x = x - n / 5 * velocity, x - velocity / 5
+        slope = wavy(x, torch.tensor(200.0 * n))
+        clean, x = x - n / 5 * slope, x - slope / 5
         x = x + strength * (x - clean)
     torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-6)
+
+
+SPREAD = 0.5
+
+
+def exact(x, t):
+    """E[ε | x_t] for data drawn from N(0.3, SPREAD²)."""
+    a = SCHEDULE.alphas_cumprod[t].to(x)
+    return (1 - a).sqrt() * (x - a.sqrt() * 0.3) / (a * SPREAD**2 + 1 - a)
+
+
+def draw(name, steps, seed=0):
+    start = torch.randn(4096, 1, 2, 2, generator=generator(seed, Purpose.START))
+    return sample(exact, name, SCHEDULE, steps, start, generator(seed, Purpose.SAMPLER))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_recovers_gaussian_data_from_its_exact_model(name):
+    # DDPM's own variance is right for small steps only.
+    steps = 1000 if name == "ddpm" else 100
+    samples = draw(name, steps)
+    assert float(samples.mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(samples.std()) == pytest.approx(SPREAD, rel=0.03)
+    assert torch.equal(samples, draw(name, steps))
+    assert not torch.equal(samples, draw(name, steps, seed=1))
+    scheduler = make_scheduler(name, SCHEDULE)
+    table = scheduler.alphas_cumprod.double()
+    torch.testing.assert_close(table, SCHEDULE.alphas_cumprod, rtol=1e-5, atol=0)
+    assert not scheduler.config.get("clip_sample", False)
+    assert name in TITLES
+
+
+def test_timesteps_that_are_visited():
+    for name, first in {"ddim": 0, "pndm": 0, "ddpm": 0, "deis": 90}.items():
+        scheduler = make_scheduler(name, SCHEDULE)
+        scheduler.set_timesteps(10)
+        wanted = list(range(first, 1000, 90 if first else 100))[:10]
+        assert scheduler.timesteps.unique().tolist() == wanted
+    with pytest.raises(ValueError, match=r"sampler: expected one of ddim, pndm, .*, got 'euler'"):
+        make_scheduler("euler", SCHEDULE)

@@ -1,6 +1,6 @@
 """The plan for a GPU, rehearsed on a tiny network on the CPU."""
 
-import time
+import signal
 from dataclasses import replace
 
 import pytest
@@ -22,11 +22,9 @@ def shrunk(preset):
 @pytest.mark.parametrize("part", gpu.PARTS[:4], ids=lambda part: part.name)
 def test_each_part_writes_its_record(part, tmp_path):
     small = replace(part, preset=shrunk(part.preset))
-    said = gpu.do(small, tmp_path, None)
-    record = load_json(tmp_path / f"{part.name}.json")
     cells = sum(len(one.samplers) for one in small.preset.arms) * len(part.preset.seeds)
-    assert len(record["rows"]) == cells
-    assert said == f"{part.name}: complete; {cells} cells in {tmp_path / part.name}.json"
+    assert f"{part.name}: complete; {cells} cells in" in gpu.do(small, tmp_path, None)
+    assert len(load_json(tmp_path / f"{part.name}.json")["rows"]) == cells
     assert (tmp_path / "weights").exists() == part.keep_weights
 
 
@@ -34,15 +32,19 @@ def test_a_part_that_takes_too_long_stops_and_goes_on(tmp_path, monkeypatch):
     part = gpu.Part("made", "of a test", ONE_ARM)
     save_json = runner.save_json
 
+    def out_of_time(_path):
+        assert signal.alarm(0) > 500
+        signal.raise_signal(signal.SIGALRM)
+
     def slow(path, content):
         save_json(path, content)
         if "cells" in path.parts:  # whoever writes a file must not take it for the file's fault
-            write_whole(tmp_path / "file", lambda _: time.sleep(60))
+            write_whole(tmp_path / "file", out_of_time)
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "save_json", slow)
-        said = gpu.do(part, tmp_path, None, seconds=2)
-    assert "stopped after 2 seconds; the same command goes on; 1 cells" in said
+        said = gpu.do(part, tmp_path, None, seconds=999)
+    assert "stopped after 999 seconds; the same command goes on; 1 cells" in said
     assert len(load_json(tmp_path / "made.json")["rows"]) == 1
     assert not (tmp_path / "file").exists()
     assert "complete; 4 cells" in gpu.do(part, tmp_path, None)
@@ -59,26 +61,20 @@ def test_the_command_line_sets_the_limit(tmp_path, monkeypatch):
 
 
 def test_the_search_is_asked_about_the_first_parts_network(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(gpu, "search", lambda *arguments: asked.append(arguments))
-    monkeypatch.setattr(gpu, "run", lambda *_, **__: None)
-    gpu.do(gpu.PARTS[-1], tmp_path, None)
     first, *_, last = gpu.PARTS
-    assert [arguments[1:5] for arguments in asked] == [(tmp_path / first.name, 1, gpu.SOLVERS, 10)]
-    assert first.preset.seeds == (1,)
+    asked = []
+    monkeypatch.setattr(gpu, "search", lambda *arguments: asked.append(arguments[1:5]))
+    monkeypatch.setattr(gpu, "run", lambda *_, **__: None)
+    gpu.do(last, tmp_path, None)
+    assert asked == [(tmp_path / first.name, *first.preset.seeds, gpu.SOLVERS, 10)]
     assert last.preset.settings == first.preset.settings
 
 
 def test_weights_are_kept_in_small_files(tmp_path):
-    draw = torch.Generator().manual_seed(0)
-    weights = {f"layer{n}": torch.randn(100, 10, generator=draw) for n in range(5)}
-    weights["count"] = torch.tensor([3])
+    weights = {f"layer{n}": torch.randn(100, 10) for n in range(5)} | {"count": torch.tensor([3])}
     torch.save(weights, tmp_path / "weights.pt")
     gpu.save_in_parts(tmp_path / "weights.pt", tmp_path / "kept", size=4500)
     files = sorted((tmp_path / "kept").iterdir())
     assert [len(load_tensors(path)) for path in files] == [2, 2, 2]
     found = gpu.load_from_parts(tmp_path / "kept")
-    assert found.keys() == weights.keys()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(found[name], tensor, rtol=2**-8, atol=0)
-        assert found[name].dtype == tensor.dtype
+    torch.testing.assert_close(found, weights, rtol=2**-8, atol=0)

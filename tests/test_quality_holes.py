@@ -1,19 +1,22 @@
-"""Holes of the quality results against numbers computed here from the committed JSON."""
+"""Statistics by hand, and holes of the quality results against the committed JSON."""
 
 import json
 import math
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import pytest
 import torch
+from scipy import stats
 
 from benchmarks.quality import evidence_figures, holes
 from benchmarks.quality.committed import method_name, records
+from benchmarks.quality.statistics import Cell, Results, change, holm, interval, percent
+from s2dm_loss import CorrectionSearch
+from s2dm_loss.sampling import standard_corrections
+from tests.strategies import LINEAR, Same
 
 FOLDER = Path(__file__).parents[1] / "benchmarks/results/quality"
-T_975 = {2: 12.706, 3: 4.303, 5: 2.776}
-"""Student's, by seeds, as tables print it."""
 
 
 def load(preset):
@@ -27,27 +30,19 @@ def by_seed(record, method, sampler, steps, name):
 
 
 def wanted(ours, theirs):
-    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-    mean = 100 * (1 - math.exp(fmean(logs)))
-    if len(logs) == 1:
-        return f"{mean:+.1f} %"
-    half = T_975[len(logs)] * stdev(logs) / len(logs) ** 0.5
-    low, high = (100 * (1 - math.exp(fmean(logs) + sign * half)) for sign in (1, -1))
-    text = f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
+    return percent(change(dict(enumerate(ours)), dict(enumerate(theirs))))
 
 
 @pytest.mark.parametrize(("run", "preset"), [("unet", "cifar10-unet"), ("small", "cifar10-wide")])
 @pytest.mark.parametrize(
-    ("words", "method", "sampler", "steps"),
+    ("words", "method", "sampler", "steps", "measure"),
     [
-        ("gain 49", "plain+gain49", "ddim", 10),
-        ("gain 49", "plain+gain49", "unipc", 10),
-        ("loss 9", "skip9-expected", "ddim", 20),
-        ("plain", "plain", "pndm", 10),
+        ("gain 49", "plain+gain49", "ddim", 10, "frechet"),
+        ("gain 49", "plain+gain49", "unipc", 10, "kernel"),
+        ("loss 9", "skip9-expected", "ddim", 20, "kernel"),
+        ("plain", "plain", "pndm", 10, "frechet"),
     ],
 )
-@pytest.mark.parametrize("measure", ["frechet", "kernel"])
 def test_a_change_is_over_plain_ddim_in_as_many_steps(
     run, preset, words, method, sampler, steps, measure
 ):
@@ -55,9 +50,9 @@ def test_a_change_is_over_plain_ddim_in_as_many_steps(
     ours = by_seed(record, method, sampler, steps, column)
     theirs = by_seed(record, "plain", "ddim", steps, column)
     assert holes.change(run, words, sampler, steps, measure) == wanted(ours, theirs)
+    ratio = math.exp(fmean(math.log(a / b) for a, b in zip(ours, theirs, strict=True)))
     points = holes.points(run, words, sampler, steps, measure)
-    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-    assert points == pytest.approx(100 * (1 - math.exp(fmean(logs))))
+    assert points == pytest.approx(100 * (1 - ratio))
 
 
 def test_a_change_over_something_else_and_one_that_was_not_measured():
@@ -102,10 +97,7 @@ def test_a_correction_chosen_on_the_other_seeds():
     plain = by_seed(record, "plain", "ddim", 10, "images_frechet")
     each = {name: by_seed(record, name, "ddim", 10, "images_frechet") for name in names}
     whole = {name: values for name, values in each.items() if len(values) == 3}
-    ours = []
-    for seed in range(3):
-        others = {name: sum(values) - values[seed] for name, values in whole.items()}
-        ours.append(whole[min(others, key=others.__getitem__)][seed])
+    ours = [min(whole.values(), key=lambda v: sum(v) - v[seed])[seed] for seed in range(3)]
     assert holes.change("small", "rescaling") == wanted(ours, plain)
 
 
@@ -115,11 +107,8 @@ def test_a_table_says_doses_and_leaves_out_what_nobody_measured():
     head, _, *lines = holes.table("x", columns, rows).splitlines()
     assert head == "| x | F | small images |"
     change, dose = holes.change("unet", "loss 9"), holes.dose("unet", 9)
-    solver = [holes.change(run, "plain", "unipc") for run in ("unet", "eps16-10k")]
-    assert lines == [
-        f"| loss | {change} (dose {dose}) |  |",
-        f"| UniPC | {solver[0]} | {solver[1]} |",
-    ]
+    solver = " | ".join(holes.change(run, "plain", "unipc") for run in ("unet", "eps16-10k"))
+    assert lines == [f"| loss | {change} (dose {dose}) |  |", f"| UniPC | {solver} |"]
 
 
 @pytest.mark.parametrize("name", ["cifar10-16", "cifar10-16-flow"])
@@ -127,13 +116,10 @@ def test_the_best_pair_is_the_nearest_by_the_kernel_distance(name):
     record = load(name)
     pairs = {(row[0], row[2]) for row in record["rows"] if row[3] == 10 and "plain" in row[0]}
     values = {pair: by_seed(record, *pair, 10, "images_kernel") for pair in pairs}
-    means = {pair: fmean(found) for pair, found in values.items() if len(found) == 2}
-    method, sampler = min(means, key=means.__getitem__)
-    assert method == "plain"
-    assert sampler.startswith("unipc")
-    found = holes.best_pair(name, 10)
-    value = f"{1000 * means[method, sampler]:.1f} thousandths"
-    assert found == f"UniPC with no correction, kernel distance {value}"
+    value, pair = min((fmean(found), pair) for pair, found in values.items() if len(found) == 2)
+    assert (pair[0], pair[1][:5]) == ("plain", "unipc")
+    said = f"UniPC with no correction, kernel distance {1000 * value:.1f} thousandths"
+    assert holes.best_pair(name, 10) == said
 
 
 @pytest.mark.parametrize(
@@ -141,24 +127,57 @@ def test_the_best_pair_is_the_nearest_by_the_kernel_distance(name):
 )
 def test_where_a_gain_helps(run, preset):
     record, gain = load(preset), "plain+gain0.05" if run == "flow16" else "plain+gain49"
-    helped, total = 0, 0
+    helped = []
     for sampler, steps in {(row[2], row[3]) for row in record["rows"] if row[0] == gain}:
         cells = [(record, name, sampler, steps) for name in ("plain", gain)]
         plain, ours = (fmean(map(math.log, by_seed(*one, "images_kernel"))) for one in cells)
         if fmean(by_seed(*cells[0], "spread")) < 0.9:
-            total += 1
-            helped += ours < plain
-    assert holes.gains_that_help(0, 0.9, run) == f"{helped} of {total}"
-    assert total > 1
+            helped.append(ours < plain)
+    assert holes.gains_that_help(0, 0.9, run) == f"{sum(helped)} of {len(helped)}"
+    assert len(helped) > 1
+
+
+@pytest.mark.parametrize(
+    ("run", "preset"), [("eps16", "cifar10-16"), ("flow16", "cifar10-16-flow")]
+)
+def test_what_a_search_over_pairs_recommends(run, preset):
+    kept = [one for one in load(preset)["searches"] if len(one.get("samplers", ())) > 1]
+    ours, theirs = ([one[f"{what}_kernel"] for one in kept] for what in ("corrected", "plain"))
+    found = holes.pair_search(run)
+    assert found.change == wanted(ours, theirs)
+    assert (found.nearer > 0) == (fmean(map(math.log, ours)) < fmean(map(math.log, theirs)))
+    assert all(f"UniPC with {one['recommended']}" in found.pairs for one in kept)
+    base = kept[0]["samplers"][0]
+    alone = [one for one in load(preset)["searches"] if "samplers" not in one]
+    said = [one["recommended"] for one in alone if one["sampler"] == base]
+    assert holes.recommended(run, base) == " and ".join(dict.fromkeys(said))
+    with pytest.raises(ValueError, match="no pairs were searched on unet"):
+        holes.pair_search("unet")
+
+
+def test_how_many_samples_a_search_draws():
+    data = torch.randn(64, 2)
+    for count in (1, 6):
+        samplers = {str(n): lambda model, noise: model(noise, 0) for n in range(count)}
+        search = CorrectionSearch(Same(), samplers, data, standard_corrections(LINEAR))
+        drawn = sum(number * samples for number, samples in search.cost.stages)
+        assert holes.search_samples(count) == f"{drawn:,}"
+
+
+def test_spread_of_raw_samples():
+    raw = load("cifar10-16")["raw_spreads"]["plain+gain49, ddim-10"]
+    assert holes.spread("eps16", "gain 49", raw=True) == f"{fmean(raw.values()):.3f}"
+    assert len(raw) == 2
 
 
 def test_spread_in_an_octave():
-    bands = load("cifar10-wide")["band_spreads"]
-    values = [bands[f"ddim-10, seed {seed}"][-1] for seed in range(3)]
-    assert holes.octave("small", "plain", "ddim", 10, -1) == f"{fmean(values):.2f}"
-    bands = load("cifar10-16")["band_spreads"]
-    values = [bands[f"plain+gain49, ddim-20, seed {seed}"][-1] for seed in range(2)]
-    assert holes.octave("eps16", "gain 49", None, 20, -1) == f"{fmean(values):.2f}"
+    for run, preset, method, key, steps in (
+        ("small", "cifar10-wide", "plain", "ddim-10", 10),
+        ("eps16", "cifar10-16", "gain 49", "plain+gain49, ddim-20", 20),
+    ):
+        bands = load(preset)["band_spreads"]
+        values = [octaves[-1] for name, octaves in bands.items() if name.startswith(f"{key}, seed")]
+        assert holes.octave(run, method, None, steps, -1) == f"{fmean(values):.2f}"
 
 
 def test_holms_correction_is_over_the_rows_shown(monkeypatch):
@@ -177,21 +196,15 @@ def test_holms_correction_is_over_the_rows_shown(monkeypatch):
 
 
 def test_the_archive_keeps_the_form_of_a_record():
-    archive = json.loads((FOLDER / "archive.json").read_text())
-    assert archive.keys() <= records().keys()
-    for name, record in archive.items():
-        assert record["preset"] == name
+    for name, record in load("archive").items():
+        assert records()[name]["preset"] == name
         assert {"settings", "columns", "rows", "floor", "versions", "titles"} <= record.keys()
-        assert all(len(row) == len(record["columns"]) for row in record["rows"])
         assert len(holes.archive_row(name)) == 5
 
 
-def test_names_of_methods_in_words():
+def test_names_of_methods_in_words_and_claims_that_no_longer_hold():
     assert method_name("loss 0.05 + gain 0.1") == "skip0.05-expected+gain0.1"
     assert method_name("gain -49") == "plain+gain-49"
-
-
-def test_a_claim_that_no_longer_holds_is_an_error():
     assert holes.claim(True) == ""
     with pytest.raises(ValueError, match="no longer say"):
         holes.claim(False)
@@ -218,3 +231,115 @@ def test_figures_are_drawn_from_the_committed_results(name):
     figure = evidence_figures.FIGURES[name]()
     assert figure.axes
     assert all(axes.lines for axes in figure.axes)
+
+
+COLUMNS = ["method", "seed", "sampler", "steps", "raw_frechet", "images_frechet", "spread"]
+
+
+def results(rows):
+    return Results({"columns": COLUMNS, "rows": rows, "preset": "made"})
+
+
+def rows_of(values, columns):
+    """Rows of DDIM at 10 steps from a value for each method and seed."""
+    each = [(name, seed, x) for name, row in values.items() for seed, x in enumerate(row)]
+    return [[name, seed, "ddim", 10, *columns(x)] for name, seed, x in each]
+
+
+def test_the_sign_is_the_t_intervals():
+    assert interval([1.0, 1.1, 0.9]).sign == 1
+    assert interval([-1.0, -1.1, -0.9]).sign == -1
+    assert interval([-1.0, 1.0, 0.2]).sign == 0
+    assert interval([7.0]).sign == 0  # one seed shows nothing
+    with pytest.raises(ValueError, match="values: expected one value per seed, got none"):
+        interval([])
+
+
+def test_ratios_are_averaged_in_logarithms():
+    """Half and double cancel; the interval is the t interval of the logarithms, mapped."""
+    cancelled = change({0: 1.0, 1: 8.0}, {0: 2.0, 1: 4.0})
+    assert cancelled.mean == pytest.approx(0, abs=1e-12)
+    ours, theirs = {0: 9.0, 1: 7.0, 2: 4.0, 5: 1.0}, {0: 10.0, 1: 10.0, 2: 5.0, 7: 1.0}
+    found = change(ours, theirs)
+    assert found.mean == pytest.approx(100 * (1 - (0.9 * 0.7 * 0.8) ** (1 / 3)))
+    logs = [math.log(0.9), math.log(0.7), math.log(0.8)]
+    wanted = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    ends = [100 * (1 - math.exp(end)) for end in (wanted.high, wanted.low)]
+    assert [found.low, found.high] == pytest.approx(ends)
+    assert percent(found) == f"{found.mean:+.1f} % [{found.low:+.1f}, {found.high:+.1f}]"
+    assert percent(found._replace(low=0.04)) == f"**{found.mean:+.1f} % [+0.0, {ends[1]:+.1f}]**"
+    assert (percent(found._replace(seeds=1)), found.seeds) == (f"{found.mean:+.1f} %", 3)
+    assert change({0: 1.0}, {1: 1.0}) is None
+    with pytest.raises(ValueError, match="distances: expected positive ones"):
+        change({0: -0.001}, {0: 0.002})  # kernel distances at the floor have no ratio
+
+
+def test_holms_p_values_are_those_of_his_example():
+    """By hand: 3 · 0.01, then 2 · 0.03, then the largest so far, and never above 1."""
+    found = holm({"b": 0.03, "c": 0.04, "a": 0.01})
+    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+
+
+def test_changes_are_paired_by_seed():
+    cell = Cell("ddim", 10)
+    found = results(
+        [
+            ["plain", 0, "ddim", 10, 2.0, 8.0, 1.0],
+            ["plain", 1, "ddim", 10, 4.0, 8.0, 1.0],
+            ["plain", 2, "ddim", 10, 9.0, 8.0, 1.0],
+            ["plain", 0, "unipc", 10, 9.0, 4.0, 1.0],
+            ["skip", 0, "ddim", 10, 1.0, 10.0, 1.0],
+            ["skip", 1, "ddim", 10, 3.0, None, 1.0],
+        ]
+    )
+    paired = found.change("skip", cell, "raw_frechet")
+    assert paired.mean == pytest.approx(100 * (1 - (0.5 * 0.75) ** 0.5))
+    eight_bit = found.change("skip", cell)
+    assert (eight_bit.mean, eight_bit.seeds) == (pytest.approx(-25.0), 1)
+    solver = found.change("plain", Cell("unipc", 10), over=("plain", cell))
+    assert solver.mean == pytest.approx(50.0)
+    assert found.change("unknown", cell) is None
+    assert found.cells("plain") == [cell, Cell("unipc", 10)]
+    assert (found.methods, found.base) == (["plain", "skip"], "ddim")
+    with pytest.raises(LookupError, match="has no images_frechet of skip"):
+        found.mean("skip", Cell("ddim", 20))
+
+
+def test_a_mean_over_cells_uses_seeds_that_have_them_all():
+    cells = [Cell("ddim", 10), Cell("ddim", 20)]
+    rows = [["plain", s, "ddim", n, 10.0, 10.0, 1.0] for s in range(3) for n in (10, 20)]
+    rows += [["skip", 0, "ddim", 10, 9, 9.0, 1.0], ["skip", 0, "ddim", 20, 9, 7.0, 1.0]]
+    rows += [["skip", 1, "ddim", 10, 9, 8.0, 1.0], ["skip", 1, "ddim", 20, 9, 8.0, 1.0]]
+    rows += [["skip", 2, "ddim", 10, 9, 1.0, 1.0]]
+    found = results(rows).mean_change("skip", cells)
+    assert found.seeds == 2
+    assert found.mean == pytest.approx(100 * (1 - (0.9 * 0.7 * 0.8 * 0.8) ** 0.25))
+    assert results(rows).mean_change("unknown", cells) is None
+    assert results(rows).mean_change("skip", []) is None
+
+
+def test_a_choice_is_made_on_the_other_seeds():
+    cell = Cell("ddim", 10)
+    distances = {"a": (1.0, 9.0, 3.0), "b": (6.0, 1.0, 2.0), "c": (0.1, 0.1)}
+    rows = rows_of(distances, lambda d: (0.0, d, 1.0))
+    # Without seed 0: a 6, b 1.5; without 1: a 2, b 4; without 2: a 5, b 3.5. c lacks a seed.
+    assert results(rows).chosen_elsewhere(["a", "b", "c"], cell) == {0: "b", 1: "a", 2: "b"}
+    assert results(rows[:1]).chosen_elsewhere(["a"], cell) == {}
+
+
+def test_the_dose_is_the_share_of_the_way_to_the_gain():
+    spreads = {"plain": (0.8, 0.9), "gain": (0.9, 0.95), "loss": (0.87, 0.91)}
+    found = results(rows_of(spreads, lambda x: (0.0, 1.0, x)))
+    assert found.dose("loss", "gain", Cell("ddim", 10)).mean == pytest.approx((0.7 + 0.2) / 2)
+    assert found.dose("loss", "none", Cell("ddim", 10)) is None
+
+
+def test_the_floor_is_of_as_many_images_as_there_are_samples():
+    """Two sets of 898 are 0.5 apart, so 4,096 and 1,796 are 0.5 (1/4096 + 1/1796) / (2/898)."""
+    found = results([["plain", 0, "ddim", 10, 0.0, 0.2, 1.0]])
+    found.record |= {"settings": {"samples": 4096}, "floor": {"frechet": 0.5, "images_each": 898}}
+    floor = 0.5 * (1 / 4096 + 1 / 1796) / (2 / 898)
+    assert found.floor == pytest.approx(floor)
+    assert found.at_floor("plain", Cell("ddim", 10)) == (1.25 * floor > 0.2)
+    assert not found.at_floor("plain", Cell("ddim", 10), "spread")

@@ -1,29 +1,29 @@
-import itertools
-import re
 import shutil
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
-from quality_tools import ONE_ARM, TINY, stopped_at, what_was_made
+from quality_tools import KILLED, ONE_ARM, TINY, stopped_at, what_was_made
 
+import benchmarks.quality.search as searching
 from benchmarks.files import load_json, load_tensors
+from benchmarks.quality import data as datasets
 from benchmarks.quality import runner
+from benchmarks.quality.corrections import Gain
 from benchmarks.quality.data import load_digits, to_model_range, to_uint8
+from benchmarks.quality.networks import SpectralUNetSpec, UNetSpec
 from benchmarks.quality.objectives import MinSNR, Plain, SkipStep
 from benchmarks.quality.plan import jobs, plan, training_steps
-from benchmarks.quality.presets import PRESETS
+from benchmarks.quality.presets import PRESETS, arm
 from benchmarks.quality.record import collect
 from benchmarks.quality.report import keep, write_report
 from benchmarks.quality.runner import Bench, run
 from benchmarks.quality.samplers import sample
+from benchmarks.quality.search import search
 from benchmarks.quality.streams import Purpose, generator
-from s2dm_loss import gain
-from tests.helpers.commands import run as run_command
+from s2dm_loss import CorrectionSearch, gain
+from s2dm_loss.sampling import StartScaling
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,6 @@ def finished(tmp_path_factory):
 def test_every_cell_has_its_result(finished):
     assert len(list(finished.glob("cells/**/*.json"))) == 2 * (4 + 4 + 1)
     cell = load_json(finished / "cells/plain/seed0/ddim-2.json")
-    assert cell["images"]["frechet"] > 0
-    assert cell["raw"]["frechet"] != cell["images"]["frechet"]
     assert cell["settings"] == TINY.settings
     assert cell["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     kept = load_tensors(finished / "cells/plain/seed0/ddim-2.pt")["samples"]
@@ -46,48 +44,21 @@ def test_every_cell_has_its_result(finished):
     assert not list(finished.glob("models/**/checkpoint.pt"))
 
 
-ON_A_GPU = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-from quality_tools import TINY
-from benchmarks.quality.corrections import Gain, ScoreRescaling
-from benchmarks.quality.networks import SpectralUNetSpec, UNetSpec
-from benchmarks.quality.objectives import Plain, SkipStep
-from benchmarks.quality.presets import arm
-from benchmarks.quality.runner import run
-
-corrections = (None, Gain(99), ScoreRescaling(1.1))
-inner = UNetSpec(channels=8, multipliers=(1, 2), blocks=1, attention_at=())
-tiny = replace(
-    TINY,
-    network=SpectralUNetSpec(inner, patch=2, fast=False),
-    budget=replace(TINY.budget, keep_at=(0.5,), branch_at=0.5),
-    arms=(
-        *(arm(Plain(), one, ("ddim",), (2,)) for one in corrections),
-        arm(SkipStep(9, "fresh"), samplers=("dpm++2m", "unipc", "pndm"), steps=(3,)),
-        arm(Plain(), samplers=("ddpm",), steps=(3,)),
-    ),
-    seeds=(0,),
-)
-run(tiny, Path(sys.argv[1]))
-"""
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_run_on_a_gpu(tmp_path):
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_on_a_gpu(tmp_path, monkeypatch):
     """The same numbers as on a CPU, but for rounding: the same images, noise and first weights."""
+    network = SpectralUNetSpec(UNetSpec(8, (1, 2), blocks=1, attention_at=()), fast=False)
+    budget = replace(TINY.budget, keep_at=(0.5,), branch_at=0.5)
+    arms = (*KILLED.arms, arm(Plain(), Gain(99), ("ddim", "unipc", "pndm"), (4,)))
     for device in ("cuda", "cpu"):
-        command = sys.executable, "-W", "ignore", "-c", ON_A_GPU, tmp_path / device
-        run_command(*command, S2DM_DEVICE=device, PYTHONPATH=str(Path(__file__).parent))
-    assert len(list(tmp_path.glob("cuda/cells/**/*.json"))) == 3 + 3 + 1
+        monkeypatch.setenv("S2DM_DEVICE", device)
+        run(replace(KILLED, network=network, budget=budget, arms=arms), tmp_path / device)
     training = load_json(tmp_path / "cuda/models/plain/seed0/training.json")
     assert training["device"] == torch.cuda.get_device_name()
-    for cell in ("plain", "plain+gain99", "plain+rescaling1.1"):
-        there, here = (
-            load_json(tmp_path / device / f"cells/{cell}/seed0/ddim-2.json")["spread"]
-            for device in ("cuda", "cpu")
-        )
+    for cell in ("plain/seed0/ddim-4", "plain+gain99/seed0/ddim-4", "plain+gain99/seed0/unipc-4"):
+        paths = (tmp_path / device / f"cells/{cell}.json" for device in ("cuda", "cpu"))
+        there, here = (load_json(path)["spread"] for path in paths)
         assert there == pytest.approx(here, rel=0.02), cell
 
 
@@ -122,11 +93,9 @@ def test_samples_in_batches_that_are_kept_in_8_bits(finished, tmp_path):
     for job in jobs(replace(TINY, seeds=(0,))):
         bench.do(job)
     network = bench.model(Plain(), 0)
-    starts = [
-        torch.randn(count, 1, 8, 8, generator=generator(0, Purpose.START, part))
-        for part, count in enumerate([20, 20, 20, 4])
-    ]
-    samples = sample(network, "ddim", bench.path.schedule, 2, torch.cat(starts), torch.Generator())
+    draws = [(n, generator(0, Purpose.START, part)) for part, n in enumerate([20, 20, 20, 4])]
+    start = torch.cat([torch.randn(n, 1, 8, 8, generator=draw) for n, draw in draws])
+    samples = sample(network, "ddim", bench.path.schedule, 2, start, torch.Generator())
     cell = load_json(tmp_path / "cells/plain/seed0/ddim-2.json")
     spread = float(to_model_range(load_digits().images).std(0).mean())
     saved = to_model_range(to_uint8(samples)).std(0).mean()
@@ -135,10 +104,10 @@ def test_samples_in_batches_that_are_kept_in_8_bits(finished, tmp_path):
     assert "raw" not in cell
 
 
-def test_samples_are_compared_with_what_is_held_out(tmp_path, monkeypatch):
+def test_samples_are_compared_with_what_is_held_out_by_one_kind_of_features(tmp_path, monkeypatch):
     digits = load_digits()
     split = replace(digits, images=digits.images[:1500], held_out=digits.images[1500:] // 2)
-    monkeypatch.setattr(runner.datasets, "load", lambda name, folder: split)
+    monkeypatch.setattr(runner.datasets, "load", lambda *_: split)
     bench = Bench(TINY, tmp_path)
     assert bench.distances.compare(split.reference).frechet == pytest.approx(0, abs=1e-3)
     assert bench.distances.compare(split.images).frechet > 0.1
@@ -146,22 +115,17 @@ def test_samples_are_compared_with_what_is_held_out(tmp_path, monkeypatch):
     assert bench.data_spread == pytest.approx(float(spread), rel=1e-4)
     floor = bench.floor()
     assert (floor["images_each"], floor["reference"]) == (TINY.samples, 297)
-
-
-def test_a_folder_is_of_one_kind_of_features(tmp_path):
-    bench = Bench(TINY, tmp_path)
-    of_here = bench.floor()["features"]
-    # A processor without bfloat16 takes ImageNet features in float32.
+    # And by the features of the folder: a processor without bfloat16 takes ImageNet's in float32.
     bench.features.description = "the same, rounded"
-    with pytest.raises(ValueError, match=f"(?s)are of {re.escape(of_here)}.*of the same, rounded"):
+    with pytest.raises(ValueError, match="would be of the same, rounded"):
         bench.floor()
 
 
 def test_what_is_there_is_not_done_again_and_what_is_lost_comes_back(finished, monkeypatch):
     before = what_was_made(TINY, finished)
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "train", None)
-        patched.setattr(runner, "sample", None)
+        for name in ("train", "sample"):
+            patched.setattr(runner, name, None)
         run(TINY, finished)
     assert what_was_made(TINY, finished) == before
     for lost in ("seed1/deis-3", "seed0/ddim-2"):
@@ -172,24 +136,18 @@ def test_what_is_there_is_not_done_again_and_what_is_lost_comes_back(finished, m
 
 
 def test_batches_of_a_killed_cell_are_kept(tmp_path, monkeypatch):
-    batched, calls = replace(ONE_ARM, sample_batch=20), []
+    batched = replace(ONE_ARM, sample_batch=20)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(batched, whole)
-    sample = runner.sample
-
-    def interrupted(*arguments):
-        calls.append(len(arguments[4]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return sample(*arguments)
-
+    interrupted = Mock(wraps=sample, side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt])
     monkeypatch.setattr(runner, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(batched, killed)
+    interrupted.side_effect = None
     run(batched, killed)
     # Of the first cell's 20 + 20 + 20 + 4 images, the first two batches were not made again.
-    assert calls[:5] == [20, 20, 20, 20, 4]
-    assert len(calls) == 1 + 4 * 4
+    calls = [len(call.args[4]) for call in interrupted.call_args_list]
+    assert (calls[:5], len(calls)) == ([20, 20, 20, 20, 4], 1 + 4 * 4)
     assert what_was_made(batched, killed) == what_was_made(batched, whole)
     assert not list(killed.glob("cells/plain/seed0/*/"))
 
@@ -216,7 +174,7 @@ def test_networks_that_another_preset_is_to_have_are_trained_in_its_folder(tmp_p
     assert plan(ONE_ARM, tmp_path / "tiny").trainings == 0
     # Of other settings neither the run itself is taken for one's own nor its networks.
     longer = replace(ONE_ARM, budget=replace(TINY.budget, steps=13))
-    said = r"tiny holds results of other settings \(budget\): budget is .* there and .* here"
+    said = r"tiny holds results of other settings \(budget\)"
     for other in (longer, replace(longer, name="other", networks_of=longer)):
         with pytest.raises(ValueError, match=said):
             run(other, tmp_path / other.name)
@@ -225,14 +183,12 @@ def test_networks_that_another_preset_is_to_have_are_trained_in_its_folder(tmp_p
 
 def test_what_branches_and_what_is_trained_from_the_start():
     preset = PRESETS["cifar10-wide-10k"]
-    steps = {Plain(): 16_000, MinSNR(): 16_000, SkipStep(9): 4_000, SkipStep(49): 4_000}
-    assert {one.method.objective for one in preset.arms} == steps.keys()
-    for objective, wanted in steps.items():
-        assert training_steps(preset, objective) == wanted
+    steps = {(o := one.method.objective): training_steps(preset, o) for one in preset.arms}
+    branched = {SkipStep(9): 4_000, SkipStep(49): 4_000}
+    assert steps == {Plain(): 16_000, MinSNR(): 16_000, **branched}
 
 
-@pytest.mark.parametrize("reports", ["seldom", "each"])
-def test_progress_ends_at_its_total(reports, tmp_path, monkeypatch):
+def test_progress_ends_at_its_total(tmp_path, monkeypatch):
     """And no rounding error beyond it, of which tqdm warns: from the start, and resumed."""
     ends = []
 
@@ -242,11 +198,6 @@ def test_progress_ends_at_its_total(reports, tmp_path, monkeypatch):
             super().close()
 
     monkeypatch.setattr(runner, "tqdm", Bar)
-    if reports == "each":
-        clock = itertools.count()
-        slow = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-        monkeypatch.setattr(runner, "time", slow)
-
     stopped_at(TINY, tmp_path / "tiny", 5, monkeypatch)
     for preset in (TINY, replace(ONE_ARM, name="more", samples=128, networks_of=TINY)):
         ends.clear()
@@ -263,8 +214,7 @@ def test_the_report(finished, tmp_path):
     row = next(r for r in record["rows"] if r[:4] == ["skip9-expected", 1, "deis", 3])
     assert row[4] == pytest.approx(cell["raw"]["frechet"], abs=1e-6)
     assert row[6] == pytest.approx(cell["images"]["frechet"], abs=1e-6)
-    assert keep(TINY, finished, tmp_path) == tmp_path / "tiny.json"
-    assert load_json(tmp_path / "tiny.json") == record
+    assert load_json(keep(TINY, finished, tmp_path)) == record
 
 
 @pytest.mark.parametrize(("steps", "shown"), [((2, 3), True), ((3,), False)])
@@ -290,3 +240,40 @@ def test_other_data_are_not_mixed_into_a_folder(tmp_path, monkeypatch):
     for preset in (replace(ONE_ARM, seeds=(1,)), sampling):
         with pytest.raises(ValueError, match=r"data: .*tiny is of other images than"):
             run(preset, tmp_path / preset.name)
+
+
+@pytest.mark.parametrize("samplers", [["ddim"], ["ddim", "deis"]])
+def test_a_search_is_kept_and_judged_on_noise_of_its_own(tmp_path, monkeypatch, samplers):
+    preset = replace(ONE_ARM, samples=48, sample_batch=32)
+    run(preset, tmp_path)
+    asked = []
+
+    def small(*args, **settings):
+        asked.append(settings["num_samples"])
+        return CorrectionSearch(*args, **{**settings, "num_samples": 64})
+
+    far = StartScaling((1.5, 3.0))  # from no correction
+    monkeypatch.setattr(searching, "CorrectionSearch", small)
+    monkeypatch.setattr(searching, "standard_corrections", lambda *_, **__: (far,))
+    found = search(preset, tmp_path, 0, samplers, 2)
+    assert asked == [searching.SAMPLES]
+    assert "samples to choose" in found["cost"]
+
+    bench = Bench(preset, tmp_path)
+    start = torch.randn(48, *bench.data.shape, generator=generator(0, Purpose.START, 1_000))
+    model = bench.model(ONE_ARM.arms[0].method.objective, 0, lambda _: None)
+
+    def distances(sampler, noise):
+        images = sample(model, sampler, bench.path.schedule, 2, noise, torch.Generator())
+        compared = bench.distances.compare(datasets.to_uint8(images))
+        return pytest.approx([compared.frechet, compared.kernel], rel=1e-3)
+
+    *_, strength = found["recommended"].replace("none", "1").split()
+    corrected = distances(found["sampler"], start * float(strength))
+    assert [found["plain"], found["plain_kernel"]] == distances("ddim", start)
+    assert [found["corrected"], found["corrected_kernel"]] == corrected
+
+    monkeypatch.setattr(searching, "Bench", None)  # all that follows reads the file
+    assert search(preset, tmp_path, 0, samplers, 2) == found
+    assert load_json(tmp_path / f"search-seed0-{'-'.join(samplers)}-2.json") == found
+    assert collect(preset, tmp_path)["searches"] == [found]

@@ -1,6 +1,5 @@
 """What is released: an sdist and the wheel built from it, and what they install."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -17,18 +16,8 @@ import torch
 from s2dm_loss import __version__
 from tests.helpers.commands import ROOT, run
 
-
-def needs(package):
-    missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"the package `{package}` is not installed")
-
-
-pytestmark = [
-    needs("build"),
-    pytest.mark.skipif(
-        not (ROOT / "s2dm_loss").is_dir(), reason="the sources are not beside these tests"
-    ),
-]
+pytest.importorskip("build")
+pytestmark = pytest.mark.skipif(not (ROOT / "s2dm_loss").is_dir(), reason="no sources beside these")
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +39,9 @@ def wheel(dist):
 def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    files = [
-        *(ROOT / "s2dm_loss").glob("*.py"),
-        *(ROOT / "s2dm_loss" / "sampling").glob("*.py"),
-        *(ROOT / "s2dm_loss" / "adapters").glob("*.py"),
-        ROOT / "s2dm_loss" / "py.typed",
-    ]
-    assert names == {path.relative_to(ROOT).as_posix() for path in files}
+    folders = (ROOT / "s2dm_loss" / name for name in (".", "sampling", "adapters"))
+    files = {path.relative_to(ROOT).as_posix() for one in folders for path in one.glob("*.py")}
+    assert names == files | {"s2dm_loss/py.typed"}
     assert wheel.stat().st_size < 200_000
 
 
@@ -64,9 +49,8 @@ def test_the_sdist_holds_the_library_and_its_licence(dist):
     sdist = next(dist.glob("*.tar.gz"))
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "s2dm_loss/py.typed"} <= names
-    assert {"CHANGELOG.md", "CITATION.cff"} <= names
-    assert {"adapters/__init__.py", "s2dm_loss/loss.py"} <= names
+    wanted = {"LICENSE", "README.md", "pyproject.toml", "setup.py", "CHANGELOG.md", "CITATION.cff"}
+    assert wanted | {"s2dm_loss/py.typed", "adapters/__init__.py", "s2dm_loss/loss.py"} <= names
     assert not any(name.startswith(("tests", "docs", "benchmarks")) for name in names)
     assert sdist.stat().st_size < 200_000
 
@@ -81,15 +65,15 @@ def test_no_link_of_the_readme_is_dead_on_an_index(wheel):
     """An index has the text alone: no file beside it, and no anchors at its headings."""
     head, _, description = metadata_of(wheel).partition("\n\n")
     assert "Description-Content-Type: text/markdown" in head
-    links = re.findall(r"\]\(([^)]*)\)|(?:src|href)=\"([^\"]*)", description)
+    links = re.findall(r"(?:\]\(|src=\"|href=\")([^\")]*)", description)
     assert links
-    assert [link for link in links if not "".join(link).startswith("https://")] == []
-    words = re.sub(r"\W+", " ", description)
-    assert "Which correction says when to take what" in words  # a link's text stays
+    assert [link for link in links if not link.startswith("https://")] == []
+    # A link's text stays.
+    assert "Which correction says when to take what" in re.sub(r"\W+", " ", description)
 
 
-@needs("twine")
 def test_the_metadata_render_and_say_what_pyproject_says(dist, wheel):
+    pytest.importorskip("twine")
     run(sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir(), cwd=dist)
     metadata = metadata_of(wheel)
     assert f"\nVersion: {__version__}\n" in metadata
@@ -103,6 +87,7 @@ class Installed(NamedTuple):
 
     def pyright(self, *arguments, cwd):
         """It asks the first python of the PATH, and does not see editable installs: hence here."""
+        pytest.importorskip("pyright")
         path = os.pathsep.join([str(self.python.parent), os.environ["PATH"]])
         return run(sys.executable, "-m", "pyright", *arguments, cwd=cwd, PATH=path)
 
@@ -123,32 +108,21 @@ def installed(wheel, tmp_path_factory):
     return Installed(python, site_packages)
 
 
-def test_the_wheel_works_away_from_the_checkout(installed, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        """
-import importlib.util
-
-import torch
-
-import s2dm_loss
-import s2dm_loss.adapters
-from s2dm_loss import NoiseSchedule, SkipStepLoss
-
-print(s2dm_loss.__file__)
-print(s2dm_loss.adapters.__file__)
+USE = """
+import importlib.util, torch, s2dm_loss.adapters
 assert importlib.util.find_spec("adapters") is None
-criterion = SkipStepLoss(NoiseSchedule.linear(1000), skip_set=9)
+criterion = s2dm_loss.SkipStepLoss(s2dm_loss.NoiseSchedule.linear(1000), skip_set=9)
 assert criterion(lambda x_t, t: 0 * x_t, torch.randn(2, 3)).isfinite()
+print(s2dm_loss.__file__, s2dm_loss.adapters.__file__, sep="\\n", end="")
 """
-    )
-    printed = run(installed.python, "-W", "error", program, cwd=tmp_path).splitlines()
-    assert len(printed) == 2
-    for line in printed:
-        assert Path(line).is_relative_to(installed.site_packages)
 
 
-@needs("pyright")
+def test_the_wheel_works_away_from_the_checkout(installed, tmp_path):
+    printed = run(installed.python, "-W", "error", "-c", USE, cwd=tmp_path).split("\n")
+    folder = installed.site_packages
+    assert [Path(line).is_relative_to(folder) for line in printed] == [True, True]
+
+
 def test_a_type_checker_sees_what_a_call_returns(installed, tmp_path):
     """A tensor, with no `Any` on the way; and the options by name."""
     program = tmp_path / "program.py"
@@ -177,12 +151,9 @@ gain(NoiseSchedule.linear(1000), 49, bound=4.0)  # type: ignore[call-arg]
     assert "0 errors" in installed.pyright("-p", tmp_path, cwd=tmp_path)
 
 
-@needs("pyright")
 def test_a_type_checker_knows_every_public_name(installed):
     arguments = ("--verifytypes", "s2dm_loss", "--ignoreexternal")
     report = installed.pyright(*arguments, cwd=installed.site_packages.parent)
     assert "Type completeness score: 100%" in report
     # Zero of zero symbols would be complete as well.
-    exported = re.search(r'Symbols exported by "s2dm_loss": (\d+)', report)
-    assert exported
-    assert int(exported[1]) > 50
+    assert int(re.search(r'Symbols exported by "s2dm_loss": (\d+)', report)[1]) > 50

@@ -12,11 +12,9 @@ from s2dm_loss import SkipStepLoss
 from s2dm_loss.testing import check_swap
 from tests.strategies import LINEAR, normal
 
-T = torch.tensor([5, 300, 700, 999])
+T, WEIGHTS = torch.tensor([5, 300, 700, 999]), torch.tensor([0.5, 2.0, 1.0, 3.0])
 X_T, NOISE = (normal(4, 3, 8, 8, seed=seed, dtype=torch.float32) for seed in (3, 4))
-MASK = (normal(4, 1, 8, 8, seed=2) < 0.5).float()
-WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 3.0])
-COLUMNS = torch.linspace(0.5, 2, 8)
+MASK, COLUMNS = (normal(4, 1, 8, 8, seed=2) < 0.5).float(), torch.linspace(0.5, 2, 8)
 
 
 def once(model):
