@@ -56,7 +56,8 @@ def test_a_data_set_that_needs_a_folder_says_which_and_leaves_none(call, tmp_pat
 
 def test_what_a_run_would_cost_is_said_without_its_data(call, tmp_path, monkeypatch):
     network = PixelUNetSpec(UNetSpec(8, (1,), blocks=1), fast=False)
-    monkeypatch.setitem(PRESETS, "cifar10-16", replace(ONE_ARM, data="cifar10-16", network=network))
+    small = replace(ONE_ARM, name="cifar10-16", data="cifar10-16", network=network)
+    monkeypatch.setitem(PRESETS, "cifar10-16", small)
     said = call("run", "cifar10-16", "--dry-run").output
     assert "networks to train    1, 12 network steps of 8 images" in said
     assert list(tmp_path.iterdir()) == []
