@@ -39,7 +39,7 @@ def test_every_cell_has_its_result(finished):
     assert cell["settings"] == TINY.settings
     assert cell["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     kept = load_tensors(finished / "cells/plain/seed0/ddim-2.pt")["samples"]
-    assert (kept.shape, kept.dtype) == ((32, 1, 8, 8), torch.uint8)
+    assert (kept.shape, kept.dtype) == ((36, 1, 8, 8), torch.uint8)
     assert kept.untyped_storage().nbytes() == kept.numel()  # and not all samples behind a view
     assert not list(finished.glob("models/**/checkpoint.pt"))
 

@@ -65,6 +65,7 @@ PARTS = (
                     (("ddim",), (ScoreRescaling(0.97), ScoreRescaling(1.03))),
                     (("unipc",), (Gain(9), Gain(99))),
                     (("pndm", "deis"), (None, Gain(49), Gain(9), Gain(99))),
+                    (SOLVERS[1:], tuple(map(ScoreRescaling, (1.05, 0.97, 1.03)))),
                 )
                 for one in corrections
             ),

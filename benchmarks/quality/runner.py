@@ -34,7 +34,8 @@ from benchmarks.quality.spectra import Frequencies
 from benchmarks.quality.streams import Purpose, generator
 from benchmarks.quality.training import kept_state, train
 
-KEPT_SAMPLES = 32
+KEPT_SAMPLES = 36
+"""Of each cell, a square of pictures."""
 
 Advance = Callable[[float], object]
 
