@@ -12,10 +12,15 @@ from benchmarks.lab import coverage, flow, holes, pairs, studies
 from benchmarks.lab.linear import Imperfection, frechet, gains, output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.samplers import sample
-from s2dm_loss import NoiseSchedule, ScaledModel, gain
-from s2dm_loss.sampling import EpsilonScaling, SkipGain, StartScaling
+from s2dm_loss import CorrectionSearch, NoiseSchedule, ScaledModel, gain
+from s2dm_loss.sampling import (
+    EpsilonScaling,
+    SkipGain,
+    StartScaling,
+    standard_corrections,
+)
 from tests.helpers import recursions
-from tests.strategies import normal
+from tests.strategies import Same, normal
 
 LINEAR = NoiseSchedule.linear(1000)
 
@@ -241,3 +246,12 @@ def test_a_study_of_pairs(monkeypatch):
         assert len(rows) == 2
         assert all(-0.01 <= row["left"] < 0.3 for row in rows)
     assert found["cost"]["several"] <= 2 * found["cost"]["one"]
+
+
+def test_how_many_samples_a_search_draws():
+    data = torch.randn(64, 2)
+    for count in (1, 6):
+        samplers = {str(n): lambda model, noise: model(noise, 0) for n in range(count)}
+        search = CorrectionSearch(Same(), samplers, data, standard_corrections(LINEAR))
+        drawn = sum(number * samples for number, samples in search.cost.stages)
+        assert holes.search_samples(count) == f"{drawn:,}"

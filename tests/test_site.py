@@ -173,7 +173,10 @@ def test_blocks_show_no_doctest_directives_and_fit_80_columns(site):
     """But diffs, which have the lines of a trainer's file to the letter."""
     faults, seen = [], 0
     for path in sorted(site.rglob("*.html")):
-        for kind, block in BLOCK_OF_CODE.findall(path.read_text(encoding="utf-8")):
+        page = path.read_text(encoding="utf-8")
+        if "|:--" in page:
+            faults.append(f"{path.relative_to(site)}: a table that is none")
+        for kind, block in BLOCK_OF_CODE.findall(page):
             seen += 1
             for line in html.unescape(re.sub(r"<[^>]+>", "", block)).splitlines():
                 wide = "language-diff" not in kind and columns_of(line) > COLUMNS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from benchmarks.pages.figures import COLORS, new_figure, zero_line
 from benchmarks.pages.tables import signed
 from benchmarks.provenance import ROOT
 from benchmarks.quality.samplers import TITLES
+from s2dm_loss import CorrectionSearch, NoiseSchedule
+from s2dm_loss.sampling import standard_corrections
+from s2dm_loss.sampling.choosing import plan_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "lab"
 SHOWN = ("ddim", "pndm")
@@ -142,8 +146,16 @@ def distance_by_skip() -> Figure:
     return figure
 
 
+def search_samples(samplers: int) -> str:
+    """Return how many samples a search over so many samplers draws at most, with its defaults."""
+    samples = inspect.signature(CorrectionSearch).parameters["num_samples"].default
+    corrections = standard_corrections(NoiseSchedule.linear(1000))
+    return f"{plan_of(samplers, corrections, samples).samples:,}"
+
+
 HOLES = {
     "lab_study": study,
+    "lab_search_samples": search_samples,
     "lab_best_gains": best_gains,
     "lab_gaussian": gaussian,
     "lab_exceptions": exceptions,

@@ -9,7 +9,6 @@ sampler in as many steps, unless `over` names another.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,9 +22,7 @@ from benchmarks.quality import evidence_figures, statistics
 from benchmarks.quality.committed import cell, method_name, results
 from benchmarks.quality.samplers import TITLES
 from benchmarks.quality.statistics import FRECHET, KERNEL, SPREAD, Cell, Results, percent
-from s2dm_loss import ContinuousSchedule, CorrectionSearch, NoiseSchedule, gain
-from s2dm_loss.sampling import standard_corrections
-from s2dm_loss.sampling.choosing import plan_of
+from s2dm_loss import ContinuousSchedule, NoiseSchedule, gain
 
 ALPHA = 0.05
 MEASURES = {"frechet": FRECHET, "kernel": KERNEL, "raw frechet": statistics.RAW_FRECHET}
@@ -232,11 +229,16 @@ class Together(NamedTuple):
     weakest_p: str
 
 
-def together(run: str, rows: Sequence[tuple[str, str, str | None]], steps: int = 10) -> Together:
+def together(
+    run: str,
+    rows: Sequence[tuple[str, str, str | None]],
+    steps: int = 10,
+    measure: str = "kernel",
+) -> Together:
     """Return which rows of `table` differ from plain together, and which one just misses it."""
     p_values = {}
     for title, method, sampler in rows:
-        logs = statistics.log_ratios(*compared(run, method, sampler, steps))
+        logs = statistics.log_ratios(*compared(run, method, sampler, steps, measure))
         if len(logs) > 1:
             p_values[title] = float(stats.ttest_1samp(logs, 0).pvalue)
     adjusted = statistics.holm(p_values)
@@ -341,13 +343,6 @@ def pair_search(run: str, steps: int = 10) -> PairSearch:
     return PairSearch(listed(list(dict.fromkeys(names))), percent(found), found.mean)
 
 
-def search_samples(samplers: int) -> str:
-    """Return how many samples a search over so many samplers draws at most, with its defaults."""
-    samples = inspect.signature(CorrectionSearch).parameters["num_samples"].default
-    corrections = standard_corrections(NoiseSchedule.linear(1000))
-    return f"{plan_of(samplers, corrections, samples).samples:,}"
-
-
 def archive_row(preset: str) -> list[str]:
     """Return images, seeds, plain DDIM 10 over the floor, and what gain and loss 49 do there."""
     found = results(preset)
@@ -396,7 +391,7 @@ HOLES: dict[str, Callable[..., Any]] = {
     for each in (
         *(archive_row, best_pair, cells_table, change, claim, continuous_gap, distance, dose, fact),
         *(gains_that_help, markdown_table, mean_change, mean_table, moved, octave, pair_search),
-        *(points, recommended, search_samples, spread, table, times_floor, together, verdict),
+        *(points, recommended, spread, table, times_floor, together, verdict),
     )
 }
 FIGURES: dict[str, Callable[[], Figure]] = {
