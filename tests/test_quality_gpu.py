@@ -1,5 +1,6 @@
 """The plan for a GPU, rehearsed on a tiny network on the CPU."""
 
+import shutil
 import signal
 from dataclasses import replace
 
@@ -78,3 +79,14 @@ def test_weights_are_kept_in_small_files(tmp_path):
     assert [len(load_tensors(path)) for path in files] == [2, 2, 2]
     found = gpu.load_from_parts(tmp_path / "kept")
     torch.testing.assert_close(found, weights, rtol=2**-8, atol=0)
+
+
+def test_kept_weights_are_not_trained_again(tmp_path):
+    part = gpu.Part("made", "a small one", ONE_ARM, keep_weights=True)
+    gpu.do(part, tmp_path, None)
+    (weights,) = (tmp_path / "made").rglob("weights.pt")
+    before = load_tensors(weights), load_json(weights.with_name("training.json"))
+    shutil.rmtree(tmp_path / "made")
+    assert "complete" in gpu.do(part, tmp_path, None)
+    torch.testing.assert_close(load_tensors(weights), before[0], rtol=2**-8, atol=0)
+    assert load_json(weights.with_name("training.json")) == before[1]  # its seconds too

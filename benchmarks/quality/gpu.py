@@ -6,6 +6,7 @@ started again, and writes its record before the next begins.
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,9 +109,12 @@ def do(part: Part, out: Path, data: Path | None, seconds: int = LIMIT) -> str:
     """Do a part in `out`, or go on with it, for so many seconds; return what came of it."""
     # The search has the networks of the first part.
     root = out / (PARTS[0].name if part.searched else part.name)
-    ended = "complete"
+    layout, ended = Layout.of(part.preset, root), "complete"
+    models = {layout.model(Plain(), seed): f"{root.name}-seed{seed}" for seed in part.preset.seeds}
     try:
         with _limited(seconds):
+            for model, name in models.items():
+                bring_back(out / "weights" / name, model)
             run(part.preset, root, data_folder=data)
             for seed in part.preset.seeds if part.searched else ():
                 search(part.preset, root, seed, part.searched, TEN[0], data)
@@ -120,9 +124,9 @@ def do(part: Part, out: Path, data: Path | None, seconds: int = LIMIT) -> str:
     path = out / f"{part.name}.json"
     save_record(path, record)
     if part.keep_weights and ended == "complete":
-        for seed in part.preset.seeds:
-            weights = Layout.of(part.preset, root).model(Plain(), seed) / "weights.pt"
-            save_in_parts(weights, out / "weights" / f"{part.name}-seed{seed}")
+        for model, name in models.items():
+            save_in_parts(model / "weights.pt", out / "weights" / name)
+            shutil.copy(model / "training.json", out / "weights" / name)
     return f"{part.name}: {ended}; {len(record['rows'])} cells in {path}"
 
 
@@ -147,6 +151,13 @@ def load_from_parts(folder: Path) -> dict[str, torch.Tensor]:
     for path in folder.glob("*.pt"):
         found |= load_tensors(path)
     return {name: x.float() if x.is_floating_point() else x for name, x in found.items()}
+
+
+def bring_back(kept: Path, model: Path) -> None:
+    """Put weights that were kept to where a run looks for them, unless it has some."""
+    if (kept / "training.json").exists() and not (model / "weights.pt").exists():
+        save_tensors(model / "weights.pt", load_from_parts(kept))
+        shutil.copy(kept / "training.json", model)
 
 
 class _OutOfTimeError(BaseException):
