@@ -651,7 +651,9 @@ def test_progress_without_a_terminal_is_a_line_for_each_candidate(capsys):
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_progress_on_a_terminal_is_a_bar_where_there_is_one(installed, monkeypatch, capsys):
-    if not installed:
+    if installed:
+        pytest.importorskip("tqdm")
+    else:
         monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     search = small_search(num_samples=64, batch_size=64)
