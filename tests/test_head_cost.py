@@ -26,17 +26,15 @@ CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def call(estimator="expected", kind="epsilon", dtype=torch.float32, device=CPU, **options):
+def call(estimator="expected", kind="epsilon", dtype=torch.float32, device=CPU):
     """Return the work of one forward and backward, its tables read already."""
-    options |= {"estimator": estimator, "prediction_type": kind}
-    criterion = SkipStepLoss(LINEAR, 9, **options).to(device)
-    output, *data = (normal(*SHAPE, seed=seed).to(device, dtype) for seed in range(4))
+    criterion = SkipStepLoss(LINEAR, 9, estimator=estimator, prediction_type=kind).to(device)
+    output, target, x_t, xi = (normal(*SHAPE, seed=seed).to(device, dtype) for seed in range(4))
+    x_t = x_t if kind == "v_prediction" else None
     output.requires_grad_()
     t = torch.arange(SHAPE[0], device=device) * 31
 
     def forward():
-        target, x_t, xi = data
-        x_t = x_t if kind == "v_prediction" else None
         return criterion.from_output(output, target, t, x_t, **drawn(estimator, xi))
 
     def work():
@@ -91,9 +89,7 @@ def test_without_a_gradient_no_residual_stays_behind():
     forward = call().forward
     with torch.no_grad(), OperatorCount(large=DATA) as count:
         loss = forward()
-    assert not loss.requires_grad
-    assert count.new_bytes == DATA
-    assert count.data_operators == 2
+    assert (loss.requires_grad, count.new_bytes, count.data_operators) == (False, DATA, 2)
 
 
 @pytest.mark.parametrize(("kind", "calls"), [("epsilon", 20), ("v_prediction", 21)])
