@@ -132,7 +132,7 @@ def tangent(f, x):
 @pytest.mark.parametrize("name", TRANSFORMS)
 @forward_mode
 def test_transforms(name):
-    """Of a second residual that is zero, where a norm has no derivative and its square has."""
+    """Also where a residual is zero: a norm has no derivative there, and its square has."""
     head = Head(2, 3, 4)
     head.output[1] = head.target[1]  # at t < k
     assert head(head.output)[1] == 0
