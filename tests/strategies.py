@@ -1,5 +1,7 @@
 """Random schedules, skips and tensors, and what the tests of the core share."""
 
+import pickle
+
 import hypothesis.strategies as st
 import torch
 
@@ -47,6 +49,11 @@ seeds = st.integers(0, 2**31)
 class Same(torch.nn.Module):
     def forward(self, x_t, t):
         return x_t
+
+
+def pickled(value):
+    """Return a value as it comes back from a pickle."""
+    return pickle.loads(pickle.dumps(value))  # noqa: S301 - our own bytes
 
 
 def normal(*shape, seed, dtype=torch.float64):

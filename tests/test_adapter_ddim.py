@@ -11,7 +11,8 @@ from s2dm_loss.coefficients import coefficients
 from tests.doubles import ddim_double
 from tests.helpers.ddim_checkout import CONFIG
 from tests.helpers.small import Network, digits
-from tests.helpers.trainers import DDIM, ddim_betas, pickled
+from tests.helpers.trainers import DDIM, ddim_betas
+from tests.strategies import pickled
 
 
 @pytest.fixture(params=DDIM, ids=["double", "real"])

@@ -4,7 +4,6 @@
 """
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from s2dm_loss.adapters.diffusers import SkipLoss, schedule_of
 from tests import strategies
 from tests.helpers.diffusers_parts import diffusers, make_scheduler
 from tests.helpers.trainers import DIFFUSERS_BETAS
+from tests.strategies import pickled
 
 # Schedulers with alphas_cumprod, less UnCLIP, which takes no beta_schedule.
 SCHEDULERS = (
@@ -253,7 +253,7 @@ def test_it_leaves_no_trace_in_a_checkpoint_and_copies():
     inputs = batch("v_prediction")
     assert not skip_loss.state_dict()
     assert not list(skip_loss.parameters())
-    for twin in (copy.deepcopy(skip_loss), pickle.loads(pickle.dumps(skip_loss))):  # noqa: S301
+    for twin in (copy.deepcopy(skip_loss), pickled(skip_loss)):
         assert torch.equal(twin(*inputs), skip_loss(*inputs))
         assert repr(twin) == repr(skip_loss)
     text = "SkipLoss(NoiseSchedule.linear(1000), SkipSet([9, 49]), tau=0.99, estimator='expected')"

@@ -39,7 +39,7 @@ from tests.helpers.diffusers_parts import (
 )
 from tests.helpers.patches import PAGES
 from tests.helpers.small import Network
-from tests.helpers.trainers import pickled
+from tests.strategies import pickled
 
 LINEAR = NoiseSchedule.linear(1000)
 BAR = LINEAR.alphas_cumprod

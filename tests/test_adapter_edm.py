@@ -5,7 +5,8 @@ import torch
 
 from s2dm_loss.adapters.edm import skip_step
 from tests.doubles.edm_double import EDM2Loss, EDMLoss
-from tests.helpers.trainers import EDM, as_net, pickled
+from tests.helpers.trainers import EDM, as_net
+from tests.strategies import pickled
 
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5)) / 2
 

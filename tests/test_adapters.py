@@ -31,7 +31,8 @@ from tests.helpers import more_trainers, trainers
 from tests.helpers.guided_diffusion_parts import make_diffusion
 from tests.helpers.records import Probe
 from tests.helpers.small import Network, every_pair
-from tests.helpers.trainers import DDPM, SEED, as_net, pickled
+from tests.helpers.trainers import DDPM, SEED, as_net
+from tests.strategies import pickled
 
 CASES = trainers.CASES + more_trainers.CASES
 

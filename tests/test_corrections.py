@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -20,7 +19,7 @@ from s2dm_loss.sampling import (
     StartScaling,
     standard_corrections,
 )
-from tests.strategies import FLOW, LINEAR, VP, ZERO_SNR, normals
+from tests.strategies import FLOW, LINEAR, VP, ZERO_SNR, normals, pickled
 
 BAR, TIMES = LINEAR.alphas_cumprod, torch.tensor([0, 99, 500, 999])
 
@@ -75,8 +74,7 @@ def test_a_correction_is_of_the_model_or_of_the_start_noise_and_can_be_kept():
         assert start is noise
         assert correction.correct_model(model, correction.none) is model
         scaled = corrected.rescale(noise, noise, TIMES)
-        pickled = pickle.loads(pickle.dumps(corrected))  # noqa: S301 - our own bytes
-        for again in (copy.deepcopy(corrected), pickled):
+        for again in (copy.deepcopy(corrected), pickled(corrected)):
             assert torch.equal(again.rescale(noise, noise, TIMES), scaled)
 
 

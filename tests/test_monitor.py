@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import math
-import pickle
 import re
 import sys
 import types
@@ -25,7 +24,7 @@ from s2dm_loss.monitor import LossByNoise, validation_loss
 from s2dm_loss.prediction import evaluating
 from s2dm_loss.validation_result import ValidationLoss, t_quantile
 from tests.helpers.distributed_workers import small_model
-from tests.strategies import COSINE, FLOW, LINEAR, VP, ZERO_SNR, beside, normal
+from tests.strategies import COSINE, FLOW, LINEAR, VP, ZERO_SNR, beside, normal, pickled
 
 EDM = NoiseSchedule.from_sigmas(np.geomspace(0.002, 80, 40))
 TURNED = ContinuousSchedule.flow(data_at=1)
@@ -175,7 +174,7 @@ def test_it_is_no_part_of_a_models_checkpoint_and_copies():
     model = nn.Linear(2, 2)
     keys, model.by_noise = list(model.state_dict()), filled()
     assert list(model.to(torch.float16).state_dict()) == keys
-    for copied in (copy.deepcopy(model.by_noise), pickle.loads(pickle.dumps(model.by_noise))):  # noqa: S301
+    for copied in (copy.deepcopy(model.by_noise), pickled(model.by_noise)):
         assert copied.compute() == model.by_noise.compute()
         copied.update(torch.tensor([3]), torch.tensor([1.0]))
         assert model.by_noise.compute()["loss_count/all"] == 1

@@ -7,7 +7,6 @@ deviation s(999) at k = 99 then make k = 99 the exact answer, and unit data make
 
 import json
 import math
-import pickle
 import re
 import sys
 from dataclasses import replace
@@ -38,7 +37,7 @@ from s2dm_loss.sampling.corrections import NONE
 from s2dm_loss.sampling.frechet import MAX_AXES, Axes, FrechetComparison
 from s2dm_loss.sampling.progress import Reporter
 from tests.helpers.commands import ROOT
-from tests.strategies import LINEAR, VP
+from tests.strategies import LINEAR, VP, pickled
 
 TAU = 0.9  # a strong gain, which a thousand samples can tell from none
 INF = math.inf
@@ -580,7 +579,7 @@ def test_what_it_keeps_can_be_read_without_the_data(result):
         (a, b), (c, d) = (one.correction(Echo(), x, one.strength) for one in (ours, theirs))
         assert torch.equal(b, d)
         assert torch.equal(a(x, t), c(x, t))
-    assert isinstance(pickle.loads(pickle.dumps(result)), Recommendation)  # noqa: S301
+    assert isinstance(pickled(result), Recommendation)
     stored = next(c for c in loaded.candidates if c.label.startswith("gain"))
     for change in (stored.correction.correct_model, stored.correction.correct_noise):
         with pytest.raises(ValueError, match=r"was loaded without its schedule.*from_dict"):

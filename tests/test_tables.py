@@ -3,7 +3,6 @@
 import copy
 import functools
 import itertools
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,16 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2dm_loss import ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.tables import TimeTable
-from tests.strategies import LINEAR, VP, Same, loss_and_gradient, normals
+from tests.strategies import LINEAR, VP, Same, loss_and_gradient, normals, pickled
 
 T = torch.tensor([0, 9, 500, 999])
 C2 = LINEAR.alphas_cumprod[T - 9] / LINEAR.alphas_cumprod[T] - 1
 S = torch.where(T >= 9, 0.99 / (0.99 + 0.01 * C2), 1.0)
 EPS_HAT, NOISE = normals(2, 4, 3)
-
-
-def pickled(module):
-    return pickle.loads(pickle.dumps(module))  # noqa: S301 - our own bytes
 
 
 class Loss:

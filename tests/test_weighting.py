@@ -1,7 +1,6 @@
 """Weightings against the formulas of their papers, on the signal-to-noise ratio itself."""
 
 import math
-import pickle
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from tests.strategies import (
     loss_and_gradient,
     normal,
     normals,
+    pickled,
     same,
 )
 
@@ -188,7 +188,7 @@ def test_a_weighting_is_a_value():
     """The one of a name is shared by all losses of that name: nobody may change it."""
     criterion = SkipStepLoss(LINEAR, 9, weighting=min_snr(3))
     assert "weighting=min_snr(3)" in repr(criterion)
-    assert repr(pickle.loads(pickle.dumps(criterion))) == repr(criterion)  # noqa: S301 - our own
+    assert repr(pickled(criterion)) == repr(criterion)
     assert SkipStepLoss(LINEAR, 9, weighting="p2").weighting == p2(1, 1)
     assert len({min_snr(3), min_snr(3.0), soft_min_snr(3), min_snr(4)}) == 3
     with pytest.raises(AttributeError, match="cannot assign to field 'numbers'"):

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib
 import itertools
-import pickle
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -67,10 +66,6 @@ class Case(NamedTuple):
 
 def column(values):
     return values.reshape(-1, 1, 1, 1)
-
-
-def pickled(value):
-    return pickle.loads(pickle.dumps(value))  # noqa: S301 - our own bytes
 
 
 def reference_of(path, predicts, x0, t):
