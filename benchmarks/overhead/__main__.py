@@ -84,8 +84,14 @@ def run(
         settings = Settings(torch.device(device), deadline=deadline, other=other, **sizes)
         for name in names or tuple(LEVELS):
             click.echo(f"Measuring {name} on {device}:", err=True)
-            _measure(name, settings, out / f"{device}.json")
-    except (OSError, ValueError, torch.cuda.OutOfMemoryError) as error:
+            try:
+                _measure(name, settings, out / f"{device}.json")
+            except torch.cuda.OutOfMemoryError as error:
+                torch.cuda.empty_cache()
+                click.echo(
+                    f"  the rest of {name} is left out: {str(error).splitlines()[0]}", err=True
+                )
+    except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"Wrote {out / device}.json.")
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from operator import truediv
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -132,7 +131,9 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    kineto: Any = profiler.profiler
+    kineto = profiler.profiler
+    if kineto is None or kineto.kineto_results is None:
+        raise RuntimeError("this build of torch has no profiler to read allocations from")
     events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
@@ -226,16 +227,19 @@ def inductor_bytes(loss: Callable[..., Tensor], arguments: Arguments) -> int:
     from torch._inductor import config, metrics
 
     log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
-    torch.compiler.reset()
-    metrics.reset()
-    with (
-        # Inductor counts only for whoever reads its log, and only what it compiles anew.
-        mock.patch.multiple(log, isEnabledFor=lambda _level: True, info=lambda *_: None),
-        config.patch(fx_graph_cache=False),
-        autograd_config.patch(enable_autograd_cache=False),
-    ):
-        torch.compile(loss, dynamic=False)(*arguments).backward()
-    return int(metrics.num_bytes_accessed)
+    level, propagate = log.level, log.propagate
+    # Inductor counts only for whoever reads its log, and only what it compiles anew.
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        torch.compiler.reset()
+        metrics.reset()
+        with config.patch(fx_graph_cache=False), autograd_config.patch(enable_autograd_cache=False):
+            torch.compile(loss, dynamic=False)(*arguments).backward()
+        return int(metrics.num_bytes_accessed)
+    finally:
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 def copy_bandwidth(device: torch.device, mebibytes: int, seconds: float) -> list[float]:
