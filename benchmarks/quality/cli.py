@@ -226,14 +226,13 @@ def gpu_command(
     numbered = dict(enumerate(gpu.PARTS, 1))
     if unknown := [number for number in parts if number not in numbered]:
         raise click.BadParameter(f"part must be 1 to {len(numbered)}, got {unknown[0]}")
-    chosen = [numbered[number] for number in parts or numbered]
-    for number, part in numbered.items():
-        if part in chosen:
-            click.echo(f"{number}. {part.name}, {seconds or gpu.LIMIT} s at most: {part.about}")
+    chosen = {number: numbered[number] for number in parts or numbered}
+    for number, part in chosen.items():
+        click.echo(f"{number}. {part.name}, {seconds or gpu.LIMIT} s at most: {part.about}")
     if dry_run:
         return
     with _in_one_line():
-        for part in chosen:
+        for part in chosen.values():
             click.echo(gpu.do(part, out, data, seconds or gpu.LIMIT))
 
 
