@@ -9,29 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from benchmarks.files import load_json, save_json
-from benchmarks.overhead import levels, plan
-from benchmarks.overhead.contenders import other_loss
-from benchmarks.overhead.levels import Cell, Settings
-from benchmarks.overhead.step import step
-from benchmarks.provenance import git, machine
-from s2dm_loss import __version__
+from benchmarks.overhead import plan
+from benchmarks.overhead.plan import LEVELS
 
-LEVELS: dict[str, Callable[[Settings], Iterator[Cell]]] = {
-    "bandwidth": levels.bandwidth,
-    "float32": partial(levels.heads, mode="eager", dtypes=[torch.float32]),
-    "bfloat16": partial(levels.heads, mode="eager", dtypes=[torch.bfloat16]),
-    "compiled": partial(levels.heads, mode="compiled", dtypes=[torch.float32, torch.bfloat16]),
-    "step": partial(step, modes=["eager"]),
-    "step-compiled": partial(step, modes=["compiled"]),
-    "step-graph": partial(step, modes=["graph", "compiled graph"]),
-    "counts": levels.counts,
-}
+if TYPE_CHECKING:  # torch takes seconds to import, and help should be there at once
+    from benchmarks.overhead.levels import Cell, Settings
 
 OUT = click.option(
     "--out",
@@ -52,9 +38,28 @@ def main() -> None:
     """What the loss costs, on a CPU or a GPU."""
 
 
+def functions() -> dict[str, Callable[[Settings], Iterator[Cell]]]:
+    """Return what measures each level."""
+    import torch
+
+    from benchmarks.overhead import levels
+    from benchmarks.overhead.step import step
+
+    return {
+        "bandwidth": levels.bandwidth,
+        "float32": partial(levels.heads, mode="eager", dtypes=[torch.float32]),
+        "bfloat16": partial(levels.heads, mode="eager", dtypes=[torch.bfloat16]),
+        "compiled": partial(levels.heads, mode="compiled", dtypes=[torch.float32, torch.bfloat16]),
+        "step": partial(step, modes=["eager"]),
+        "step-compiled": partial(step, modes=["compiled"]),
+        "step-graph": partial(step, modes=["graph", "compiled graph"]),
+        "counts": levels.counts,
+    }
+
+
 @main.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[cuda where there is one]")
-@click.option("--level", "names", type=click.Choice(list(LEVELS)), multiple=True, help="[all]")
+@click.option("--level", "names", type=click.Choice(LEVELS), multiple=True, help="[all]")
 @click.option("--seconds", default=2.0, show_default=True, help="Time for each cell of a table.")
 @click.option("--largest", type=int, help="log2 of the largest size [26; 28 on a GPU].")
 @click.option("--step-batch", type=int, help="Batch of the step [4; 128 on a GPU].")
@@ -72,6 +77,11 @@ def run(
     **sizes: Any,
 ) -> None:
     """Measure, and write after each result; a level measured before is replaced."""
+    import torch
+
+    from benchmarks.overhead.contenders import other_loss
+    from benchmarks.overhead.levels import Settings
+
     deadline = time.monotonic() + budget
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("device: torch sees no GPU here")
@@ -82,7 +92,7 @@ def run(
     try:
         other = other_loss(against, torch.device(device)) if against else {}
         settings = Settings(torch.device(device), deadline=deadline, other=other, **sizes)
-        for name in names or tuple(LEVELS):
+        for name in names or LEVELS:
             click.echo(f"Measuring {name} on {device}:", err=True)
             try:
                 _measure(name, settings, out / f"{device}.json")
@@ -98,6 +108,10 @@ def run(
 
 def _measure(name: str, settings: Settings, path: Path) -> None:
     """Write a level's results to `path`, where other levels' stay, one after the other."""
+    from benchmarks.files import load_json, save_json
+    from benchmarks.provenance import git, machine
+    from s2dm_loss import __version__
+
     figures = []
     folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--out", "--against"):  # one machine's own
@@ -113,7 +127,7 @@ def _measure(name: str, settings: Settings, path: Path) -> None:
         # Above 0: something else was running.
         "load_average_before": round(os.getloadavg()[0], 2),
     }
-    for cell in LEVELS[name](settings):
+    for cell in functions()[name](settings):
         figures.append(cell)
         said = [cell[key] for key in ("name", "contender", "dtype", "mode") if key in cell]
         said += [f"{pair} {ratio[1]:.2f}" for pair, ratio in cell.get("ratios", {}).items()]
@@ -128,6 +142,8 @@ def _measure(name: str, settings: Settings, path: Path) -> None:
 @OUT
 def gpu(rehearse: bool, against: Path | None, out: Path) -> None:
     """Measure all that is worth it on a GPU in 8 minutes, the most useful first."""
+    import torch
+
     if not rehearse and not torch.cuda.is_available():
         raise click.ClickException("gpu: torch sees no GPU here; --rehearse needs none")
     options = ["--out", str(out), "--seconds", "1", "--step-seconds", "25"]
@@ -138,4 +154,4 @@ def gpu(rehearse: bool, against: Path | None, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m benchmarks.overhead")
+    main()
