@@ -1,4 +1,4 @@
-"""`python -m benchmarks.monitor`: the numbers of the page on monitoring.
+"""The numbers of the page on monitoring.
 
 The README's network learns the digits, on six of seven images; the rest are held out. Its loss is
 logged by noise level, it is validated from time to time, and then three things are measured: how
@@ -18,8 +18,6 @@ import click
 import torch
 from torch import Tensor, nn
 
-from benchmarks.files import save_json
-from benchmarks.monitor.holes import RESULT
 from benchmarks.provenance import machine, versions
 from benchmarks.quality.data import load_digits, to_model_range
 from benchmarks.quality.networks import MLPSpec
@@ -34,9 +32,8 @@ EARLY = 500
 SEEDS, DRAWS = 100, 2000
 
 
-@click.command()
-def main() -> None:
-    """Train on the digits, measure, and write the numbers down."""
+def measured() -> dict[str, Any]:
+    """Train, and return the record."""
     torch.set_num_threads(1)
     torch.manual_seed(0)  # of the network's weights
     images = to_model_range(load_digits().images)
@@ -49,7 +46,7 @@ def main() -> None:
         results[step] = result
         training.append({"step": step, **by_noise})
         click.echo(f"{step}: {result.overall()}")
-    record = {
+    return {
         "provenance": {**versions(), **machine(torch.device("cpu"))},
         "training": training,
         "validation": _compared(results),
@@ -58,7 +55,6 @@ def main() -> None:
         "stratified": [_stratified(model, images, size) for size in (16, 128)],
         "update_microseconds": _cost(),
     }
-    save_json(RESULT, record)
 
 
 def _source(seed: int) -> torch.Generator:
@@ -151,7 +147,3 @@ def _cost() -> dict[str, float]:
         "compute": best(by_noise.compute, 100),
         "mean": best(lambda: losses.mean()),
     }
-
-
-if __name__ == "__main__":
-    main(prog_name="python -m benchmarks.monitor")

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from benchmarks.pages.render import render_all
-
 
 @click.command()
 @click.option("--check", is_flag=True, help="Write nothing; fail if a page is not up to date.")
 @click.argument("pages", nargs=-1)
 def main(check: bool, pages: tuple[str, ...]) -> None:
     """Write PAGES, such as docs/evidence.md, or all pages, from committed results."""
+    from benchmarks.pages.render import render_all
+
     try:
         changed = render_all(Path(), only=pages, write=not check)
     except ValueError as error:
@@ -24,4 +24,4 @@ def main(check: bool, pages: tuple[str, ...]) -> None:
         raise click.ClickException("run `python -m benchmarks.pages` and commit what it writes")
 
 
-main(prog_name="python -m benchmarks.pages")
+main()

@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
-
-from benchmarks.files import write_text
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 NOTEBOOK = PAGE.with_suffix(".ipynb")
@@ -92,6 +89,10 @@ def notebook(text: str) -> str:
 @click.command()
 def main() -> None:
     """Run docs/tutorial.md as it stands, and write down what it prints."""
+    import torch
+
+    from benchmarks.files import write_text
+
     namespace: dict[str, Any] = {"__name__": PAGE.stem}
 
     def run(code: str) -> str:
@@ -114,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m benchmarks.pages.tutorial")
+    main()
