@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from benchmarks.lab import coverage, flow, holes, pairs, studies
+from benchmarks.lab import best_pair as pairs
+from benchmarks.lab import coverage, flow, holes, studies
 from benchmarks.lab.linear import Imperfection, frechet, gains, output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.samplers import sample

@@ -7,8 +7,8 @@
 `linear`      a sampler on one Gaussian: its output's covariance, exactly
 `flow`        Euler's method on the straight path, likewise
 `coverage`    whether the search's intervals hold
-`pairs`       how far a search is from the best pair of sampler and correction
 `studies`     the experiments; each returns one JSON document
+`best_pair`   how far a search is from the best pair; `pairs` is its command
 `holes`       the numbers, tables and a figure of the pages
 ============  =============================================================
 """

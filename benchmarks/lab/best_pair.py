@@ -1,13 +1,10 @@
-"""How far from the best pair of sampler and correction is what the search recommends?
+"""Every pair of sampler and correction, and what the search recommends of them.
 
-Every pair is tried: each sampler with no correction and with each strength of each correction's
-coarse scan, judged on held-out noise against the mean and the covariance of all data. Of the exact
+Each sampler is tried with no correction and with each strength of each correction's coarse scan,
+judged on held-out noise against the mean and the covariance of all data. Of the exact
 models these are the law's own; of the digits, whose network is trained, those of all images. What a
 search recommends from a finite draw of data, in repeats with new data and new noise, is judged on
 the same noise.
-
-    python -m benchmarks.lab.pairs
-    python -m benchmarks.lab.pairs runs/digits    # the network of `benchmarks.quality run digits`
 """
 
 from __future__ import annotations
@@ -18,15 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor, nn
 
-from benchmarks.files import load_json, save_json
-from benchmarks.lab.holes import RESULTS
 from benchmarks.lab.linear import SCHEDULE, recommend, run
 from benchmarks.lab.mixtures import ExactModel, Mixture
-from benchmarks.provenance import versions
 from benchmarks.quality.data import to_model_range
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS
@@ -166,20 +159,3 @@ def _judged(found: Recommendation, judge: Judge, use: float, best: float) -> dic
         ),
         "samples": found.cost.samples,
     }
-
-
-@click.command()
-@click.argument("run", required=False, type=click.Path(exists=True, path_type=Path))
-def main(run: Path | None) -> None:
-    """Judge each case, or the digits of a RUN's folder, print it, and keep it for the pages."""
-    cases = {"digits, 10 steps": digits(run)} if run else CASES
-    path, made_with = RESULTS / "pairs.json", versions()
-    for name, case in cases.items():
-        found = study(case)
-        click.echo(f"{name}: DDIM {found['in use']:.4g}, best {found['best pair']}")
-        known = load_json(path) if path.exists() else {}
-        save_json(path, {**known, name: {**found, "versions": made_with}})
-
-
-if __name__ == "__main__":
-    main()

@@ -199,7 +199,7 @@ def coverage(bar: Any, law: str) -> dict[str, Any]:
 
 
 def tails(bar: Any, repeats: int = 400) -> dict[str, Any]:
-    """Joint coverage where the values have heavy tails, in 16 dimensions with 10 steps."""
+    """Joint coverage with each of `TAILS`, in 16 dimensions with 10 steps."""
     gaussian = population(16, 10)
     rows = []
     for law, count in bar(list(product(TAILS, (512, 1024, 4096)))):
@@ -210,9 +210,9 @@ def tails(bar: Any, repeats: int = 400) -> dict[str, Any]:
 
 
 def whole_search(bar: Any, repeats: int = 200, num_samples: int = 512) -> dict[str, Any]:
-    """The whole search over all corrections: do its intervals hold after a scan has chosen?
+    """Search over all corrections on Gaussian data in four dimensions.
 
-    Gaussian data in four dimensions.  At the null the data have the very spread of the samples, so
+    At the null the data have the very spread of the samples, so
     that every correction harms.
     """
     variances = torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)

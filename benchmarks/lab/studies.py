@@ -44,7 +44,7 @@ def digit_variances() -> Tensor:
 
 
 def gaussian(bar: Bar) -> Json:
-    """One Gaussian with the digits' covariance, and the exact ε-model: every skip up to 499."""
+    """Return the best skip of each sampler and number of steps, and the distance by the skip."""
     variances = digit_variances()
     table = gains(range(500))
     cells = [*product(SAMPLERS, (5, 10, 20, 50, 100)), ("ddim", 1000)]
@@ -79,7 +79,7 @@ def _scanned(
 
 
 def strength(bar: Bar) -> Json:
-    """Whether k and τ are one parameter: the best τ of each k."""
+    """Return the best τ of each k, and the distance with it."""
     variances = digit_variances()
     taus = [1 - 10 ** (-e / 20) for e in range(4, 100)]
     tables = {k: torch.cat([gains([k], tau) for tau in taus]) for k in (1, 9, 49, 99, 199)}
@@ -118,7 +118,7 @@ IMPERFECTIONS = (
 
 
 def imperfect(bar: Bar) -> Json:
-    """The same Gaussian with an ε-model that is wrong in a known way."""
+    """Return the best skip with each of `IMPERFECTIONS`."""
     variances = digit_variances()
     table = gains(range(500))
     rows = []
@@ -131,7 +131,7 @@ def imperfect(bar: Bar) -> Json:
 
 
 def flow(bar: Bar) -> Json:
-    """Euler on the straight path, Gaussian data: the share of the right spread that it leaves."""
+    """Return the share of the spread: plain, with Heun, and with each gain."""
     skips = (0.05, 0.1, 0.2, 0.3)
     rows = []
     cells = product((1.0, 3.0), (1.0, 0.25), (10, 20, 28, 50))
@@ -144,10 +144,7 @@ def flow(bar: Bar) -> Json:
 
 
 def digits(bar: Bar, root: Path = Path("runs/digits-full")) -> Json:
-    """The search on trained networks, judged by a classifier's features on fresh noise.
-
-    Each cell is kept in a file, so that a killed run loses one cell at most.
-    """
+    """Search and judge; a cell is kept in a file, so that a killed run loses one at most."""
     bench = Bench(DIGITS_FULL, root)
     rows = []
     for sampler, steps in bar(list(product(CORE, (10, 20, 50)))):
