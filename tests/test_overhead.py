@@ -14,6 +14,7 @@ from benchmarks.overhead import holes, levels, plan
 from benchmarks.overhead.contenders import contenders, other_loss, released_loss
 from benchmarks.overhead.levels import KNOWN, Settings
 from benchmarks.overhead.measure import gradient_error
+from benchmarks.overhead.step import MEASURE
 from s2dm_loss import NoiseSchedule
 from tests.helpers.released_loss import CASES as RELEASED
 from tests.helpers.released_loss import released_tensor
@@ -104,7 +105,7 @@ def test_what_people_train_on_comes_first():
 
 def test_the_plan_takes_eight_minutes_at_most():
     assert 450 < sum(plan.PARTS.values()) <= 8 * 60 - 5
-    assert list(command.functions()) == list(plan.LEVELS)
+    assert list(MEASURE) == plan.LEVELS
 
 
 def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path, monkeypatch):
@@ -152,7 +153,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
         yield {"name": "first"}
         raise RuntimeError("the card fell out")
 
-    monkeypatch.setattr(levels, "counts", level)
+    monkeypatch.setitem(MEASURE, "counts", level)
     path = tmp_path / "cpu.json"
     path.write_text('{"step": {"figures": []}}')
     call = f"run --out={tmp_path} --device cpu --level counts --out {tmp_path}".split()

@@ -273,7 +273,7 @@ def test_a_card_that_is_too_small_leaves_one_cell_out(gpu_there, tmp_path, monke
 
 def test_a_gpu_has_sizes_of_its_own(gpu_there, tmp_path, monkeypatch):
     level = Mock(return_value=[])
-    monkeypatch.setattr(levels, "counts", level)
+    monkeypatch.setitem(step.MEASURE, "counts", level)
     for device in ([], ["--device", "cuda"], ["--device", "cpu"]):
         call = ["run", "--level", "counts", "--out", tmp_path, *device]
         CliRunner().invoke(command.main, call)

@@ -6,18 +6,15 @@ import argparse
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks.overhead import plan
-from benchmarks.overhead.plan import LEVELS
+from benchmarks.overhead.plan import LEVELS, follow
 
 if TYPE_CHECKING:  # torch takes seconds to import, and help should be there at once
-    from benchmarks.overhead.levels import Cell, Settings
+    from benchmarks.overhead.levels import Settings
 
 OUT = click.option(
     "--out",
@@ -36,25 +33,6 @@ AGAINST = click.option(
 @click.group()
 def main() -> None:
     """What the loss costs, on a CPU or a GPU."""
-
-
-def functions() -> dict[str, Callable[[Settings], Iterator[Cell]]]:
-    """Return what measures each level."""
-    import torch
-
-    from benchmarks.overhead import levels
-    from benchmarks.overhead.step import step
-
-    return {
-        "bandwidth": levels.bandwidth,
-        "float32": partial(levels.heads, mode="eager", dtypes=[torch.float32]),
-        "bfloat16": partial(levels.heads, mode="eager", dtypes=[torch.bfloat16]),
-        "compiled": partial(levels.heads, mode="compiled", dtypes=[torch.float32, torch.bfloat16]),
-        "step": partial(step, modes=["eager"]),
-        "step-compiled": partial(step, modes=["compiled"]),
-        "step-graph": partial(step, modes=["graph", "compiled graph"]),
-        "counts": levels.counts,
-    }
 
 
 @main.command()
@@ -109,6 +87,7 @@ def run(
 def _measure(name: str, settings: Settings, path: Path) -> None:
     """Write a level's results to `path`, where other levels' stay, one after the other."""
     from benchmarks.files import load_json, save_json
+    from benchmarks.overhead.step import MEASURE
     from benchmarks.provenance import git, machine
     from s2dm_loss import __version__
 
@@ -116,18 +95,17 @@ def _measure(name: str, settings: Settings, path: Path) -> None:
     folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--out", "--against"):  # one machine's own
         folders.add_argument(option)
-    words = folders.parse_known_args()[1]
     changes = git("status", "--porcelain", "--", "s2dm_loss/*.py", "benchmarks/overhead")
     shown = {
         "machine": machine(settings.device),
         "version": __version__,
-        "command": shlex.join(["python", "-m", "benchmarks.overhead", *words]),
+        "command": f"python -m benchmarks.overhead {shlex.join(folders.parse_known_args()[1])}",
         "commit": git("rev-parse", "HEAD"),
         "local_changes": bool(changes),
         # Above 0: something else was running.
         "load_average_before": round(os.getloadavg()[0], 2),
     }
-    for cell in functions()[name](settings):
+    for cell in MEASURE[name](settings):
         figures.append(cell)
         said = [cell[key] for key in ("name", "contender", "dtype", "mode") if key in cell]
         said += [f"{pair} {ratio[1]:.2f}" for pair, ratio in cell.get("ratios", {}).items()]
@@ -150,7 +128,7 @@ def gpu(rehearse: bool, against: Path | None, out: Path) -> None:
     options += ["--against", str(against)] if against else []
     rehearsal = ["--device", "cpu", "--small", "--largest", "14", "--step-batch", "1"]
     options += rehearsal if rehearse else ["--device", "cuda"]
-    plan.follow(options, 8 * 60 - 5, click.echo)
+    follow(options, 8 * 60 - 5, click.echo)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -37,8 +37,7 @@ def contenders(device: torch.device, dtype: torch.dtype = torch.float32) -> dict
     if dtype != torch.float32:
         losses["mse_lifted"] = lambda e, n, _t: F.mse_loss(e.float(), n.float())
     losses["min_snr"] = min_snr_loss(device)
-    estimators: tuple[Estimator, ...] = ("expected", "shared", "fresh")
-    for estimator in estimators:
+    for estimator in get_args(Estimator):
         criterion = SkipStepLoss(NoiseSchedule.linear(), SKIP, tau=TAU, estimator=estimator)
         losses[estimator] = criterion.to(device).from_output
     losses["released"] = released_loss(device)

@@ -18,8 +18,7 @@ from benchmarks.provenance import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "overhead"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-DTYPES = ("float32", "bfloat16")
-HEADS = (*((dtype, dtype) for dtype in DTYPES), *(("compiled", dtype) for dtype in DTYPES))
+HEADS = (("float32",) * 2, ("bfloat16",) * 2, ("compiled", "float32"), ("compiled", "bfloat16"))
 """Levels of the loss alone, and their types."""
 STEPS = ("eager", "compiled", "graph", "compiled graph")
 DRAWN = {"expected": 1, "mse": 0, "min_snr": 3, "released": 4}

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.overhead import measure
 from benchmarks.overhead.contenders import Loss, compiled, contenders
-from benchmarks.overhead.measure import Arguments, Shape
+from benchmarks.overhead.measure import Shape
 
 T = TypeVar("T")
 Cell = dict[str, Any]
@@ -65,8 +65,7 @@ class Settings:
             if left <= 0:
                 click.echo(f"  out of time: {len(cells) - done} of {len(cells)} left out", err=True)
                 return
-            share = min(seconds or self.seconds, 0.6 * left / (len(cells) - done))
-            yield cell, share
+            yield cell, min(seconds or self.seconds, 0.6 * left / (len(cells) - done))
 
 
 def interleave_heads(
@@ -131,44 +130,35 @@ def counts(settings: Settings) -> Iterator[Cell]:
     ]
     for (shape, dtype, name, loss), _ in settings.in_time(cells):
         arguments = measure.some_arguments(shape, dtype, settings.device)
-        row = {
+        work = measure.gradient_of(loss, arguments)
+        work()  # what happens once only, such as the first read of a table
+        with measure.OperatorCount(large=arguments[0].nbytes) as count:
+            work()
+        arguments[0].grad = None  # not held before the peak
+        row: Cell = {
             "contender": name,
             "shape": shape,
             "dtype": str(dtype).removeprefix("torch."),
-            "data_bytes": dtype.itemsize * torch.Size(shape).numel(),
-            **_count(loss, arguments, settings.device, compile_too=shape == latents),
+            "data_bytes": arguments[0].nbytes,
+            "peak_bytes": measure.peak_memory(work, settings.device),
+            "operators": count.operators,
+            "data_operators": count.data_operators,
+            "bytes": count.bytes,
+            "sync_operators": count.syncs,
         }
+        if settings.device.type == "cuda":
+            row |= {"kernels": measure.kernels(work), "sync": None}
+            try:
+                with measure.syncs_forbidden():
+                    work()
+            except RuntimeError as error:
+                row["sync"] = str(error).splitlines()[0]
+        if shape == latents:
+            torch.compiler.reset()
+            explained = torch._dynamo.explain(loss)(*arguments)
+            row["graph_breaks"] = explained.graph_break_count
+            if explained.graph_break_count == 0:
+                row["compiled_bytes"] = measure.inductor_bytes(loss, arguments)
         if name == "expected":
             row["gradient_error"] = measure.gradient_error(loss, arguments)
         yield row
-
-
-def _count(loss: Loss, arguments: Arguments, device: torch.device, *, compile_too: bool) -> Cell:
-    work = measure.gradient_of(loss, arguments)
-    work()  # what happens once only, such as the first read of a table
-    arguments[0].grad = None
-    peak = measure.peak_memory(work, device)
-    with measure.OperatorCount(large=arguments[0].nbytes) as count:
-        work()
-    result: Cell = {
-        "peak_bytes": peak,
-        "operators": count.operators,
-        "data_operators": count.data_operators,
-        "bytes": count.bytes,
-        "sync_operators": count.syncs,
-    }
-    if device.type == "cuda":
-        result["kernels"] = measure.kernels(work)
-        try:
-            with measure.syncs_forbidden():
-                work()
-            result["sync"] = None
-        except RuntimeError as error:
-            result["sync"] = str(error).splitlines()[0]
-    if compile_too:
-        torch.compiler.reset()
-        explained = torch._dynamo.explain(loss)(*arguments)
-        result["graph_breaks"] = explained.graph_break_count
-        if explained.graph_break_count == 0:
-            result["compiled_bytes"] = measure.inductor_bytes(loss, arguments)
-    return result

@@ -8,7 +8,6 @@ of the parts after it. What a part does not use goes to these.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
@@ -28,7 +27,7 @@ PARTS: dict[Levels, float] = {
     ("counts",): 40,
 }
 """Levels that are measured in one process, and its seconds, start-up included."""
-LEVELS = tuple(itertools.chain(*PARTS))
+LEVELS = [level for part in PARTS for level in part]
 START_UP = 10.0
 """Seconds of a part that are not for measuring: imports, and an end before it is ended."""
 

@@ -1,4 +1,4 @@
-"""A whole training step: forward, loss, backward, optimizer."""
+"""A whole training step: forward, loss, backward, optimizer; and all levels by name."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.overhead import measure
+from benchmarks.overhead import levels, measure
 from benchmarks.overhead.contenders import Loss, compiled, contenders
 from benchmarks.overhead.levels import Cell, Settings, interleave_heads
 from benchmarks.quality.networks import UNetSpec
 from benchmarks.quality.paths import EpsilonPath
 
-Objective = Callable[[Tensor, Tensor], Tensor]
 LEAST_ROUNDS = 5  # a step of a slow card is long
 
 
@@ -32,8 +31,7 @@ class Training:
         self.settings, self.device = settings, settings.device
         self.dtype = torch.float32 if mode == "eager" else torch.bfloat16
         self.model = cifar10_unet(settings.small).to(self.device)
-        network = torch.compile(self.model) if "compiled" in mode else self.model
-        self.network: Callable[..., Any] = network
+        self.network: Any = torch.compile(self.model) if "compiled" in mode else self.model
         self.path = EpsilonPath().to(self.device)
         side = 8 if settings.small else 32
         self.x0 = torch.randn(settings.step_batch, 3, side, side, device=self.device)
@@ -46,19 +44,15 @@ class Training:
         """Return the model's answer to x_t."""
         return self.network(self.path.noisy(self.x0, noise, t).x_t, t).sample
 
-    def objective(self, loss: Loss) -> Objective:
-        """Return a loss of (noise, t) that calls the model once."""
-        return lambda noise, t: loss(self.predict(noise, t), noise, t)
-
-    def sa_dpm(self, noise: Tensor, t: Tensor) -> Tensor:
+    def sa_dpm(self, eps_hat: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """SA-DPM (arXiv 2312.12431), K = 2, λ = 1: the residual at t, and its sum with t - 1's."""
-        residual = noise - self.predict(noise, t)
+        residual = noise - eps_hat
         earlier_noise = torch.randn_like(noise)
         earlier = earlier_noise - self.predict(earlier_noise, (t - 1).clamp(min=0))
         both = residual + (t >= 1).view(-1, 1, 1, 1) * earlier
         return residual.square().mean() + both.square().mean() / 4
 
-    def work(self, objective: Objective) -> Callable[[], Tensor]:
+    def work(self, loss: Loss) -> Callable[[], Tensor]:
         """Draw a batch, and return the training step on it."""
         noise = torch.randn_like(self.x0)
         t = torch.randint(1000, self.x0.shape[:1], device=self.device)
@@ -68,12 +62,12 @@ class Training:
             mixed = torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
         def step() -> Tensor:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             with mixed:
-                loss = objective(noise, t)
-            loss.backward()
+                value = loss(self.predict(noise, t), noise, t)
+            value.backward()
             self.optimizer.step()
-            return loss
+            return value
 
         return step
 
@@ -100,18 +94,15 @@ def step(settings: Settings, modes: Sequence[str]) -> Iterator[Cell]:
 def _launched(training: Training, losses: Mapping[str, Loss], seconds: float) -> Cell:
     """Return times and memory of steps that the host launches."""
     settings, shape = training.settings, tuple(training.x0.shape)
-    steps = {
-        name: partial(training.work, training.objective(loss)) for name, loss in losses.items()
-    }
+    steps = {name: partial(training.work, loss) for name, loss in losses.items()}
     if training.dtype == torch.float32:
         steps["sa_dpm"] = partial(training.work, training.sa_dpm)
     times = measure.interleave(steps, training.device, seconds, LEAST_ROUNDS)
     memory = {}
     for name, prepare in steps.items():
-        work = prepare()
-        training.optimizer.zero_grad(set_to_none=True)  # each begins with no gradients held
-        memory[name] = measure.peak_memory(work, training.device)
-    training.optimizer.zero_grad(set_to_none=True)
+        training.optimizer.zero_grad()  # each begins with no gradients held
+        memory[name] = measure.peak_memory(prepare(), training.device)
+    training.optimizer.zero_grad()
     # The head alone at this shape: what a step can gain or lose, without the step's noise.
     least = min(seconds / 5, settings.seconds)
     heads = measure.summarise(interleave_heads(settings, losses, shape, training.dtype, least))
@@ -125,7 +116,7 @@ def _captured(training: Training, losses: Mapping[str, Loss], seconds: float) ->
     for name, loss in losses.items():
         if name == "released":  # its masks make the host wait, which a graph cannot hold
             continue
-        replay, value = capture(training.work(training.objective(loss)))
+        replay, value = capture(training.work(loss))
         steps[name] = lambda replay=replay: replay
         values = [(replay(), value.item())[1] for _ in range(10)]
         falls[name] = math.isfinite(values[-1]) and values[-1] < values[0]
@@ -161,3 +152,16 @@ def cifar10_unet(small: bool) -> nn.Module:
     """The ε-model of google/ddpm-cifar10-32: DDPM's for CIFAR10, 35.7 M parameters; or smaller."""
     spec = UNetSpec(32, (1, 1), blocks=1) if small else UNetSpec(128, (1, 2, 2, 2))
     return spec.diffusers_unet((3, 32, 32), downsample_padding=0)
+
+
+MEASURE: dict[str, Callable[[Settings], Iterator[Cell]]] = {
+    "bandwidth": levels.bandwidth,
+    "float32": partial(levels.heads, mode="eager", dtypes=[torch.float32]),
+    "bfloat16": partial(levels.heads, mode="eager", dtypes=[torch.bfloat16]),
+    "compiled": partial(levels.heads, mode="compiled", dtypes=[torch.float32, torch.bfloat16]),
+    "step": partial(step, modes=["eager"]),
+    "step-compiled": partial(step, modes=["compiled"]),
+    "step-graph": partial(step, modes=["graph", "compiled graph"]),
+    "counts": levels.counts,
+}
+"""What measures each of `plan.LEVELS`."""
