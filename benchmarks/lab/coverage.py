@@ -39,12 +39,9 @@ class Cells(NamedTuple):
 
 STRENGTHS = (-49, 9, 49, 99)
 """The skips compared, below 0 for the inverse of the gain."""
-CELLS = {
-    2: Cells((10, 20, 50, 100), (512, 1024, 2048, 4096), (512, 4096), 400),
-    16: Cells((10, 20, 50, 100), (512, 1024, 2048, 4096), (512, 4096), 400),
-    64: Cells((10, 50, 100), (512, 1024, 4096), (512,), 200),
-    128: Cells((10, 50, 100), (512, 1024, 4096), (512,), 200),
-}
+FEW_AXES = Cells((10, 20, 50, 100), (512, 1024, 2048, 4096), (512, 4096), 400)
+MANY_AXES = Cells((10, 50, 100), (512, 1024, 4096), (512,), 200)
+CELLS = {2: FEW_AXES, 16: FEW_AXES, 64: MANY_AXES, 128: MANY_AXES}
 """What is measured for each number of axes."""
 POOL = 65_536
 TAILS = {"normal": None, "Student's t, 5 degrees": 5, "Student's t, 3 degrees": 3}
@@ -178,12 +175,7 @@ def repeated(drawn: Population, count: int, repeats: int, seed: int = 0) -> dict
 def coverage(bar: Any, law: str) -> dict[str, Any]:
     """Joint coverage, false alarms at a boundary, and power, of the statistic of the search."""
     rows = []
-    cells = [
-        (size, steps, count)
-        for size, measured in CELLS.items()
-        for steps in measured.steps
-        for count in measured.counts
-    ]
+    cells = [(size, *each) for size, of in CELLS.items() for each in product(of.steps, of.counts)]
     for cell, (size, steps, count) in enumerate(bar(cells)):
         drawn = population(size, steps, ring_pool(steps) if law == "mixture" else None)
         repeats = CELLS[size].repeats

@@ -80,11 +80,7 @@ EXACT = Imperfection()
 
 
 def output_variances(
-    variances: Tensor,
-    gains: Tensor,
-    sampler: str,
-    steps: int,
-    wrong: Imperfection = EXACT,
+    variances: Tensor, gains: Tensor, sampler: str, steps: int, wrong: Imperfection = EXACT
 ) -> Tensor:
     """Return the variances of a sampler's output along the data's axes.
 

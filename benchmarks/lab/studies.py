@@ -95,14 +95,6 @@ def strength(bar: Bar) -> Json:
     return {"rows": rows}
 
 
-def _keep_largest(count: int) -> Callable[[Tensor], Tensor]:
-    def believed(variances: Tensor) -> Tensor:
-        threshold = variances.sort(descending=True).values[count - 1]
-        return torch.where(variances >= threshold, variances, 0.0)
-
-    return believed
-
-
 IMPERFECTIONS = (
     EXACT,
     Imperfection("ε̂ 1 % too large", scale=1.01),
@@ -112,7 +104,10 @@ IMPERFECTIONS = (
     Imperfection("independent error of 0.05 a call", noise=0.05),
     Imperfection("independent error of 0.2 a call", noise=0.2),
     Imperfection("blurred: variances taken 0.03 too large", believed=lambda v: v + 0.03),
-    Imperfection("coarse: only the 16 largest axes known", believed=_keep_largest(16)),
+    Imperfection(
+        "coarse: only the 16 largest axes known",
+        believed=lambda v: torch.where(v >= v.topk(16).values.min(), v, 0.0),
+    ),
     Imperfection("timid: variances taken 10 % too small", believed=lambda v: 0.9 * v),
 )
 
@@ -183,12 +178,7 @@ def _digits_cell(bench: Bench, sampler: str, steps: int) -> Json:
             "recommended": found.recommended.label,
             "judged": judge(found.correct_model(model), found.correct_noise(start)),
         }
-    return {
-        "sampler": sampler,
-        "steps": steps,
-        "plain": judge(model, start),
-        "searches": searches,
-    }
+    return {"sampler": sampler, "steps": steps, "plain": judge(model, start), "searches": searches}
 
 
 STUDIES: dict[str, Callable[[Bar], Json]] = {
