@@ -78,11 +78,7 @@ def save_json(path: Path, content: Any) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """Read JSON, or raise ValueError if the file is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -31,8 +32,11 @@ def versions() -> dict[str, str | bool | None]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what times were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    listed = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    named = re.search(r"^model name\s*: (.*\S)", listed, re.MULTILINE)
     facts: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": named[1] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -59,12 +63,3 @@ def output(*command: str) -> str:
     except FileNotFoundError:
         return ""
     return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
