@@ -58,8 +58,6 @@ def _known(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
 @contextmanager
 def _in_one_line() -> Iterator[None]:
     """Say what went wrong in one line where a user can mend it, and how to go on."""
-    from benchmarks.quality.layout import InUseError
-
     context = click.get_current_context()
     words = [str(context.info_name), *filter(None, [context.params.get("preset")])]
     for name in ("steps", "out", "seeds", "data", "seconds"):
@@ -76,12 +74,10 @@ def _in_one_line() -> Iterator[None]:
             "a worker process died, perhaps for want of memory; what is done is kept, and "
             f"`{again} --workers 1` goes on from there"
         ) from error
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError, FloatingPointError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error}\n`{again}` goes on where it was.") from error
-    except (ValueError, ModuleNotFoundError, FloatingPointError, InUseError) as error:
-        raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         click.echo(f"\nStopped. What is done is kept, and `{again}` goes on from there.", err=True)
         raise SystemExit(130) from None

@@ -51,18 +51,14 @@ class Layout:
         return self.root / "cells" / method.name / f"seed{seed}" / f"{sampler}-{steps}.json"
 
 
-class InUseError(RuntimeError):
-    """Another run is at work in the folder."""
-
-
 @contextmanager
 def claimed(preset: Preset, root: Path) -> Iterator[None]:
     """Hold a folder for a preset; a run that leaves nothing behind leaves no folder either.
 
     Raises:
-        ValueError: If the folder is a file, or holds results made with other settings.
+        ValueError: If the folder is a file, holds results made with other settings, or another run
+            is at work in it.
         OSError: If the folder cannot be written.
-        InUseError: If another run is at work in it.
     """
     if root.exists() and not root.is_dir():
         raise ValueError(f"out: expected a folder, and {root} is a file")
@@ -74,7 +70,7 @@ def claimed(preset: Preset, root: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InUseError(
+        raise ValueError(
             f"out: another run is at work in {root}; wait for it, or choose another folder"
         ) from error
     try:

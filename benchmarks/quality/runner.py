@@ -186,8 +186,7 @@ def run(preset: Preset, root: Path, *, workers: int = 1, data_folder: Path | Non
     """Do all jobs of a preset that are not done, in processes of one thread each if several.
 
     Raises:
-        ValueError: If the folder is a file or holds results of other settings.
-        InUseError: If another run is at work in the folder.
+        ValueError: If the folder is a file, holds results of other settings, or is in use.
         OSError: If something cannot be written; what is done is kept.
     """
     with claimed(preset, root):
