@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import torch
+from scipy.fft import dct
 from torch import Tensor, nn
 
 
@@ -21,10 +21,9 @@ class Frequencies(nn.Module):
     def __init__(self, size: int) -> None:
         """Make the transform of images with sides of `size` pixels."""
         super().__init__()
-        place = torch.arange(size, dtype=torch.float64)
-        cosines = torch.cos(math.pi / size * (place + 0.5) * place[:, None]) * math.sqrt(2 / size)
-        cosines[0] /= math.sqrt(2)
+        cosines = torch.from_numpy(dct(np.eye(size), axis=0, norm="ortho"))
         self.register_buffer("cosines", cosines.float(), persistent=False)
+        place = torch.arange(size, dtype=torch.float64)
         frequency = torch.maximum(place[:, None], place)
         octave = frequency.clamp(min=0.5).log2().floor().long() + 1
         self.register_buffer("bands", octave, persistent=False)
