@@ -35,11 +35,7 @@ def records() -> dict[str, dict[str, Any]]:
 
 @cache
 def results(run: str) -> Results:
-    """Return the results of a run.
-
-    Raises:
-        LookupError: If none are committed.
-    """
+    """Return the results of a run, or raise LookupError if none are committed."""
     preset, known = NAMES.get(run, run), records()
     if preset not in known:
         raise LookupError(f"no committed results of {run!r}; there are {', '.join(known)}")

@@ -44,8 +44,6 @@ class FeatureNetwork(nn.Module):
 class Classifier(FeatureNetwork):
     """A small convolutional classifier."""
 
-    head: nn.Linear
-
     def __init__(self, channels: int, classes: int, num_features: int) -> None:
         """Make the layers."""
         super().__init__()

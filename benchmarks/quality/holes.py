@@ -26,9 +26,10 @@ from s2dm_loss import ContinuousSchedule, NoiseSchedule, gain
 
 ALPHA = 0.05
 MEASURES = {"frechet": FRECHET, "kernel": KERNEL, "raw frechet": statistics.RAW_FRECHET}
-JUDGED = ("corrected", "plain")
 GRID = [Cell(sampler, n) for sampler in ("ddim", "pndm", "deis") for n in (10, 20, 50, 100)]
 """The cells of the digits' means."""
+Row = tuple[str, str, str | None]
+"""Of a table: its title, method and sampler."""
 
 
 def compared(
@@ -126,10 +127,9 @@ def dose(run: str, skip: float, steps: int = 10, sampler: str | None = None) -> 
     return None if found is None else f"{100 * found.mean:.0f} %"
 
 
-def times_floor(run: str, sampler: str | None = None, steps: int = 10) -> str:
-    """Return how many times farther than real images the plain network's samples are."""
-    mean = results(run).mean("plain", cell(run, sampler, steps))
-    return f"{mean / results(run).floor:.1f}"
+def times_floor(run: str) -> str:
+    """Return how many times farther than real images the plain samples of 10 steps are."""
+    return f"{results(run).mean('plain', cell(run, None, 10)) / results(run).floor:.1f}"
 
 
 def fact(run: str, name: str) -> str:
@@ -163,14 +163,11 @@ def fact(run: str, name: str) -> str:
 
 
 def table(
-    head: str,
-    columns: Sequence[tuple[str, str, str]],
-    rows: Sequence[tuple[str, str, str | None]],
-    steps: int = 10,
+    head: str, columns: Sequence[tuple[str, str, str]], rows: Sequence[Row], steps: int = 10
 ) -> str:
     """Return a table of changes; a row of the loss says its dose, an empty cell is not measured.
 
-    Columns are (title, run, measure), rows (title, method, sampler).
+    Columns are (title, run, measure).
     """
     lines = []
     for title, method, sampler in rows:
@@ -186,7 +183,7 @@ def table(
     return _table([head, *(title for title, *_ in columns)], lines)
 
 
-def cells_table(run: str, rows: Sequence[tuple[str, str, str | None]], steps: Sequence[int]) -> str:
+def cells_table(run: str, rows: Sequence[Row], steps: Sequence[int]) -> str:
     """Return a table of a run: a row's kernel distance and spread by the number of steps."""
     found, lines = results(run), []
     for title, method, sampler in rows:
@@ -229,12 +226,7 @@ class Together(NamedTuple):
     weakest_p: str
 
 
-def together(
-    run: str,
-    rows: Sequence[tuple[str, str, str | None]],
-    steps: int = 10,
-    measure: str = "kernel",
-) -> Together:
+def together(run: str, rows: Sequence[Row], steps: int = 10, measure: str = "kernel") -> Together:
     """Return which rows of `table` differ from plain together, and which one just misses it."""
     p_values = {}
     for title, method, sampler in rows:
@@ -285,11 +277,7 @@ def continuous_gap(skip: int) -> str:
 
 
 def claim(holds: bool) -> str:
-    """Return nothing; for a sentence whose words hang on results.
-
-    Raises:
-        ValueError: If it does not hold.
-    """
+    """Return nothing, or raise ValueError; for a sentence whose words hang on results."""
     if not holds:
         raise ValueError("the results no longer say what this sentence says")
     return ""
@@ -335,8 +323,8 @@ def pair_search(run: str, steps: int = 10) -> PairSearch:
     In the kernel distance, over the base sampler with no correction.
     """
     kept = [one for one in _all_searches(results(run), steps) if len(one["samplers"]) > 1]
-    ours, theirs = ({one["seed"]: one[f"{what}_kernel"] for one in kept} for what in JUDGED)
-    found = statistics.change(ours, theirs)
+    theirs = {one["seed"]: one["plain_kernel"] for one in kept}
+    found = statistics.change({one["seed"]: one["corrected_kernel"] for one in kept}, theirs)
     if found is None:
         raise ValueError(f"no pairs were searched on {run}")
     names = [f"{TITLES[one['sampler']]} with {one['recommended']}" for one in kept]

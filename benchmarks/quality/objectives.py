@@ -231,16 +231,9 @@ class SampledTimesteps(Objective):
     steps: int
 
     @override
-    def parts(self, path: Path) -> nn.Module:
-        tables = nn.Module()
-        tables.register_buffer("times", torch.arange(0, STEPS, STEPS // self.steps))
-        return tables
-
-    @override
-    def times(self, batch: Batch, loss: Loss) -> Tensor:
+    def times(self, batch: Batch, _loss: Loss) -> Tensor:
         # The common draw of t chooses among the visited ones: the stream stays in step.
-        times = loss.parts.get_buffer("times")
-        return times[batch.t * len(times) // STEPS]
+        return batch.t * self.steps // STEPS * (STEPS // self.steps)
 
 
 @dataclass(frozen=True)

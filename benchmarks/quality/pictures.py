@@ -23,18 +23,13 @@ TILE_COLUMNS, TILE_ROWS = 8, 2
 GAP_SHADE = 96
 
 
-def _tile(images: Tensor) -> Tensor:
-    """Arrange uint8 images `[N, C, H, W]` in a grid `[rows, columns, C]` with gaps."""
-    count = TILE_COLUMNS * TILE_ROWS
-    gap = max(1, images.shape[-1] // 12)
-    padded = F.pad(images[:count], (gap, gap, gap, gap), value=GAP_SHADE)
-    _, channels, height, width = padded.shape
-    grid = padded.view(TILE_ROWS, TILE_COLUMNS, channels, height, width)
-    return grid.permute(0, 3, 1, 4, 2).reshape(TILE_ROWS * height, TILE_COLUMNS * width, channels)
-
-
 def _show(axes: Axes, images: Tensor) -> None:
-    tile = _tile(images)
+    """Show uint8 images `[N, C, H, W]` in a grid with gaps."""
+    gap = max(1, images.shape[-1] // 12)
+    padded = F.pad(images[: TILE_COLUMNS * TILE_ROWS], (gap, gap, gap, gap), value=GAP_SHADE)
+    _, channels, height, width = padded.shape
+    grid = padded.view(TILE_ROWS, TILE_COLUMNS, channels, height, width).permute(0, 3, 1, 4, 2)
+    tile = grid.reshape(TILE_ROWS * height, TILE_COLUMNS * width, channels)
     axes.imshow(tile.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[])
     axes.grid(visible=False)

@@ -60,11 +60,7 @@ TITLES = {
 
 
 def make_scheduler(name: str, schedule: Schedule) -> Any:
-    """Return diffusers' scheduler of that name for a noise schedule.
-
-    Raises:
-        ValueError: If there is no sampler of that name.
-    """
+    """Return diffusers' scheduler of that name, or raise ValueError if a schedule has none."""
     known = SAMPLERS if isinstance(schedule, NoiseSchedule) else FLOW
     if name not in known:
         raise ValueError(f"sampler: expected one of {', '.join(known)}, got {name!r}")

@@ -5,7 +5,7 @@ Of one sampler it asks which correction, of several which pair of sampler and co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,13 @@ def _searched(bench: Bench, seed: int, samplers: Sequence[str], steps: int) -> d
     draw = generator(seed, Purpose.START, 1_000)
     starts = torch.randn(bench.preset.samples, *bench.data.shape, generator=draw)
 
-    def judged(sampler: str, *, corrected: bool) -> Distances:
-        network = found.correct_model(model) if corrected else model
-        change = found.correct_noise if corrected else torch.clone
+    def judged(sampler: str, network: nn.Module, change: Callable[[Tensor], Tensor]) -> Distances:
         batches = starts.split(bench.preset.sample_batch)
         images = [datasets.to_uint8(run(sampler, network, change(start))) for start in batches]
         return bench.distances.compare(torch.cat(images))
 
-    plain, corrected = judged(samplers[0], corrected=False), judged(found.sampler, corrected=True)
+    plain = judged(samplers[0], model, torch.clone)
+    corrected = judged(found.sampler, found.correct_model(model), found.correct_noise)
     return {
         "seed": seed,
         "samplers": list(samplers),

@@ -50,11 +50,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Iterable[float]) -> Interval:
-    """Return the mean of one value per seed, and its interval.
-
-    Raises:
-        ValueError: If there are no values.
-    """
+    """Return the mean of one value per seed, at least one, and its interval."""
     array = np.asarray(list(values), dtype=np.float64)
     if array.size == 0:
         raise ValueError("values: expected one value per seed, got none")
@@ -143,11 +139,7 @@ class Results:
         return {int(seed): float(value) for seed, value in found.items()}
 
     def mean(self, method: str, cell: Cell, measure: str = FRECHET) -> float:
-        """Return the mean over the seeds.
-
-        Raises:
-            LookupError: If there is none.
-        """
+        """Return the mean over the seeds, or raise LookupError if there are none."""
         values = self.values(method, cell, measure)
         if not values:
             raise LookupError(f"{self.record['preset']} has no {measure} of {method} at {cell}")
@@ -204,16 +196,11 @@ class Results:
         So that what is reported of a seed was not chosen on it. Methods that lack a seed are left
         out; empty with one seed.
         """
-        found = {name: self.values(name, cell) for name in methods}
-        seeds: set[int] = set().union(*found.values())
-        whole = {name: values for name, values in found.items() if set(values) == seeds}
-
-        def elsewhere(name: str, seed: int) -> float:
-            return float(np.mean([value for s, value in whole[name].items() if s != seed]))
-
-        if len(seeds) < 2 or not whole:
+        found = pd.DataFrame({name: self.values(name, cell) for name in methods}).sort_index()
+        whole = found.dropna(axis="columns")
+        if len(whole) < 2 or whole.empty:
             return {}
-        return {s: min(whole, key=lambda name: elsewhere(name, s)) for s in sorted(seeds)}
+        return (whole.sum() - whole).idxmin(axis="columns").to_dict()
 
     def dose(self, loss: str, gain: str, cell: Cell) -> Interval | None:
         """Return the share of the way to its gain that a trained loss has come, by the spread.
