@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from s2dm_loss._torch import is_watched, needs_plain_operators, replicated_like
+from s2dm_loss._torch import is_watched, needs_plain_operators, quick_apply, replicated_like
 from s2dm_loss.checks import check_rows
 
 Reduction = Literal["mean", "sum", "none"]
@@ -70,9 +70,10 @@ def weighted_square(
 
     Args:
         output: Of shape [B, ...]; autograd gives its gradient without a second residual.
-        share: What each squared value counts, of shape [B], in the dtype of the result.
+        share: What each squared value counts, of shape [B, 1, ...] and the rank of `output`, in the
+            dtype of the result.
         slope: Twice the share, which the gradient needs.
-        scales: Of shape [B] and in that dtype; they need a gradient only if the share does.
+        scales: Shaped as the share and in its dtype; they need a gradient only if the share does.
         data: One for each scale, shaped as `output`.
         per_sample: Whether the result has shape [B].
     """
@@ -83,8 +84,8 @@ def weighted_square(
     if plain:
         share, *scales = replicated_like(output, share, *scales)
         return _plain_square(output, share, scales, data, per_sample=per_sample)
-    # torch's `apply` has no annotations.
-    return _WeightedSquare.apply(output, (share, slope, scales, data), per_sample)  # type: ignore[no-untyped-call, no-any-return]
+    square: Tensor = _weighted_square(output, (share, slope, scales, data), per_sample)
+    return square
 
 
 def _plain_square(
@@ -98,12 +99,13 @@ def _plain_square(
     residual = output
     for scale, part in zip(scales, data, strict=True):
         # No `addcmul`: `torch.func.linearize` ends the process at one with a value.
-        residual = residual - along(scale, part) * part
+        residual = residual - scale * part
     squares = residual.to(share.dtype).square()
     # No einops: a compiled loss would check at each call all that einops looks up.
     if squares.ndim > 1:
-        squares = squares.sum(tuple(range(1, squares.ndim)))
-    return share * squares if per_sample else (share * squares).sum()
+        squares = squares.sum(tuple(range(1, squares.ndim)), keepdim=True)
+    squares = share * squares
+    return squares.view(-1) if per_sample else squares.sum()
 
 
 class _WeightedSquare(torch.autograd.Function):
@@ -131,7 +133,7 @@ class _WeightedSquare(torch.autograd.Function):
         # through the same graph makes it again from the saved ones.
         ctx.residual, ctx.slope, ctx.dtype = residual, slope, output.dtype
         ctx.save_for_backward(output, slope, *scales, *data)
-        squares = _piece_norms(residual).square() * share.unsqueeze(1)
+        squares = _piece_norms(residual).square() * share.view(-1, 1)
         return squares.sum(1) if per_sample else squares.sum()
 
     @staticmethod
@@ -144,16 +146,24 @@ class _WeightedSquare(torch.autograd.Function):
             output, slope, *parts = ctx.saved_tensors
             scales, data = parts[: len(parts) // 2], parts[len(parts) // 2 :]
             residual = _residual(output, slope.dtype, scales, data)
-            gradient = residual * along(grad * slope, output)
+            gradient = residual * _factor(grad, slope)
         else:
             ctx.residual = None
-            factor = along(grad * ctx.slope, residual)
+            factor = _factor(grad, ctx.slope)
             try:
                 gradient = residual.mul_(factor)
             except RuntimeError:
                 # Several gradients at once (`is_grads_batched`) do not fit into one residual.
                 gradient = residual * factor
         return gradient if gradient.dtype == ctx.dtype else gradient.to(ctx.dtype), None, None
+
+
+_weighted_square = quick_apply(_WeightedSquare)
+
+
+def _factor(grad: Tensor, slope: Tensor) -> Tensor:
+    """Return what the residual is multiplied by, for the gradient of a scalar or of [B]."""
+    return slope * (along(grad, slope) if grad.ndim else grad)
 
 
 def _residual(
@@ -164,12 +174,11 @@ def _residual(
     if output.is_cpu and output.dtype != dtype:
         # A CPU's operators copy what is of another dtype. Out of place there would be three copies.
         residual, ours = output.to(dtype), not is_watched()
-    shape = (-1, *(1,) * (output.ndim - 1))
     for scale, part in zip(scales, data, strict=True):
         if ours:
-            residual.addcmul_(part, scale.view(shape), value=-1)
+            residual.addcmul_(part, scale, value=-1)
         else:
-            residual = torch.addcmul(residual, part, scale.view(shape), value=-1)
+            residual = torch.addcmul(residual, part, scale, value=-1)
             ours = not is_watched()
     return residual
 
@@ -177,8 +186,7 @@ def _residual(
 def _piece_norms(values: Tensor) -> Tensor:
     """Return the norms of each sample's pieces, of shape [B, pieces]."""
     count = values.shape[1:].numel()
-    piece = _piece_length(count)
-    pieces, rest = divmod(count, piece)
+    pieces, piece, rest = _pieces(count)
     if not values.is_contiguous():
         # A sum is the same in the order in which memory has the values. With the batch innermost
         # they are copied: strided values are added in one lane, with eight times the rounding.
@@ -194,7 +202,9 @@ def _piece_norms(values: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _piece_length(count: int) -> int:
-    """Return the length of the pieces: one that leaves no rest, if it is not too short."""
-    fitting = max(n for n in range(1, min(count, _PIECE) + 1) if count % n == 0)
-    return fitting if fitting == count or fitting >= _PIECE // 8 else _PIECE
+def _pieces(count: int) -> tuple[int, int, int]:
+    """Return how many pieces, of which length, and the rest: 0 unless they would be too short."""
+    piece = max(n for n in range(1, min(count, _PIECE) + 1) if count % n == 0)
+    if piece < count and piece < _PIECE // 8:
+        piece = _PIECE
+    return count // piece, piece, count % piece

@@ -216,7 +216,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         self.schedule.check_timesteps(t)
         noise = draw_like(x0, generator) if noise is None else check_like("noise", noise, "x0", x0)
         a, b = replicated_like(x0, *self._table.path(t, x0, noise))
-        x_t = (along(a, x0) * x0 + along(b, x0) * noise).to(x0.dtype)
+        x_t = (a * x0 + b * noise).to(x0.dtype)
         # A copy, since it is the model's to overwrite, as x_t is.
         output = read_output(model(x_t, t.clone(), **(model_kwargs or {})))
         check_like("model output", output, "x0", x0)
@@ -291,7 +291,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
-        self._table.check_data(target, t, x_t)
+        self._table.check_data(target, t, x_t, target)
         xi = self._table.skip_noise(skip_noise, "target", target, generator)
         weight, scales, data = self._table.parts(t, (target, x_t, xi))
         weight, *scales = replicated_like(target, weight, *scales)

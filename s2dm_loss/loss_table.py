@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ from s2dm_loss.coefficients import (
     output_weights,
     warn_if_the_start_fails,
 )
-from s2dm_loss.head import REDUCTIONS, Reduction, weighted_square
+from s2dm_loss.head import REDUCTIONS, Reduction, along, weighted_square
 from s2dm_loss.prediction import PathPoint, PredictionType
 from s2dm_loss.schedule import Schedule
 from s2dm_loss.skip_set import SkipSet, warn_if_sampled_early
@@ -99,9 +100,10 @@ class LossTable:
         # Not `numel`, which makes a constant of a size that an export leaves open.
         values = math.prod(output.shape[self._reduction.first_axis :])
         # ξ, the third, follows the type of the others.
-        share, slope, *scales = self._forms[form].at(t, _result_dtype(output, *data[:2]), values)
+        dtype = _result_dtype(output, *data[:2])
+        share, slope, *scales = self._forms[form].at(t, dtype, values, output.ndim)
         if weights is not None:
-            weights = full_tensor(weights).to(share.dtype)
+            weights = along(full_tensor(weights).to(dtype), output)
             share, slope = share * weights, slope * weights
         return weighted_square(
             output, share, slope, scales, self._held(data), per_sample=self._reduction.per_sample
@@ -115,11 +117,11 @@ class LossTable:
         return weight, scales, self._held(data)
 
     def _held(self, data: Sequence[Tensor | None]) -> list[Tensor]:
-        return [part for part, has in zip(data, self._has, strict=True) if has and part is not None]
+        return list(compress(data, self._has))  # type: ignore[arg-type]  # None only where not held
 
     def path(self, t: Tensor, *data: Tensor) -> Sequence[Tensor]:
-        """Return a and b of the path at times [B], of shape [B]."""
-        return self._path.at(t, _result_dtype(*data))
+        """Return a and b of the path at times [B], of shape [B, 1, ...] as the data."""
+        return self._path.at(t, _result_dtype(*data), rank=data[0].ndim)
 
     def terms(
         self, eps_hat: Tensor, noise: Tensor, t: Tensor, skip_noise: Tensor | None
@@ -153,10 +155,10 @@ class LossTable:
         like: Tensor,
         t: Tensor,
         x_t: Tensor | None,
-        *others: Tensor,
-        names: tuple[str, ...] = ("target", "output"),
+        output: Tensor,
+        names: tuple[str, str] = ("target", "output"),
     ) -> None:
-        """Raise unless t, x_t and other data [B, ...] fit `like`, and x_t is there if it is needed.
+        """Raise unless t, x_t and the output [B, ...] fit `like`, and x_t is there if it is needed.
 
         Where all is well nothing is called but the schedule: this is part of every step.
         """
@@ -171,18 +173,15 @@ class LossTable:
                 )
             check_per_sample("t", t, names[0], like)
         self._schedule.check_timesteps(t)
-        if others and like.requires_grad and not others[0].requires_grad:
-            raise ValueError(
-                f"{names[0]} requires grad and {names[1]} does not: the output comes first"
-            )
+        others = [(names[1], output)]
         if x_t is not None:
-            others, names = (*others, x_t), (*names[: len(others) + 1], "x_t")
+            others.append(("x_t", x_t))
         elif self._reads_input:
             raise ValueError(
                 f"x_t must be given for prediction_type {self._prediction_type!r}, whose target "
                 "holds data, got None: from_output(output, target, t, x_t)"
             )
-        for name, value in zip(names[1:], others, strict=False):
+        for name, value in others:
             if not (
                 isinstance(value, Tensor)
                 and value.is_floating_point()
@@ -190,6 +189,10 @@ class LossTable:
                 and value.device == device
             ):
                 check_like(name, value, names[0], like)
+        if like.requires_grad and not output.requires_grad:
+            raise ValueError(
+                f"{names[0]} requires grad and {names[1]} does not: the output comes first"
+            )
 
     def skip_noise(
         self,

@@ -69,6 +69,8 @@ class TabledModule(nn.Module):
 
 _MOST_TABLES = 64
 """A training meets fewer numbers of values to divide by."""
+_WHOLE = (1, 1)
+"""The table whose values are divided by nothing, for what has shape [B]."""
 
 
 class TimeTable:
@@ -95,8 +97,9 @@ class TimeTable:
             ValueError: if the timesteps are not 0 … T-1, or a value requires a gradient.
         """
         self._functions, self._shares = functions, shares
-        # By what the first values in it are divided by; none in continuous time.
-        self._tables: dict[int, DeviceCopies] = {}
+        # By what the first values in it are divided by, and the rank of what is read from it; none
+        # in continuous time.
+        self._tables: dict[tuple[int, int], DeviceCopies] = {}
         if timesteps is None:
             return
         with real_tensors():
@@ -107,51 +110,62 @@ class TimeTable:
                     "schedule, weighting and scale must be fixed on a discrete schedule, where "
                     "their values are kept, got values that require a gradient"
                 )
-            self._tables[1] = DeviceCopies(table)
+            self._tables[_WHOLE] = DeviceCopies(table)
             self.copy_to(torch.device("cpu"))
 
-    def at(self, t: Tensor, dtype: torch.dtype, divisor: int = 1) -> Sequence[Tensor]:
+    def at(
+        self, t: Tensor, dtype: torch.dtype, divisor: int = 1, rank: int = 1
+    ) -> Sequence[Tensor]:
         """Return the K values at times t, each of their shape and in `dtype`.
 
         Args:
             t: The times.
             dtype: Of what is returned.
             divisor: Of the shares.
+            rank: Of what is returned: times of shape [B] give [B, 1, …], which meets the batch axis
+                of data of that rank and no other.
 
         Raises:
             ValueError: if a timestep lies outside the table; see `read_table`.
         """
         # A table is read at every step, and is almost always there.
         if type(t) is Tensor and not is_traced():
-            tables = self._tables.get(divisor)
+            tables = self._tables.get((divisor, rank))
             table = None if tables is None else tables.copies.get((t.device, dtype))
-            if table is not None:
-                return read_table(table, t).unbind(0)
-        return self._made_at(full_tensor(t), dtype, divisor)
+            if table is not None and t.ndim == 1:
+                try:
+                    return table.index_select(1, t).unbind(0)
+                except (IndexError, RuntimeError):  # `read_table` takes it, or says why not
+                    return self._made_at(t, dtype, divisor, rank)
+        return self._made_at(full_tensor(t), dtype, divisor, rank)
 
-    def _made_at(self, t: Tensor, dtype: torch.dtype, divisor: int) -> Sequence[Tensor]:
-        if not self._tables:
-            values: Sequence[Tensor] = [value.to(dtype) for value in self._functions(t)]
-        elif is_traced():
-            values = read_table(self._tables[1].on(t.device, dtype), t).unbind(0)
+    def _made_at(self, t: Tensor, dtype: torch.dtype, divisor: int, rank: int) -> Sequence[Tensor]:
+        if self._tables and not is_traced():
+            if (divisor, rank) not in self._tables:
+                self._keep(divisor, rank)
+            return read_table(self._tables[divisor, rank].on(t.device, dtype), t, axis=1).unbind(0)
+        if self._tables:
+            values = read_table(self._tables[_WHOLE].on(t.device, dtype), t, axis=1).unbind(0)
         else:
-            if divisor not in self._tables:
-                self._keep_divided(divisor)
-            return read_table(self._tables[divisor].on(t.device, dtype), t).unbind(0)
-        return *(value / divisor for value in values[: self._shares]), *values[self._shares :]
+            values = tuple(value.to(dtype) for value in self._functions(t))
+        values = *(value / divisor for value in values[: self._shares]), *values[self._shares :]
+        return values if rank == 1 else [value.view(-1, *(1,) * (rank - 1)) for value in values]
 
-    def _keep_divided(self, divisor: int) -> None:
-        """Keep another table: a division at each call would cost time."""
+    def _keep(self, divisor: int, rank: int) -> None:
+        """Keep another table: a division and a view at each call would cost time."""
         with real_tensors():
-            table = self._tables[1].source.clone()
+            table = self._tables[_WHOLE].source.clone()
             table[: self._shares] /= divisor
-        others = self._tables if len(self._tables) < _MOST_TABLES else {1: self._tables[1]}
-        self._tables = {**others, divisor: DeviceCopies(table)}
+            table = table.view(*table.shape, *(1,) * (rank - 1))
+        others = (
+            self._tables if len(self._tables) < _MOST_TABLES else {_WHOLE: self._tables[_WHOLE]}
+        )
+        self._tables = {**others, (divisor, rank): DeviceCopies(table)}
 
     def copy_to(self, device: torch.device) -> None:
         """Have the float32 copy ready on a device."""
         if self._tables:
-            self._tables[1].on(device, torch.float32)
+            self._tables[_WHOLE].on(device, torch.float32)
 
 
 def _check_timesteps(timesteps: Tensor) -> None:
@@ -165,25 +179,26 @@ def _check_timesteps(timesteps: Tensor) -> None:
         )
 
 
-def read_table(table: Tensor, t: Tensor) -> Tensor:
-    """Return the columns t of a table [..., T], of shape table.shape[:-1] + t.shape.
+def read_table(table: Tensor, t: Tensor, axis: int = 0) -> Tensor:
+    """Return what a table has at t along an axis, which the axes of t replace.
 
     Raises:
         ValueError: if a timestep lies outside the table. On a GPU, where the host cannot know
             without waiting, it is the device's own assertion instead; compiled, the values are NaN.
     """
     if t.ndim != 1:
-        return read_table(table, t.reshape(-1)).reshape(table.shape[:-1] + t.shape)
+        shape = table.shape[:axis] + t.shape + table.shape[axis + 1 :]
+        return read_table(table, t.reshape(-1), axis).reshape(shape)
     if t.dtype not in (torch.int32, torch.int64):
         t = t.long()
-    last = table.shape[-1]
+    last = table.shape[axis]
     if torch.compiler.is_compiling():
-        # Compiled code counts a negative index from the end.
+        # Compiled code counts a negative index from the end. The axis is the last one here.
         inside = (t >= 0) & (t < last)
-        return torch.where(inside, table.index_select(-1, torch.where(inside, t, 0)), math.nan)
+        return torch.where(inside, table.index_select(axis, torch.where(inside, t, 0)), math.nan)
     try:
         # index_select, unlike table[..., t], refuses an index below 0: it counts from no end.
-        return table.index_select(-1, t)
+        return table.index_select(axis, t)
     except (IndexError, RuntimeError) as error:
         outside = t[(t < 0) | (t >= last)]
         if outside.numel() == 0:
