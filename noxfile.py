@@ -42,6 +42,17 @@ def oldest(session: nox.Session) -> None:
     """The core, with the oldest of its dependencies. The trainers' own floors are higher."""
     session.install(*OLDEST, *TEST_TOOLS)
     session.install("--no-deps", "-e", ".")
+    _test_core(session)
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """The core with exact versions, on any Python: `nox -s core -P python3.13`."""
+    session.install(*PINNED, "-e", ".", "numpy", *TEST_TOOLS)
+    _test_core(session)
+
+
+def _test_core(session: nox.Session) -> None:
     files = [f"tests/test_{name}.py" for name in CORE]
     doctests = ["s2dm_loss", "--ignore=s2dm_loss/adapters"]
     session.run("pytest", "-n", "auto", *ALL, *files, *doctests, *session.posargs)
