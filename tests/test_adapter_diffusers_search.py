@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from s2dm_loss import NoiseSchedule
 from s2dm_loss.adapters.diffusers import PipelineRecommendation, correct_pipeline, search_pipeline
 from s2dm_loss.adapters.diffusers_scheduler import path_of
 from s2dm_loss.adapters.diffusers_solvers import solvers_of
@@ -26,18 +25,20 @@ from tests.helpers.diffusers_parts import (
     make_scheduler,
     tiny_pipeline,
 )
+from tests.strategies import COSINE, LINEAR
 
-DEVIATION, SHAPE, EULER = 0.8, (1, 2, 2), "FlowMatchEulerDiscreteScheduler"
+DEVIATION, SHAPE = 0.8, (1, 2, 2)
+DDIM, EULER = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"
+UNIPC, DEIS = "UniPCMultistepScheduler", "DEISMultistepScheduler"
 OPTIONS = {"clip_sample": False, "timestep_spacing": "trailing"}
 QUICK = {"steps": 2, "num_samples": 32, "batch_size": 32, "progress": False}
 
 
-class Exact(nn.Module):
+class Exact(nn.Linear):
     """E[output | x_t] for data N(mean, DEVIATION²) of a pipeline's prediction type."""
 
     def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        super().__init__(1, 1)  # a parameter, which pipelines ask for the device
 
     def forward(self, x, a, b, kind, mean):
         variance = a**2 * DEVIATION**2 + b**2
@@ -75,7 +76,7 @@ class Pipeline(diffusers.DiffusionPipeline):
 def pipeline_of(kind="epsilon"):
     if kind == "flow":
         return Pipeline(Exact(), make_scheduler(EULER, shift=3.0))
-    return Pipeline(Exact(), make_scheduler("DDIMScheduler", prediction_type=kind, **OPTIONS))
+    return Pipeline(Exact(), make_scheduler(DDIM, prediction_type=kind, **OPTIONS))
 
 
 AT_ZERO = torch.zeros(1)
@@ -95,6 +96,18 @@ def deviation(pipe, steps):
     return float((images * start).sum() / start.square().sum())
 
 
+def searched(pipe=None, schedulers=(), **options):
+    """A quick search, with the scheduler in use alone if not said."""
+    given = {"images": images_for(), **QUICK, **options}
+    return search_pipeline(pipe or pipeline_of(), schedulers=schedulers, **given)
+
+
+def of_json(pipe, found):
+    """What strict JSON holds, and what is read from it for a pipeline."""
+    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    return values, PipelineRecommendation.from_dict(pipe, values)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "prompted"), [("epsilon", False), ("v_prediction", True), ("flow", True)]
@@ -106,11 +119,10 @@ def test_it_finds_a_good_pair(kind, prompted, capsys):
     drawn = []
     pipe.unet.register_forward_pre_hook(lambda module, args: drawn.append(args[4].flatten()))
     before = abs(deviation(pipe, 5) - DEVIATION)
-    means = torch.tensor([-0.5, 0.5]) if prompted else torch.zeros(1)
+    means = torch.tensor([-0.5, 0.5]) if prompted else AT_ZERO
     call = {"prompt_embeds": means} if prompted else {}
-    found = search_pipeline(
-        pipe, images_for(means), steps=5, num_samples=256, batch_size=256, progress=False, **call
-    )
+    sizes = {"steps": 5, "num_samples": 256, "batch_size": 256}
+    found = searched(pipe, None, images=images_for(means), **sizes, **call)
     assert not capsys.readouterr().out
     # Each prompt is drawn as often, and each candidate's first batch draws the same.
     batches = [mean for mean in drawn if len(mean) == 256]
@@ -131,8 +143,7 @@ def test_it_finds_a_good_pair(kind, prompted, capsys):
     assert "step" not in found.scheduler.__dict__
     assert after < 0.35 * before
     # It can be kept, and put on a pipeline of the same network.
-    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    again = PipelineRecommendation.from_dict(pipe, values)
+    values, again = of_json(pipe, found)
     assert str(again) == str(found)
     assert again.to_dict() == values
     with again:
@@ -148,9 +159,8 @@ def test_it_finds_a_good_pair(kind, prompted, capsys):
 def test_it_says_what_it_does(capsys):
     pipe = pipeline_of()
     pipe.unet.train()
-    schedulers = [make_scheduler("UniPCMultistepScheduler"), make_scheduler("IPNDMScheduler")]
-    options = {**QUICK, "schedulers": schedulers, "progress": True}
-    result = search_pipeline(pipe, images_for(), **options)
+    schedulers = [make_scheduler(UNIPC), make_scheduler("IPNDMScheduler")]
+    result = searched(pipe, schedulers, progress=True)
     said = capsys.readouterr()
     assert said.out.splitlines()[: len(str(result).splitlines())] == str(result).splitlines()
     assert said.err.count("into evaluation mode") == 1
@@ -158,12 +168,6 @@ def test_it_says_what_it_does(capsys):
         assert text in said.err
     assert pipe.unet.training
     assert repr(result).startswith("PipelineRecommendation(Recommendation(")
-
-
-def test_schedulers_of_one_class_are_as_many_solvers_as_they_have_settings():
-    given = [make_scheduler("DDIMScheduler", **OPTIONS), *2 * [make_scheduler("DDIMScheduler")]]
-    found = search_pipeline(pipeline_of(), images_for(), schedulers=given, **QUICK)
-    assert list(found.recommendation.cost.calls) == ["DDIM", "DDIM 2"]
 
 
 def in_use(name, *args, **changed):
@@ -177,12 +181,11 @@ def test_a_scheduler_is_kept_as_it_is():
     """Also one that was changed later, as StableDiffusionPipeline changes its own."""
     betas, flow = np.linspace(1e-4, 0.05, 1000), make_scheduler(EULER)
     flow.set_shift(6.0)
-    changed = in_use("DDIMScheduler", steps_offset=1, clip_sample=False)
-    trained = [make_scheduler("DDIMScheduler", trained_betas=b) for b in (betas, betas.tolist())]
+    changed = in_use(DDIM, steps_offset=1, clip_sample=False)
+    trained = [make_scheduler(DDIM, trained_betas=b) for b in (betas, betas.tolist())]
     for scheduler in (changed, flow, *trained):
         pipe = Pipeline(Exact(), scheduler)
-        found = search_pipeline(pipe, images_for(), schedulers=[], **QUICK)
-        again = PipelineRecommendation.from_dict(pipe, json.loads(json.dumps(found.to_dict())))
+        _, again = of_json(pipe, searched(pipe))
         for one in (scheduler, again.scheduler):
             one.set_timesteps(4)
         for name in ("timesteps", "alphas_cumprod", "sigmas"):
@@ -197,9 +200,9 @@ NOT_CLIPPED = {"clip_sample": False}
 @pytest.mark.parametrize(
     ("scheduler", "kept"),
     [
-        (make_scheduler("DDIMScheduler"), {}),
+        (make_scheduler(DDIM), {}),
         (make_scheduler("PNDMScheduler"), NOT_CLIPPED),
-        (in_use("DDIMScheduler", steps_offset=1), {"steps_offset": 1}),
+        (in_use(DDIM, steps_offset=1), {"steps_offset": 1}),
         # Its default β are Stable Diffusion's.
         (make_scheduler("LCMScheduler"), {**STABLE_DIFFUSION, **NOT_CLIPPED}),
     ],
@@ -216,12 +219,14 @@ def test_a_solver_is_what_from_config_makes(scheduler, kept):
 
 @pytest.mark.parametrize("shift", [None, 6.0])
 def test_the_shift_of_other_solvers_is_that_of_the_one_in_use(shift):
-    config = make_scheduler("UniPCMultistepScheduler", **OF_FLOW).config
+    config = make_scheduler(UNIPC, **OF_FLOW).config
     scheduler = type(make_scheduler(EULER)).from_config(config, shift=5.0)  # hides a flow_shift
     before = copy.deepcopy(scheduler)
     if shift is not None:
         scheduler.set_shift(shift)
-    assert len(solvers_of(before, [scheduler])) == (1 if shift is None else 2)
+    # Of one class there are as many solvers as there are settings.
+    others = [] if shift is None else ["FlowMatchEuler 2"]
+    assert [*solvers_of(before, [before, scheduler, scheduler])] == ["FlowMatchEuler", *others]
     solvers = [make() for make in solvers_of(scheduler, None).values()][1:]
     found = [one.config.get("shift", one.config.get("flow_shift")) for one in solvers]
     assert found == 3 * [shift or 5.0]
@@ -229,15 +234,14 @@ def test_the_shift_of_other_solvers_is_that_of_the_one_in_use(shift):
 
 
 def test_what_was_found_for_another_pipeline_is_refused():
-    found = search_pipeline(pipeline_of(), images_for(), schedulers=[], **QUICK)
-    cosine = make_scheduler("DDIMScheduler", beta_schedule="squaredcos_cap_v2", **OPTIONS)
-    others = [pipeline_of("v_prediction"), pipeline_of("flow"), Pipeline(Exact(), cosine)]
-    for other in others:
+    values = searched().to_dict()
+    cosine = make_scheduler(DDIM, beta_schedule="squaredcos_cap_v2", **OPTIONS)
+    for other in (pipeline_of("v_prediction"), pipeline_of("flow"), Pipeline(Exact(), cosine)):
         with pytest.raises(ValueError, match=r"values are of a pipeline of .*'epsilon', and"):
-            PipelineRecommendation.from_dict(other, found.to_dict())
+            PipelineRecommendation.from_dict(other, values)
     other = pipeline_of()
-    other.scheduler = make_scheduler("UniPCMultistepScheduler")
-    with PipelineRecommendation.from_dict(other, found.to_dict()):
+    other.scheduler = make_scheduler(UNIPC)
+    with PipelineRecommendation.from_dict(other, values):
         deviation(other, 2)
 
 
@@ -260,15 +264,14 @@ TENSORS = {"callback_on_step_end_tensor_inputs": ["latents"]}
 @pytest.mark.parametrize("prompt", ["a", ["a", "bb"], ["a", "bb", "c"]])
 @pytest.mark.parametrize("given", [{"negative_prompt": "ugly"}, {"original_size": (8, 8)}, TENSORS])
 def test_what_is_one_for_all_prompts(prompt, given):
-    pipe = Texts(Exact(), make_scheduler("DDIMScheduler", **OPTIONS))
+    pipe = Texts(Exact(), make_scheduler(DDIM, **OPTIONS))
     pipe(prompt="a", **given)
-    search_pipeline(pipe, images_for(), schedulers=[], prompt=prompt, **given, **QUICK)
+    searched(pipe, prompt=prompt, **given)
 
 
 V = {"prediction_type": "v_prediction"}
-UNIPC, DEIS = "UniPCMultistepScheduler", "DEISMultistepScheduler"
 BY_HAND, OF_V, ZERO_SNR = (
-    make_scheduler("DDIMScheduler", **options)
+    make_scheduler(DDIM, **options)
     for options in (OPTIONS, V, {"rescale_betas_zero_snr": True, **V, **OPTIONS})
 )
 BY_HAND.alphas_cumprod = BY_HAND.alphas_cumprod**0.9
@@ -288,8 +291,7 @@ TAKES_NOISE = "(ValueError: it takes the output for 'epsilon', and it is"
     ids=["output", "by hand", "zero snr", "sde"],
 )
 def test_solvers_that_are_none_for_the_pipeline_are_left_out(scheduler, given, tried, said, capsys):
-    options = {**QUICK, "steps": 4, "schedulers": given, "progress": True}
-    found = search_pipeline(Pipeline(Exact(), scheduler), images_for(), **options)
+    found = searched(Pipeline(Exact(), scheduler), given, steps=4, progress=True)
     assert list(found.recommendation.cost.calls)[1:] == tried.split()
     assert f"left out: {said}" in capsys.readouterr().err
 
@@ -297,19 +299,12 @@ def test_solvers_that_are_none_for_the_pipeline_are_left_out(scheduler, given, t
 def test_diffusers_own_pipeline_which_hands_eta_to_every_scheduler():
     """And returns NumPy's images, with the channels last."""
     pipe = tiny_pipeline()
-    corrections = [SkipGain(NoiseSchedule.linear(1000), [-99, 99])]
-    options = {**QUICK, "corrections": corrections, "output_type": "np"}
-    found = search_pipeline(pipe, torch.rand(64, 1, 8, 8), **options)
+    corrections = [SkipGain(LINEAR, [-99, 99])]
+    options = {"images": torch.rand(64, 1, 8, 8), "corrections": corrections}
+    found = searched(pipe, None, output_type="np", **options)
     assert list(found.recommendation.cost.calls) == ["DDIM", "PNDM", "DEIS", "DPMSolver", "UniPC"]
     with found:
         pipe(num_inference_steps=found.steps, output_type="np")
-
-
-@pytest.mark.parametrize("change", [lambda one: 2 * one - 1, lambda one: 255 * one])
-def test_images_on_another_scale_than_the_pipelines(change):
-    images = change(torch.rand(999, 1, 8, 8))
-    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\] .* images / 255"):
-        search_pipeline(tiny_pipeline(), images, progress=False)
 
 
 def test_an_exception_leaves_the_pipeline_as_it_was():
@@ -320,10 +315,10 @@ def test_an_exception_leaves_the_pipeline_as_it_was():
         raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
-        search_pipeline(pipe, images_for(), features=broken, progress=False)
+        searched(pipe, features=broken)
     assert pipe.scheduler is scheduler
     assert "step" not in scheduler.__dict__
-    found = search_pipeline(pipe, images_for(), schedulers=[], **QUICK)
+    found = searched(pipe)
     with pytest.raises(RuntimeError, match="boom"), found:
         raise RuntimeError("boom")
     assert pipe.scheduler is scheduler
@@ -338,8 +333,8 @@ def test_an_exception_leaves_the_pipeline_as_it_was():
 
 CHECKED, STEPPED = pipeline_of(), pipeline_of()
 CHECKED.safety_checker = STEPPED.scheduler.step = lambda *args: None
-GAIN_OF_V = SkipGain(NoiseSchedule.linear(1000), prediction_type="v_prediction")
-GAIN_OF_COSINE = SkipGain(NoiseSchedule.cosine(1000))
+GAIN_OF_V = SkipGain(LINEAR, prediction_type="v_prediction")
+GAIN_OF_COSINE, SCALED = SkipGain(COSINE), r"images must lie in \[0, 1\] .* images / 255"
 
 
 @pytest.mark.parametrize(
@@ -348,6 +343,8 @@ GAIN_OF_COSINE = SkipGain(NoiseSchedule.cosine(1000))
         ({"images": torch.ones(40, 4)}, ValueError, r"images must have shape \[N, C, H, W\]"),
         ({"images": torch.ones(40, 1, 3, 3)}, ValueError, r"size that the pipeline .*\(1, 2, 2\)"),
         ({"images": 3}, TypeError, "images must be a tensor"),
+        ({"pipe": tiny_pipeline(), "images": 2 * torch.rand(999, 1, 8, 8) - 1}, ValueError, SCALED),
+        ({"pipe": tiny_pipeline(), "images": 255 * torch.rand(999, 1, 8, 8)}, ValueError, SCALED),
         ({"steps": 0}, ValueError, "steps must be at least 1"),
         ({"pipe": nn.Identity()}, TypeError, "pipe must be a diffusers pipeline"),
         ({"corrections": [StartScaling()]}, ValueError, "must leave the start noise"),
@@ -361,10 +358,9 @@ GAIN_OF_COSINE = SkipGain(NoiseSchedule.cosine(1000))
         ({"sigmas": [1.0, 0.5]}, ValueError, "call must leave sigmas to the search"),
         ({"generator": None}, ValueError, "call must leave generator to the search"),
         ({"schedulers": [diffusers.DDIMScheduler]}, TypeError, "must be a list of schedulers"),
-        ({"schedulers": make_scheduler("DDIMScheduler")}, TypeError, "schedulers must be a list"),
+        ({"schedulers": make_scheduler(DDIM)}, TypeError, "schedulers must be a list"),
     ],
 )
 def test_what_is_refused(given, error, said):
-    arguments = {"pipe": pipeline_of(), "images": images_for(), "progress": False}
     with pytest.raises(error, match=said):
-        search_pipeline(**{**arguments, **given})
+        searched(**{"schedulers": None, **given})

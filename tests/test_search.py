@@ -125,7 +125,8 @@ def test_the_scan_goes_both_ways_and_refines(skip):
 
 
 def test_the_best_of_several_corrections():
-    gains, start = SkipGain(LINEAR, [9, 49], tau=TAU), StartScaling([0.8, 1.2])
+    gains, start = SkipGain(LINEAR, [9, 49], tau=TAU), StartScaling()
+    start.strengths = np.array([0.8, 1.2])  # as a correction of the user's own may have them
     corrections = [gains, EpsilonScaling(LINEAR, [0.99, 1.01]), start]
     result = found_by(data=data_of(1.2), corrections=corrections)
     assert (result.correction, result.strength) == (start, 1.2)
@@ -281,13 +282,6 @@ def test_a_candidate_that_overflows_loses_and_says_so():
     lost = result.candidates[-1]
     assert (result.strength, lost.distance, lost.best_share) == (99, INF, 0)
     assert "inf" in str(result)
-
-
-def test_strengths_may_be_an_array():
-    correction = StartScaling()
-    correction.strengths = np.array([0.9, 1.1])
-    search = search_of(data=data_of(1.1), corrections=[correction], scan=False)
-    assert search.recommend().strength == 1.1
 
 
 ELSEWHERE = {"sample": lambda _, noise: one_call(Echo(), noise)}

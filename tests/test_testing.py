@@ -132,11 +132,7 @@ def weighted(model):
         (V.loss, of_cosine, "schedule"),
         (weighted, RIGHT, "weight of the trainer's"),
         (EARLY.loss, EARLY.by(), "all times of this batch below the skip"),
-        (
-            EPSILON.loss,
-            lambda model, tau: RIGHT(model, tau) * (math.nan if tau == 0.5 else 1),
-            "the skip must act some",
-        ),
+        (EPSILON.loss, lambda m, tau: RIGHT(m, tau) * (math.nan, 1)[tau != 0.5], "must act some"),
         (EPSILON.loss, lambda *run: EPSILON.batch(run[0]) and RIGHT(*run), "as before, 1 .* got 2"),
         (EPSILON.loss, EPSILON.by(reduction="none"), r"of the trainer's own, \(\), got \(8,\)"),
         (lambda model: 0 * EPSILON.loss(model), RIGHT, "own loss must not be 0"),
@@ -147,23 +143,15 @@ def test_a_wrong_swap_or_a_loss_that_shows_nothing(plain, swapped, message):
     fails(plain, swapped, message)
 
 
-def test_a_loss_that_is_no_tensor():
-    with pytest.raises(TypeError, match="a loss must be a tensor"):
-        check_swap(lambda model: 1.0, RIGHT)
-
-
 @pytest.mark.filterwarnings("ignore:prediction_type 'flow'")
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
 def test_a_path_whose_time_runs_the_wrong_way(kind):
-    """With a schedule that does not check itself: its c² is 0 everywhere, the skip is off."""
-
-    class Backwards(ContinuousSchedule):
-        def __init__(self):
-            super().__init__(lambda t: (torch.log1p(-t), t.log()))
-            self._log_alpha_sigma = lambda t: (t.log(), torch.log1p(-t))
-
-    trainer = Swap(Backwards(), kind, SIGMA)
-    fails(trainer.loss, trainer.by(Backwards(), 0.01), "time run the wrong way")
+    """Of a schedule that turns after its check: its c² is 0 everywhere, the skip is off."""
+    turned = []
+    schedule = ContinuousSchedule(lambda t: (torch.log1p(-t), t.log())[:: -1 if turned else 1])
+    turned.append(True)
+    trainer = Swap(schedule, kind, SIGMA)
+    fails(trainer.loss, trainer.by(schedule, 0.01), "time run the wrong way")
 
 
 def test_a_trainer_in_float64_whose_first_draw_is_its_noise():
@@ -229,11 +217,6 @@ def test_a_right_swap_of_a_learned_variance_passes_without_a_warning():
 )
 def test_the_stand_in_is_called_as_networks_are(call):
     assert torch.equal(check_swap(*calling(call)).times, T)
-
-
-def test_what_the_stand_in_cannot_read_is_named():
-    with pytest.raises(TypeError, match=r"with x_t, a tensor, and t, got 0 .*pixels by name"):
-        check_swap(*calling(lambda model, x_t, t: model(pixels=x_t)))
 
 
 def test_data_without_axes():
@@ -361,14 +344,6 @@ def test_a_v_on_data_of_variance_1_asks_for_the_noise(schedule, data):
     assert trainer.check("v_prediction", noise=trainer.noise).fits
 
 
-def test_a_path_of_sigma_is_named():
-    """x_0 + σ ε given to a criterion that takes it for √ᾱ x_0 + √(1-ᾱ) ε, and the other way."""
-    trainer, normalised = Trainer(SIGMAS, "half"), NoiseSchedule(SIGMAS.log_alphas_cumprod)
-    trainer.fails("NoiseSchedule.from_sigmas, or x_t divided", "sample", schedule=normalised)
-    x_t = trainer.x_t / torch.hypot(trainer.alpha, trainer.sigma)
-    trainer.fails(r"or x_t multiplied by √\(1\+σ²\)", "sample", x_t=x_t)
-
-
 @pytest.mark.parametrize("data", ["normal", "half"])
 def test_with_the_noise_a_noise_target_is_judged_by_x_t(data):
     """There the noise in the target is right on any path, so x_t less b ε has to be without it."""
@@ -384,17 +359,16 @@ def test_with_the_noise_a_noise_target_is_judged_by_x_t(data):
             trainer.fails(said, "epsilon", noise=trainer.noise, **changed)
 
 
-def test_an_adapter_in_the_place_of_its_loss():
-    adapter = SimpleNamespace(criterion=SkipStepLoss(LINEAR, 9))
-    with pytest.raises(TypeError, match=r"criterion must be a SkipStepLoss, .*its `\.criterion`"):
-        check_target(adapter, X0, T, X0)
-
-
-def test_another_schedule_and_changed_noise():
-    trainer = Trainer(LINEAR, "half")
+def test_another_path_and_changed_noise_are_named():
+    trainer, of_sigma = Trainer(LINEAR, "half"), Trainer(SIGMAS, "half")
     trainer.fails("Nothing else fits it on this schedule", "v_prediction", schedule=COSINE)
     x_t = trainer.x_t + trainer.sigma * 0.5  # an offset that the target does not have
     trainer.fails(r"offset.* off\?", "v_prediction", x_t=x_t)
+    # x_0 + σ ε given to a criterion that takes it for √ᾱ x_0 + √(1-ᾱ) ε, and the other way.
+    normalised = NoiseSchedule(SIGMAS.log_alphas_cumprod)
+    of_sigma.fails("NoiseSchedule.from_sigmas, or x_t divided", "sample", schedule=normalised)
+    x_t = of_sigma.x_t / torch.hypot(of_sigma.alpha, of_sigma.sigma)
+    of_sigma.fails(r"or x_t multiplied by √\(1\+σ²\)", "sample", x_t=x_t)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "score"])
@@ -412,9 +386,6 @@ def test_only_what_counts_under_a_mask_is_judged():
     trainer.fails("is not what", "v_prediction", target=target)
     target[..., 40:] = math.nan
     assert trainer.check("v_prediction", target=target, mask=values < 40).fits
-    for mask, error in (([1], TypeError), (torch.ones(64, 3, 64), ValueError)):
-        with pytest.raises(error, match="mask must"):
-            trainer.check("v_prediction", mask=mask)
     with pytest.raises(ValueError, match="got 4096 that count"):
         trainer.check("v_prediction", target=target, mask=values < 16)
 
@@ -444,3 +415,22 @@ def test_half_precision_next_to_the_data_is_not_accused(kind):
         report = trainer.check(kind, noise=noise, **halves)
         assert report.values >= 8192
         assert kind == "v_prediction" or report.values <= 64 * 256
+
+
+ADAPTER = SimpleNamespace(criterion=SkipStepLoss(LINEAR, 9))
+OTHERWISE, SMALL = calling(lambda model, x_t, t: model(pixels=x_t)), Trainer(LINEAR, shape=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: check_swap(lambda model: 1.0, RIGHT), TypeError, "a loss must be a tensor"),
+        (lambda: check_swap(*OTHERWISE), TypeError, r"a tensor, and t, got 0 .*pixels by name"),
+        (lambda: check_target(ADAPTER, X0, T, X0), TypeError, r"SkipStepLoss, .*its `\.criterion`"),
+        (lambda: SMALL.check("epsilon", mask=[1]), TypeError, "mask must"),
+        (lambda: SMALL.check("epsilon", mask=torch.ones(3, 8)), ValueError, "mask must"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
