@@ -128,7 +128,6 @@ def test_it_finds_a_good_pair(kind, prompted, capsys):
     batches = [mean for mean in drawn if len(mean) == 256]
     assert torch.cat(batches).mean().abs() < 0.1 * means.std(correction=0) + 1e-6
     assert all(torch.equal(batch, batches[0]) for batch in batches)
-    # Everything is as before.
     assert pipe.scheduler is scheduler
     assert "step" not in scheduler.__dict__
     assert pipe._progress_bar_config == config
@@ -203,7 +202,6 @@ NOT_CLIPPED = {"clip_sample": False}
         (make_scheduler(DDIM), {}),
         (make_scheduler("PNDMScheduler"), NOT_CLIPPED),
         (in_use(DDIM, steps_offset=1), {"steps_offset": 1}),
-        # Its default β are Stable Diffusion's.
         (make_scheduler("LCMScheduler"), {**STABLE_DIFFUSION, **NOT_CLIPPED}),
     ],
 )

@@ -40,16 +40,13 @@ def random_times(schedule, count):
 
 
 def filled(t=(3,), losses=(1.0,), schedule=LINEAR, **options):
-    """A monitor after one batch."""
     by_noise = LossByNoise(schedule, **options)
     by_noise.update(torch.as_tensor(t), torch.as_tensor(losses))
     return by_noise
 
 
 def through_json(result):
-    """Read back from what strict JSON holds."""
-    state = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    return ValidationLoss.from_dict(state)
+    return ValidationLoss.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
 
 
 @SCHEDULES
@@ -211,8 +208,6 @@ def test_the_losses_come_out_as_they_went_in_and_the_means_are_plain_numbers():
 
 
 class Recorder:
-    """A model that keeps what it is given."""
-
     def __init__(self, scale=0.5):
         self.scale, self.calls = scale, []
 
@@ -390,7 +385,6 @@ def test_a_function_that_calls_a_network_evaluates_it():
 
 def test_evaluating_leaves_other_threads_and_compiled_code_alone():
     torch.compiler.reset()
-    # In lists, which nobody looks into.
     trained, networks, graphs, counts = [nn.Dropout(0.5)], [nn.Dropout(0.5)], [], []
     options = {"backend": lambda graph, _: graphs.append(graph) or graph, "fullgraph": True}
     networks[0].compile(**options)

@@ -73,7 +73,6 @@ RIGHT = EPSILON.by()
     ],
 )
 def test_a_right_swap_passes(schedule, kind, t, skip):
-    """Whatever the default device."""
     trainer = Swap(schedule, kind, t)
     for device in ("meta", "cpu"):
         with torch.device(device):
