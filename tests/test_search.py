@@ -93,8 +93,8 @@ def search_of(sample=one_call, data=None, corrections=None, *, skips=None, model
     return CorrectionSearch(model or Echo(), sample, data, corrections, **settings)
 
 
-def found_by(*arguments, progress=True, **settings):
-    return search_of(*arguments, **settings).recommend(progress)
+def found_by(*arguments, **settings):
+    return search_of(*arguments, **settings).recommend()
 
 
 @pytest.mark.parametrize("skip", [-99, 0, 49, 99, 149])
@@ -312,10 +312,7 @@ def test_a_bad_argument_and_what_a_sampler_or_features_return_are_named(settings
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_noise_is_of_the_models_dtype(dtype, device):
-    """The same numbers in every precision; of float64 those of float32.
-
-    Offloaded weights are on "meta" until they are called: the noise is where the data are.
-    """
+    """Of offloaded weights, which are on "meta" until they are called, it is where the data are."""
     found = []
     for weight in (torch.zeros(1, device=device, dtype=dtype), torch.zeros(1)):
         model, seen, data = Echo(), [], data_for(99, count=200).to(dtype)

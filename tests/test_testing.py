@@ -1,7 +1,4 @@
-"""`check_swap` passes right swaps, and finds each way in which one has been got wrong.
-
-`check_target` tells what a trainer's target is, by closed forms of the targets.
-"""
+"""`check_swap` passes right swaps and finds wrong ones, and `check_target` tells targets apart."""
 
 import contextlib
 import itertools
