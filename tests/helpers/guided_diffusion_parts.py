@@ -1,11 +1,8 @@
-"""guided-diffusion's own diffusions for the tests and its kin's, and a worker of two processes."""
+"""guided-diffusion's own diffusions for the tests, and its kin's."""
 
 import guided_diffusion.gaussian_diffusion as gd
 import guided_diffusion.respace
-from torch.nn.parallel import DistributedDataParallel
 
-from s2dm_loss.adapters.guided_diffusion import skip_step
-from tests.helpers.small import Network
 from tests.helpers.upstream import load_below, root_of
 
 KIN = {
@@ -39,18 +36,3 @@ def make_diffusion(
         return gd.GaussianDiffusion(**options)
     kept = respace.space_timesteps(steps, respacing or [steps])
     return respace.SpacedDiffusion(use_timesteps=kept, **options)
-
-
-def ddp_gradients(rank, world_size, batch):
-    """Gradients of one rank's share of a batch, and how often the wrapped model was called."""
-    model = Network(1, 2, dropout=0.0)
-    diffusion = skip_step(make_diffusion(variance="LEARNED_RANGE"), 9)
-    wrapped = DistributedDataParallel(model) if world_size > 1 else model
-    share = {name: values.chunk(world_size)[rank] for name, values in batch.items()}
-    losses = diffusion.training_losses(wrapped, share["x"], share["t"], noise=share["noise"])
-    losses["loss"].mean().backward()
-    return {
-        "gradients": [parameter.grad for parameter in model.parameters()],
-        "loss": losses["loss"].detach(),
-        "calls": len(model.seen),
-    }

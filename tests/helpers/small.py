@@ -1,8 +1,9 @@
-"""A small network, and small grids."""
+"""A small network, small grids, and calls that are refused."""
 
 import itertools
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.functional import dropout
@@ -39,6 +40,12 @@ def every_pair(when=lambda _: True, **values):
         chosen.append(max(whole, key=lambda each: len(pairs(each) & left)))
         left -= pairs(chosen[-1])
     return chosen
+
+
+def refuses(error, said, call, *args, **kwargs):
+    """A call ends in this error, which says so."""
+    with pytest.raises(error, match=said):
+        call(*args, **kwargs)
 
 
 def tree(value):
