@@ -1,6 +1,6 @@
 """The loss in the place of a diffusers script's own, on diffusers' own schedulers.
 
-`tests/test_adapters.py` holds it to a script's step at the ends of every schedule.
+It is the core's, on the schedule that the scheduler has.
 """
 
 import copy
@@ -11,8 +11,9 @@ import torch
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.diffusers import SkipLoss, schedule_of
 from tests import strategies
+from tests.doubles.denoising_diffusion_pytorch_double import SCHEDULES
 from tests.helpers.diffusers_parts import diffusers, make_scheduler
-from tests.helpers.trainers import DIFFUSERS_BETAS
+from tests.helpers.small import refuses
 from tests.strategies import pickled
 
 # Schedulers with alphas_cumprod, less UnCLIP, which takes no beta_schedule.
@@ -22,6 +23,11 @@ SCHEDULERS = (
     *("LMSDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler", "TCDScheduler"),
     *("SASolverScheduler", "RePaintScheduler"),
 )
+BETAS = {
+    "linear": lambda start, end: torch.linspace(start, end, 1000, dtype=torch.float64),
+    "scaled_linear": lambda start, end: BETAS["linear"](start**0.5, end**0.5) ** 2,
+    "squaredcos_cap_v2": lambda *_: SCHEDULES["cosine"](1000),
+}
 
 
 def make_loss(scheduler, skip_set=9, **options):
@@ -94,8 +100,7 @@ def test_prediction_type_is_read_at_each_call():
     scheduler.register_to_config(prediction_type="epsilon")
     assert not torch.allclose(skip_loss(*inputs), built_after(*inputs))
     given = make_loss(make_scheduler(), prediction_type="v_prediction")
-    with pytest.raises(ValueError, match=r"'v_prediction' was given, but .* says 'epsilon'"):
-        given(*batch())
+    refuses(ValueError, r"'v_prediction' was given, but .* says 'epsilon'", given, *batch())
 
 
 def test_the_schedulers_own_table_is_neither_written_nor_read_again():
@@ -112,12 +117,10 @@ def test_the_schedulers_own_table_is_neither_written_nor_read_again():
 def test_sample_has_to_be_said_by_name():
     scheduler, set_later = make_scheduler(prediction_type="sample"), make_scheduler()
     said = r"prediction_type 'sample' must be given by name.*SDXL"
-    with pytest.raises(ValueError, match=said):
-        make_loss(scheduler)
+    refuses(ValueError, said, make_loss, scheduler)
     unnamed = make_loss(set_later)
     set_later.register_to_config(prediction_type="sample")
-    with pytest.raises(ValueError, match=said):
-        unnamed(*batch("sample"))
+    refuses(ValueError, said, unnamed, *batch("sample"))
     assert "prediction_type='sample'" in repr(make_loss(scheduler, prediction_type="sample"))
 
 
@@ -127,27 +130,32 @@ def test_prior_preservation():
     skip_loss = make_loss(make_scheduler(), reduction="none")
     whole = skip_loss(*inputs)
     (pred, _), (tgt, _), (t, _), (x, _) = (each.chunk(2) for each in inputs)
-    with pytest.raises(ValueError, match=r"timesteps must have shape \(1,\).*prior preservation"):
-        skip_loss(pred, tgt, inputs[2], x)
-    with pytest.raises(ValueError, match="noisy_latents must have the shape of target"):
-        skip_loss(pred, tgt, t, inputs[3])
+    said = r"timesteps must have shape \(1,\).*prior preservation"
+    refuses(ValueError, said, skip_loss, pred, tgt, inputs[2], x)
+    said = "noisy_latents must have the shape of target"
+    refuses(ValueError, said, skip_loss, pred, tgt, t, inputs[3])
     torch.testing.assert_close(skip_loss(pred, tgt, t, x), whole[:1])
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("beta_schedule", DIFFUSERS_BETAS)
+@pytest.mark.parametrize("beta_schedule", BETAS)
 def test_the_table_is_rebuilt_in_float64(name, beta_schedule):
     scheduler = make_scheduler(name, beta_schedule=beta_schedule)
     config = scheduler.config
-    betas = DIFFUSERS_BETAS[beta_schedule](config.beta_start, config.beta_end)
+    betas = BETAS[beta_schedule](config.beta_start, config.beta_end)
+    exact = NoiseSchedule.from_betas(betas)
     found = make_loss(scheduler).criterion.schedule.alphas_cumprod
-    torch.testing.assert_close(found, (1 - betas).cumprod(0), rtol=1e-11, atol=0)
-    theirs = scheduler.alphas_cumprod.float()
-    torch.testing.assert_close(found.float(), theirs, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found, exact.alphas_cumprod, rtol=1e-11, atol=0)
+    torch.testing.assert_close(
+        found.float(), scheduler.alphas_cumprod.float(), rtol=1e-4, atol=1e-7
+    )
     if "rescale_betas_zero_snr" in config:
         zero = make_scheduler(name, beta_schedule=beta_schedule, rescale_betas_zero_snr=True)
         assert zero.alphas_cumprod[-1] in (0.0, 2**-24)
-        assert schedule_of(zero).alphas_cumprod[-1] == 0
+        found, exact = (
+            x.alphas_cumprod for x in (schedule_of(zero), exact.rescale_zero_terminal_snr())
+        )
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=0)
 
 
 def test_a_table_that_is_not_the_configs_is_taken_as_it_is():
@@ -179,11 +187,8 @@ def test_trained_betas(betas, rtol):
 
 
 def test_a_scheduler_that_names_no_betas_and_a_short_one():
-    for scheduler, known in (
-        (make_scheduler("UnCLIPScheduler"), "cosine(1000)"),
-        (make_scheduler(num_train_timesteps=20), "linear(20)"),
-    ):
-        assert repr(make_loss(scheduler).criterion.schedule) == f"NoiseSchedule.{known}"
+    assert repr(schedule_of(make_scheduler("UnCLIPScheduler"))) == "NoiseSchedule.cosine(1000)"
+    assert repr(schedule_of(make_scheduler(num_train_timesteps=20))) == "NoiseSchedule.linear(20)"
 
 
 @pytest.mark.parametrize(
@@ -203,8 +208,7 @@ def test_a_scheduler_that_names_no_betas_and_a_short_one():
     ],
 )
 def test_a_loss_that_cannot_be_made(name, config, options, said):
-    with pytest.raises(ValueError, match=said):
-        make_loss(make_scheduler(name, **config), **options)
+    refuses(ValueError, said, make_loss, make_scheduler(name, **config), **options)
 
 
 @pytest.mark.filterwarnings("ignore:prediction_type .flow. is noise minus data")
@@ -228,7 +232,7 @@ def test_wrong_calls():
     of_v = make_loss(make_scheduler(prediction_type="v_prediction"))
     of_flow = make_loss(make_scheduler(FLOW), skip_set=0.02, prediction_type="flow")
     assert torch.equal(skip_loss(pred, target, t.short()), skip_loss(pred, target, t, noisy))
-    for loss, *wrong, error, said in (
+    for call, *wrong, error, said in (
         (skip_loss, pred, target, noisy, t, ValueError, "they come before noisy_latents"),
         (skip_loss.regression_target, target, noisy, t, ValueError, "they come before noisy_lat"),
         (skip_loss, pred, target, t[:, None], noisy, ValueError, r"must have shape \(5,\)"),
@@ -244,8 +248,7 @@ def test_wrong_calls():
         (of_flow, pred, target, t, noisy, TypeError, "the σ of each sample"),
         (of_flow, pred, target, torch.rand(5, 1, 1), noisy, ValueError, r"`sigmas.flatten\(\)`"),
     ):
-        with pytest.raises(error, match=said):
-            loss(*wrong)
+        refuses(error, said, call, *wrong)
 
 
 def test_it_leaves_no_trace_in_a_checkpoint_and_copies():

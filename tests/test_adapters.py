@@ -30,7 +30,7 @@ from tests.doubles import edm_double, score_sde_double, sd_scripts_double
 from tests.helpers import more_trainers, trainers
 from tests.helpers.guided_diffusion_parts import make_diffusion
 from tests.helpers.records import Probe
-from tests.helpers.small import Network, every_pair
+from tests.helpers.small import Network, every_pair, refuses
 from tests.helpers.trainers import DDPM, SEED, as_net
 from tests.strategies import pickled
 
@@ -131,15 +131,14 @@ def ddim_on_meta(model, **options):
     loss_fn, b = ddim.ddim_loss(9, **options), torch.linspace(1e-4, 0.02, 1000)
     x = torch.randn(4, 2, 4, 4)
     loss_fn(Network(), x, torch.tensor([5, 9, 300, 999]), x, b)  # makes the tables, of β's values
-    loss_fn._betas = b.to("meta")
-    yield loss_fn(model, X, T, X, loss_fn._betas)
+    torch.utils.swap_tensors(b, b.to("meta"))  # the same table to the loss, and without values
+    yield loss_fn(model, X, T, X, b)
 
 
 def guided_on_meta(model, **options):
     for mean in ("EPSILON", "START_X"):
-        plain = make_diffusion(mean=mean)
-        diffusion = guided_diffusion.skip_step(plain, 9, original_timesteps=True, **options)
-        terms = diffusion.training_losses(model, X, T)
+        skip_step = functools.partial(guided_diffusion.skip_step, original_timesteps=True)
+        terms = skip_step(make_diffusion(mean=mean), 9, **options).training_losses(model, X, T)
         yield from (terms["loss"], terms["skip"])
 
 
@@ -203,8 +202,8 @@ def test_half_precision_is_lifted_and_tau_zero_refused():
     criterion = SkipStepLoss(DDPM, 9, prediction_type="v_prediction")
     changed, weight = changed_output(criterion, output, t, output)
     assert changed.dtype == weight.dtype == torch.float32
-    with pytest.raises(ValueError, match="tau must be above 0"):
-        changed_output(SkipStepLoss(DDPM, 9, tau=0.0), output, t, output)
+    none = SkipStepLoss(DDPM, 9, tau=0.0)
+    refuses(ValueError, "tau must be above 0", changed_output, none, output, t, output)
 
 
 def make_lucid():
@@ -240,12 +239,13 @@ def test_skip_step_returns_a_changed_copy(name):
     assert isinstance(changed, kind)
     assert type(changed).__name__ == f"SkipStep{kind.__name__}"
     assert type(skip_step(plain, skip_set)) is type(changed)  # and again, from the same object
-    with pytest.raises(ValueError, match=r"plain loss, got a SkipStep.*: give it the tr"):
-        skip_step(changed, skip_set)
-    with pytest.raises(TypeError, match=rf"object of the trainer's, got the class {kind.__name__}"):
-        skip_step(kind, skip_set)
-    with pytest.raises(TypeError, match=r"a Linear without|a __call__, .* EDMLoss\(\)"):
-        skip_step({} if name == "edm" else nn.Linear(1, 1), skip_set)
+    none = {} if name == "edm" else nn.Linear(1, 1)
+    for error, said, value in (
+        (ValueError, r"plain loss, got a SkipStep.*: give it the tr", changed),
+        (TypeError, rf"object of the trainer's, got the class {kind.__name__}", kind),
+        (TypeError, r"a Linear without|a __call__, .* EDMLoss\(\)", none),
+    ):
+        refuses(error, said, skip_step, value, skip_set)
 
 
 @pytest.mark.parametrize("name", ["denoising_diffusion_pytorch", "guided_diffusion", "edm"])
@@ -305,11 +305,9 @@ def test_options_are_refused_by_name(name):
     The skip has no default.
     """
     entry, skip_set = WAYS[name]
-    with pytest.raises(TypeError, match=r"missing 1 required .* argument: 'skip_set'"):
-        entry()
+    refuses(TypeError, r"missing 1 required .* argument: 'skip_set'", entry)
     way = functools.partial(entry, skip_set=skip_set)
-    with pytest.raises(TypeError, match=r"one of 'tau', .*got 'taus': did you mean 'tau'\?"):
-        way(taus=0.9)
+    refuses(TypeError, r"one of 'tau', .*got 'taus': did you mean 'tau'\?", way, taus=0.9)
     more = {"likelihood_weighting": False} if name == "get_sde_loss_fn" else {}
     own = ["weighting"] if name.startswith(("ddim", "diffusers", "get_")) else []
     own += ["reduction", "prediction_type"] if name.startswith("diffusers") else []
@@ -318,17 +316,14 @@ def test_options_are_refused_by_name(name):
         if option in own:
             way(**{option: value}, **more)
             continue
-        with pytest.raises(ValueError, match=f"^{option} cannot be given here, got '{value}': "):
-            way(**{option: value})
+        said = f"^{option} cannot be given here, got '{value}': "
+        refuses(ValueError, said, way, **{option: value})
+    either = (TypeError, ValueError)
     for option, value in {"tau": 1.5, "estimator": "exact", "max_c2": -1.0, "normalize": 1}.items():
-        with pytest.raises((TypeError, ValueError), match=option):
-            way(**{option: value})
-    with pytest.raises(TypeError, match="skip_set must be"):
-        way(skip_set="9")
+        refuses(either, option, way, **{option: value})
+    refuses(TypeError, "skip_set must be", way, skip_set="9")
     if name != "ddim":  # whose schedule comes with the first batch
-        said = "skip must be below|takes skips as floats"
-        with pytest.raises((TypeError, ValueError), match=said):
-            way(skip_set=1000)
+        refuses(either, "skip must be below|takes skips as floats", way, skip_set=1000)
 
 
 def test_a_weighting_of_ddim_is_the_cores():

@@ -49,16 +49,6 @@ def close(found, expected, rtol=1e-6):
     torch.testing.assert_close(found, expected.to(found.dtype), rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_is_that_of_diffusers_scripts(prediction_type, gamma):
-    """train_text_to_image.py --snr_gamma (commit 58eb52c), in our words but for `compute_snr`."""
-    snr = diffusers.training_utils.compute_snr(make_scheduler(**STABLE_DIFFUSION), T)
-    close(snr.double(), SNR[T], rtol=1e-3)
-    over = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
-    close(weights_of(min_snr(gamma), prediction_type), snr.clamp(max=gamma) / over, rtol=1e-3)
-
-
 PAGE = (Path(__file__).parents[1] / "docs" / "schedules.md").read_text(encoding="utf-8")
 GAMMA, SIGMA_DATA = 5.0, 0.5
 IN_PYTHON = (
@@ -125,8 +115,17 @@ def test_a_row_of_the_page(option, output, theirs, verdict, ours):
         assert bool(((ratio - 1).abs() < 1e-5).all()) == (verdict == "equal")
 
 
+def diffusers_scripts(option, output):
+    """A trainer's own factor, as each here, and r there; in our words but for `compute_snr`."""
+    snr = diffusers.training_utils.compute_snr(make_scheduler(**STABLE_DIFFUSION), BOUNDED)
+    close(snr.double(), SNR[BOUNDED], rtol=1e-3)
+    if "--snr_gamma" not in option:
+        return snr, snr
+    over = snr + 1 if output == "v" and "sdxl" not in option else snr
+    return snr.clamp(max=GAMMA) / over + ("sdxl" in option), snr
+
+
 def sd_scripts(option, output):
-    """A trainer's own factor, as each here, and r there."""
     (module,) = load_sd_scripts("library.custom_train_functions")
     r = SNR[BOUNDED]
     arguments = torch.ones_like(r), torch.arange(len(r)), SimpleNamespace(all_snr=r)
@@ -164,6 +163,7 @@ def lucid(_, output):
 
 
 TRAINERS = [
+    ("diffusers", diffusers_scripts),
     ("sd-scripts", sd_scripts),
     ("OneTrainer", onetrainer),
     *(("k-diffusion", functools.partial(k_diffusion, get)) for _, get in K_DIFFUSION),

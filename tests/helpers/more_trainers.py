@@ -18,7 +18,7 @@ from tests.helpers import upstream
 from tests.helpers.diffusers_parts import STABLE_DIFFUSION, make_scheduler
 from tests.helpers.patches import PAGES
 from tests.helpers.small import every_pair
-from tests.helpers.trainers import Case, column, noised, of_each, ramp, reference_of
+from tests.helpers.trainers import Case, column, of_each, ramp, reference_of
 from tests.test_docs_blocks import snippets_of
 
 PAGE = PAGES / "more_trainers.md"
@@ -144,7 +144,11 @@ def of_onetrainer(prediction_type, weight, strength="mse_strength", masked=False
             noise = torch.randn_like(latents)
             noisy, target = (1 - sigma) * latents + sigma * noise, noise - latents
         else:
-            noisy, target = noised(scheduler, prediction_type, latents, t)
+            noise = torch.randn_like(latents)
+            v, noisy = (
+                make(latents, noise, t) for make in (scheduler.get_velocity, scheduler.add_noise)
+            )
+            target = noise if prediction_type == "epsilon" else v
         data = {"loss_type": "target", "timestep": t, "target": target}
         data |= {"prediction_type": prediction_type, "predicted": model(noisy, t)}
         batch = {"loss_weight": given.clone(), "latent_mask": mask}

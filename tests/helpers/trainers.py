@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet
 from s2dm_loss.adapters import denoising_diffusion_pytorch as lucid_adapter
@@ -25,13 +24,11 @@ from s2dm_loss.adapters import guided_diffusion as guided_adapter
 from s2dm_loss.adapters import score_sde as score_sde_adapter
 from s2dm_loss.adapters import sd_scripts as sd_scripts_adapter
 from s2dm_loss.adapters.ddim import ddim_loss
-from s2dm_loss.adapters.diffusers import SkipLoss
 from tests.doubles import ddim_double, edm_double, score_sde_double, sd_scripts_double
 from tests.doubles import denoising_diffusion_pytorch_double as lucid_double
 from tests.helpers import sd_scripts_parts as parts
 from tests.helpers import trainers_of_today, upstream
 from tests.helpers.ddim_checkout import load_ddim
-from tests.helpers.diffusers_parts import make_scheduler
 from tests.helpers.guided_diffusion_parts import KIN, make_diffusion, modules_of
 from tests.helpers.patches import patched
 from tests.helpers.score_sde_checkout import load_score_sde
@@ -68,10 +65,11 @@ def column(values):
     return values.reshape(-1, 1, 1, 1)
 
 
-def reference_of(path, predicts, x0, t):
-    """The reference of a trainer that makes x_t of x_0 and noise at t on a path."""
+def reference_of(path, predicts, x0_of, times=None):
+    """The reference of a trainer that makes x_t of x_0 and noise at its times, or the network's."""
 
-    def reference(x_t, _, output):
+    def reference(x_t, seen, output):
+        x0, t = x0_of() if callable(x0_of) else x0_of, seen if times is None else times
         a, b = map(column, path.alpha_sigma(t))
         noise = (x_t - a * x0) / b
         targets = {"epsilon": noise, "sample": x0, "flow": noise - x0}
@@ -223,10 +221,10 @@ def edm(name, kind):
 
     path, time_of = ramp(0.002)
 
-    def reference(x_t, sigma, output):
-        return output, images, time_of(sigma.flatten())
-
-    return Case(name, loss, path, 1 / 17, "sample", reference, channels=3)
+    return Case(
+        name, loss, path, 1 / 17, "sample", channels=3,
+        reference=lambda _, sigma, output: (output, images, time_of(sigma.flatten())),
+    )  # fmt: skip
 
 
 def guided(trainer, **config):
@@ -365,19 +363,21 @@ def sd_scripts(label, kind, name):
             trainer = sd_scripts_adapter.skip_step(trainer, 9, tau=tau, **ours)
         return parts.step(trainer, kind(), model, options)
 
-    def reference(x_t, t, output):
-        x0 = (0.13025 if parts.is_sdxl(kind()) else 0.18215) * parts.make_batch(kind())["latents"]
-        return reference_of(path, predicts, x0, t)(x_t, t, output)
+    def latents():
+        return (0.13025 if parts.is_sdxl(kind()) else 0.18215) * parts.make_batch(kind())["latents"]
 
-    below = None if name in NO_SQUARE else reference
-    return Case(f"{label} {name}", loss, path, 9, predicts, below, channels=4)
+    reference = None if name in NO_SQUARE else reference_of(path, predicts, latents)
+    return Case(f"{label} {name}", loss, path, 9, predicts, reference, channels=4)
 
 
 def sd_scripts_loop(script, name):
     """What a script with a loop of its own does from the noise to the loss, or its patch."""
     path, predicts = of_stable_diffusion(OPTIONS[name])
     module = functools.cache(lambda: parts.load_sd_scripts(script)[0])
-    make_batch = functools.partial(parts.make_batch, sd_scripts_double.NetworkTrainer)
+
+    def make_batch(**options):
+        batch = parts.make_batch(sd_scripts_double.NetworkTrainer, **options)
+        return batch | {"latents": 0.18215 * batch["latents"]}
 
     def loss(model, tau=None):
         source = Path(module().__file__).read_text()
@@ -391,7 +391,7 @@ def sd_scripts_loop(script, name):
             return output if script == "sdxl_train" else SimpleNamespace(sample=output)
 
         namespace = {**vars(module()), "args": args, "accelerator": parts.ACCELERATOR}
-        namespace |= {"batch": batch, "latents": 0.18215 * batch["latents"], "unet": unet}
+        namespace |= {"batch": batch, "latents": batch["latents"], "unet": unet}
         namespace |= dict.fromkeys(("text_embedding", "vector_embedding", "encoder_hidden_states"))
         namespace["loss_of"] = functools.partial(sd_scripts_adapter.loss_of, tau=tau)
         namespace["weight_dtype"] = torch.float32
@@ -404,53 +404,10 @@ def sd_scripts_loop(script, name):
             exec(textwrap.dedent(source[first:last]), namespace)  # noqa: S102 - the trainer's
         return namespace["loss"]
 
-    def reference(x_t, t, output):
-        return reference_of(path, predicts, 0.18215 * make_batch()["latents"], t)(x_t, t, output)
-
-    below = None if name in NO_SQUARE else reference
-    case = Case(f"sd-scripts {script} {name}", loss, path, 49, predicts, below, 1e-6)
+    reference = reference_of(path, predicts, lambda: make_batch()["latents"])
+    reference = None if name in NO_SQUARE else reference
+    case = Case(f"sd-scripts {script} {name}", loss, path, 49, predicts, reference, 1e-6)
     return case._replace(channels=4, options={})
-
-
-# diffusers: the middle of a training script.
-DIFFUSERS_BETAS = {
-    "linear": lambda start, end: torch.linspace(start, end, 1000, dtype=torch.float64),
-    "scaled_linear": lambda start, end: DIFFUSERS_BETAS["linear"](start**0.5, end**0.5) ** 2,
-    "squaredcos_cap_v2": lambda *_: lucid_double.SCHEDULES["cosine"](1000),
-}
-
-
-def noised(scheduler, prediction_type, latents, t):
-    """The scheduler's x_t with noise that is drawn, and the target."""
-    noise = torch.randn_like(latents)
-    v = scheduler.get_velocity(latents, noise, t)
-    target = {"epsilon": noise, "v_prediction": v, "sample": latents}[prediction_type]
-    return scheduler.add_noise(latents, noise, t), target
-
-
-def diffusers_script(**config):
-    t, prediction_type = torch.tensor([0, 8, 9, 300, 700, 998, 999]), config["prediction_type"]
-    latents = torch.randn(7, 2, 4, 4, generator=torch.Generator().manual_seed(5))
-    scheduler = make_scheduler(**config)
-    path = NoiseSchedule.from_betas(DIFFUSERS_BETAS[config["beta_schedule"]](1e-4, 0.02))
-    path = path.rescale_zero_terminal_snr() if config["rescale_betas_zero_snr"] else path
-
-    def loss(model, tau=None, **options):
-        noisy, target = noised(scheduler, prediction_type, latents, t)
-        model_pred = model(noisy, t)
-        if tau is None:
-            return F.mse_loss(model_pred.float(), target.float(), reduction="mean")
-        named = "sample" if prediction_type == "sample" else None
-        make = SkipLoss.from_scheduler
-        skip_loss = make(scheduler, 9, tau=tau, prediction_type=named, **options)
-        return skip_loss(model_pred, target, t, noisy)
-
-    def reference(x_t, _, output):
-        torch.manual_seed(SEED)
-        return output, noised(scheduler, prediction_type, latents, t)[1], t
-
-    name = " ".join(map(str, ("diffusers", *config.values())))
-    return Case(name, loss, path, 9, prediction_type, reference, 1e-6)
 
 
 def of_today(case):
@@ -493,12 +450,6 @@ def _cases():
     for script, name in itertools.product(("sdxl_train", "train_db", "fine_tune"), LOOPED):
         if (script, name) != ("fine_tune", "masked"):  # which has no masks
             yield sd_scripts_loop(script, name)
-    for case in every_pair(
-        prediction_type=("epsilon", "v_prediction", "sample"),
-        beta_schedule=DIFFUSERS_BETAS,
-        rescale_betas_zero_snr=BOTH,
-    ):
-        yield diffusers_script(**case)
     yield from map(of_today, trainers_of_today.CASES)
 
 
