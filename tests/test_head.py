@@ -4,6 +4,7 @@ And PyTorch's private names: in one file, and the loss is right without any of t
 """
 
 import functools
+import importlib
 import re
 import sys
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import checkpoint as checkpoints
 
 import s2dm_loss
-from s2dm_loss import NoiseSchedule, SkipStepLoss, _torch
+from s2dm_loss import NoiseSchedule, SkipStepLoss
 from tests.helpers.commands import run
 from tests.strategies import (
     ESTIMATORS,
@@ -45,11 +46,13 @@ forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Deprecati
 class Head:
     """A loss of an output at fixed data, and the same by plain operators on float64 tables."""
 
-    def __init__(self, *shape, dtype=torch.float64, reduction="none", estimator="fresh"):
+    def __init__(
+        self, *shape, dtype=torch.float64, reduction="none", estimator="fresh", made=SkipStepLoss
+    ):
         self.output, self.target, self.x_t, self.xi = normals(4, *shape, dtype=dtype)
         self.t, self.reduction, self.estimator = T[: shape[0]], reduction, estimator
         options = {"reduction": reduction, "estimator": estimator, "prediction_type": "flow"}
-        self.criterion = SkipStepLoss(LINEAR, 99, **options)
+        self.criterion = made(LINEAR, 99, **options)
         at_t = self.criterion.coefficients_at(self.t)
         a, b = LINEAR.alpha_sigma(self.t)
         self.weight = at_t.weight
@@ -389,29 +392,31 @@ def test_the_private_names_are_in_one_file():
     assert users == {"_torch.py"}
 
 
-ASKED = dict(re.findall(r'(\w+) = _asked\(torch\._C, "(\w+)"\)', Path(_torch.__file__).read_text()))
+ASKED = re.findall(r'torch\._C, "(\w+)"', (FOLDER / "_torch.py").read_text(encoding="utf-8"))
 NAMES = [*ASKED, "_current_level", "unset_fake_temporarily"]
 
 
 @pytest.mark.parametrize("name", [*NAMES, "all of them"])
 @forward_mode
 def test_without_it_the_loss_is_right(monkeypatch, name):
-    """Taken away as by a later PyTorch, before the file asks for it."""
-    head = Head(2, 3, 4)
-    for each in NAMES if name == "all of them" else [name]:
-        if each == "_current_level":
-            monkeypatch.setattr(_torch, "forward_ad", SimpleNamespace())
-        elif each == "unset_fake_temporarily":
-            monkeypatch.delattr(fake_tensor, each)
-        else:
-            assert hasattr(torch._C, ASKED[each])
-            # torch itself still needs it: it is as if the file had asked in vain.
-            monkeypatch.setattr(_torch, each, _torch._asked(SimpleNamespace(), ASKED[each]))
+    """Taken away as by a later PyTorch, while the library is loaded; torch itself still needs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for each in NAMES if name == "all of them" else [name]:
+            if each == "_current_level":
+                patch.setattr(torch.autograd, "forward_ad", SimpleNamespace())
+            elif each == "unset_fake_temporarily":
+                monkeypatch.delattr(fake_tensor, each)
+            else:
+                patch.delattr(torch._C, each)
+        for module in [each for each in sys.modules if each.split(".")[0] == "s2dm_loss"]:
+            monkeypatch.delitem(sys.modules, module)
+        library = importlib.import_module("s2dm_loss")
+    head = Head(2, 3, 4, made=library.SkipStepLoss)
     both(head, lambda f: loss_and_gradient(f, head.output))
     for transform in TRANSFORMS.values():
         both(head, lambda f, transform=transform: transform(f, head.output))
     with torch.device("meta"):
-        criterion = SkipStepLoss(NoiseSchedule.linear(1000), 99)
+        criterion = library.SkipStepLoss(library.NoiseSchedule.linear(1000), 99)
     criteria, data = (criterion, SkipStepLoss(LINEAR, 99)), (head.output, head.target, head.t)
     torch.testing.assert_close(*(each.from_output(*data) for each in criteria))
 
