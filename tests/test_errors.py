@@ -46,9 +46,17 @@ BARS, BETAS, LOG_SNR, SIGMAS = (
     for name in ("alphas_cumprod", "betas", "log_snr", "sigmas")
 )
 SCHEDULER = type("Scheduler", (), {"alphas_cumprod": BAR})  # as diffusers' are
+OWN, LOGS = ContinuousSchedule.from_alpha_sigma, ContinuousSchedule
 SAMPLED, STEPS = SkipSet.from_timesteps, SkipSet.for_sampling_steps
 MEANT = {"v-prediction": "v_prediction", "noise": "epsilon", "x0": "sample", "Flow": "flow"}
 LEARNED = nn.Linear(1, 1)  # as EDM2's weighting, which is trained beside the network
+SHRUNK = ScaledModel.with_gain(nn.Identity(), LINEAR, 9)
+
+
+def scaled(output, x_t=X, t=5):
+    return SHRUNK.rescale(output, x_t, t)
+
+
 WEIGHT = r"weighting must lie in \[0, 1e\+06\].*"
 COUNT = r"got 1000, which looks like the number of timesteps: NoiseSchedule.linear\(1000\)"
 CASES = {
@@ -136,6 +144,9 @@ CASES = {
         (lambda: SIGMAS([0.0, 1.0]), "sigmas must be positive and finite"),
         (lambda: SIGMAS([1.0, 2.0]).rescale_zero_terminal_snr(), "variance-pres"),
         (lambda: LOG_SNR(torch.linspace(99, 1, 100)), "ends at 1, which looks like an SNR"),
+        # Turned round these would be schedules, and others.
+        (lambda: LOG_SNR(-LINEAR.log_snr), "γ .*`-log_snr`"),
+        (lambda: BARS(1 - LINEAR.alphas_cumprod), "1 - ᾱ, `1 - alphas_cum"),
         (lambda: LOG_SNR([0.0, 1.0]), r"log_snr must decrease .*increases: .*`log_snr.flip\(0\)`"),
         (lambda: NoiseSchedule([0.1]), "log_alphas_cumprod must be at"),
         (lambda: NoiseSchedule([-2, -1]), "increase, got -1.0 at index 1"),
@@ -149,13 +160,29 @@ CASES = {
         (lambda: ContinuousSchedule.vp(0.1, math.inf), "beta_max must lie"),
         (lambda: ContinuousSchedule.sub_vp(0.0), r"beta_min must lie in \(0"),
         (lambda: ContinuousSchedule.flow(min_time=1.0), r"min_time must lie in \[0, 1\), got 1.0"),
+        (lambda: LOGS(lambda t: (t.log(), torch.log1p(-t))), r"one that rises.*say data_at=1"),
+        (lambda: LOGS(lambda t: (0 * t - 1, 0 * t - 1)), "the same at every t"),
+        (lambda: LOGS(lambda t: (t.sum(), t)), r"of the shape of t.*shape \(\)"),
+        (lambda: LOGS(lambda t: (t.log(), (t - 2).log())), "without NaN, got NaN"),
+        (lambda: LOGS(lambda t: (1 - t, t)), "from_alpha_sigma takes them"),
+        (lambda: LOGS(lambda t: (t * 0 + 1, 80 * t + 1)), "from_alpha_sigma takes them"),
+        (lambda: OWN(lambda t: (0.999 - t, t)), "^alpha_sigma must .*at least 0, got -0.001 for t"),
         (lambda: CRITERION(lambda x, t: ONE, X), r"model output must .* of x0.*\(4, 1, 8, 8\)"),
         (lambda: CRITERION(None, X, noise=X[:2]), "noise must have the shape of x0"),
         (lambda: CRITERION(None, X, t=T[:2]), r"t must have shape \(4,\), one value .* of x0"),
         (lambda: epsilon_from_output(ONE, X, T, LINEAR, "sample"), "output must .* shape of x_t"),
         (lambda: output_from_epsilon(X, X, T, LINEAR, "x0"), "prediction_type must be one of"),
         (lambda: epsilon_from_output(X, X, T[:3], LINEAR, "flow"), r"t must have shape \(4,\)"),
-        (lambda: ScaledModel.with_gain(nn.Identity(), LINEAR, 1000), "skip must be below 1000"),
+        (lambda: scaled(X, t=T[:3]), r"t must have shape \(4,\)"),
+        (lambda: scaled(X, t=T[:, None]), r"t must have shape \(4,\)"),
+        (lambda: scaled(X[:1], X[:1], T[:2]), r"t must have shape \(1,\)"),
+        (lambda: scaled(NINE), "model output must have the shape of x_t"),
+        (lambda: scaled(SIX[:, :, :1]), "model output must have the shape of x_t"),
+        (lambda: scaled(X[:1]), "model output must have the shape of x_t"),
+        (lambda: scaled(X[:, 0, 0, 0], X[:2, 0, 0, 0]), "model output must have the shape of x_t"),
+        (lambda: ScaledModel(nn.Identity(), LINEAR, lambda t: torch.ones(3)), "scale must return"),
+        (lambda: ScaledModel(nn.Identity(), LINEAR, lambda t: 0.9), "scale must return a floating"),
+        (lambda: ScaledModel(nn.Identity(), LINEAR, torch.ones_like), "scale must return a float"),
         (lambda: made(prediction_type="v"), r"one of 'eps.*'v': did you mean 'v_prediction'\?"),
         (lambda: made(prediction_type="eps"), "'eps': did you mean 'epsilon'"),
         *(
@@ -195,13 +222,11 @@ CASES = {
         (lambda: made(LINEAR, 0.02), "got 0.02, a skip in units of time: on 1000 .* is 20"),
         (lambda: made(LINEAR, T), r"SkipSet\.from_timesteps"),
         (lambda: SkipSet("9"), r"skip_set must be .*got '9' \(str\)"),
-        (lambda: SkipSet(None), r"skip_set must be .*got None"),
         (lambda: SkipSet(True), "skip must be an int or a float, got True"),
         (lambda: SkipSet(["a"]), r"skip must be an int.*got 'a'"),
         (lambda: SkipSet([9, 0.5]), "all ints .* or all floats"),
         (lambda: made(VP, 9), r"continuous schedule takes skips as floats.*such as 0.01, got 9"),
         (lambda: STEPS(10.0), "num_inference_steps must be an int, got 10.0"),
-        (lambda: SAMPLED("abc"), "timesteps must be a"),
         (lambda: made(tau="1"), "tau must be a real number"),
         (lambda: SkipStepLoss(LINEAR), "skip_set"),
         (lambda: made(BETA), "got a Tensor: NoiseSchedule.from_betas takes β, from_alphas_cumprod"),
@@ -210,11 +235,16 @@ CASES = {
         (lambda: made("linear"), r"got 'linear' \(str\): NoiseSchedule.linear\(1000\)"),
         (lambda: made(SCHEDULER()), "got a Scheduler: NoiseSchedule.from_alphas_cumprod"),
         (lambda: coefficients(None, 9), "got a NoneType: see NoiseSchedule"),
-        (lambda: ScaledModel.with_gain(nn.Identity(), None, 9), "got a NoneType: see"),
         (lambda: coefficients(LINEAR, 1, t=[1]), r"t must be a tensor, got \[1\]"),
         (lambda: BETAS("x"), "betas must be a sequence"),
         (lambda: NoiseSchedule.cosine(10.0), "num_train_timesteps must be an"),
-        (lambda: ContinuousSchedule(3), "log_alpha_sigma must be callable, got 3"),
+        (lambda: ScaledModel(nn.Identity(), LINEAR, 0.9), r"scale must be callable as scale\(t\)"),
+        (lambda: LOGS(3), "log_alpha_sigma must be callable, got 3"),
+        (lambda: LOGS(lambda t: t), "must return two tensors.*got a tensor of shape"),
+        (
+            lambda: OWN(lambda t: (1.0, t)),
+            r"^alpha_sigma must .* alpha and sigma.*got 1.0 .* and a",
+        ),
         (lambda: CRITERION(lambda x, t: {"sample": x}, X), r"model must return a tensor.*dict"),
         (lambda: CRITERION(None, [1.0]), "x0 must be a tensor"),
         (lambda: ScaledModel.with_gain(lambda x, t: x, LINEAR, 9), "model must be an nn.Module"),

@@ -399,7 +399,7 @@ NAMES = [*ASKED, "_current_level", "unset_fake_temporarily"]
 @pytest.mark.parametrize("name", [*NAMES, "all of them"])
 @forward_mode
 def test_without_it_the_loss_is_right(monkeypatch, name):
-    """Taken away as by a later PyTorch, while the library is loaded; torch itself still needs it."""
+    """Taken away as by a later PyTorch while the library is loaded; torch itself still needs it."""
     with pytest.MonkeyPatch.context() as patch:
         for each in NAMES if name == "all of them" else [name]:
             if each == "_current_level":

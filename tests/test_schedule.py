@@ -6,24 +6,25 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import coefficients
 from s2dm_loss.schedule import Schedule
+from tests.helpers.diffusers_parts import STABLE_DIFFUSION, diffusers
 from tests.strategies import COSINE, FLOW, LINEAR, VP, betas, pickled, same
 
 PATHS = [VP, ContinuousSchedule.sub_vp(), ContinuousSchedule.cosine(), FLOW]
 CPU = torch.device("cpu")
-SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 @pytest.mark.parametrize(
     ("schedule", "config"),
     [
         (LINEAR, {}),
-        (NoiseSchedule.scaled_linear(1000), SCALED),
+        (NoiseSchedule.scaled_linear(1000), STABLE_DIFFUSION),
         (COSINE, {"beta_schedule": "squaredcos_cap_v2"}),
         (
             NoiseSchedule.linear(100, 0.001, 0.1),
@@ -33,11 +34,10 @@ SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0
     ids=repr,
 )
 def test_tables_of_diffusers_to_float32_rounding(schedule, config):
-    diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDPMScheduler(**config).alphas_cumprod.double()
     # 1000 float32 factors, each within half an ulp.
     torch.testing.assert_close(schedule.alphas_cumprod, theirs, rtol=6e-5, atol=0)
-    if config in ({}, SCALED):
+    if config in ({}, STABLE_DIFFUSION):
         theirs = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, **config).alphas_cumprod
         table = schedule.rescale_zero_terminal_snr().alphas_cumprod
         assert table[-1] == 0
@@ -45,18 +45,13 @@ def test_tables_of_diffusers_to_float32_rounding(schedule, config):
         torch.testing.assert_close(table, theirs.double(), rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_tables_of_guided_diffusion_to_float64_rounding(name):
-    gaussian_diffusion = pytest.importorskip("guided_diffusion.gaussian_diffusion")
-    expected = np.cumprod(1 - gaussian_diffusion.get_named_beta_schedule(name, 1000))
-    table = getattr(NoiseSchedule, name)(1000).alphas_cumprod.numpy()
-    np.testing.assert_allclose(table, expected, rtol=1e-12, atol=0)
-
-
-def test_the_betas_of_stable_diffusion():
-    roots = np.linspace(0.00085**0.5, 0.012**0.5, 1000)
-    table = NoiseSchedule.scaled_linear(1000).alphas_cumprod
-    np.testing.assert_allclose(table, np.cumprod(1 - roots**2), rtol=1e-12)
+@pytest.mark.parametrize("name", ["linear", "cosine", "scaled_linear"])
+def test_tables_of_guided_diffusion_and_stable_diffusion_to_float64_rounding(name):
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    if name != "scaled_linear":
+        betas = get_named_beta_schedule(name, 1000)
+    table = getattr(NoiseSchedule, name)(1000).alphas_cumprod
+    np.testing.assert_allclose(table, np.cumprod(1 - betas), rtol=1e-12)
 
 
 @given(betas(max_size=50))
@@ -204,33 +199,6 @@ def test_vmap_over_continuous_times():
     torch.testing.assert_close(found, coefficients(FLOW, 0.1, t=t).c2)
 
 
-@pytest.mark.parametrize(
-    ("path", "error", "message"),
-    [
-        (lambda t: (t.log(), torch.log1p(-t)), ValueError, r"one that rises.*say data_at=1"),
-        (lambda t: (0 * t - 1, 0 * t - 1), ValueError, "the same at every t"),
-        (lambda t: t, TypeError, "must return two tensors.*got a tensor of shape"),
-        (lambda t: (t.sum(), t), ValueError, r"of the shape of t.*shape \(\)"),
-        (lambda t: (t.log(), (t - 2).log()), ValueError, "without NaN, got NaN"),
-        (lambda t: (1 - t, t), ValueError, "from_alpha_sigma takes them"),
-        (lambda t: (t * 0 + 1, 80 * t + 1), ValueError, "from_alpha_sigma takes them"),
-        (1.0, TypeError, "must be callable"),
-    ],
-)
-def test_paths_that_are_none(path, error, message):
-    with pytest.raises(error, match=message):
-        ContinuousSchedule(path)
-
-
-def test_coefficients_that_are_none():
-    """Named as the user's own function, and not as its logarithms."""
-    begin = "^alpha_sigma must return "
-    with pytest.raises(TypeError, match=begin + r"two .* alpha and sigma.*got 1.0 \(float\) and a"):
-        ContinuousSchedule.from_alpha_sigma(lambda t: (1.0, 80 * t))
-    with pytest.raises(ValueError, match=begin + ".*at least 0, got -0.001 for t from 0 to 1"):
-        ContinuousSchedule.from_alpha_sigma(lambda t: (0.999 - t, t))
-
-
 class Delegating:
     """Hands everything on, as a wrapper that logs or times would."""
 
@@ -271,21 +239,6 @@ def test_where_the_checks_of_a_table_begin(read, whole, end):
     whole = whole.clone()
     whole[-1] = end  # the end tells, and no other value
     assert read(whole).num_train_timesteps == 100
-
-
-@pytest.mark.parametrize(
-    ("read", "table", "message"),
-    [
-        (NoiseSchedule.from_log_snr, -LINEAR.log_snr, "γ .*`-log_snr`"),
-        (NoiseSchedule.from_alphas_cumprod, 1 - LINEAR.alphas_cumprod, "1 - ᾱ, `1 - alphas_cum"),
-    ],
-    ids=["gamma", "variance"],
-)
-def test_what_turning_round_would_not_mend_has_its_own_cure(read, table, message):
-    """Turned round it would be a schedule, and another one."""
-    read(table.flip(0))
-    with pytest.raises(ValueError, match=message):
-        read(table)
 
 
 @pytest.mark.parametrize(
