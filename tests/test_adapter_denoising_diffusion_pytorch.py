@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader as Loader
 
 from s2dm_loss.adapters.denoising_diffusion_pytorch import skip_step
 from tests.doubles import denoising_diffusion_pytorch_double as double
-from tests.helpers.small import Network, digits
+from tests.helpers.small import Network, digits, refuses
 from tests.helpers.trainers import OBJECTIVES, TIMES
 from tests.helpers.upstream import denoising_diffusion_pytorch
 
@@ -103,33 +103,32 @@ def test_the_trainers_own_loop(tmp_path, monkeypatch):
 
 
 def test_refuses_what_it_cannot_serve():
-    with pytest.raises(ValueError, match=r"tau must be above 0 .* got 0"):
-        skip_step(make_double(), 9, tau=0.0)
+    refuses(ValueError, r"tau must be above 0 .* got 0", skip_step, make_double(), 9, tau=0.0)
 
     class OwnLoss(double.GaussianDiffusion):
         def p_losses(self, x_start, t, loss_reduction="mean"):
             return x_start.abs().mean()
 
-    with pytest.raises(ValueError, match="GaussianDiffusion1D, got that of OwnLoss"):
-        skip_step(make_double(OwnLoss), 9)
+    said = "GaussianDiffusion1D, got that of OwnLoss"
+    refuses(ValueError, said, skip_step, make_double(OwnLoss), 9)
     names = ("p_losses", "model", "model_predictions", "betas", "objective", "loss_weight")
     attributes = dict.fromkeys(names)
-    with pytest.raises(ValueError, match="got that of what it wraps"):
-        skip_step(SimpleNamespace(**attributes), 9)  # as a compiled one
+    compiled = SimpleNamespace(**attributes)
+    refuses(ValueError, "got that of what it wraps", skip_step, compiled, 9)
     attributes["p_losses"] = lambda self, x_start, t: x_start.mean()
     old = type("GaussianDiffusion", (), attributes)()
-    with pytest.raises(ValueError, match=r"must take loss_reduction, .* 2\.3 on"):
-        skip_step(old, 9)
+    refuses(ValueError, r"must take loss_reduction, .* 2\.3 on", skip_step, old, 9)
 
 
 def test_refuses_the_trainers_other_losses(package):
     model = make(package).model
     model.random_or_learned_sinusoidal_cond = True
-    with pytest.raises(TypeError, match=r"ContinuousTimeGaussianDiffusion without .*betas"):
-        skip_step(package.ContinuousTimeGaussianDiffusion(model, image_size=8), 9)
+    continuous = package.ContinuousTimeGaussianDiffusion(model, image_size=8)
+    said = r"ContinuousTimeGaussianDiffusion without .*betas"
+    refuses(TypeError, said, skip_step, continuous, 9)
     model.random_or_learned_sinusoidal_cond, model.out_dim = False, 6
-    with pytest.raises(ValueError, match="got that of LearnedGaussianDiffusion"):
-        skip_step(package.LearnedGaussianDiffusion(model, image_size=8), 9)
+    learned = package.LearnedGaussianDiffusion(model, image_size=8)
+    refuses(ValueError, "got that of LearnedGaussianDiffusion", skip_step, learned, 9)
 
 
 def test_replicas_do_not_change_one_anothers_outputs():

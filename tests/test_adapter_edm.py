@@ -5,6 +5,7 @@ import torch
 
 from s2dm_loss.adapters.edm import skip_step
 from tests.doubles.edm_double import EDM2Loss, EDMLoss
+from tests.helpers.small import refuses
 from tests.helpers.trainers import EDM, as_net
 from tests.strategies import pickled
 
@@ -36,20 +37,17 @@ def test_a_snapshot_holds_the_trainers_own_loss(made):
 
 
 def test_refuses_what_it_cannot_serve():
-    text = repr(skip_step(EDMLoss(), 1 / 17))
-    assert text.startswith("SkipStepEDMLoss(SkipStepLoss(EDM(0.002, 80.0, rho=7.0)")
-    with pytest.raises(TypeError, match=r"an object with a __call__, .* EDMLoss\(\), got"):
-        skip_step(lambda net, images: images, 1 / 17)
-    with pytest.raises(ValueError, match=r"tau must be above 0 .* got 0"):
-        skip_step(EDMLoss(), 1 / 17, tau=0.0)
-    with pytest.raises(ValueError, match=r"0 < sigma_min < sigma_max .* got 3, 2 and 7\.0"):
-        skip_step(EDMLoss(), 1 / 17, sigma_min=3, sigma_max=2)
-
-
-def test_a_loss_that_is_a_mean_over_the_batch_is_refused():
     class Mean(EDMLoss):
         def __call__(self, net, images):
             return super().__call__(net, images).mean()
 
-    with pytest.raises(ValueError, match=r"squared error of each sample, of shape \[8, ...\]"):
-        skip_step(Mean(), 1 / 17, tau=1.0)(as_net(lambda x_t, _: x_t), IMAGES)
+    plain, skip, mean = EDMLoss(), 1 / 17, skip_step(Mean(), 1 / 17, tau=1.0)
+    text = repr(skip_step(plain, skip))
+    assert text.startswith("SkipStepEDMLoss(SkipStepLoss(EDM(0.002, 80.0, rho=7.0)")
+    said = r"an object with a __call__, .* EDMLoss\(\), got"
+    refuses(TypeError, said, skip_step, lambda net, images: images, skip)
+    refuses(ValueError, r"tau must be above 0 .* got 0", skip_step, plain, skip, tau=0.0)
+    said = r"0 < sigma_min < sigma_max .* got 3, 2 and 7\.0"
+    refuses(ValueError, said, skip_step, plain, skip, sigma_min=3, sigma_max=2)
+    said = r"squared error of each sample, of shape \[8, ...\]"
+    refuses(ValueError, said, mean, as_net(lambda x_t, _: x_t), IMAGES)

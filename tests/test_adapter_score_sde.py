@@ -10,7 +10,7 @@ from s2dm_loss import NoiseSchedule, SkipSet
 from s2dm_loss.adapters import score_sde
 from s2dm_loss.coefficients import coefficients
 from tests.helpers.score_sde_checkout import make_config
-from tests.helpers.small import Network, digits, every_pair
+from tests.helpers.small import Network, digits, every_pair, refuses
 from tests.helpers.trainers import SCORE_SDE
 
 NAMES = ("get_sde_loss_fn", "get_ddpm_loss_fn", "get_smld_loss_fn", "get_step_fn")
@@ -87,21 +87,19 @@ def test_names_arguments_and_defaults_are_the_trainers(trainer, name):
 
 def test_int_skips_are_steps_of_n_and_floats_are_times(trainer):
     sde = trainer.VPSDE(N=500)
-    losses = [
+    first, *others, longer = (
         loss_of(get_sde_loss_fn(sde, True, skip_set=skips))
-        for skips in (50, 0.1, SkipSet(50), SkipSet.for_sampling_steps(10), [50])
-    ]
-    assert len(set(losses)) == 1
-    assert loss_of(get_sde_loss_fn(sde, True, skip_set=100)) != losses[0]
+        for skips in (50, 0.1, SkipSet(50), SkipSet.for_sampling_steps(10), [50], 100)
+    )
+    assert {*others} == {first} != {longer}
 
 
 def test_c_comes_from_beta_not_from_the_float32_table(trainer, monkeypatch):
     """At k = 1 the trainer's own ᾱ table would be off by more than 1e-4."""
-    exact = coefficients(NoiseSchedule.linear(1000), 1).c[1:]
     made = []
     monkeypatch.setattr(score_sde, "SkipStepLoss", lambda schedule, *_, **__: made.append(schedule))
-    get_ddpm_loss_fn(trainer.VPSDE(), True, skip_set=1)
-    used = coefficients(made[0], 1).c[1:]
+    get_ddpm_loss_fn(trainer.VPSDE(), True)
+    used, exact = (coefficients(each, 1).c[1:] for each in (*made, NoiseSchedule.linear(1000)))
     assert (used / exact - 1).abs().max() < 1e-6
 
 
@@ -122,8 +120,7 @@ def test_wrong_arguments_are_named(trainer):
         (discrete, sub_vp, {}, ValueError, "continuous must be True for a subVPSDE"),
         (discrete, vp, {"likelihood_weighting": True}, ValueError, "False with continuous="),
     ):
-        with pytest.raises(error, match=said):
-            make(sde, True, **options)
+        refuses(error, said, make, sde, True, **options)
 
 
 @pytest.mark.parametrize("kind", SDES)
@@ -133,8 +130,8 @@ def test_a_subclass_is_known_and_one_with_a_path_of_its_own_is_refused(trainer, 
             mean, std = super().marginal_prob(x, t)
             return mean, std * (1 + t / 10)
 
-    with pytest.raises(ValueError, match=r"sde must have the path of .*got a Other whose"):
-        get_sde_loss_fn(Other(), True, allow_ve=True)
+    said = r"sde must have the path of .*got a Other whose"
+    refuses(ValueError, said, get_sde_loss_fn, Other(), True, allow_ve=True)
 
     class Named(getattr(trainer, kind)):
         """Another name for the same path."""

@@ -13,6 +13,7 @@ from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.sd_scripts import loss_of, skip_step
 from tests.doubles import sd_scripts_double as double
 from tests.helpers import sd_scripts_parts as parts
+from tests.helpers.small import refuses
 from tests.helpers.trainers import SD_SCRIPTS
 
 CPU = torch.device("cpu")
@@ -22,6 +23,12 @@ CPU = torch.device("cpu")
 def kind(request):
     """A trainer's class: the double's, Stable Diffusion's or SDXL's."""
     return request.param()
+
+
+def both_steps(kind, *given, **how):
+    """The loss of a step of the trainer's own, and of ours."""
+    trainers = kind(), skip_step(kind(), 99, tau=0.5)
+    return [parts.step(trainer, kind, *given, **how) for trainer in trainers]
 
 
 def test_samples_that_preserve_the_networks_output_keep_the_plain_loss(kind):
@@ -34,21 +41,14 @@ def test_samples_that_preserve_the_networks_output_keep_the_plain_loss(kind):
     def unet(x, t):
         return output if len(x) == 8 else output[:2].detach()
 
-    losses = (
-        parts.step(trainer, kind, unet, {"min_timestep": 500}, preserved=True)
-        for trainer in (kind(), skip_step(kind(), 99, tau=0.5))
-    )
-    plain, ours = (torch.autograd.grad(loss, output)[0] for loss in losses)
+    plain, ours = both_steps(kind, unet, {"min_timestep": 500}, preserved=True)
+    plain, ours = (torch.autograd.grad(loss, output)[0] for loss in (plain, ours))
     assert torch.equal(ours[:2], plain[:2])
     assert not torch.allclose(ours[2:], plain[2:], rtol=1e-3)
 
 
 def test_validation_is_the_plain_loss(kind):
-    plain, ours = (
-        parts.step(trainer, kind, lambda x, _: torch.sin(x), {}, is_train=False)
-        for trainer in (kind(), skip_step(kind(), 99, tau=0.5))
-    )
-    assert torch.equal(plain, ours)
+    assert torch.equal(*both_steps(kind, lambda x, _: torch.sin(x), {}, is_train=False))
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -66,10 +66,18 @@ def test_makes_the_loss_in_float64_and_says_so(kind, zero, caplog):
 
 
 def test_refuses_what_it_cannot_serve(kind):
-    with pytest.raises(ValueError, match=r"'huber' or 'smooth_l1', got 'l1'"):
-        skip_step(kind(), 9).assert_extra_args(parts.arguments(loss_type="l1"), None, None)
-    with pytest.raises(TypeError, match=r"takes `loss_of`\), got a LoRA without get_noise_sch"):
-        skip_step(parts.LoRA(), 9)
+    l1, perturbed = parts.arguments(loss_type="l1"), parts.arguments(ip_noise_gamma=0.1)
+    check = skip_step(kind(), 9).assert_extra_args
+    refuses(ValueError, r"'huber' or 'smooth_l1', got 'l1'", check, l1, None, None)
+    said = r"takes `loss_of`\), got a LoRA without get_noise_sch"
+    refuses(TypeError, said, skip_step, parts.LoRA(), 9)
+    # Flux's x_t is rebuilt from latents and target, which hold no second noise.
+    check = skip_step(double.FluxNetworkTrainer(), 0.05).assert_extra_args
+    said = r"ip_noise_gamma must be 0 for Flux, got 0\.1: "
+    refuses(ValueError, said, check, perturbed, None, None)
+    flow = parts.arguments(), FlowMatchEulerDiscreteScheduler(), 0.05
+    refuses(ValueError, r"given for a FlowMatchEuler.*'flow' where .*got None", loss_of, *flow)
+    assert loss_of(*flow, prediction_type="flow").schedule.timesteps is None
 
 
 FLOW = {"flow": double.FluxNetworkTrainer, "sample": double.Sd3NetworkTrainer}
@@ -116,13 +124,6 @@ def test_flux_and_sd3(prediction_type, weighted, tau):
     torch.testing.assert_close(kept[1:], target[1:])
 
 
-def test_flux_refuses_a_perturbed_input():
-    """Its x_t is rebuilt from latents and target, which hold no second noise."""
-    trainer = skip_step(double.FluxNetworkTrainer(), 0.05)
-    with pytest.raises(ValueError, match=r"ip_noise_gamma must be 0 for Flux, got 0\.1: "):
-        trainer.assert_extra_args(parts.arguments(ip_noise_gamma=0.1), None, None)
-
-
 @pytest.mark.parametrize(
     ("script", "name"),
     [("lumina", "Lumina"), ("hunyuan_image", "HunyuanImage"), ("anima", "Anima")],
@@ -141,10 +142,3 @@ def test_refuses_other_networks_by_name_and_says_what_to_do(script, name):
     criterion = SkipStepLoss(ContinuousSchedule.flow(), 0.05, prediction_type="flow")
     changed, _ = criterion.regression_target(noise - latents, sigmas.flatten(), x_t)
     torch.testing.assert_close(eval(line, names), sign * changed)  # noqa: S307 - ours
-
-
-def test_a_flow_matching_scheduler_needs_what_the_target_is():
-    args, scheduler = parts.arguments(), FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match=r"given for a FlowMatchEuler.*'flow' where .*got None"):
-        loss_of(args, scheduler, 0.05)
-    assert loss_of(args, scheduler, 0.05, prediction_type="flow").schedule.timesteps is None
