@@ -38,7 +38,7 @@ from tests.helpers.diffusers_parts import (
     tiny_pipeline,
 )
 from tests.helpers.patches import PAGES
-from tests.helpers.small import Network
+from tests.helpers.small import Network, refuses
 from tests.strategies import pickled
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -150,8 +150,8 @@ def test_a_pipeline_that_does_not_scale_the_input_is_refused(name, kind, pipe):
     with_scheduler(pipe, f"{name}DiscreteScheduler", prediction_type=kind)
     with shrink_pipeline(pipe, skip_set=49):
         for _ in range(2):
-            with pytest.raises(ValueError, match=f"call scale_model_input, as a {name}Disc"):
-                pipe(num_inference_steps=3)
+            said = f"call scale_model_input, as a {name}Disc"
+            refuses(ValueError, said, pipe, num_inference_steps=3)
 
 
 def test_a_learned_variance_is_left_alone(pipe):
@@ -314,8 +314,8 @@ def test_two_pipelines_with_one_transformer_are_two():
         step = first.scheduler.step
         for put in (step, functools.wraps(step)(lambda *args, **call: step(*args, **call))):
             first.scheduler.step = put
-            with pytest.raises(ValueError, match=r"has a correction already.*shares the sched"):
-                shrink_pipeline(shared, skip_set=0.1)
+            said = r"has a correction already.*shares the sched"
+            refuses(ValueError, said, shrink_pipeline, shared, skip_set=0.1)
         first.scheduler.step = step
     assert torch.equal(shared(x), plain)
 
@@ -325,8 +325,7 @@ def test_an_exception_inside_the_block_leaves_nothing():
     plain = pipe(x)
 
     def stop(*_):
-        with pytest.raises(ValueError, match="on already: leave the first"), handle:
-            pass
+        refuses(ValueError, "on already: leave the first", handle.__enter__)
         assert handle.active
         raise RuntimeError("boom")
 
@@ -334,8 +333,7 @@ def test_an_exception_inside_the_block_leaves_nothing():
         pipe(x, callback_on_step_end=stop)
     assert not handle.active
     assert torch.equal(pipe(x), plain)
-    with pytest.raises(ValueError, match="correction has been removed"), handle:
-        pass
+    refuses(ValueError, "correction has been removed", handle.__enter__)
     with pytest.raises(RuntimeError, match="boom"), shrink_pipeline(pipe, skip_set=0.1) as handle:
         stop()  # before any step: no warning of that
 
@@ -428,8 +426,7 @@ def test_a_scheduler_that_is_exchanged_in_the_block_is_told(pipe):
         pipe.scheduler = make_scheduler("DDIMScheduler")
     with shrink_pipeline(pipe, 99):
         pipe.scheduler.register_to_config(prediction_type="v_prediction")
-        with pytest.raises(ValueError, match=r"was 'epsilon' and is 'v_prediction'.*anew"):
-            images_of(pipe)
+        refuses(ValueError, r"was 'epsilon' and is 'v_prediction'.*anew", images_of, pipe)
 
 
 class Own(Correction):
@@ -458,8 +455,7 @@ def with_gain(model):
     ],
 )
 def test_a_correction_that_is_none_for_the_pipeline_is_refused(correction, strength, said, pipe):
-    with pytest.raises((TypeError, ValueError), match=said):
-        correct_pipeline(pipe, correction, strength)
+    refuses((TypeError, ValueError), said, correct_pipeline, pipe, correction, strength)
     assert "step" not in pipe.scheduler.__dict__
 
 
@@ -469,8 +465,8 @@ def test_a_table_of_sigmas_is_for_networks_that_predict_the_noise(pipe):
     sigmas = NoiseSchedule.from_sigmas((1 / BAR - 1).sqrt())
     correct_pipeline(pipe, EpsilonScaling(sigmas), 1.05).remove()
     with_scheduler(pipe, "DDIMScheduler", prediction_type="sample")
-    with pytest.raises(ValueError, match=r"is for NoiseSchedule.from_sigmas.*pipeline's is"):
-        correct_pipeline(pipe, EpsilonScaling(sigmas, prediction_type="sample"), 1.05)
+    said, of_x_0 = r"is for NoiseSchedule.from_sigmas.*pipeline's is", {"prediction_type": "sample"}
+    refuses(ValueError, said, correct_pipeline, pipe, EpsilonScaling(sigmas, **of_x_0), 1.05)
 
 
 @pytest.mark.filterwarnings("ignore:scheduler.step was not called")
@@ -480,8 +476,8 @@ def test_a_flow_scheduler_with_the_sigmas_of_edm_is_refused(pipe):
     pipe.scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002, sigma_data=1.0)
     pipe.scheduler.set_timesteps(sigmas=torch.linspace(0, 1, 5, dtype=torch.float64))
     assert pipe.scheduler.sigmas[0] == pytest.approx(80)
-    with pytest.raises(ValueError, match=r"from 0 to 1, got .* with sigma_max 80.0: .*Cosmos"):
-        shrink_pipeline(pipe, skip_set=0.05)
+    said = r"from 0 to 1, got .* with sigma_max 80.0: .*Cosmos"
+    refuses(ValueError, said, shrink_pipeline, pipe, skip_set=0.05)
     # Cosmos-Predict2.5's is of σ / (1 - σ), and its scheduler's σ are those of flow matching.
     ours = {**OF_FLOW, "use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}
     scheduler = with_scheduler(pipe, "UniPCMultistepScheduler", **ours).scheduler
@@ -499,15 +495,13 @@ def test_a_flow_scheduler_with_the_sigmas_of_edm_is_refused(pipe):
 )
 def test_a_scheduler_that_ignores_what_its_config_says_of_the_path_is_refused(own, option, pipe):
     """Mochi's and CogVideoX's, by README's line for a better solver."""
-    pipe.scheduler = own
-    shrink_pipeline(pipe, SkipSet.for_sampling_steps(20))  # their own do it
+    pipe.scheduler, skips = own, SkipSet.for_sampling_steps(20)
+    shrink_pipeline(pipe, skips)  # their own do it
     flow = OF_FLOW if "invert" in option else {}
     pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(own.config, **flow)
-    with pytest.raises(ValueError, match=rf"got {option} of a UniPC.*ignores it"):
-        shrink_pipeline(pipe, SkipSet.for_sampling_steps(20))
+    refuses(ValueError, rf"got {option} of a UniPC.*ignores it", shrink_pipeline, pipe, skips)
     if not flow:
-        with pytest.raises(ValueError, match="ignores it"):
-            schedule_of(pipe.scheduler)
+        refuses(ValueError, "ignores it", schedule_of, pipe.scheduler)
 
 
 @pytest.mark.parametrize("made", ["beta", "exponential", "karras"])
@@ -541,25 +535,23 @@ def test_a_step_of_ones_own_gets_all_that_the_pipeline_hands_it(pipe):
     assert abs(images[0] - images[1]).max() > 0.01
     step = pipe.scheduler.step
     pipe.scheduler.step = lambda *args, **options: step(*args, **options)
-    with pytest.raises(ValueError, match=r"step must name model_output.*functools\.wraps"):
-        shrink_pipeline(pipe, skip_set=99)
+    said = r"step must name model_output.*functools\.wraps"
+    refuses(ValueError, said, shrink_pipeline, pipe, skip_set=99)
 
 
 def test_what_is_refused(pipe):
-    with pytest.raises(TypeError, match="pipe must be a diffusers pipeline"):
-        shrink_pipeline(pipe.unet, skip_set=9)
-    with pytest.raises(ValueError, match="tau must lie in"):
-        shrink_pipeline(pipe, skip_set=9, tau=math.nan)
-    with pytest.raises(ValueError, match="is for prediction_type 'sample'"):
-        shrink_pipeline(pipe, skip_set=9, prediction_type="sample")
+    refuses(TypeError, "pipe must be a diffusers pipeline", shrink_pipeline, pipe.unet, 9)
+    refuses(ValueError, "tau must lie in", shrink_pipeline, pipe, 9, tau=math.nan)
+    said = "is for prediction_type 'sample'"
+    refuses(ValueError, said, shrink_pipeline, pipe, 9, prediction_type="sample")
     # Stable Video Diffusion's: t is a quarter of log σ, below 0 at the end.
     video = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
-    with pytest.raises(ValueError, match="timestep_type 'continuous'"):
-        shrink_pipeline(with_scheduler(pipe, "EulerDiscreteScheduler", **video), skip_set=0.1)
+    with_scheduler(pipe, "EulerDiscreteScheduler", **video)
+    refuses(ValueError, "timestep_type 'continuous'", shrink_pipeline, pipe, 0.1)
     with_scheduler(pipe, EULER).scheduler.set_timesteps(4)
     x, t = torch.ones(1, 2, 3), torch.ones(1, 2)
-    with shrink_pipeline(pipe, skip_set=0.1), pytest.raises(ValueError, match="per_token"):
-        pipe.scheduler.step(x, 1000.0, x, per_token_timesteps=t)
+    with shrink_pipeline(pipe, skip_set=0.1):
+        refuses(ValueError, "per_token", pipe.scheduler.step, x, 1000.0, x, per_token_timesteps=t)
 
 
 def recommending(correction=None, strength=0.0, samplers=("sample",)):
@@ -575,8 +567,7 @@ def test_what_a_search_recommends_on_a_pipeline(pipe):
     found = recommending(SkipGain(LINEAR, [99]), 99)
     corrected = images_of(pipe, correct_pipeline(pipe, found))
     assert (corrected == images_of(pipe, shrink_pipeline(pipe, 99))).all()
-    with pytest.raises(TypeError, match="strength must be left out"):
-        correct_pipeline(pipe, found, 99)
+    refuses(TypeError, "strength must be left out", correct_pipeline, pipe, found, 99)
     # None is nothing, and stands in nobody's way.
     nothing = correct_pipeline(pipe, recommending())
     assert (images_of(pipe) == plain).all()

@@ -19,6 +19,7 @@ from s2dm_loss.testing import check_swap
 from tests.helpers import trainers_of_today as today
 from tests.helpers.diffusers_parts import diffusers, make_scheduler
 from tests.helpers.patches import PAGES, PATCHES, TRAINERS, patched
+from tests.helpers.small import refuses
 from tests.helpers.trainers_of_today import Anything, made
 from tests.helpers.upstream import root_of
 from tests.test_docs_blocks import COLUMNS, columns_of
@@ -179,10 +180,9 @@ def test_the_loss_lines_of_a_script(script, options):
 
 def test_the_edm_style_of_the_sdxl_script_is_refused():
     """It weighs an x_0 loss by σ, in lines that the patch leaves alone."""
-    path = "examples/dreambooth/train_dreambooth_lora_sdxl.py"
-    args = Anything(do_edm_style_training=True)
-    with pytest.raises(ValueError, match="--do_edm_style_training would keep its plain loss"):
-        made("diffusers", path, 1.0, args=args)
+    script = "diffusers", "examples/dreambooth/train_dreambooth_lora_sdxl.py", 1.0
+    said = "--do_edm_style_training would keep its plain loss"
+    refuses(ValueError, said, made, *script, args=Anything(do_edm_style_training=True))
 
 
 def loss_of(file, run, tau=0.5, model=lambda x_t, _: 0 * x_t, **given):
@@ -215,14 +215,14 @@ def test_ai_toolkit_keeps_the_plain_loss_where_its_target_is_extrapolated_or_its
 @pytest.mark.parametrize("arranged", [torch.negative, lambda flow: flow.movedim(1, 2)])
 def test_musubi_tuner_refuses_a_target_of_another_sign_or_shape(arranged):
     """Z-Image's has the other sign; Kandinsky 5's and layered Qwen-Image's axes stand elsewhere."""
-    with pytest.raises(ValueError, match="the target must be noise - latents"):
-        loss_of(today.MUSUBI, today.musubi_tuner, arranged=arranged)
+    musubi = today.MUSUBI, today.musubi_tuner
+    refuses(ValueError, "the target must be noise - latents", loss_of, *musubi, arranged=arranged)
 
 
 def test_simple_tuner_refuses_a_rollout():
     """It tells another σ than that of x_t."""
-    with pytest.raises(ValueError, match="scheduled_sampling_max_step_offset must be 0"):
-        loss_of(*SIMPLE_TUNER, scheduled_sampling_plan=object())
+    said, plan = "scheduled_sampling_max_step_offset must be 0", object()
+    refuses(ValueError, said, loss_of, *SIMPLE_TUNER, scheduled_sampling_plan=plan)
 
 
 @pytest.mark.parametrize("mixflow", [False, True])

@@ -326,16 +326,6 @@ def test_options_are_refused_by_name(name):
         refuses(either, "skip must be below|takes skips as floats", way, skip_set=1000)
 
 
-def test_a_weighting_of_ddim_is_the_cores():
-    x0, noise, output = torch.randn(3, 6, 2, 4, 4)
-    t, b = torch.tensor([0, 8, 60, 500, 900, 999]), torch.linspace(1e-4, 0.02, 1000)
-    criterion = SkipStepLoss(DDPM, 49, weighting="min_snr", reduction="none")
-    loss_fn = ddim.ddim_loss(49, weighting="min_snr", data_reduction="mean")
-    found = loss_fn(lambda *_: output, x0, t, noise, b, keepdim=True)
-    expected = criterion.from_output(output, noise, t)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
-
-
 def test_no_trainer_is_imported(monkeypatch):
     """Their modules have names that others have as well, and are needed when used, if at all."""
     for name in (

@@ -66,7 +66,6 @@ CASES = {
         (lambda: loss(t=T[0]), r"t must have shape \(4,\).*shape \(\)"),
         (lambda: loss(t=T[:1]), r"t must have shape \(4,\), .* of target .*shape \(1,\)"),
         (lambda: loss(t=T[:, None]), r"t must have shape \(4,\).*\(4, 1\)"),
-        (lambda: loss(t=T[:1].float()), r"t must have shape \(4,\), one value for each sample"),
         (lambda: loss(t=T.to("meta")), r"t must be on the device.*cpu.*meta"),
         (lambda: loss(schedule=VP, skip=0.1, t=T.float()), r"\[0, 1\], got .* 0.0 to 999.0"),
         (lambda: of_v(X, X, X, T), r"t must have shape \(4,\), got .*t comes before x_t"),
@@ -202,7 +201,6 @@ CASES = {
         (lambda: ScaledModel.with_gain(LEARNED, FLOW, 0.1), "prediction_type must be given on"),
         (lambda: standard_corrections(FLOW), "prediction_type must be given on"),
         (lambda: made(weighting=LEARNED), "weighting must be fixed, got Linear.* with parameters"),
-        (lambda: made(weighting=lambda log_snr: -log_snr), "weighting must lie in"),
         (lambda: made(weighting=lambda log_snr: log_snr.mean()), "of the shape of log SNR"),
     ],
     TypeError: [

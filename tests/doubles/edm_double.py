@@ -10,20 +10,19 @@ class EDMLoss:
         self.mean, self.std, self.sigma_data = mean, std, sigma_data
 
     def __call__(self, net, images, labels=None):
-        sigma, weight = self.draw(images)
-        noise = torch.randn_like(images) * sigma
-        return weight * (net(images + noise, sigma, labels) - images) ** 2
+        noised, sigma, weight = self.draw(images)
+        return weight * (net(noised, sigma, labels) - images) ** 2
 
     def draw(self, images):
         sigma = (torch.randn(len(images), 1, 1, 1) * self.std + self.mean).exp()
-        return sigma, (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        return images + torch.randn_like(images) * sigma, sigma, weight
 
 
 class EDM2Loss(EDMLoss):
     """Karras et al., arXiv 2312.02696, Eq. 21: the same over u(σ), and + log u(σ)."""
 
     def __call__(self, net, images, labels=None):
-        sigma, weight = self.draw(images)
-        noise = torch.randn_like(images) * sigma
-        denoised, log_u = net(images + noise, sigma, labels, return_logvar=True)
+        noised, sigma, weight = self.draw(images)
+        denoised, log_u = net(noised, sigma, labels, return_logvar=True)
         return (weight / log_u.exp()) * (denoised - images) ** 2 + log_u

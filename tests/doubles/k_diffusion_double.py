@@ -22,17 +22,16 @@ class Denoiser(nn.Module):
             "soft-min-snr": of_data * (1 - of_data),
         }[self.kind]
 
-    def get_scalings(self, sigma):
-        total = (sigma**2 + self.sigma_data**2).sqrt()
-        return (self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total
-
     def loss(self, input, noise, sigma, **kwargs):  # noqa: A002 - the trainer's name
-        c_skip, c_out, c_in = (s.reshape(-1, 1, 1, 1) for s in self.get_scalings(sigma))
-        noised = input + sigma.reshape(-1, 1, 1, 1) * noise
-        output = self.inner_model(c_in * noised, sigma, **kwargs)
-        error = output - (input - c_skip * noised) / c_out
+        column = sigma.reshape(-1, 1, 1, 1)
+        denoised = self(input + column * noise, sigma, **kwargs)
+        error = (denoised - input) / self.get_scalings(column)[1]
         return error.square().mean(dim=(1, 2, 3)) * self.weighting(sigma)
 
     def forward(self, input, sigma, **kwargs):  # noqa: A002 - the trainer's name
-        c_skip, c_out, c_in = (s.reshape(-1, 1, 1, 1) for s in self.get_scalings(sigma))
+        c_skip, c_out, c_in = self.get_scalings(sigma.reshape(-1, 1, 1, 1))
         return c_out * self.inner_model(c_in * input, sigma, **kwargs) + c_skip * input
+
+    def get_scalings(self, sigma):
+        total = (sigma**2 + self.sigma_data**2).sqrt()
+        return (self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total

@@ -97,28 +97,27 @@ def get_sde_loss_fn(
     return loss_fn
 
 
-def get_ddpm_loss_fn(vpsde, train, reduce_mean=True):
+def _discrete(sde, train, reduce_mean, alphas, sigmas, scales):
+    """Of an output that is ε over these scales."""
+
     def loss_fn(model, batch):
         model.train(train)
-        labels = torch.randint(0, vpsde.N, (len(batch),))
-        noise = torch.randn_like(batch)
-        signal = _column(vpsde.sqrt_alphas_cumprod[labels]) * batch
-        x_t = signal + _column(vpsde.sqrt_1m_alphas_cumprod[labels]) * noise
-        return _over_data((model(x_t, labels) - noise) ** 2, reduce_mean).mean()
+        labels, noise = torch.randint(0, sde.N, (len(batch),)), torch.randn_like(batch)
+        alpha, sigma, scale = (_column(table[labels]) for table in (alphas, sigmas, scales))
+        output = model(alpha * batch + sigma * noise, labels)
+        return _over_data((scale * output - noise) ** 2, reduce_mean).mean()
 
     return loss_fn
+
+
+def get_ddpm_loss_fn(vpsde, train, reduce_mean=True):
+    tables = vpsde.sqrt_alphas_cumprod, vpsde.sqrt_1m_alphas_cumprod, torch.ones(vpsde.N)
+    return _discrete(vpsde, train, reduce_mean, *tables)
 
 
 def get_smld_loss_fn(vesde, train, reduce_mean=False):
-    def loss_fn(model, batch):
-        model.train(train)
-        labels = torch.randint(0, vesde.N, (len(batch),))
-        sigma = vesde.discrete_sigmas.flip(0)[labels]
-        noise = torch.randn_like(batch) * _column(sigma)
-        difference = model(batch + noise, labels) + noise / _column(sigma) ** 2
-        return (_over_data(difference**2, reduce_mean) * sigma**2).mean()
-
-    return loss_fn
+    sigmas = vesde.discrete_sigmas.flip(0)
+    return _discrete(vesde, train, reduce_mean, torch.ones(vesde.N), sigmas, -sigmas)
 
 
 def get_step_fn(
