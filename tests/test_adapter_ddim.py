@@ -9,7 +9,7 @@ from s2dm_loss import NoiseSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.adapters.ddim import ddim_loss, ddim_timesteps
 from s2dm_loss.coefficients import coefficients
 from tests.doubles import ddim_double
-from tests.helpers.ddim_checkout import CONFIG
+from tests.helpers.checkouts import DDIM_CONFIG, plain_and_swapped
 from tests.helpers.small import Network, digits, refuses
 from tests.helpers.trainers import DDIM, ddim_betas
 from tests.strategies import pickled
@@ -37,10 +37,8 @@ def test_arguments_are_the_trainers(trainer):
 
 def test_the_tables_follow_the_betas_and_are_made_once_for_them(monkeypatch):
     """Making them reads β on the host, which would make every step wait for the device."""
-    made, make = [], SkipStepLoss.__init__
-    monkeypatch.setattr(
-        SkipStepLoss, "__init__", lambda *a, **k: (made.append(1), make(*a, **k))[1]
-    )
+    made, init = [], SkipStepLoss.__init__
+    monkeypatch.setattr(SkipStepLoss, "__init__", lambda *a, **k: made.append(1) or init(*a, **k))
     model, kept = Network(dropout=0.0), ddim_loss(9)
     for schedule, steps in (("linear", 50), ("quad", 50), ("linear", 1000), ("linear", 50)):
         b, arguments = betas(schedule, steps), batch(50)
@@ -67,7 +65,7 @@ def test_c_is_exact_though_beta_is_float32():
 def test_sampled_timesteps_are_those_the_sampler_visits(trainer, skip_type, steps):
     model = Network(1)
     with torch.no_grad():
-        trainer.sample_image(CONFIG, model, torch.randn(1, 1, 8, 8), skip_type, steps)
+        trainer.sample_image(DDIM_CONFIG, model, torch.randn(1, 1, 8, 8), skip_type, steps)
     visited = [int(t) for _, t, _ in model.seen]
     assert ddim_timesteps(1000, steps, skip_type) == visited[::-1]
     assert (len(set(visited)) < len(visited)) == (skip_type == "quad" and steps >= 30)
@@ -97,17 +95,12 @@ def test_says_what_it_is_and_pickles():
 
 def test_the_trainers_own_loop(tmp_path):
     """It learns, and its checkpoint is one of the trainer's."""
-    trainer, runs = DDIM[1][1](), {}
-    images = (digits(20 * 32) + 1) / 2
-    for name in ("plain", "adapted"):
-        (tmp_path / name).mkdir()
-        torch.manual_seed(0)
-        runs[name] = trainer.train(CONFIG, tmp_path / name, images, swap=name == "adapted")
-    losses = runs["adapted"]
+    trainer, images = DDIM[1][1](), (digits(20 * 32) + 1) / 2
+    plain, losses = plain_and_swapped(trainer.train, DDIM_CONFIG, tmp_path, lambda: images)
     assert len(losses) == 20
-    assert losses != runs["plain"]
-    assert losses[0] == pytest.approx(runs["plain"][0], rel=0.05)  # the same draws, the same scale
+    assert losses != plain
+    assert losses[0] == pytest.approx(plain[0], rel=0.05)  # the same draws, the same scale
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    saved, plain = (torch.load(tmp_path / name / "ckpt.pth") for name in ("adapted", "plain"))
+    plain, saved = map(torch.load, sorted(tmp_path.glob("*/ckpt.pth")))
     assert len(saved) == len(plain) == 5
     assert all(saved[part].keys() == plain[part].keys() for part in (0, 4))

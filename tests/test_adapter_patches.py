@@ -40,9 +40,7 @@ each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.f
 
 def changes(lines):
     """What is taken away and what is added, without indentation and what is in both."""
-    removed, added = (
-        Counter(line[1:].strip() for line in lines if line[:1] == sign) for sign in "-+"
-    )
+    removed, added = (Counter(x[1:].strip() for x in lines if x[:1] == sign) for sign in "-+")
     return removed - added, added - removed
 
 

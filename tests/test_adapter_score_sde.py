@@ -9,7 +9,7 @@ import torch
 from s2dm_loss import NoiseSchedule, SkipSet
 from s2dm_loss.adapters import score_sde
 from s2dm_loss.coefficients import coefficients
-from tests.helpers.score_sde_checkout import make_config
+from tests.helpers.checkouts import plain_and_swapped, score_sde_config
 from tests.helpers.small import Network, digits, every_pair, refuses
 from tests.helpers.trainers import SCORE_SDE
 
@@ -43,9 +43,7 @@ def warm_up(optimizer, params, step):
 
 SDES = ("VPSDE", "subVPSDE", "VESDE")
 STEPS = every_pair(
-    lambda each: (
-        each["continuous"] or not (each["likelihood_weighting"] or each["kind"] == "subVPSDE")
-    ),
+    lambda of: of["continuous"] or not (of["likelihood_weighting"] or of["kind"] == "subVPSDE"),
     kind=SDES,
     **dict.fromkeys(("continuous", "reduce_mean", "likelihood_weighting"), (True, False)),
 )
@@ -159,18 +157,14 @@ def test_the_trainers_own_loop(tmp_path, kind, continuous, monkeypatch):
     # Its checkpoints hold the learning rate as a NumPy number, which torch >= 2.6 refuses to load
     # unless told to trust the file; the trainer's own torch.load is older than that.
     monkeypatch.setattr(torch, "load", functools.partial(torch.load, weights_only=False))
-    config = make_config(kind, continuous=continuous)
-    runs = {}
-    for name in ("plain", "adapted"):
-        (tmp_path / name).mkdir()
-        torch.manual_seed(0)
-        runs[name] = trainer.train(config, tmp_path / name, batches(), swap=name == "adapted")
-    losses, checkpoint = runs["adapted"]
+    config = score_sde_config(kind, continuous=continuous)
+    runs = plain_and_swapped(trainer.train, config, tmp_path, batches)
+    (plain_losses, plain), (losses, checkpoint) = runs
     assert len(losses) == 21
-    assert losses != runs["plain"][0]
+    assert losses != plain_losses
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
-    saved, plain = (torch.load(path) for path in (checkpoint, runs["plain"][1]))
+    saved, plain = torch.load(checkpoint), torch.load(plain)
     assert saved["model"].keys() == plain["model"].keys()
     assert saved.keys() == plain.keys()
     untouched = make_state(trainer, trainer.create_model(config))

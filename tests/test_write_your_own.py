@@ -57,15 +57,11 @@ ROWS = {
         lambda both: plain(both[0]) + both[1],
         lambda both, criterion: ours(both[0], criterion) + both[1],
     ),
-    "mask": of_target(
-        lambda out, target, w: (w * MASK * (out - target) ** 2).sum() / (3 * MASK.sum())
-    ),
+    "mask": of_target(lambda out, to, w: (w * MASK * (out - to) ** 2).sum() / (3 * MASK.sum())),
     "tokens": of_target(
-        lambda out, target, w: (w * COLUMNS * (out - target).square().mean((1, 2), True)).mean()
+        lambda out, to, w: (w * COLUMNS * (out - to).square().mean((1, 2), True)).mean()
     ),
-    "huber": of_target(
-        lambda out, target, w: (w * F.huber_loss(out, target, reduction="none")).mean()
-    ),
+    "huber": of_target(lambda out, to, w: (w * F.huber_loss(out, to, reduction="none")).mean()),
     "weights": (
         once,
         lambda out: (WEIGHTS * (out - NOISE).square().mean((1, 2, 3))).mean(),

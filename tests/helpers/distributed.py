@@ -8,18 +8,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_distributed(worker, directory, *args, world_size=2):
-    """Return what `worker(rank, *args)` returns in each of `world_size` processes, by rank.
+def run_distributed(worker, directory, *, world_size):
+    """Return what `worker(rank)` returns, tensors in plain containers, in each of the processes.
 
-    The processes are spawned, so `worker` must be importable by name (a function of a module in
-    tests/helpers, not of a test file), and what it returns must be tensors and plain containers.
-    They meet through a file in `directory`: no port is taken, so tests may run side by side.
+    They are spawned, so `worker` must be importable by name from a module in tests/helpers. They
+    meet through a file in `directory`: no port is taken, so tests may run side by side.
     """
-    mp.spawn(_run, (worker, str(directory), world_size, args), nprocs=world_size)
+    mp.spawn(_run, (worker, str(directory), world_size), nprocs=world_size)
     return [torch.load(directory / f"rank{rank}.pt") for rank in range(world_size)]
 
 
-def _run(rank, worker, directory, world_size, args):
+def _run(rank, worker, directory, world_size):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -29,7 +28,7 @@ def _run(rank, worker, directory, world_size, args):
         timeout=timedelta(seconds=240),  # a hang is a failure
     )
     try:
-        torch.save(worker(rank, *args), f"{directory}/rank{rank}.pt")
+        torch.save(worker(rank), f"{directory}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
     # Without Python's own end, in which a thread of gloo that still holds a tensor may ask for the

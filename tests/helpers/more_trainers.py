@@ -145,10 +145,9 @@ def of_onetrainer(prediction_type, weight, strength="mse_strength", masked=False
             noisy, target = (1 - sigma) * latents + sigma * noise, noise - latents
         else:
             noise = torch.randn_like(latents)
-            v, noisy = (
-                make(latents, noise, t) for make in (scheduler.get_velocity, scheduler.add_noise)
-            )
-            target = noise if prediction_type == "epsilon" else v
+            noisy, target = scheduler.add_noise(latents, noise, t), noise
+            if prediction_type == "v_prediction":
+                target = scheduler.get_velocity(latents, noise, t)
         data = {"loss_type": "target", "timestep": t, "target": target}
         data |= {"prediction_type": prediction_type, "predicted": model(noisy, t)}
         batch = {"loss_weight": given.clone(), "latent_mask": mask}

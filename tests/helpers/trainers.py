@@ -28,10 +28,9 @@ from tests.doubles import ddim_double, edm_double, score_sde_double, sd_scripts_
 from tests.doubles import denoising_diffusion_pytorch_double as lucid_double
 from tests.helpers import sd_scripts_parts as parts
 from tests.helpers import trainers_of_today, upstream
-from tests.helpers.ddim_checkout import load_ddim
+from tests.helpers.checkouts import load_ddim, load_score_sde
 from tests.helpers.guided_diffusion_parts import KIN, make_diffusion, modules_of
 from tests.helpers.patches import patched
-from tests.helpers.score_sde_checkout import load_score_sde
 from tests.helpers.sd_scripts_parts import AT_THE_END, OPTIONS, REAL_OPTIONS
 from tests.helpers.small import every_pair
 from tests.helpers.upstream import checkout_on_path, root_of, stubs
