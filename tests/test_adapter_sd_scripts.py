@@ -9,8 +9,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import s2dm_loss
-from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipStepLoss
+from s2dm_loss import NoiseSchedule, SkipStepLoss
 from s2dm_loss.adapters.sd_scripts import loss_of, skip_step
+from tests import strategies
 from tests.doubles import sd_scripts_double as double
 from tests.helpers import sd_scripts_parts as parts
 from tests.helpers.small import refuses
@@ -108,9 +109,7 @@ def test_flux_and_sd3(prediction_type, weighted, tau):
     x_t = (1 - sigma) * latents + sigma * noise
     plain = noise - latents if prediction_type == "flow" else latents
     weight = 1 / (sigma + 1) if weighted else torch.ones_like(sigma)
-    criterion = SkipStepLoss(
-        ContinuousSchedule.flow(), 0.05, tau=tau, prediction_type=prediction_type
-    )
+    criterion = SkipStepLoss(strategies.FLOW, 0.05, tau=tau, prediction_type=prediction_type)
     changed, factor = criterion.regression_target(plain, sigma.flatten(), x_t)
     expected = changed, factor.reshape(-1, 1, 1, 1) * weight
     if tau == 1.0:
@@ -139,6 +138,6 @@ def test_refuses_other_networks_by_name_and_says_what_to_do(script, name):
     sigmas, sign = torch.linspace(0.1, 0.9, 8).reshape(8, 1, 1, 1), -1 if name == "Lumina" else 1
     x_t, target = (1 - sigmas) * latents + sigmas * noise, sign * (noise - latents)
     names = {"target": target, "sigmas": sigmas, "noisy_model_input": x_t, **vars(s2dm_loss)}
-    criterion = SkipStepLoss(ContinuousSchedule.flow(), 0.05, prediction_type="flow")
+    criterion = SkipStepLoss(strategies.FLOW, 0.05, prediction_type="flow")
     changed, _ = criterion.regression_target(noise - latents, sigmas.flatten(), x_t)
     torch.testing.assert_close(eval(line, names), sign * changed)  # noqa: S307 - ours

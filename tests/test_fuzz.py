@@ -184,10 +184,8 @@ def test_the_loss_of_any_output(data):
     # Nearer to 1 it is 1 in float32, and no skip term is logged.
     tau = draw(st.one_of(st.floats(1e-6, 1 - 1e-6), st.sampled_from([0.0, 0.99, 1.0])))
     max_c2 = draw(st.sampled_from([100.0, 100.0, 0.0, 1.0, 1e4]))
-    weighting = draw(st.sampled_from(WEIGHTINGS))
-    estimator = draw(st.sampled_from(ESTIMATORS))
-    reduction = draw(st.sampled_from(["none", "sum", "mean"]))
-    normalize = draw(st.booleans())
+    weighting, estimator = draw(st.sampled_from(WEIGHTINGS)), draw(st.sampled_from(ESTIMATORS))
+    reduction, normalize = draw(st.sampled_from(["none", "sum", "mean"])), draw(st.booleans())
     options = {"tau": tau, "max_c2": max_c2, "weighting": weighting, "prediction_type": kind}
     options |= {"estimator": estimator, "reduction": reduction, "normalize": normalize}
     message, criterion = answer(lambda: SkipStepLoss(case.schedule, case.skip_set, **options))

@@ -1,8 +1,4 @@
-"""A small double of ermongroup/ddim: the behaviour its users rely on, written anew.
-
-The loss and how it is called, the schedules of β, and the sampler's two choices of timesteps. With
-S2DM_DDIM_ROOT the same tests, and the trainer's own loop, run on a real checkout.
-"""
+"""A small double of ermongroup/ddim: its loss, schedules and choices of timesteps, written anew."""
 
 import numpy as np
 import torch

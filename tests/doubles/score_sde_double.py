@@ -1,8 +1,7 @@
 """A small double of score_sde_pytorch: the behaviour its users rely on, written anew.
 
 The three SDEs and their tables (no drift), the labels its networks get, the losses with their order
-of random draws, defaults and weights, and the step with its average of the weights. With
-S2DM_SCORE_SDE_ROOT the same tests, and the trainer's own loop, run on a real checkout.
+of random draws, defaults and weights, and the step with its average of the weights.
 """
 
 # ruff: noqa: N801, N803 - the trainer's names

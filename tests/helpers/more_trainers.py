@@ -213,16 +213,8 @@ def k_diffusion(label, package, weighting, sigma_data):
     return case._replace(options={}, unscaled=lambda x, _: x * total)
 
 
-STRENGTHS = ("mse_strength", "huber_strength")
-ONETRAINER = every_pair(
-    prediction_type=("epsilon", "v_prediction"),
-    weight=("CONSTANT", "MIN_SNR_GAMMA", "P2"),
-    strength=STRENGTHS,
-    masked=(False, True),
-)
-
-
 def _cases():
+    strengths = ("mse_strength", "huber_strength")
     for which in K_DIFFUSION:
         yield k_diffusion(*which, "karras", 0.5)
         yield k_diffusion(*which, "snr", 1.0)
@@ -231,8 +223,14 @@ def _cases():
         yield compvis(parameterization)
         weights = {"original_elbo_weight": 0.1, "l_simple_weight": 0.7, "logvar_init": 0.3}
         yield compvis(parameterization, **weights)
-    yield from (of_onetrainer(**case) for case in ONETRAINER)
-    for weight, strength in itertools.product(("CONSTANT", "SIGMA"), STRENGTHS):
+    for case in every_pair(
+        prediction_type=("epsilon", "v_prediction"),
+        weight=("CONSTANT", "MIN_SNR_GAMMA", "P2"),
+        strength=strengths,
+        masked=(False, True),
+    ):
+        yield of_onetrainer(**case)
+    for weight, strength in itertools.product(("CONSTANT", "SIGMA"), strengths):
         yield of_onetrainer("flow", weight, strength)
 
 

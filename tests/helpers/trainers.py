@@ -1,8 +1,6 @@
 """Every trainer that has an adapter or a patch, as one loss of `(model, tau)`, and what it must be.
 
-`tests/test_adapters.py` holds each to two things: at τ = 1 the loss is the trainer's own, and below
-it is the core's, times the trainer's own weight of each sample. A real trainer comes from a
-checkout, or the test of it is skipped.
+`tests/test_adapters.py` holds each to that. A real trainer comes from a checkout, or is skipped.
 """
 
 import contextlib

@@ -1,11 +1,7 @@
 """Trainers' own code, from checkouts and unpacked packages that environment variables name.
 
 What a trainer imports for data, pictures and metrics, and what its loss does not use, is stubbed.
-Two trainers are on PyPI:
-
-    pip install --no-deps --target FOLDER -r .ci/trainers.txt
-
-makes a folder that the variables of both can name, as `.ci/run` and `nox -s trainers` do.
+Two trainers are on PyPI: .ci/trainers.txt says how to install them into such a folder.
 """
 
 import importlib
