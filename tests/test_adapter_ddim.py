@@ -50,14 +50,14 @@ def test_the_tables_follow_the_betas_and_are_made_once_for_them(monkeypatch):
 
 def test_c_is_exact_though_beta_is_float32():
     """A float32 ᾱ, which the trainer makes on the way, would be off by more than 1e-4 at k = 1."""
-    t, x = torch.arange(1, 1000), torch.ones(999, 1, 1, 1, dtype=torch.float64)
-    # At τ = 0 the loss of an output of ones is c², times the weighting.
+    t, x = torch.arange(1, 1000), torch.ones(999, 1, 2, 1, dtype=torch.float64)
+    # At τ = 0 the loss of an output of ones is c², times the weighting; summed over two values.
     exact = coefficients(NoiseSchedule.linear(1000), 1, weighting="p2").c2[1:]
     for weighting in (None, "p2"):
         loss_fn = ddim_loss(1, tau=0.0, weighting=weighting)
         found = loss_fn(lambda *_: x, x, t, x, betas(), keepdim=True)
         weight = 1 if weighting is None else 1 - NoiseSchedule.linear(1000).alphas_cumprod[1:]
-        torch.testing.assert_close(found, weight * exact, rtol=2e-6, atol=0)
+        torch.testing.assert_close(found, 2 * weight * exact, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("skip_type", ["uniform", "quad"])

@@ -1,7 +1,4 @@
-"""The patches beside the pages: `git apply` takes them, and the pages show what they change.
-
-With `S2DM_DIFFUSERS_ROOT` the loss lines of diffusers' scripts run as they are and after the patch.
-"""
+"""The patches beside the pages: `git apply` takes them, and the pages show what they change."""
 
 import itertools
 import re

@@ -148,12 +148,10 @@ def batches():
         yield images[torch.randint(len(images), (32,), generator=generator)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "continuous"), [("VPSDE", True), ("subVPSDE", True), ("VPSDE", False)]
-)
-def test_the_trainers_own_loop(tmp_path, kind, continuous, monkeypatch):
+@pytest.mark.parametrize("case", [("VPSDE", True), ("subVPSDE", True), ("VPSDE", False)], ids=str)
+def test_the_trainers_own_loop(tmp_path, case, monkeypatch):
     """It learns, and the untouched trainer restores and trains on."""
-    trainer = SCORE_SDE[1][1]()
+    trainer, (kind, continuous) = SCORE_SDE[1][1](), case
     # Its checkpoints hold the learning rate as a NumPy number, which torch >= 2.6 refuses to load
     # unless told to trust the file; the trainer's own torch.load is older than that.
     monkeypatch.setattr(torch, "load", functools.partial(torch.load, weights_only=False))

@@ -1,8 +1,4 @@
-"""What all adapters have in common.
-
-At τ = 1 the loss is the trainer's own, below it the core's; skip_step returns a changed copy; the
-options are those of the core, and the skip has no default.
-"""
+"""What all adapters have in common."""
 
 import copy
 import functools
@@ -46,10 +42,7 @@ def test_the_swap(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.channels], ids=lambda c: c.name)
 def test_tau_one_is_the_trainers_own_step(case):
-    """With a network of ours: its loss, what it sees, and both random streams after it.
-
-    The network is called through the wrapper that it came in, as one for several processes has to.
-    """
+    """Its loss, what a network of ours in a wrapper sees, and both random streams after it."""
     shared = {"estimator": "shared"} if case.options is None else {}
     runs = []
     for given in ({}, {"tau": 1.0, **shared}):
@@ -300,10 +293,7 @@ WAYS = {
 
 @pytest.mark.parametrize("name", WAYS)
 def test_options_are_refused_by_name(name):
-    """One that is unknown, one that the trainer settles, one that the core refuses; at once.
-
-    The skip has no default.
-    """
+    """Unknown ones, those that the trainer settles or the core refuses; the skip must be given."""
     entry, skip_set = WAYS[name]
     refuses(TypeError, r"missing 1 required .* argument: 'skip_set'", entry)
     way = functools.partial(entry, skip_set=skip_set)

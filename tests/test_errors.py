@@ -165,6 +165,9 @@ CASES = {
         (lambda: LOGS(lambda t: (t.log(), (t - 2).log())), "without NaN, got NaN"),
         (lambda: LOGS(lambda t: (1 - t, t)), "from_alpha_sigma takes them"),
         (lambda: LOGS(lambda t: (t * 0 + 1, 80 * t + 1)), "from_alpha_sigma takes them"),
+        (lambda: OWN(lambda t: (1 - t, t), data_at=1), r"rises from t = 1 on.*say data_at=0"),
+        # Between its ends.
+        (lambda: OWN(lambda t: (1 - t, t + 0.3 * (12 * t).sin())), "rises from t = 0 on"),
         (lambda: OWN(lambda t: (0.999 - t, t)), "^alpha_sigma must .*at least 0, got -0.001 for t"),
         (lambda: CRITERION(lambda x, t: ONE, X), r"model output must .* of x0.*\(4, 1, 8, 8\)"),
         (lambda: CRITERION(None, X, noise=X[:2]), "noise must have the shape of x0"),

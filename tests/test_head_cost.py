@@ -1,8 +1,4 @@
-"""What a call of the loss costs, counted and not timed.
-
-The counts are exact and the same on every run. A ceiling that is broken says that somebody's
-training step got slower or larger.
-"""
+"""What a call of the loss costs, counted and not timed: the same on every run."""
 
 import shutil
 import sys
@@ -71,10 +67,7 @@ def test_operators_and_bytes(estimator, kind, dtype, device):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_peak_memory(estimator, kind, dtype):
-    """One new tensor; of half types two in float32, as much as `F.mse_loss` of copies holds.
-
-    By the allocator's own account, so that what an operator makes inside counts as well.
-    """
+    """One new tensor; of half types two in float32, as much as `F.mse_loss` of copies holds."""
     output, target = (normal(*SHAPE, seed=seed).to(dtype) for seed in (0, 1))
     output.requires_grad_()
     plain = peak_memory(lambda: F.mse_loss(output.float(), target.float()).backward(), CPU)

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from mpmath import mpf
-from torch import nn
 
-from s2dm_loss import ScaledModel, SkipStepLoss, gain
+from s2dm_loss import SkipStepLoss
 from s2dm_loss.weighting import WEIGHTINGS, check_weights, min_snr, p2, sigmoid, soft_min_snr
 from tests.helpers import oracle
 from tests.strategies import (
@@ -136,19 +135,16 @@ def test_a_last_timestep_that_is_never_trained_is_said_once(kind, weighting):
     assert [warning.filename for warning in caught] == [__file__]  # the line that made the loss
 
 
-@pytest.mark.parametrize(
-    ("schedule", "kind", "weighting"),
-    [
+@pytest.mark.filterwarnings("error")
+def test_a_last_timestep_that_is_trained_is_no_warning():
+    for schedule, kind, weighting in (
         *((ZERO_SNR, "v_prediction", weighting) for weighting in ("truncated_snr", None)),
         *((schedule, "v_prediction", "min_snr") for schedule in (LINEAR, COSINE)),
         (ZERO_SNR, "epsilon", "min_snr"),
-        (FLOW, "flow", "min_snr"),  # its end is drawn by nobody
-    ],
-)
-@pytest.mark.filterwarnings("error")
-def test_a_last_timestep_that_is_trained_is_no_warning(schedule, kind, weighting):
-    skip = 0.01 if schedule is FLOW else 9
-    SkipStepLoss(schedule, skip, prediction_type=kind, weighting=weighting)
+    ):
+        SkipStepLoss(schedule, 9, prediction_type=kind, weighting=weighting)
+    # Its end is drawn by nobody.
+    SkipStepLoss(FLOW, 0.01, prediction_type="flow", weighting="min_snr")
 
 
 def test_the_largest_weight_and_the_smallest():
@@ -169,19 +165,6 @@ def test_numbers_at_the_edge_of_what_is_allowed():
     assert p2(3, 0)(snr.log()).tolist() == [1, 1]
     torch.testing.assert_close(p2(0.5, 2)(snr.log()), 1 / (0.5 + snr) ** 2)
     torch.testing.assert_close(sigmoid(-1)(snr.log()), 1 / (1 + snr * math.e))
-
-
-@pytest.mark.parametrize("name", ["debiased", "min_snr"])
-def test_a_gain_is_that_of_a_loss_with_the_weighting(name):
-    t, k = 999, 49
-    bar, earlier = (float(LINEAR.alphas_cumprod[i]) for i in (t, t - k))
-    weight = {"debiased": math.sqrt((1 - bar) / bar), "min_snr": 1.0}[name]
-    c2 = min(earlier / bar - 1, 2 / max(1, weight))  # max_c2 = 2
-    options = {"max_c2": 2.0, "weighting": name}
-    found = gain(LINEAR, k, t=torch.tensor([t]), **options)
-    assert float(found) == pytest.approx(0.99 / (0.99 + 0.01 * c2), rel=1e-9)
-    scaled = ScaledModel.with_gain(nn.Identity(), LINEAR, k, **options)
-    assert scaled.scale(torch.tensor([t])) == found
 
 
 def test_a_weighting_is_a_value():

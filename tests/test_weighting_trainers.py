@@ -1,8 +1,7 @@
 """`weighting=` and the page on it against what trainers' own code multiplies by.
 
-A name weighs the error of the *noise*, whatever the network predicts. Each trainer's number is what
-its own squared error, of its own output, is multiplied by: the page docs/schedules.md gives it as a
-formula of the signal-to-noise ratio r.
+A name weighs the error of the *noise*. A trainer's number is what its own squared error, of its own
+output, is multiplied by: docs/schedules.md gives it as a formula of the signal-to-noise ratio r.
 """
 
 import functools

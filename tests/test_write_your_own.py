@@ -1,7 +1,6 @@
 """The table "My loss has …" of docs/adapters/write_your_own.md: each line against the plain loss.
 
-At τ = 1 each is the loss that it takes the place of, in value and gradient. A time for each frame
-gives, at any τ, what each frame gives on its own.
+A time for each frame gives, at any τ, what each frame gives on its own.
 """
 
 import pytest

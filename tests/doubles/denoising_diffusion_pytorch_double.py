@@ -1,8 +1,6 @@
 """What the adapter uses of denoising-diffusion-pytorch, as its source documents it.
 
-`GaussianDiffusion` with its three objectives, float32 buffers, loss weights, Min-SNR and noise
-offset. Self-conditioning and immiscible noise are tested on the trainer's own code, which CI has
-from PyPI.
+Without self-conditioning and immiscible noise, which are tested on the trainer's own code.
 """
 
 import torch

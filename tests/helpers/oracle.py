@@ -1,8 +1,7 @@
 """The loss by another way, sharing no code with the library.
 
 Coefficients in mpmath with 40 digits, from the definitions of each schedule. The loss in float64:
-as the two terms that the paper writes, and as A · mse(output, regression target), which is 0 where
-the two are equal.
+as the two terms that the paper writes, and as A · mse(output, regression target).
 """
 
 from dataclasses import dataclass

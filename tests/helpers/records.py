@@ -1,10 +1,7 @@
 """Numbers that the real trainers gave, in tests/data/trainers.json, and how they are made again.
 
-    python -m tests.helpers.records
-
-writes the records of those trainers whose checkouts the environment variables name. A record holds
-inputs, losses and gradients of our own runs, and no code. The doubles are held to them, and so is
-our loss on today's trainers, also where there is no checkout.
+`python -m tests.helpers.records` writes those of the trainers that have a checkout. A record holds
+inputs, losses and gradients of our own runs, and no code.
 """
 
 import itertools
@@ -106,8 +103,7 @@ DOUBLED = {
     "sd-scripts": (sd_scripts, list(trainers.SD_SCRIPTS.items())),
     "score_sde_pytorch": (score_sde, trainers.SCORE_SDE),
 }
-"""Of each trainer with a double that no package of CI stands beside: its cases, the double and its
-own code."""
+"""Of trainers with a double that no package of CI stands beside: cases, the double, their code."""
 
 
 def of_today(case):

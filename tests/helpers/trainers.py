@@ -211,7 +211,7 @@ def edm(name, kind):
 
     def loss(model, tau=None, **options):
         with kind() as made:
-            plain = made(-1.2, 2.0) if "EDM" in name else made()  # reaches both ends
+            plain = made(-1.2, 3.0) if "EDM" in name else made()  # reaches both ends
             if tau is not None:
                 plain = edm_adapter.skip_step(plain, 1 / 17, tau=tau, **options)
             return plain(net=as_net(model), images=images, labels=None)

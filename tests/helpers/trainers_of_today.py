@@ -1,9 +1,8 @@
 """The losses of today's flow and robotics trainers, by their own code from checkouts.
 
 Their modules import much that the loss does not use, so its functions are taken out of the source.
-Each trainer here is a function `loss(source, model, seen, tau)` of the (patched) text of a file: it
-draws a batch from the global random state, calls `model(x_t, t)`, says in `seen` what the target
-and the weight of each element are, and returns the loss.
+Each trainer is a function of the (patched) text of a file, a model, `seen` and τ: it draws a batch,
+calls `model(x_t, t)`, says in `seen` what target and weights are, and returns the loss.
 """
 
 import __future__
