@@ -67,12 +67,8 @@ def test_it_is_the_cores_loss(prediction_type, options, dtype):
 
     output, target, noisy, xi = torch.randn(4, 5, 2, 4, 4, dtype=dtype)
     inputs = target, torch.tensor(t), noisy
-    draws = [lambda: {}]
-    if criterion.estimator == "fresh":
-        draws = [
-            lambda: {"skip_noise": xi},
-            lambda: {"generator": torch.Generator().manual_seed(0)},
-        ]
+    draws = [lambda: strategies.drawn(criterion.estimator, xi)]
+    draws.append(lambda: {"generator": torch.Generator().manual_seed(0)})
     weights = torch.rand(5)
     for draw in draws:
         found, expected = (

@@ -344,10 +344,7 @@ def test_every_way_in_and_the_bounds_on_c_and_c2(kind, case, estimator):
 @EACH_ESTIMATOR
 @KINDS
 def test_without_a_bound_where_nothing_is_left_of_the_data(kind, estimator):
-    """The loss of ε and score is infinite there (c² is), and not NaN, which 0 · ∞ is.
-
-    Any other output is compared with its own target, at the weight τ.
-    """
+    """Infinite for ε and score, and not NaN; any other output has its own target, at weight τ."""
     t = torch.tensor([500, 999])
     output, target, x_t, *_ = batch(ZERO_SNR, t, kind)
     options = {"estimator": estimator, "prediction_type": kind, "max_c2": math.inf}

@@ -273,10 +273,7 @@ def test_a_time_that_rounding_puts_beyond_an_end_is_the_end(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("schedule", [FLOW, TURNED], ids=repr)
 def test_the_loss_at_a_time_that_rounding_puts_beyond_the_noise_is_that_of_the_end(schedule, dtype):
-    """FlowMatch's first sigma with shift 132 is 1 + 1 ulp. There an output says nothing of ε.
-
-    So the loss is τ times the plain one.
-    """
+    """As FlowMatch's first sigma with shift 132: τ times the plain loss, for want of an ε."""
     criterion, ulp = SkipStepLoss(schedule, 0.02, prediction_type="flow"), torch.finfo(dtype).eps
     t = torch.tensor([1 + ulp if schedule is FLOW else -ulp], dtype=dtype)
     zero, one = torch.zeros(1, 4), torch.ones(1, 4)

@@ -116,10 +116,7 @@ def test_t_over_the_number_of_timesteps_is_no_timestep(t):
 
 @pytest.mark.parametrize("seen", [[998.4, 1.6, 0.7, 0.2, 0.0], [0.0, 1.0]])
 def test_the_last_fractional_timesteps_of_euler_are_right(seen):
-    """Below 1 as well, as of a sampler with more steps than T / 2, once a larger one was seen.
-
-    And where nothing was seen: 0 and 1 are timesteps.
-    """
+    """Below 1 as well once a larger one was seen; where nothing was, 0 and 1 are timesteps."""
     shrunk, x_t = shrink(Returning(), LINEAR, 1, tau=0.01), normal(3, 2, seed=0)
     for t in seen:
         expected = 0.7 * s_of(round(t), k=1, tau=0.01) * x_t
