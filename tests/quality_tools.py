@@ -1,6 +1,7 @@
 """A tiny run for the tests of the quality bench."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -56,13 +57,12 @@ KILLED = replace(
 
 
 def a_run(folder, objective, seed=3, **changes):
-    """Train the tiny network."""
     settings = {"network": TINY.network, "budget": TINY.budget, "device": torch.device("cpu")}
     settings |= {"data": load_digits(), "path": EpsilonPath(), **changes}
     return training.train(objective, seed, folder=folder, **settings)
 
 
-def stopped_at(preset, root, step, monkeypatch):
+def stopped_at(preset, root, step):
     """Run until the checkpoint of a step is written; return the folder of the first network."""
 
     def stopping(folder, state):
@@ -70,10 +70,8 @@ def stopped_at(preset, root, step, monkeypatch):
         if state["step"] == step:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "save_state", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run(preset, root)
+    with mock.patch.object(training, "save_state", stopping), pytest.raises(KeyboardInterrupt):
+        run(preset, root)
     return Layout(root, root).model(preset.arms[0].method.objective, preset.seeds[0])
 
 

@@ -3,6 +3,7 @@
 import shutil
 import signal
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_each_part_writes_its_record(part, tmp_path):
     assert (tmp_path / "weights").exists() == part.keep_weights
 
 
-def test_a_part_that_takes_too_long_stops_and_goes_on(tmp_path, monkeypatch):
+def test_a_part_that_takes_too_long_stops_and_goes_on(tmp_path):
     part = gpu.Part("made", "of a test", ONE_ARM)
     save_json = runner.save_json
 
@@ -42,8 +43,7 @@ def test_a_part_that_takes_too_long_stops_and_goes_on(tmp_path, monkeypatch):
         if "cells" in path.parts:  # whoever writes a file must not take it for the file's fault
             write_whole(tmp_path / "file", out_of_time)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "save_json", slow)
+    with patch.object(runner, "save_json", slow):
         said = gpu.do(part, tmp_path, None, seconds=999)
     assert "stopped after 999 seconds; the same command goes on; 1 cells" in said
     assert len(load_json(tmp_path / "made.json")["rows"]) == 1

@@ -5,7 +5,7 @@ import pickle
 import shutil
 import sys
 from dataclasses import replace
-from unittest.mock import Mock
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from quality_tools import KILLED, ONE_ARM, stopped_at, what_was_made
 
 from benchmarks import files
 from benchmarks.files import load_json, load_tensors, save_tensors
-from benchmarks.quality import cli
+from benchmarks.quality import cli, training
 from benchmarks.quality.checkpoint import BEFORE, NEWEST, newest_state, save_state
 from benchmarks.quality.plan import plan
 from benchmarks.quality.presets import PRESETS
@@ -73,7 +73,6 @@ def test_a_run_killed_at_twenty_random_moments_makes_the_same(tmp_path):
     assert killed
     for root in killed:
         assert what_was_made(KILLED, root) == whole
-        # Nothing of the kills is left lying about.
         for left in ("**/.partial*", "**/checkpoint*", "cells/*/*/*/"):
             assert not list(root.glob(left))
 
@@ -87,10 +86,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damaged", [lambda whole: whole[: len(whole) // 2], lambda _: b""])
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
-    damaged, whole, tmp_path, monkeypatch, capsys
-):
-    folder = stopped_at(ONE_ARM, tmp_path, 10, monkeypatch)
+def test_a_damaged_checkpoint_costs_steps_since_the_one_before(damaged, whole, tmp_path, capsys):
+    folder = stopped_at(ONE_ARM, tmp_path, 10)
     newest, before = folder / NEWEST, folder / BEFORE
     newest.write_bytes(damaged(newest.read_bytes()))
     assert plan(ONE_ARM, tmp_path).network_steps == 12 - 5
@@ -100,19 +97,19 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert not list(folder.glob("checkpoint*"))
 
 
-def error_of(root, monkeypatch):
+def error_of(root):
     """What the command line says of a run of ONE_ARM that cannot be."""
-    monkeypatch.setitem(PRESETS, "digits", ONE_ARM)
-    said = CliRunner().invoke(cli.main, ["run", "digits", "--out", str(root)])
+    with mock.patch.dict(PRESETS, digits=ONE_ARM):
+        said = CliRunner().invoke(cli.main, ["run", "digits", "--out", str(root)])
     assert said.exit_code == 1
     assert "Traceback" not in said.output
     return said.output
 
 
-def test_without_a_checkpoint_that_can_be_read_the_user_is_told(tmp_path, monkeypatch):
-    folder = stopped_at(ONE_ARM, tmp_path, 5, monkeypatch)
+def test_without_a_checkpoint_that_can_be_read_the_user_is_told(tmp_path):
+    folder = stopped_at(ONE_ARM, tmp_path, 5)
     (folder / NEWEST).write_bytes(b"nothing")
-    assert f"Error: {folder / NEWEST} cannot be read (" in error_of(tmp_path, monkeypatch)
+    assert f"Error: {folder / NEWEST} cannot be read (" in error_of(tmp_path)
 
 
 FULL = """
@@ -128,11 +125,9 @@ cli.main(["run", "digits", "--workers", "1", "--out", sys.argv[1]])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits on the size of files")
-def test_a_full_disk_ends_a_run_in_one_line_and_keeps_the_last_good_state(
-    whole, tmp_path, monkeypatch
-):
+def test_a_full_disk_ends_a_run_in_one_line_and_keeps_the_last_good_state(whole, tmp_path):
     """A limit on the size of files stands for the disk: a checkpoint no longer fits."""
-    folder = stopped_at(ONE_ARM, tmp_path, 5, monkeypatch)
+    folder = stopped_at(ONE_ARM, tmp_path, 5)
     good = (folder / NEWEST).read_bytes()
     with pytest.raises(AssertionError) as error:
         run_command(sys.executable, "-c", FULL, tmp_path, len(good) // 2, PYTHONPATH=TESTS)
@@ -161,14 +156,14 @@ def test_torchs_own_complaint_about_the_disk_is_an_oserror(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_a_second_process_in_the_folder_is_told_and_changes_nothing(tmp_path, monkeypatch):
+def test_a_second_process_in_the_folder_is_told_and_changes_nothing(tmp_path):
     def contents():
         return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    stopped_at(ONE_ARM, tmp_path, 5, monkeypatch)
+    stopped_at(ONE_ARM, tmp_path, 5)
     before = contents()
     with FileLock(tmp_path / "lock"):
-        assert "Error: out: another run is at work in" in error_of(tmp_path, monkeypatch)
+        assert "Error: out: another run is at work in" in error_of(tmp_path)
     assert contents() == before
 
 
@@ -209,16 +204,13 @@ def test_two_checkpoints_are_kept(tmp_path):
     assert newest_state(tmp_path)["step"] == 2
 
 
-def test_a_full_disk_between_checkpoint_and_kept_state_costs_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_between_checkpoint_and_kept_state_costs_nothing(tmp_path):
     """What a run goes on from must not lie behind what it still has to keep."""
     budget = replace(ONE_ARM.budget, steps=10, checkpoint_every=5, keep_at=(0.5,))
     preset = replace(ONE_ARM, budget=budget)
-
-    with monkeypatch.context() as patched:
-        full = Mock(side_effect=OSError("no space left"))
-        patched.setattr("benchmarks.quality.training.save_tensors", full)
-        with pytest.raises(OSError, match="no space left"):
-            run(preset, tmp_path)
+    full = mock.patch.object(training, "save_tensors", side_effect=OSError("no space left"))
+    with full, pytest.raises(OSError, match="no space left"):
+        run(preset, tmp_path)
     run(preset, tmp_path)
     folder = tmp_path / "models/plain/seed0"
     assert load_tensors(folder / "state-50.pt")["step"] == 5

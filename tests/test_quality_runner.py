@@ -1,6 +1,6 @@
 import shutil
 from dataclasses import replace
-from unittest.mock import DEFAULT, Mock
+from unittest.mock import DEFAULT, Mock, patch
 
 import pytest
 import torch
@@ -20,9 +20,8 @@ from benchmarks.quality.record import collect
 from benchmarks.quality.report import keep, write_report
 from benchmarks.quality.runner import Bench, run
 from benchmarks.quality.samplers import sample
-from benchmarks.quality.search import search
 from benchmarks.quality.streams import Purpose, generator
-from s2dm_loss import CorrectionSearch, gain
+from s2dm_loss import gain
 from s2dm_loss.sampling import StartScaling
 
 
@@ -121,11 +120,9 @@ def test_samples_are_compared_with_what_is_held_out_by_one_kind_of_features(tmp_
         bench.floor()
 
 
-def test_what_is_there_is_not_done_again_and_what_is_lost_comes_back(finished, monkeypatch):
+def test_what_is_there_is_not_done_again_and_what_is_lost_comes_back(finished):
     before = what_was_made(TINY, finished)
-    with monkeypatch.context() as patched:
-        for name in ("train", "sample"):
-            patched.setattr(runner, name, None)
+    with patch.multiple(runner, train=None, sample=None):
         run(TINY, finished)
     assert what_was_made(TINY, finished) == before
     for lost in ("seed1/deis-3", "seed0/ddim-2"):
@@ -198,7 +195,7 @@ def test_progress_ends_at_its_total(tmp_path, monkeypatch):
             super().close()
 
     monkeypatch.setattr(runner, "tqdm", Bar)
-    stopped_at(TINY, tmp_path / "tiny", 5, monkeypatch)
+    stopped_at(TINY, tmp_path / "tiny", 5)
     for preset in (TINY, replace(ONE_ARM, name="more", samples=128, networks_of=TINY)):
         ends.clear()
         run(preset, tmp_path / preset.name)
@@ -246,18 +243,11 @@ def test_other_data_are_not_mixed_into_a_folder(tmp_path, monkeypatch):
 def test_a_search_is_kept_and_judged_on_noise_of_its_own(tmp_path, monkeypatch, samplers):
     preset = replace(ONE_ARM, samples=48, sample_batch=32)
     run(preset, tmp_path)
-    asked = []
-
-    def small(*args, **settings):
-        asked.append(settings["num_samples"])
-        return CorrectionSearch(*args, **{**settings, "num_samples": 64})
-
     far = StartScaling((1.5, 3.0))  # from no correction
-    monkeypatch.setattr(searching, "CorrectionSearch", small)
+    monkeypatch.setattr(searching, "SAMPLES", 64)
     monkeypatch.setattr(searching, "standard_corrections", lambda *_, **__: (far,))
-    found = search(preset, tmp_path, 0, samplers, 2)
-    assert asked == [searching.SAMPLES]
-    assert "samples to choose" in found["cost"]
+    found = searching.search(preset, tmp_path, 0, samplers, 2)
+    assert " x 64 samples to compare" in found["cost"]
 
     bench = Bench(preset, tmp_path)
     start = torch.randn(48, *bench.data.shape, generator=generator(0, Purpose.START, 1_000))
@@ -274,6 +264,6 @@ def test_a_search_is_kept_and_judged_on_noise_of_its_own(tmp_path, monkeypatch, 
     assert [found["corrected"], found["corrected_kernel"]] == corrected
 
     monkeypatch.setattr(searching, "Bench", None)  # all that follows reads the file
-    assert search(preset, tmp_path, 0, samplers, 2) == found
+    assert searching.search(preset, tmp_path, 0, samplers, 2) == found
     assert load_json(tmp_path / f"search-seed0-{'-'.join(samplers)}-2.json") == found
     assert collect(preset, tmp_path)["searches"] == [found]

@@ -83,7 +83,6 @@ def test_states_are_kept_on_the_way_and_can_be_branched_from(tmp_path):
     assert set(kept) == {"weights.pt", "state-25.pt", "state-75.pt"}
     for percent, step in ((25, 3), (75, 9)):
         assert load_tensors(kept[f"state-{percent}.pt"])["step"] == step
-        # Whoever goes on from it ends where the run that it was taken from did.
         told = []
         branch = kept_state(tmp_path / "whole", percent)
         options = {"budget": budget, "branch": branch, "progress": told.append}
@@ -157,7 +156,6 @@ def more_noise(like, draws=1):
 
 
 def model(x, t):
-    """Some smooth function of both arguments."""
     return torch.tanh(x) * (1 + t[:, None, None, None] / 1000) - 0.1 * x
 
 
@@ -197,16 +195,12 @@ def test_a_flow_is_trained_on_the_velocity_and_its_loss_on_the_noise_in_it(skip)
     x_t = (1 - t) * batch.x0 + t * batch.noise
     velocity = (batch.noise - batch.x0).double()
     output = model(x_t.float(), 1000 * t.flatten().float()).double().requires_grad_()
+    network = Mock(return_value=output.float())
     loss = Loss(Plain() if skip is None else SkipStep(skip), FlowPath())
-    seen = []
-
-    def called(x, time):
-        seen.extend((x, time))
-        return output.float()
-
-    value, errors, _ = loss(called, batch)
-    torch.testing.assert_close(seen[0].double(), x_t, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(seen[1].double(), 1000 * t.flatten())
+    value, errors, _ = loss(network, batch)
+    x, time = (given.double() for given in network.call_args.args)
+    torch.testing.assert_close(x, x_t, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(time, 1000 * t.flatten())
     plain = (output - velocity).square().mean()
     assert float(errors.mean()) == pytest.approx(float(plain.detach()), rel=1e-5)
     if skip is None:
