@@ -21,8 +21,6 @@ LEVELS = SCHEDULE.alphas_cumprod.double()
 
 
 class Answer(nn.Module):
-    """A network that is a function of x and t."""
-
     def __init__(self, answer):
         super().__init__()
         self.forward = answer

@@ -35,7 +35,7 @@ def images(seed, scale=1.0, shift=0.0):
     return shift + scale * torch.randn(700, 1, 2, 3, generator=draw)
 
 
-def test_the_frechet_distance_is_its_formula():
+def test_each_distance_is_its_formula():
     ours, theirs = images(0, 1.5, 0.3), images(1)
     a, b = (x.flatten(1).double().numpy() for x in (ours, theirs))
     root = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
@@ -46,15 +46,6 @@ def test_the_frechet_distance_is_its_formula():
     kernels = [(x @ y.T / 6 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b))]
     within = [(k.sum() - np.trace(k)) / (700 * 699) for k in kernels[:2]]
     assert found.kernel == pytest.approx(sum(within) - 2 * kernels[2].mean(), rel=1e-4)
-
-
-def test_the_kernel_distance_is_unbiased():
-    """Real against real it is 0 in the mean, of either sign, where the Fréchet distance is not."""
-    found = [FeatureDistances(Pixels(), images(n)).compare(images(n + 8)) for n in range(8)]
-    kernels = [one.kernel for one in found]
-    assert min(kernels) < 0 < max(kernels)
-    assert abs(np.mean(kernels)) < 2 * np.std(kernels) / 8**0.5
-    assert min(one.frechet for one in found) > 0
 
 
 def test_comparisons_do_not_mix_and_leave_the_global_generator_alone():
@@ -125,7 +116,6 @@ def test_imagenet_features_are_the_networks_pooled_maps(rounded, near, precision
     torch.testing.assert_close(raw(values), found)
     # Values beyond an image's range reach the network: it does not clamp them.
     assert float((raw(1.5 * values) - raw((1.5 * values).clamp(-1, 1))).norm()) > 0.1
-    # bfloat16 through 50 layers is coarse.
     assert float((found - wanted).norm() / wanted.norm()) < near
     assert float((found - wanted).norm() / (wanted - wanted.mean(0)).norm()) < 5 * near
 
@@ -137,9 +127,6 @@ def test_imagenet_features_name_what_they_need(monkeypatch):
 
 
 def test_the_references_features_are_computed_once(tmp_path):
-    references = ((images(0), tmp_path / "a.pt"), (images(2), tmp_path / "a.pt"), (images(0), None))
-    first, cached, again = (
-        FeatureDistances(Pixels(), reference, cache=cache).compare(images(1))
-        for reference, cache in references
-    )
-    assert first == cached == again
+    kept = tmp_path / "features.pt"
+    first = FeatureDistances(Pixels(), images(0), cache=kept).compare(images(1))
+    assert FeatureDistances(Pixels(), images(2), cache=kept).compare(images(1)) == first
