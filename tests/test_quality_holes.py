@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -10,14 +9,15 @@ import torch
 from scipy import stats
 
 from benchmarks.quality import evidence_figures, holes
-from benchmarks.quality.committed import method_name, records
+from benchmarks.quality.committed import FOLDER, method_name
 from benchmarks.quality.statistics import Cell, Results, change, holm, interval, percent
 
-FOLDER = Path(__file__).parents[1] / "benchmarks/results/quality"
+PRESETS = {"unet": "cifar10-unet", "small": "cifar10-wide"}
+PRESETS |= {"eps16": "cifar10-16", "flow16": "cifar10-16-flow"}
 
 
-def load(preset):
-    return json.loads((FOLDER / f"{preset}.json").read_text())
+def load(run):
+    return json.loads((FOLDER / f"{PRESETS.get(run, run)}.json").read_text())
 
 
 def by_seed(record, method, sampler, steps, name):
@@ -30,7 +30,7 @@ def wanted(ours, theirs):
     return percent(change(dict(enumerate(ours)), dict(enumerate(theirs))))
 
 
-@pytest.mark.parametrize(("run", "preset"), [("unet", "cifar10-unet"), ("small", "cifar10-wide")])
+@pytest.mark.parametrize("run", ["unet", "small"])
 @pytest.mark.parametrize(
     ("words", "method", "sampler", "steps", "measure"),
     [
@@ -40,10 +40,8 @@ def wanted(ours, theirs):
         ("plain", "plain", "pndm", 10, "frechet"),
     ],
 )
-def test_a_change_is_over_plain_ddim_in_as_many_steps(
-    run, preset, words, method, sampler, steps, measure
-):
-    record, column = load(preset), f"images_{measure}"
+def test_a_change_is_over_plain_ddim_in_as_many_steps(run, words, method, sampler, steps, measure):
+    record, column = load(run), f"images_{measure}"
     ours = by_seed(record, method, sampler, steps, column)
     theirs = by_seed(record, "plain", "ddim", steps, column)
     assert holes.change(run, words, sampler, steps, measure) == wanted(ours, theirs)
@@ -64,22 +62,16 @@ def test_a_change_over_something_else_and_one_that_was_not_measured():
         holes.change("nothing", "gain 49")
 
 
-def test_the_dose_of_a_loss_is_by_its_spread():
-    names = ("plain", "skip49-expected", "plain+gain49")
-    record = load("cifar10-unet")
+def test_dose_distances_facts_and_the_floor():
+    names, record = ("plain", "skip49-expected", "plain+gain49"), load("unet")
     plain, loss, gain = (by_seed(record, name, "ddim", 10, "spread")[0] for name in names)
     assert holes.dose("unet", 49) == f"{100 * (loss - plain) / (gain - plain):.0f} %"
     assert holes.fact("unet", "loss share") == "25 %"
     assert load("digits-full")["trainings"]["skip9-expected"]["0"]["loss_share"] == 1
-
-
-def test_distances_facts_and_the_floor():
-    record = load("cifar10-unet")
     frechet = by_seed(record, "plain", "ddim", 10, "images_frechet")[0]
     kernel = by_seed(record, "plain", "unipc", 10, "images_kernel")[0]
     assert holes.distance("unet") == f"{frechet:.1f}"
     assert holes.distance("unet", "plain", "unipc", measure="kernel") == f"{1000 * kernel:.1f}"
-    # As many samples as the floor was measured with.
     assert record["floor"]["images_each"] == record["settings"]["samples"]
     assert holes.times_floor("unet") == f"{frechet / record['floor']['frechet']:.1f}"
     assert holes.fact("unet", "images") == f"{16_000 * 128:,}"
@@ -89,7 +81,7 @@ def test_distances_facts_and_the_floor():
 
 
 def test_a_correction_chosen_on_the_other_seeds():
-    record = load("cifar10-wide")
+    record = load("small")
     names = sorted({row[0] for row in record["rows"] if row[0].startswith("plain+rescaling")})
     plain = by_seed(record, "plain", "ddim", 10, "images_frechet")
     each = {name: by_seed(record, name, "ddim", 10, "images_frechet") for name in names}
@@ -108,22 +100,20 @@ def test_a_table_says_doses_and_leaves_out_what_nobody_measured():
     assert lines == [f"| loss | {change} (dose {dose}) |  |", f"| UniPC | {solver} |"]
 
 
-@pytest.mark.parametrize("name", ["cifar10-16", "cifar10-16-flow"])
-def test_the_best_pair_is_the_nearest_by_the_kernel_distance(name):
-    record = load(name)
+@pytest.mark.parametrize("run", ["eps16", "flow16"])
+def test_the_best_pair_is_the_nearest_by_the_kernel_distance(run):
+    record = load(run)
     pairs = {(row[0], row[2]) for row in record["rows"] if row[3] == 10 and "plain" in row[0]}
     values = {pair: by_seed(record, *pair, 10, "images_kernel") for pair in pairs}
     value, pair = min((fmean(found), pair) for pair, found in values.items() if len(found) == 2)
     assert (pair[0], pair[1][:5]) == ("plain", "unipc")
     said = f"UniPC with no correction, kernel distance {1000 * value:.1f} thousandths"
-    assert holes.best_pair(name, 10) == said
+    assert holes.best_pair(run, 10) == said
 
 
-@pytest.mark.parametrize(
-    ("run", "preset"), [("unet", "cifar10-unet"), ("flow16", "cifar10-16-flow")]
-)
-def test_where_a_gain_helps(run, preset):
-    record, gain = load(preset), "plain+gain0.05" if run == "flow16" else "plain+gain49"
+@pytest.mark.parametrize("run", ["unet", "flow16"])
+def test_where_a_gain_helps(run):
+    record, gain = load(run), "plain+gain0.05" if run == "flow16" else "plain+gain49"
     helped = []
     for sampler, steps in {(row[2], row[3]) for row in record["rows"] if row[0] == gain}:
         cells = [(record, name, sampler, steps) for name in ("plain", gain)]
@@ -134,36 +124,30 @@ def test_where_a_gain_helps(run, preset):
     assert len(helped) > 1
 
 
-@pytest.mark.parametrize(
-    ("run", "preset"), [("eps16", "cifar10-16"), ("flow16", "cifar10-16-flow")]
-)
-def test_what_a_search_over_pairs_recommends(run, preset):
-    kept = [one for one in load(preset)["searches"] if len(one.get("samplers", ())) > 1]
+@pytest.mark.parametrize("run", ["eps16", "flow16"])
+def test_what_a_search_over_pairs_recommends(run):
+    kept = [one for one in load(run)["searches"] if len(one.get("samplers", ())) > 1]
     ours, theirs = ([one[f"{what}_kernel"] for one in kept] for what in ("corrected", "plain"))
     found = holes.pair_search(run)
     assert found.change == wanted(ours, theirs)
     assert (found.nearer > 0) == (fmean(map(math.log, ours)) < fmean(map(math.log, theirs)))
     assert all(f"UniPC with {one['recommended']}" in found.pairs for one in kept)
     base = kept[0]["samplers"][0]
-    alone = [one for one in load(preset)["searches"] if "samplers" not in one]
+    alone = [one for one in load(run)["searches"] if "samplers" not in one]
     said = [one["recommended"] for one in alone if one["sampler"] == base]
     assert holes.recommended(run, base) == " and ".join(dict.fromkeys(said))
     with pytest.raises(ValueError, match="no pairs were searched on unet"):
         holes.pair_search("unet")
 
 
-def test_spread_of_raw_samples():
-    raw = load("cifar10-16")["raw_spreads"]["plain+gain49, ddim-10"]
+def test_spread_of_raw_samples_and_in_an_octave():
+    raw = load("eps16")["raw_spreads"]["plain+gain49, ddim-10"]
     assert holes.spread("eps16", "gain 49", raw=True) == f"{fmean(raw.values()):.3f}"
-    assert len(raw) == 2
-
-
-def test_spread_in_an_octave():
-    for run, preset, method, key, steps in (
-        ("small", "cifar10-wide", "plain", "ddim-10", 10),
-        ("eps16", "cifar10-16", "gain 49", "plain+gain49, ddim-20", 20),
+    for run, method, key, steps in (
+        ("small", "plain", "ddim-10", 10),
+        ("eps16", "gain 49", "plain+gain49, ddim-20", 20),
     ):
-        bands = load(preset)["band_spreads"]
+        bands = load(run)["band_spreads"]
         values = [octaves[-1] for name, octaves in bands.items() if name.startswith(f"{key}, seed")]
         assert holes.octave(run, method, None, steps, -1) == f"{fmean(values):.2f}"
 
@@ -182,13 +166,6 @@ def test_holms_correction_is_over_the_rows_shown(monkeypatch):
     # By hand: t = 0.1 / (0.1 / √3) = √3 with 2 degrees of freedom, p = 1 - √(3/5).
     assert found.p_of_missed == f"{1 - 0.6**0.5:.3f}"
     assert (found.weakest, found.weakest_p) == ("B", found.p_of_missed)
-
-
-def test_the_archive_keeps_the_form_of_a_record():
-    for name, record in load("archive").items():
-        assert records()[name]["preset"] == name
-        assert {"settings", "columns", "rows", "floor", "versions", "titles"} <= record.keys()
-        assert len(holes.archive_row(name)) == 5
 
 
 def test_names_of_methods_in_words_and_claims_that_no_longer_hold():
@@ -230,16 +207,13 @@ def results(rows):
 
 
 def rows_of(values, columns):
-    """Rows of DDIM at 10 steps from a value for each method and seed."""
     each = [(name, seed, x) for name, row in values.items() for seed, x in enumerate(row)]
     return [[name, seed, "ddim", 10, *columns(x)] for name, seed, x in each]
 
 
 def test_the_sign_is_the_t_intervals():
-    assert interval([1.0, 1.1, 0.9]).sign == 1
-    assert interval([-1.0, -1.1, -0.9]).sign == -1
-    assert interval([-1.0, 1.0, 0.2]).sign == 0
-    assert interval([7.0]).sign == 0  # one seed shows nothing
+    values = [1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [-1.0, 1.0, 0.2], [7.0]  # one seed: nothing
+    assert [interval(each).sign for each in values] == [1, -1, 0, 0]
     with pytest.raises(ValueError, match="values: expected one value per seed, got none"):
         interval([])
 
@@ -272,16 +246,10 @@ def test_holms_p_values_are_those_of_his_example():
 
 def test_changes_are_paired_by_seed():
     cell = Cell("ddim", 10)
-    found = results(
-        [
-            ["plain", 0, "ddim", 10, 2.0, 8.0, 1.0],
-            ["plain", 1, "ddim", 10, 4.0, 8.0, 1.0],
-            ["plain", 2, "ddim", 10, 9.0, 8.0, 1.0],
-            ["plain", 0, "unipc", 10, 9.0, 4.0, 1.0],
-            ["skip", 0, "ddim", 10, 1.0, 10.0, 1.0],
-            ["skip", 1, "ddim", 10, 3.0, None, 1.0],
-        ]
-    )
+    rows = rows_of({"plain": (2.0, 4.0, 9.0)}, lambda raw: (raw, 8.0, 1.0))
+    rows += [["plain", 0, "unipc", 10, 9.0, 4.0, 1.0]]
+    rows += [["skip", 0, "ddim", 10, 1.0, 10.0, 1.0], ["skip", 1, "ddim", 10, 3.0, None, 1.0]]
+    found = results(rows)
     paired = found.change("skip", cell, "raw_frechet")
     assert paired.mean == pytest.approx(100 * (1 - (0.5 * 0.75) ** 0.5))
     eight_bit = found.change("skip", cell)
