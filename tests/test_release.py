@@ -68,11 +68,8 @@ def refused(*args, **kwargs):
 socket.socket.connect = socket.socket.connect_ex = refused
 socket.create_connection = socket.getaddrinfo = refused
 import torch
-import s2dm_loss
-from s2dm_loss import CorrectionSearch, NoiseSchedule, ScaledModel, SkipStepLoss
-import s2dm_loss.adapters.diffusers, s2dm_loss.adapters.guided_diffusion
-import s2dm_loss.adapters.score_sde, s2dm_loss.adapters.ddim
-import s2dm_loss.testing, s2dm_loss.weighting
+from s2dm_loss import NoiseSchedule, ScaledModel, SkipStepLoss, testing, weighting
+from s2dm_loss.adapters import ddim, diffusers, guided_diffusion, score_sde
 criterion = SkipStepLoss(NoiseSchedule.linear(1000), 9)
 criterion(lambda x_t, t: x_t, torch.randn(4, 3)).item()
 ScaledModel.with_gain(torch.nn.Identity(), NoiseSchedule.linear(1000), 9)
