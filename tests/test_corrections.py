@@ -112,16 +112,6 @@ def test_a_scaled_model_scales_the_noise_in_continuous_time(kind, data_at):
     torch.testing.assert_close(model.rescale(output, x_t, t), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-def test_pure_noise_stays_as_it_is(kind):
-    (output, x_t), t = normals(2, 2, 3), torch.tensor([999, 500])
-    model = ScaledModel(nn.Identity(), ZERO_SNR, half, prediction_type=kind)
-    scaled = model.rescale(output, x_t, t)
-    assert torch.equal(scaled[0], output[0])
-    assert scaled[1].isfinite().all()
-    assert not torch.equal(scaled[1], output[1])
-
-
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "score"])
 def test_the_gain_is_that_of_a_shrunk_model(kind):
     x_t, output = normals(2, 4, 3)
