@@ -15,10 +15,6 @@ from s2dm_loss.coefficients import Coefficients, coefficients
 from tests.strategies import COSINE, ESTIMATORS, FLOW, LINEAR, VP, ZERO_SNR, betas, schedules
 
 
-def c2_of(schedule, skip, **options):
-    return coefficients(schedule, skip, max_c2=math.inf, **options).c2
-
-
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_one_quadratic_is_the_two_terms(estimator):
     """At numbers ε̂, ε and ζ, of which a mean over one element is the number itself."""
@@ -45,7 +41,7 @@ def test_c2_from_products_of_betas(values, data):
         expected = float(1 / mpmath.fprod(alphas) - 1)
     size = float(schedule.log_alphas_cumprod[-1].abs())
     rounding = 1e-15 * (1 + size) * (4 + len(values) ** 0.5)  # cumsum's of log ᾱ
-    c2 = c2_of(schedule, k)
+    c2 = coefficients(schedule, k, max_c2=math.inf).c2
     assert float(c2[t]) == pytest.approx(expected, rel=1e-9, abs=rounding * (1 + expected))
     assert (c2[:k] == 0).all()
 
@@ -68,7 +64,7 @@ def test_default_bound_leaves_the_published_schedules_bit_for_bit(name):
     schedule = getattr(NoiseSchedule, name)(1000)
     for k in range(1, 101):
         found = coefficients(schedule, k).c2
-        assert torch.equal(found, c2_of(schedule, k))
+        assert torch.equal(found, coefficients(schedule, k, max_c2=math.inf).c2)
         assert found.max() < 7
 
 
@@ -154,8 +150,7 @@ MAKERS = {
 @pytest.mark.parametrize("kind", ["epsilon", "score"])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_a_gain_that_ruins_a_start_at_the_last_timestep_is_warned_of(make, kind):
-    """By as much as a first step of DDIM leaves there, of data that are 0 and a network that knows
-    it: x_t = b ε, and ε̂ = s ε."""
+    """By as much as a first step of DDIM leaves of data that are 0: x_t = b ε, and ε̂ = s ε."""
     with pytest.warns(UserWarning, match="cosine.*is 0.497.*network of v") as caught:
         make(COSINE, 49, prediction_type=kind)
     (a, next_a), (b, next_b) = COSINE.alpha_sigma(torch.tensor([999, 899]))

@@ -7,6 +7,7 @@ imported. The comment `<!-- test: statement -->` is run as a block is, and makes
 import importlib.util
 import json
 import re
+import textwrap
 import unicodedata
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -39,17 +40,12 @@ class Block(NamedTuple):
         exec(code, namespace)  # noqa: S102 - our own page
 
 
-def without_indent(block):
-    lines = block["code"].splitlines(keepends=True)
-    return "".join(line[len(block["indent"]) :] or "\n" for line in lines)
-
-
 def blocks_of(page):
     text = page.read_text(encoding="utf-8")
     tests = re.finditer(r"^<!-- test: (?P<code>.*) -->$", text, re.M)
     fences = [match for match in FENCE.finditer(text) if match["info"].startswith("python")]
     found = [(match, None, match["code"]) for match in tests]
-    found += [(match, match["module"], without_indent(match)) for match in fences]
+    found += [(match, match["module"], textwrap.dedent(match["code"])) for match in fences]
     return sorted(Block(text[: m.start("code")].count("\n"), *rest) for m, *rest in found)
 
 
@@ -103,13 +99,11 @@ def columns_of(line):
 
 
 def test_the_numbers_of_the_tutorial_are_those_of_its_code():
-    """Whoever changes the code has to run it: `python -m benchmarks.pages.tutorial`."""
     text = PAGE.read_text(encoding="utf-8")
-    assert f"`{digest(text)}`" in RUN.search(text)[0]
+    assert f"`{digest(text)}`" in RUN.search(text)[0], "python -m benchmarks.pages.tutorial"
 
 
 def test_the_notebook_is_the_page():
-    """Its code, whose every block runs above, and its outputs."""
     text = PAGE.read_text(encoding="utf-8")
     assert NOTEBOOK.read_text(encoding="utf-8") == notebook(text)
     cells = json.loads(notebook(text))["cells"]

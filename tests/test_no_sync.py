@@ -30,19 +30,8 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def losses_of(kind, schedule, skip, estimator):
-    options = {"estimator": estimator, "prediction_type": kind, "weighting": "min_snr"}
-    criterion = SkipStepLoss(schedule, skip, **options)
-    scaled = ScaledModel.with_gain(torch.nn.Identity(), schedule, skip, prediction_type=kind)
-    if schedule is FLOW or kind == "score":
-        return criterion, scaled, None
-    skip_loss = SkipLoss(LINEAR, skip, prediction_type=kind, estimator=estimator)
-    return criterion, scaled, skip_loss
-
-
-def calls_of(losses, x, t, leaf):
+def calls_of(criterion, scaled, skip_loss, x, t, leaf):
     """Each way into the loss, and the gain in a model."""
-    criterion, scaled, skip_loss = losses
     weights = torch.ones(4, device=x.device)
     yield criterion(lambda x_t, t: leaf, x, weights=weights)
     if criterion.prediction_type == "epsilon":
@@ -77,19 +66,19 @@ class CopiesToDevice(TorchDispatchMode):
 @CASES
 def test_a_step_reads_no_value_and_copies_nothing_to_the_device_twice(name, estimator, kind):
     """A copy from memory that is not pinned is a wait, and a CUDA graph cannot hold one."""
-    schedule, skip = SCHEDULES[name]
-    losses = losses_of(kind, schedule, skip, estimator)
+    (schedule, skip), options = SCHEDULES[name], {"prediction_type": kind, "estimator": estimator}
+    criterion = SkipStepLoss(schedule, skip, weighting="min_snr", **options)
+    scaled = ScaledModel.with_gain(torch.nn.Identity(), schedule, skip, prediction_type=kind)
+    trainers = schedule is LINEAR and kind != "score"
+    losses = criterion, scaled, SkipLoss(LINEAR, skip, **options) if trainers else None
     t = torch.zeros(4, dtype=torch.long if schedule is LINEAR else None, device="meta")
     x, leaf = torch.empty(2, *SHAPE, device="meta")
     leaf.requires_grad_()
-    found = list(calls_of(losses, x, t, leaf))
-    assert len(found) >= 4
-    for loss in found:
+    for loss in calls_of(*losses, x, t, leaf):
         (gradient,) = torch.autograd.grad(loss, leaf)
         assert loss.device.type == gradient.device.type == "meta"
-        assert gradient.shape == SHAPE
     with CopiesToDevice() as copies:
-        list(calls_of(losses, x, t, x))
+        list(calls_of(*losses, x, t, x))
     assert copies.found == []
 
 

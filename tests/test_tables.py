@@ -237,8 +237,6 @@ def test_batches_of_any_size_in_any_order():
 
 
 class Backwards(Part):
-    """In the order of sampling."""
-
     timesteps = LINEAR.timesteps.flip(0)
 
 

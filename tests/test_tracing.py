@@ -29,7 +29,6 @@ def _nothing_compiled_before():
     ],
 )
 def test_compiles_without_a_graph_break(estimator, backend):
-    """For two shapes, with a gradient of the target in one of them."""
     criterion = SkipStepLoss(LINEAR, 99, estimator=estimator)
 
     def run(eps_hat, noise, xi):
