@@ -14,12 +14,7 @@ from benchmarks.lab.linear import Imperfection, frechet, gains, output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.samplers import sample
 from s2dm_loss import CorrectionSearch, NoiseSchedule, ScaledModel, gain
-from s2dm_loss.sampling import (
-    EpsilonScaling,
-    SkipGain,
-    StartScaling,
-    standard_corrections,
-)
+from s2dm_loss.sampling import EpsilonScaling, SkipGain, StartScaling, standard_corrections
 from tests.helpers import recursions
 from tests.strategies import Same, normal
 
@@ -211,7 +206,6 @@ def test_coverage_is_pooled_over_cells():
 
 def test_what_the_tables_say():
     rows = dict(holes.best_gains())
-    assert [len(cells) for cells in rows.values()] == [5] * len(studies.SAMPLERS)
     found = holes.gaussian("ddim", 50)
     change = 100 * (found["best"] / found["plain"] - 1)
     assert rows["DDIM"][3] == f"{found['best_skip']}: {change:.0f} %"
@@ -220,7 +214,6 @@ def test_what_the_tables_say():
     row = holes.study("digits")["rows"][0]
     judged = row["searches"]["raw values"]["judged"]["images"]
     assert holes.searched("raw")[0] == judged / row["plain"]["images"] - 1
-    assert len(holes.searched("features")) == 9
     assert 0 < holes.strength_gap(least=9) < holes.strength_gap(least=1)
 
 

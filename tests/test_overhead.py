@@ -65,10 +65,8 @@ def test_the_gradients_error_is_that_of_the_type():
 def test_another_version_is_loaded_beside_this_one(tmp_path):
     package = tmp_path / "s2dm_loss"
     package.mkdir()
-    (package / "only_there.py").touch()
-    imports = "import s2dm_loss.only_there\nfrom s2dm_loss.loss import *"
-    (package / "__init__.py").write_text(f"{imports}\n__version__ = '0'\n")
-    (package / "loss.py").write_text(
+    (package / "__init__.py").write_text("from s2dm_loss.only_there import *\n__version__ = '0'\n")
+    (package / "only_there.py").write_text(
         "class NoiseSchedule:\n linear = classmethod(lambda cls: None)\n"
         "class SkipStepLoss:\n"
         " def __init__(self, schedule, skip): pass\n"
@@ -103,8 +101,7 @@ def test_what_people_train_on_comes_first():
     assert {name: math.prod(shapes[name]) for name in sizes} == sizes
 
 
-def test_the_plan_takes_eight_minutes_at_most():
-    assert 450 < sum(plan.PARTS.values()) <= 8 * 60 - 5
+def test_the_plan_has_every_level_once():
     assert list(MEASURE) == plan.LEVELS
 
 

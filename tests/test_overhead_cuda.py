@@ -83,7 +83,6 @@ def gpu(monkeypatch):
 
 
 def profile_of(*kinds):
-    """A profiler that sees events of these kinds."""
     events = [SimpleNamespace(device_type=getattr(measure.DeviceType, kind)) for kind in kinds]
     profiler = SimpleNamespace(events=lambda: events)
     return lambda activities: contextlib.nullcontext(profiler)
@@ -150,8 +149,6 @@ class OnTheCpu(TorchFunctionMode):
 
 
 class SmallNet(nn.Conv2d):
-    """An ε-model that returns what the U-Net does."""
-
     def forward(self, x_t, t):
         assert t.shape == x_t.shape[:1]
         return SimpleNamespace(sample=super().forward(x_t))
@@ -181,21 +178,18 @@ def gpu_there(gpu, small, monkeypatch):
     adamw, autocast, copy_bandwidth = torch.optim.AdamW, torch.autocast, measure.copy_bandwidth
 
     def any_adamw(parameters, fused, capturable, **options):
-        gpu.diary.append(("adamw", fused, capturable))
         return adamw(parameters, **options)
 
-    def any_autocast(kind, dtype, *, cache_enabled):
-        gpu.diary.append((f"autocast on {kind}", cache_enabled))
-        return autocast("cpu", dtype, cache_enabled=cache_enabled)
-
+    gpu.adamw = Mock(side_effect=any_adamw)
+    gpu.autocast = Mock(side_effect=lambda _kind, *given, **more: autocast("cpu", *given, **more))
     for place, name, double in (
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "get_device_name", lambda _device: "a GPU's name"),
         # A build with CUDA would have the optimizer ask the driver whether it is captured.
         (torch.accelerator, "current_accelerator", lambda **_options: None),
         (measure, "profile", profile_of("CUDA")),
-        (torch.optim, "AdamW", any_adamw),
-        (torch, "autocast", any_autocast),
+        (torch.optim, "AdamW", gpu.adamw),
+        (torch, "autocast", gpu.autocast),
         (measure, "copy_bandwidth", lambda device, _mib, time: copy_bandwidth(device, 1, time)),
     ):
         monkeypatch.setattr(place, name, double)
@@ -204,7 +198,6 @@ def gpu_there(gpu, small, monkeypatch):
 
 
 def measured(folder, *options):
-    """The results of the command line at small sizes."""
     sizes = ["--seconds", "0.01", "--largest", "14", "--step-batch", "4", "--step-seconds", "0.01"]
     said = CliRunner().invoke(command.main, ["run", *sizes, "--out", folder, *options])
     assert said.exit_code == 0, said.output
@@ -231,10 +224,11 @@ def test_a_whole_run_on_a_gpu(gpu_there, tmp_path):
         assert "released" not in cell["microseconds"]  # a graph cannot hold its masks
         assert set(cell["loss_falls"]) == set(cell["microseconds"])
     # What a graph holds needs an optimizer that keeps its count on the GPU, and no cache.
-    options = [entry for entry in gpu_there.diary if isinstance(entry, tuple)]
-    cacheless = ("autocast on cuda", False)
-    adamws = [("adamw", fast, fast) for fast in (False, True, True, True)]
-    assert [entry for entry in options if entry != cacheless] == adamws != options
+    adamws = [call.kwargs for call in gpu_there.adamw.call_args_list]
+    fast = [(made["fused"], made["capturable"]) for made in adamws]
+    assert fast == [(False, False), *[(True, True)] * 3]
+    calls = gpu_there.autocast.call_args_list
+    assert {(call.args[0], call.kwargs["cache_enabled"]) for call in calls} == {("cuda", False)}
     assert holes.Device(tmp_path / "cuda.json").unmeasured == []
 
 
