@@ -64,6 +64,7 @@ for done in range(done + 1):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_killed_at_twenty_random_moments_makes_the_same(tmp_path):
     run_command(sys.executable, "-c", KILLER, tmp_path, 20, PYTHONPATH=TESTS)
