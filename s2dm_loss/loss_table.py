@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import compress
 from typing import Literal
 
 import torch
@@ -117,7 +116,7 @@ class LossTable:
         return weight, scales, self._held(data)
 
     def _held(self, data: Sequence[Tensor | None]) -> list[Tensor]:
-        return list(compress(data, self._has))  # type: ignore[arg-type]  # None only where not held
+        return [part for part, has in zip(data, self._has, strict=True) if has and part is not None]
 
     def path(self, t: Tensor, *data: Tensor) -> Sequence[Tensor]:
         """Return a and b of the path at times [B], of shape [B, 1, ...] as the data."""
