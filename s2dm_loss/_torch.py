@@ -58,17 +58,18 @@ def needs_plain_operators(tensor: Tensor) -> bool:
     )
 
 
-def quick_apply(function: Any) -> Callable[..., Any]:
+def quick_apply(function: Any) -> Callable[..., Tensor]:
     """Return the `apply` of an `autograd.Function` that is called under no transform.
 
     `Function.apply` itself asks for transforms at each call, which is a tenth of what a small batch
     costs. All it does besides is done here: to unwrap a tensor that a transform left behind.
     """
+    whole: Callable[..., Tensor] = function.apply
     unwrap = getattr(getattr(torch._C, "_functorch", None), "unwrap_if_dead", None)
     if unwrap is None:
-        return function.apply  # type: ignore[no-any-return]
-    apply = super(torch.autograd.Function, function).apply
-    return lambda first, *others: apply(unwrap(first), *others)
+        return whole
+    quick: Callable[..., Tensor] = super(torch.autograd.Function, function).apply
+    return lambda first, *others: quick(unwrap(first), *others)
 
 
 def is_watched() -> bool:

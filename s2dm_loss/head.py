@@ -84,8 +84,7 @@ def weighted_square(
     if plain:
         share, *scales = replicated_like(output, share, *scales)
         return _plain_square(output, share, scales, data, per_sample=per_sample)
-    square: Tensor = _weighted_square(output, (share, slope, scales, data), per_sample)
-    return square
+    return _quick_square(output, (share, slope, scales, data), per_sample)
 
 
 def _plain_square(
@@ -158,7 +157,7 @@ class _WeightedSquare(torch.autograd.Function):
         return gradient if gradient.dtype == ctx.dtype else gradient.to(ctx.dtype), None, None
 
 
-_weighted_square = quick_apply(_WeightedSquare)
+_quick_square = quick_apply(_WeightedSquare)
 
 
 def _factor(grad: Tensor, slope: Tensor) -> Tensor:

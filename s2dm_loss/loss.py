@@ -291,7 +291,7 @@ class SkipStepLoss(FixedSettings, TabledModule):
         Raises:
             TypeError, ValueError: if an argument is not as said; the message names it.
         """
-        self._table.check_data(target, t, x_t, target)
+        self._table.check_data(target, t, x_t, target)  # there is no output yet
         xi = self._table.skip_noise(skip_noise, "target", target, generator)
         weight, scales, data = self._table.parts(t, (target, x_t, xi))
         weight, *scales = replicated_like(target, weight, *scales)

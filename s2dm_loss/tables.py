@@ -132,22 +132,19 @@ class TimeTable:
         if type(t) is Tensor and not is_traced():
             tables = self._tables.get((divisor, rank))
             table = None if tables is None else tables.copies.get((t.device, dtype))
-            if table is not None and t.ndim == 1:
-                try:
-                    return table.index_select(1, t).unbind(0)
-                except (IndexError, RuntimeError):  # `read_table` takes it, or says why not
-                    return self._made_at(t, dtype, divisor, rank)
+            if table is not None:
+                return read_table(table, t, axis=1).unbind(0)
         return self._made_at(full_tensor(t), dtype, divisor, rank)
 
     def _made_at(self, t: Tensor, dtype: torch.dtype, divisor: int, rank: int) -> Sequence[Tensor]:
-        if self._tables and not is_traced():
+        if not self._tables:
+            values: Sequence[Tensor] = [value.to(dtype) for value in self._functions(t)]
+        elif is_traced():
+            values = read_table(self._tables[_WHOLE].on(t.device, dtype), t, axis=1).unbind(0)
+        else:
             if (divisor, rank) not in self._tables:
                 self._keep(divisor, rank)
             return read_table(self._tables[divisor, rank].on(t.device, dtype), t, axis=1).unbind(0)
-        if self._tables:
-            values = read_table(self._tables[_WHOLE].on(t.device, dtype), t, axis=1).unbind(0)
-        else:
-            values = tuple(value.to(dtype) for value in self._functions(t))
         values = *(value / divisor for value in values[: self._shares]), *values[self._shares :]
         return values if rank == 1 else [value.view(-1, *(1,) * (rank - 1)) for value in values]
 

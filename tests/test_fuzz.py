@@ -96,8 +96,8 @@ def discrete(draw, batch):
         offsets = sorted(draw(st.sets(st.integers(1, size - 1), min_size=1, max_size=most)))
         skip_set = offsets if form == "several" else offsets[0]
         earlier = [[t - k for k in offsets] for t in times]
-    dtype = draw(st.sampled_from([torch.int64, torch.int32, torch.uint8, torch.int16]))
-    t = torch.tensor(times, dtype=dtype)
+    types = torch.int64, torch.int32, torch.uint8, torch.int16, torch.uint16
+    t = torch.tensor(times, dtype=draw(st.sampled_from(types)))
     path = oracle.discrete_path(kind, table)
     earlier = [[path[s] for s in each if s >= 0] for each in earlier]
     return Case(schedule, skip_set, t, [path[i] for i in times], earlier)

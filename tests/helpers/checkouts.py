@@ -125,7 +125,7 @@ def score_sde_config(sde, *, continuous):
 def _stubs():
     """What the trainer imports and these tests do not need: TensorFlow reads data and files."""
     gfile = SimpleNamespace(
-        makedirs=lambda path: os.makedirs(path, exist_ok=True),  # noqa: PTH103
+        makedirs=lambda path: Path(path).mkdir(parents=True, exist_ok=True),
         exists=os.path.exists,
     )
     stubbed = stubs(
