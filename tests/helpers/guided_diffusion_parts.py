@@ -1,4 +1,8 @@
-"""guided-diffusion's own diffusions for the tests, and its kin's."""
+"""guided-diffusion's own diffusions for the tests, and its kin's.
+
+The installed package is a fork that is on PyPI, with other samplers and the same losses. OpenAI's
+own checkout, first on PYTHONPATH, takes its place.
+"""
 
 import guided_diffusion.gaussian_diffusion as gd
 import guided_diffusion.respace
