@@ -73,13 +73,14 @@ def weighted_square(
         share: What each squared value counts, of shape [B, 1, ...] and the rank of `output`, in the
             dtype of the result.
         slope: Twice the share, which the gradient needs.
-        scales: Shaped as the share and in its dtype; they need a gradient only if the share does.
+        scales: Shaped as the share and in its dtype.
         data: One for each scale, shaped as `output`.
         per_sample: Whether the result has shape [B].
     """
     # Plain operators too where anything but the output needs a gradient, and for no data at all.
     plain = needs_plain_operators(output) or share.requires_grad or not output.numel()
-    for tensor in data:  # in half the time of `any`
+    # A schedule that learns is in the scales, and with `normalize` not in the share.
+    for tensor in (*scales, *data):  # in half the time of `any`
         plain = plain or tensor.requires_grad
     if plain:
         share, *scales = replicated_like(output, share, *scales)
@@ -114,8 +115,8 @@ class _WeightedSquare(torch.autograd.Function):
     record each step of the arithmetic on [B], which is most of what a small batch costs.
 
     What needs no gradient comes as one tuple, since autograd's care for each argument costs time.
-    Nothing that an operator made is changed in place before the backward pass while somebody
-    watches: selective checkpointing may keep the output of any operator here.
+    Nothing that an operator made is changed in place while somebody watches: selective
+    checkpointing may keep the output of any operator here.
     """
 
     @staticmethod
@@ -131,6 +132,7 @@ class _WeightedSquare(torch.autograd.Function):
         # The residual is no saved tensor, since it is there to be overwritten. A second backward
         # through the same graph makes it again from the saved ones.
         ctx.residual, ctx.slope, ctx.dtype = residual, slope, output.dtype
+        ctx.in_place = not is_watched()
         ctx.save_for_backward(output, slope, *scales, *data)
         squares = _piece_norms(residual).square() * share.view(-1, 1)
         return squares.sum(1) if per_sample else squares.sum()
@@ -139,18 +141,19 @@ class _WeightedSquare(torch.autograd.Function):
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        residual = ctx.residual
         # Compiled autograd has one graph for every call, which knows saved tensors alone.
-        if residual is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        anew = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        # In one step: of two threads that come back through one graph only one can have it.
+        residual = None if anew else vars(ctx).pop("residual", None)
+        if residual is None:
             output, slope, *parts = ctx.saved_tensors
             scales, data = parts[: len(parts) // 2], parts[len(parts) // 2 :]
             residual = _residual(output, slope.dtype, scales, data)
             gradient = residual * _factor(grad, slope)
         else:
-            ctx.residual = None
             factor = _factor(grad, ctx.slope)
             try:
-                gradient = residual.mul_(factor)
+                gradient = residual.mul_(factor) if ctx.in_place else residual * factor
             except RuntimeError:
                 # Several gradients at once (`is_grads_batched`) do not fit into one residual.
                 gradient = residual * factor

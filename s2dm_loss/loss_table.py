@@ -188,7 +188,8 @@ class LossTable:
                 and value.device == device
             ):
                 check_like(name, value, names[0], like)
-        if like.requires_grad and not output.requires_grad:
+        # Without gradients at all nothing is the wrong way round: an evaluation.
+        if like.requires_grad and not output.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{names[0]} requires grad and {names[1]} does not: the output comes first"
             )

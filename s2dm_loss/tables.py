@@ -141,14 +141,18 @@ class TimeTable:
             values: Sequence[Tensor] = [value.to(dtype) for value in self._functions(t)]
         elif is_traced():
             values = read_table(self._tables[_WHOLE].on(t.device, dtype), t, axis=1).unbind(0)
+        elif (mode := getattr(t, "fake_mode", None)) is not None:
+            # A mode takes no tensor but its own, unless told to.
+            table = mode.from_tensor(self._tables[_WHOLE].source).to(t.device, dtype)
+            values = read_table(table, t, axis=1).unbind(0)
         else:
-            if (divisor, rank) not in self._tables:
-                self._keep(divisor, rank)
-            return read_table(self._tables[divisor, rank].on(t.device, dtype), t, axis=1).unbind(0)
+            # Held here: another thread's table may take the place of this one meanwhile.
+            kept = self._tables.get((divisor, rank)) or self._keep(divisor, rank)
+            return read_table(kept.on(t.device, dtype), t, axis=1).unbind(0)
         values = *(value / divisor for value in values[: self._shares]), *values[self._shares :]
         return values if rank == 1 else [value.view(-1, *(1,) * (rank - 1)) for value in values]
 
-    def _keep(self, divisor: int, rank: int) -> None:
+    def _keep(self, divisor: int, rank: int) -> DeviceCopies:
         """Keep another table: a division and a view at each call would cost time."""
         with real_tensors():
             table = self._tables[_WHOLE].source.clone()
@@ -157,7 +161,9 @@ class TimeTable:
         others = (
             self._tables if len(self._tables) < _MOST_TABLES else {_WHOLE: self._tables[_WHOLE]}
         )
-        self._tables = {**others, (divisor, rank): DeviceCopies(table)}
+        kept = DeviceCopies(table)
+        self._tables = {**others, (divisor, rank): kept}
+        return kept
 
     def copy_to(self, device: torch.device) -> None:
         """Have the float32 copy ready on a device."""

@@ -190,6 +190,23 @@ def test_several_backwards_through_one_graph():
         once.backward()
 
 
+def test_two_threads_back_through_one_graph(monkeypatch):
+    """The second comes while the first is about to take the residual."""
+    head = Head(2, 3, 4, reduction="sum")
+    loss, seen = head(leaf := head.leaf()), []
+
+    def ask():
+        if not seen:
+            seen.append(None)
+            seen.extend(torch.autograd.grad(loss, leaf, retain_graph=True))
+        return False
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", ask)
+    seen += torch.autograd.grad(loss, leaf, retain_graph=True)
+    _, expected = loss_and_gradient(head.plain, head.output)
+    same(seen[1:], [expected, expected], rtol=1e-13, atol=1e-16)
+
+
 def test_data_changed_between_the_passes_changes_no_gradient():
     head = Head(3, 4, reduction="sum")
     leaf = head.leaf()
@@ -230,7 +247,8 @@ def checkpointed(f, x, how):
         policy = checkpoints.CheckpointPolicy[how]
         options["context_fn"] = functools.partial(make, lambda *_, **__: policy)
     leaf = x.clone().requires_grad_()
-    checkpoints.checkpoint(lambda x: f(2 * x).sum(), leaf, **options).backward()
+    # What comes before the loss saves a tensor, or nothing would be made again.
+    checkpoints.checkpoint(lambda x: f(x * x).sum(), leaf, **options).backward()
     return leaf.grad
 
 
@@ -239,10 +257,10 @@ def checkpointed(f, x, how):
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "MUST_SAVE", "MUST_RECOMPUTE"])
 def test_checkpoints(how, shape, dtype):
     head = Head(*shape, dtype=dtype, reduction="mean")
-    _, expected = loss_and_gradient(lambda x: head(2 * x), head.output)
+    _, expected = loss_and_gradient(lambda x: head(x * x), head.output)
     torch.testing.assert_close(checkpointed(head, head.output, how), expected)
     with torch.autograd.graph.save_on_cpu():
-        _, offloaded = loss_and_gradient(lambda x: head(2 * x), head.output)
+        _, offloaded = loss_and_gradient(lambda x: head(x * x), head.output)
     assert torch.equal(expected, offloaded)
 
 
@@ -260,6 +278,22 @@ def test_a_tensor_made_of_tensors():
     parameter = torch.nn.Parameter(heads[0].output.detach().clone())  # is a tensor like any other
     heads[0](parameter).backward()
     torch.testing.assert_close(parameter.grad, leaf.grad.a)
+
+
+def test_a_target_that_trains_where_no_gradient_is_recorded():
+    """As in an evaluation, and in the first pass of a reentrant checkpoint."""
+    criterion, (x, noise) = SkipStepLoss(LINEAR, 99), normals(2, 4, 3)
+    x, noise = x.requires_grad_(), noise.requires_grad_()
+
+    def loss(x):
+        return criterion.from_output(2 * x, noise, T)
+
+    with torch.no_grad():
+        value = loss(x)
+    again = checkpoints.checkpoint(loss, x, use_reentrant=True)
+    again.backward()
+    torch.testing.assert_close((value, again.detach()), (loss(x).detach(),) * 2)
+    same((x.grad, noise.grad), torch.autograd.grad(loss(x), (x, noise)))
 
 
 LAYOUTS = {
@@ -379,6 +413,18 @@ def test_fake_tensors(estimator, schedule, skip):
         found = criterion.from_output(eps_hat, noise, t, **drawn(estimator, xi))
         assert type(found) is torch.Tensor
         assert torch.equal(found, expected)
+
+
+def test_fake_tensors_in_a_mode_that_takes_no_others():
+    """As memory is estimated, with torch's default."""
+    made_before = SkipStepLoss(LINEAR, 9)
+    with FakeTensorMode():
+        net, x0 = torch.nn.Linear(8, 8), torch.empty(4, 3, 8)
+        for criterion in (made_before, SkipStepLoss(LINEAR, 9)):
+            criterion(lambda x_t, t: net(x_t), x0).backward()
+            criterion.from_output(net(x0), x0, torch.zeros(4, dtype=torch.int64)).backward()
+    expected = SkipStepLoss(LINEAR, 9).from_output(*normals(2, 4, 3), T)
+    assert torch.equal(made_before.from_output(*normals(2, 4, 3), T), expected)
 
 
 FOLDER = Path(s2dm_loss.__file__).parent

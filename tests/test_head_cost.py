@@ -56,8 +56,9 @@ def test_operators_and_bytes(estimator, kind, dtype, device):
     half = dtype == torch.bfloat16  # lifted in sight on a CPU, and rounded at the end
     assert count.operators <= 9 + more + 2 * half, count.names
     assert count.data_operators <= 3 + more + 2 * half, count.names
-    # Somebody who watches sees each part of the target written anew; by itself it is in place.
-    assert count.new_bytes <= (1 + more + 1.5 * half) * DATA
+    # Somebody who watches, as this count does, sees each part of the target and the gradient
+    # written anew; by itself it is all in place (`test_peak_memory`).
+    assert count.new_bytes <= (2 + more + 1.5 * half) * DATA
     passes = 6 + 3 * more + 2.5 * half
     assert count.bytes <= passes * DATA + TABLE + 2 * PER_SAMPLE
     assert count.syncs == 0, count.names

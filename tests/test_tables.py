@@ -236,6 +236,22 @@ def test_batches_of_any_size_in_any_order():
         torch.testing.assert_close(found, (eps_hat - noise).square().mean())
 
 
+def test_a_table_that_another_thread_drops_is_still_read(monkeypatch):
+    """Each keeps its table beside those that it saw, so one of two at a time is lost."""
+    keep = TimeTable._keep
+
+    def keep_and_lose(table, *key):
+        before = table._tables
+        kept = keep(table, *key)
+        table._tables = before  # as by another thread that began before this one ended
+        return kept
+
+    monkeypatch.setattr(TimeTable, "_keep", keep_and_lose)
+    eps_hat, noise = normals(2, 2, 5)
+    found = SkipStepLoss(LINEAR, 9).from_output(eps_hat, noise, torch.tensor([0, 3]))
+    torch.testing.assert_close(found, (eps_hat - noise).square().mean())
+
+
 class Backwards(Part):
     timesteps = LINEAR.timesteps.flip(0)
 
@@ -244,6 +260,40 @@ def test_timesteps_in_another_order_are_no_rows_of_a_table():
     for make in (SkipStepLoss, lambda *args: ScaledModel.with_gain(nn.Identity(), *args)):
         with pytest.raises(ValueError, match=r"timesteps must be 0, 1, …, T-1.*got 999, 998, …"):
             make(Backwards(), 9)
+
+
+class Learns(nn.Module):
+    """A schedule of a user's own, in continuous time, whose log SNR has a factor to train."""
+
+    timesteps, check_timesteps, draw_timesteps = None, VP.check_timesteps, VP.draw_timesteps
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(5.0, dtype=torch.float64))
+
+    def log_alphas_cumprod_at(self, t):
+        return nn.functional.logsigmoid(5 - (5 + self.factor) * t.double())
+
+    def alpha_sigma(self, t):
+        log_alphas_cumprod = self.log_alphas_cumprod_at(t)
+        return (0.5 * log_alphas_cumprod).exp(), (-log_alphas_cumprod.expm1()).sqrt()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_schedule_that_learns_has_its_gradient(normalize):
+    schedule, (output, target, x_t) = Learns(), normals(3, 4, 3)
+    options = {"tau": 0.5, "normalize": normalize, "prediction_type": "v_prediction"}
+    criterion, t = SkipStepLoss(schedule, 0.05, **options), torch.tensor([0.1, 0.3, 0.5, 0.9])
+
+    def loss(factor):
+        with torch.no_grad():
+            schedule.factor.fill_(factor)
+        return criterion.from_output(output, target, t, x_t)
+
+    value = criterion.from_output(output.requires_grad_(), target, t, x_t)
+    (found,) = torch.autograd.grad(value, schedule.factor)
+    expected = (loss(5 + 1e-5) - loss(5 - 1e-5)) / 2e-5
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_what_a_table_holds_does_not_train():
