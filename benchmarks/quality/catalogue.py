@@ -38,13 +38,9 @@ CATALOGUE = {
         "whether its gain helps, with 10,000 samples",
         "a quarter of an hour a seed on 2 cores after cifar10-16-flow, --data FOLDER",
     ),
-    "cifar10-16-million": Entry(
-        "the plain network on ε with twice the training, a million images, one seed",
-        "2 to 3 hours on 2 cores, --data FOLDER",
-    ),
     "cifar10-16-flow-million": Entry(
-        "the plain network on a flow with twice the training, one seed",
-        "2 to 3 hours on 2 cores, --data FOLDER",
+        "its plain network with twice the training, a million images, one seed",
+        "2 hours on 2 cores, --data FOLDER",
     ),
     "cifar10-wide": Entry(
         "CIFAR10, a U-Net of 2.68 M parameters on blocks of 4 x 4 pixels, three seeds",
