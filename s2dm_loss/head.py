@@ -78,9 +78,9 @@ def weighted_square(
         per_sample: Whether the result has shape [B].
     """
     # Plain operators too where anything but the output needs a gradient, and for no data at all.
-    plain = needs_plain_operators(output) or share.requires_grad or not output.numel()
     # A schedule that learns is in the scales, and with `normalize` not in the share.
-    for tensor in (*scales, *data):  # in half the time of `any`
+    plain = needs_plain_operators(output) or not output.numel()
+    for tensor in (share, *scales, *data):  # in half the time of `any`
         plain = plain or tensor.requires_grad
     if plain:
         share, *scales = replicated_like(output, share, *scales)
@@ -128,11 +128,12 @@ class _WeightedSquare(torch.autograd.Function):
         per_sample: bool,
     ) -> Tensor:
         share, slope, scales, data = fixed
-        residual = _residual(output, slope.dtype, scales, data)
+        in_place = not is_watched()
+        residual = _residual(output, slope.dtype, scales, data, in_place=in_place)
         # The residual is no saved tensor, since it is there to be overwritten. A second backward
         # through the same graph makes it again from the saved ones.
         ctx.residual, ctx.slope, ctx.dtype = residual, slope, output.dtype
-        ctx.in_place = not is_watched()
+        ctx.in_place = in_place
         ctx.save_for_backward(output, slope, *scales, *data)
         squares = _piece_norms(residual).square() * share.view(-1, 1)
         return squares.sum(1) if per_sample else squares.sum()
@@ -148,7 +149,8 @@ class _WeightedSquare(torch.autograd.Function):
         if residual is None:
             output, slope, *parts = ctx.saved_tensors
             scales, data = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-            residual = _residual(output, slope.dtype, scales, data)
+            in_place = not is_watched()
+            residual = _residual(output, slope.dtype, scales, data, in_place=in_place)
             gradient = residual * _factor(grad, slope)
         else:
             factor = _factor(grad, ctx.slope)
@@ -169,19 +171,24 @@ def _factor(grad: Tensor, slope: Tensor) -> Tensor:
 
 
 def _residual(
-    output: Tensor, dtype: torch.dtype, scales: Sequence[Tensor], data: Sequence[Tensor]
+    output: Tensor,
+    dtype: torch.dtype,
+    scales: Sequence[Tensor],
+    data: Sequence[Tensor],
+    *,
+    in_place: bool,
 ) -> Tensor:
     """Return output - Σ scale · data in `dtype`, one new tensor."""
     residual, ours = output, False
     if output.is_cpu and output.dtype != dtype:
         # A CPU's operators copy what is of another dtype. Out of place there would be three copies.
-        residual, ours = output.to(dtype), not is_watched()
+        residual, ours = output.to(dtype), in_place
     for scale, part in zip(scales, data, strict=True):
         if ours:
             residual.addcmul_(part, scale, value=-1)
         else:
             residual = torch.addcmul(residual, part, scale, value=-1)
-            ours = not is_watched()
+            ours = in_place
     return residual
 
 
