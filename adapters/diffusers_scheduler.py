@@ -39,7 +39,8 @@ def schedule_of(scheduler: Any) -> Schedule:
 
     Raises:
         TypeError: if `scheduler` is no diffusers scheduler.
-        ValueError: if it has no variance-preserving path; the message gives the reason.
+        ValueError: if its path is neither variance-preserving nor straight; the message gives the
+            reason.
     """
     name = type(scheduler).__name__
     config = getattr(scheduler, "config", None)

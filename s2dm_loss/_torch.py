@@ -2,6 +2,7 @@
 
 A name that a later PyTorch no longer has answers with the slower of its two meanings ("a transform
 may be active", "somebody may watch"), so that the loss stays right and only the fast path goes.
+Without torch's dict of hooks, `before_each_call` alone calls nothing.
 """
 
 from __future__ import annotations

@@ -174,11 +174,8 @@ def _channels_hint(name: str, value: Tensor, like: Tensor) -> str:
     return ""
 
 
-def as_float64(name: str, values: Any, *, empty: bool = False) -> Tensor:
-    """Return a sequence, array or tensor as a 1-d float64 tensor on the CPU, always a copy.
-
-    It may be empty only where that is said.
-    """
+def as_float64(name: str, values: Any) -> Tensor:
+    """Return a sequence, array or tensor as a 1-d float64 tensor on the CPU, always a copy."""
     if isinstance(values, Tensor) and values.requires_grad:
         raise ValueError(f"{name} must be fixed, got one that requires grad: detach it")
     try:
@@ -188,7 +185,7 @@ def as_float64(name: str, values: Any, *, empty: bool = False) -> Tensor:
         tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a sequence of numbers, got {describe(values)}") from error
-    if tensor.ndim != 1 or not (empty or tensor.numel()):
+    if tensor.ndim != 1 or not tensor.numel():
         raise ValueError(f"{name} must be 1-d and not empty, got shape {tuple(tensor.shape)}")
     if tensor.isnan().any():
         raise ValueError(f"{name} must not hold NaN, got one at index {_first(tensor.isnan())}")

@@ -212,7 +212,6 @@ def coefficients(
     at_earlier, at_t = (schedule.log_alphas_cumprod_at(time) for time in (earlier, wide_times(t)))
     # Where a skip is lost in rounding, also between two infinities, nothing has been skipped.
     log_ratio = torch.where(at_earlier == at_t, 0.0, at_earlier - at_t)
-    # The clamp stands before the `where`: a masked infinity would survive as NaN in 0 * inf below.
     c2 = torch.where(valid, log_ratio.expm1().clamp(min=0.0, max=max_c2), 0.0)
     valid_skips = valid.sum(0)
     c, c2 = (total.sum(0) / valid_skips.clamp(min=1) for total in (c2.sqrt(), c2))

@@ -119,8 +119,8 @@ class ContinuousSchedule:
     def cosine(cls, *, data_at: DataAt = 0, min_time: float = 0.0) -> Self:
         """The cosine path without its cut at the end (arXiv 2102.09672, Eq. 17).
 
-        The path of SiT's GVP and of TrigFlow, alpha = cos(π t / 2) and sigma = sin(π t / 2), has no
-        offset at the data: give it to `from_alpha_sigma`.
+        TrigFlow's path, alpha = cos(π t / 2) and sigma = sin(π t / 2), and SiT's GVP, the same with
+        the data at t = 1, have no offset at the data: give them to `from_alpha_sigma`.
         """
         return cls._named(CosinePath(), cls.cosine, data_at=data_at, min_time=min_time)
 

@@ -1,8 +1,8 @@
-"""`SkipStepLoss`: the loss as a module, with its table made once.
+"""`SkipStepLoss`: the loss as a module, with its tables made once.
 
     L = A mse(output, regression target)
 
-A and the regression target are functions of t (`coefficients`), looked up in one table (`tables`)
+A and the regression target are functions of t (`coefficients`), looked up in tables (`tables`)
 and put on the data by `head`.
 """
 

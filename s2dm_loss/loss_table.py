@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from s2dm_loss._torch import drawn_by, full_tensor, real_tensors, wide_dtype
 from s2dm_loss.checks import check_batch, check_like, check_per_sample, describe
@@ -17,6 +18,7 @@ from s2dm_loss.coefficients import (
     ESTIMATORS,
     Coefficients,
     Estimator,
+    GainOptions,
     LossRows,
     coefficients,
     loss_rows,
@@ -30,7 +32,7 @@ from s2dm_loss.skip_set import SkipSet, warn_if_sampled_early
 from s2dm_loss.tables import TimeTable
 from s2dm_loss.terms import LossTerms, loss_terms
 from s2dm_loss.timesteps import times_at
-from s2dm_loss.weighting import check_weights
+from s2dm_loss.weighting import check_weights, read_weighting
 
 Form = Literal["target", "data"]
 
@@ -51,20 +53,16 @@ class LossTable:
         schedule: Schedule,
         skip_set: SkipSet,
         *,
-        tau: float,
-        estimator: Estimator,
         reduction: Reduction,
-        prediction_type: PredictionType,
-        weighting: Callable[[Tensor], Tensor] | None,
         normalize: bool,
-        max_c2: float,
+        **options: Unpack[GainOptions],
     ) -> None:
         """Make the table, or say which of tau, estimator, max_c2, skips and weighting is wrong."""
-        self._schedule, self._skip_set, self._tau = schedule, skip_set, tau
-        self._estimator: Estimator = estimator
-        self._reduction = REDUCTIONS[reduction]
-        self._prediction_type: PredictionType = prediction_type
-        self._weighting, self._normalize, self._max_c2 = weighting, normalize, max_c2
+        self._schedule, self._skip_set, self._options = schedule, skip_set, options
+        self._reduction, self._normalize = REDUCTIONS[reduction], normalize
+        self._estimator: Estimator = options["estimator"]
+        self._prediction_type: PredictionType = options["prediction_type"]
+        self._weighting = weighting = read_weighting(options["weighting"])
         with real_tensors():
             timesteps = schedule.timesteps
             times = times_at(schedule, torch.linspace(0, 1, _PROBES))
@@ -214,16 +212,7 @@ class LossTable:
         return None
 
     def _coefficients(self, t: Tensor) -> Coefficients:
-        return coefficients(
-            self._schedule,
-            self._skip_set,
-            t=t,
-            tau=self._tau,
-            estimator=self._estimator,
-            prediction_type=self._prediction_type,
-            max_c2=self._max_c2,
-            weighting=self._weighting,
-        )
+        return coefficients(self._schedule, self._skip_set, t=t, **self._options)
 
     def _rows_at(self, t: Tensor) -> LossRows:
         return loss_rows(

@@ -1,6 +1,6 @@
 """Noise schedules: how much of x_0 and how much noise x_t holds at each time t.
 
-The loss needs one thing of a schedule, log ᾱ(t). It is kept in float64 and in log space, because
+All that c² needs of a schedule is log ᾱ(t). It is kept in float64 and in log space, because
 c² = ᾱ_{t-k} / ᾱ_t - 1 is a small difference of nearly equal numbers: a float32 ᾱ gives c a relative
 error of 1.7e-4 at k = 1.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -43,20 +43,7 @@ def wide_times(t: Tensor) -> Tensor:
     return torch.where(is_inside(t), wide.clamp(0, 1), wide)
 
 
-class _ByAttributes(type(Protocol)):  # type: ignore[misc]
-    """Instances are what has the methods, also by `__getattr__`.
-
-    From Python 3.12 on `runtime_checkable` does not see those.
-    """
-
-    def __instancecheck__(cls, instance: object) -> bool:
-        if cls.__dict__.get("_is_protocol") is not True:
-            return bool(super().__instancecheck__(instance))
-        return not isinstance(instance, type) and all(hasattr(instance, n) for n in _METHODS)
-
-
-@runtime_checkable
-class Schedule(Protocol, metaclass=_ByAttributes):
+class Schedule(Protocol):
     """A Gaussian path x_t = alpha(t) x_0 + sigma(t) ε, with noise that grows with t.
 
     `NoiseSchedule` (discrete) and `ContinuousSchedule` implement it; any object that has its
@@ -333,13 +320,15 @@ def check_schedule(schedule: object) -> Schedule:
     Raises:
         TypeError: if it is no schedule.
     """
-    if isinstance(schedule, Schedule):
-        if schedule.timesteps is not None and data_at_of(schedule):
+    # `isinstance` does not see what `__getattr__` gives.
+    if not isinstance(schedule, type) and all(hasattr(schedule, name) for name in _METHODS):
+        known = cast("Schedule", schedule)
+        if known.timesteps is not None and data_at_of(known):
             raise ValueError(
-                f"data_at=1 is for continuous time, got {schedule!r} with timesteps, which count "
+                f"data_at=1 is for continuous time, got {known!r} with timesteps, which count "
                 "from the data: turn its tables, `.flip(0)`, and give the loss T - 1 - t"
             )
-        return schedule
+        return known
     came = f"a {type(schedule).__name__}"
     cure = "see NoiseSchedule and ContinuousSchedule"
     if hasattr(schedule, "__array__"):  # a tensor has it as well

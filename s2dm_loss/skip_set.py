@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from s2dm_loss._torch import real_tensors, wide_dtype
-from s2dm_loss.checks import as_float64, check_all, check_count, describe
+from s2dm_loss.checks import as_float64, check_count, describe
 from s2dm_loss.schedule import Schedule, data_at_of, since_data, wide_times
 from s2dm_loss.tables import DeviceCopies
 
@@ -90,21 +90,6 @@ class SkipSet:
                 the way to the next, is paired with the one before that.
         """
         return _SampledTimesteps(torch.unique(as_float64("timesteps", timesteps)))
-
-    @staticmethod
-    @real_tensors()
-    def from_skipped(timesteps: Any, num_train_timesteps: int) -> SkipSet:
-        """Say the same by the timesteps that the sampler leaves out of 0 … T-1."""
-        # Empty for a sampler that skips none.
-        skipped = as_float64("timesteps", timesteps, empty=True)
-        count = check_count("num_train_timesteps", num_train_timesteps)
-        inside = (skipped >= 0) & (skipped < count) & (skipped == skipped.round())
-        check_all("timesteps", skipped, inside, f"be whole numbers in [0, {count})")
-        visited = torch.ones(count, dtype=torch.bool)
-        visited[skipped.long()] = False
-        if not visited.any():
-            raise ValueError("timesteps must leave at least one timestep to the sampler, got all")
-        return _SampledTimesteps(visited.nonzero().flatten().double(), count)
 
     @staticmethod
     def wrap(skip_set: Skips) -> SkipSet:
@@ -254,7 +239,7 @@ class _SamplingStride(SkipSet):
 def warn_if_sampled_early(skip_set: SkipSet, schedule: Schedule, *, stacklevel: int) -> None:
     """Warn where all sampled timesteps are early ones: they may be of something else."""
     steps = schedule.timesteps
-    if not isinstance(skip_set, _SampledTimesteps) or steps is None or skip_set._count:
+    if not isinstance(skip_set, _SampledTimesteps) or steps is None:
         return
     first, last = skip_set.timesteps[0], skip_set.timesteps[-1]
     if 2 * last < steps.numel() - 1:
@@ -293,9 +278,8 @@ class _SampledTimesteps(SkipSet):
 
     offsets = ()
 
-    def __init__(self, timesteps: Tensor, num_train_timesteps: int | None = None) -> None:
+    def __init__(self, timesteps: Tensor) -> None:
         self.timesteps: tuple[float, ...] = tuple(timesteps.tolist())
-        self._count = num_train_timesteps
         self._rounded = DeviceCopies(torch.unique(timesteps.round().long()))
         # In continuous time, as distances from data at 0 and at 1.
         self._distances = [_with_gaps(timesteps), _with_gaps((1 - timesteps).flip(0))]
@@ -303,10 +287,6 @@ class _SampledTimesteps(SkipSet):
     @override
     def check(self, schedule: Schedule) -> None:
         steps = schedule.timesteps
-        if self._count not in (None, None if steps is None else steps.numel()):
-            raise ValueError(
-                f"num_train_timesteps must be that of the schedule, {schedule!r}, got {self._count}"
-            )
         limit = 1.0 if steps is None else steps.numel() - 1
         if self.timesteps[0] < 0 or self.timesteps[-1] > limit:
             raise ValueError(

@@ -1,8 +1,8 @@
 """Functions of t as tables: made once and in float64, read on any device and in any type.
 
-All that one loss looks up by timestep is one table. Its float64 source never leaves the CPU and is
-no buffer, so no cast, move, export or synchronisation of a module reaches it; what is read are
-copies of it, and a copy is kept only if it is a real tensor, made under no transform.
+The float64 source of a table never leaves the CPU and is no buffer, so no cast, move, export or
+synchronisation of a module reaches it; what is read are copies of it, and a copy is kept only if it
+is a real tensor, made under no transform.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DeviceCopies:
         with torch.inference_mode(False):
             copy = self.source.to(device, dtype)
         if type(copy) is Tensor:  # and no fake tensor
-            self.copies[device, dtype] = copy
+            self.copies[copy.device, dtype] = copy  # "cuda" becomes "cuda:0", which readers ask for
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class TabledModule(nn.Module):
 
 
 _MOST_TABLES = 64
-"""A training meets fewer numbers of values to divide by."""
+"""More numbers of values to divide by are divided by anew at each call."""
 _WHOLE = (1, 1)
 """The table whose values are divided by nothing, for what has shape [B]."""
 
@@ -137,32 +137,32 @@ class TimeTable:
         return self._made_at(full_tensor(t), dtype, divisor, rank)
 
     def _made_at(self, t: Tensor, dtype: torch.dtype, divisor: int, rank: int) -> Sequence[Tensor]:
+        traced = is_traced()
         if not self._tables:
             values: Sequence[Tensor] = [value.to(dtype) for value in self._functions(t)]
-        elif is_traced():
-            values = read_table(self._tables[_WHOLE].on(t.device, dtype), t, axis=1).unbind(0)
-        elif (mode := getattr(t, "fake_mode", None)) is not None:
+        elif not traced and (mode := getattr(t, "fake_mode", None)) is not None:
             # A mode takes no tensor but its own, unless told to.
             table = mode.from_tensor(self._tables[_WHOLE].source).to(t.device, dtype)
             values = read_table(table, t, axis=1).unbind(0)
-        else:
-            # Held here: another thread's table may take the place of this one meanwhile.
-            kept = self._tables.get((divisor, rank)) or self._keep(divisor, rank)
+        # Held here: another thread's table may take the place of this one meanwhile.
+        elif not traced and (kept := self._kept(divisor, rank)) is not None:
             return read_table(kept.on(t.device, dtype), t, axis=1).unbind(0)
+        else:
+            values = read_table(self._tables[_WHOLE].on(t.device, dtype), t, axis=1).unbind(0)
         values = *(value / divisor for value in values[: self._shares]), *values[self._shares :]
         return values if rank == 1 else [value.view(-1, *(1,) * (rank - 1)) for value in values]
 
-    def _keep(self, divisor: int, rank: int) -> DeviceCopies:
-        """Keep another table: a division and a view at each call would cost time."""
+    def _kept(self, divisor: int, rank: int) -> DeviceCopies | None:
+        """Return a table of its own: a division and a view at each call would cost time."""
+        kept = self._tables.get((divisor, rank))
+        if kept is not None or len(self._tables) >= _MOST_TABLES:
+            return kept
         with real_tensors():
             table = self._tables[_WHOLE].source.clone()
             table[: self._shares] /= divisor
             table = table.view(*table.shape, *(1,) * (rank - 1))
-        others = (
-            self._tables if len(self._tables) < _MOST_TABLES else {_WHOLE: self._tables[_WHOLE]}
-        )
         kept = DeviceCopies(table)
-        self._tables = {**others, (divisor, rank): kept}
+        self._tables = {**self._tables, (divisor, rank): kept}
         return kept
 
     def copy_to(self, device: torch.device) -> None:

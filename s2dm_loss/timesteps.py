@@ -9,17 +9,16 @@ arXiv 2107.00630, Appendix I.1).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from s2dm_loss._torch import drawn_by, reading_is_free, wide_dtype
-from s2dm_loss.checks import describe
+from s2dm_loss.checks import check_rows, describe
 from s2dm_loss.schedule import Schedule, since_data
 
 TimestepsName = Literal["uniform", "stratified"]
-TIMESTEPS: tuple[TimestepsName, ...] = get_args(TimestepsName)
 
 Timesteps: TypeAlias = TimestepsName | Callable[..., Tensor | tuple[Tensor, Tensor]]
 """A name, or a function called as `f(batch_size, device=device, generator=generator)`.
@@ -37,11 +36,11 @@ def read_timesteps(timesteps: object) -> Timesteps:
         TypeError, ValueError: if it is neither a known name nor a function.
     """
     known: Any = timesteps
-    if known in TIMESTEPS if isinstance(known, str) else callable(known):
+    if known in _NAMED if isinstance(known, str) else callable(known):
         return known  # type: ignore[no-any-return]
     error = ValueError if isinstance(timesteps, str) else TypeError
     raise error(
-        f"timesteps must be one of {', '.join(map(repr, TIMESTEPS))}, or a function "
+        f"timesteps must be one of {', '.join(map(repr, _NAMED))}, or a function "
         f"f(batch_size, device=..., generator=...) that returns t or (t, weights), got "
         f"{describe(timesteps)}"
     )
@@ -138,3 +137,4 @@ _NAMED: dict[TimestepsName, _Draw] = {
     ),
     "stratified": _stratified,
 }
+check_rows("_NAMED", _NAMED, TimestepsName)

@@ -211,9 +211,10 @@ class Comparison:
         """
         figure, axes = _figure("difference of the loss, %")
         for kind, reference in self.reference.items():
+            per_cent = [100 / base if base else math.nan for base in reference]
             shares = [
-                Estimate(100 * mean / base, 100 * error / base)
-                for (mean, error), base in zip(self.by_level(kind), reference, strict=True)
+                Estimate(share * mean, share * error)
+                for (mean, error), share in zip(self.by_level(kind), per_cent, strict=True)
             ]
             _draw(axes, self.log_snr, shares, self._quantile(), _TITLES[kind])
         axes.axhline(0, color="grey", linewidth=0.8)

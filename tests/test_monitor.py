@@ -554,6 +554,9 @@ def test_figures(tmp_path, monkeypatch):
     first, second = (found.losses["plain"].mean(0).numpy() for found in (result, other))
     drawn = result.compare(other).plot().axes[0].containers[0].lines[0].get_ydata()
     assert np.allclose(drawn, 100 * (first / second - 1))
+    perfect = replace(other, losses={kind: 0 * losses for kind, losses in other.losses.items()})
+    drawn = result.compare(perfect).plot().axes[0].containers[0].lines[0].get_ydata()
+    assert np.isnan(drawn.astype(float)).all()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         result.plot()

@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import coefficients
-from s2dm_loss.schedule import Schedule
 from tests.strategies import COSINE, FLOW, LINEAR, VP, betas, pickled, same
 
 PATHS = [VP, ContinuousSchedule.sub_vp(), ContinuousSchedule.cosine(), FLOW]
@@ -129,7 +128,6 @@ def test_log_snr_at_the_ends_of_float64():
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule.linear(10), *PATHS], ids=repr)
 def test_protocol_draws_and_pickles(schedule):
-    assert isinstance(schedule, Schedule)
     t, again, other = (
         schedule.draw_timesteps(1000, device=CPU, generator=torch.Generator().manual_seed(seed))
         for seed in (0, 0, 1)
@@ -211,18 +209,14 @@ class Delegating:
 
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule.linear(10), ContinuousSchedule.vp(data_at=1)])
-def test_a_delegating_schedule_is_one_on_every_python(schedule):
-    """From Python 3.12 on, `runtime_checkable` does not see what `__getattr__` gives."""
+def test_a_delegating_schedule_is_one(schedule):
     wrapped = Delegating(schedule)
-    assert isinstance(wrapped, Schedule)
     skip, t = (2, torch.tensor([5])) if schedule.timesteps is not None else (0.2, torch.ones(1) / 2)
     found, expected = (SkipStepLoss(each, skip).coefficients_at(t) for each in (wrapped, schedule))
     assert found.gain == expected.gain
     for none in (object(), NoiseSchedule, Delegating(object())):
-        assert not isinstance(none, Schedule)
-    subclass = type("Subclass", (Schedule,), {})
-    assert not isinstance(schedule, subclass)
-    assert isinstance(subclass(), subclass)
+        with pytest.raises(TypeError, match="schedule must be"):
+            SkipStepLoss(none, skip)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +242,7 @@ def test_where_the_checks_of_a_table_begin(read, whole, end):
         lambda: (NoiseSchedule.cosine(10).rescale_zero_terminal_snr(), SkipSet([1, 2])),
         lambda: (NoiseSchedule.cosine(10), SkipSet(1)),
         lambda: (NoiseSchedule.from_betas([0.1, 0.2, 0.3]), SkipSet.from_timesteps([0, 2])),
-        lambda: (NoiseSchedule.from_sigmas([0.1, 2.0]), SkipSet.from_skipped([1], 2)),
+        lambda: (NoiseSchedule.from_sigmas([0.1, 2.0]), SkipSet.from_timesteps([0, 1])),
         lambda: (ContinuousSchedule.vp(data_at=1), SkipSet.from_timesteps([0.0, 0.5])),
         lambda: (ContinuousSchedule.from_alpha_sigma(lambda t: (1 - t**2, t)), SkipSet(0.5)),
     ],

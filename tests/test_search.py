@@ -403,7 +403,7 @@ def test_a_sampler_alone_and_the_one_in_use():
 def test_all_pairs_are_compared_without_a_scan():
     samplers, corrections = {"used": times(1.0), "other": times(1.2)}, [StartScaling([0.9, 1.1])]
     search = search_of(samplers, data_of(1.2), corrections, scan=False)
-    assert search.cost.stages == ((6, 1000),)
+    assert (search.cost.stages, search.cost.single_samples) == (((6, 1000),), 3 * 1000)
     result = search.recommend()
     assert not result.scan
     labels = ["none", "start noise times 0.9", "start noise times 1.1"]

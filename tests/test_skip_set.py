@@ -39,9 +39,6 @@ def test_from_timesteps_pairs_with_the_latest_sampled_before(timesteps):
     visited = {round(t) for t in timesteps}
     expected = {t: sorted(s for s in visited if s < t)[-1:] for t in range(100)}
     assert pairs(SkipSet.from_timesteps(timesteps)) == expected
-    skipped = sorted(set(range(100)) - visited)
-    if skipped:
-        assert pairs(SkipSet.from_skipped(skipped, 100)) == expected
 
 
 @pytest.mark.parametrize(
@@ -61,7 +58,6 @@ def test_timesteps_that_are_all_early_are_warned_of(visited, count, warns):
     for make in (SkipStepLoss, functools.partial(ScaledModel.with_gain, nn.Identity())):
         with pytest.warns(UserWarning, match=said) if warns else contextlib.nullcontext():
             make(schedule, SkipSet.from_timesteps(visited))
-    SkipStepLoss(schedule, SkipSet.from_skipped(range(count // 3 + 1, count), count))
 
 
 def test_continuous_offsets():
@@ -166,7 +162,4 @@ def test_skip_sets_are_equal_where_they_say_the_same():
             assert (one == other) == (hash(one) == hash(other)) == (i == j)
     assert SkipSet([49, 9]) == SkipSet([9, 49])
     assert SkipSet.from_timesteps([49, 9, 9]) == SkipSet.from_timesteps(np.array([9, 49]))
-    assert SkipSet.from_skipped([0, 2], 4) == SkipSet.from_timesteps([1, 3])
-    for nothing in ([], (), torch.tensor([]), np.array([])):
-        assert SkipSet.from_skipped(nothing, 4) == SkipSet.from_timesteps(range(4))
     assert SkipSet(9) != 9

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2dm_loss import ScaledModel, SkipSet, SkipStepLoss
-from s2dm_loss.tables import TimeTable
+from s2dm_loss.tables import DeviceCopies, TimeTable
 from tests.strategies import LINEAR, VP, Same, loss_and_gradient, normals, pickled
 
 T = torch.tensor([0, 9, 500, 999])
@@ -236,9 +237,34 @@ def test_batches_of_any_size_in_any_order():
         torch.testing.assert_close(found, (eps_hat - noise).square().mean())
 
 
+def test_many_sizes_copy_no_table_again():
+    """A copy to a GPU would have the host wait, in most steps of a training with many sizes."""
+    criterion, copies = SkipStepLoss(LINEAR, 9), []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.clone):
+                copies.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    data = [normals(2, 2, size) for size in range(1, 100)]
+    for passes in range(2):
+        before = len(copies)
+        with Copies():
+            for each in data:
+                criterion.from_output(*each, torch.tensor([0, 3]))
+        assert (len(copies) > before) == (passes == 0)
+
+
+def test_a_device_without_an_index_is_the_one_that_is_read():
+    copies = DeviceCopies(torch.ones(2, dtype=torch.float64))
+    copy = copies.on(torch.device("cpu:0"), torch.float32)
+    assert copies.on(copy.device, torch.float32) is copy
+
+
 def test_a_table_that_another_thread_drops_is_still_read(monkeypatch):
     """Each keeps its table beside those that it saw, so one of two at a time is lost."""
-    keep = TimeTable._keep
+    keep = TimeTable._kept
 
     def keep_and_lose(table, *key):
         before = table._tables
@@ -246,7 +272,7 @@ def test_a_table_that_another_thread_drops_is_still_read(monkeypatch):
         table._tables = before  # as by another thread that began before this one ended
         return kept
 
-    monkeypatch.setattr(TimeTable, "_keep", keep_and_lose)
+    monkeypatch.setattr(TimeTable, "_kept", keep_and_lose)
     eps_hat, noise = normals(2, 2, 5)
     found = SkipStepLoss(LINEAR, 9).from_output(eps_hat, noise, torch.tensor([0, 3]))
     torch.testing.assert_close(found, (eps_hat - noise).square().mean())

@@ -12,8 +12,8 @@ FID∞ takes, Chong and Forsyth, arXiv 1911.07023).
 
 The intervals come from influence functions. The derivative of the overlap tr (C_x C_y)^½ by C_x is
 T/2 with T the map that carries the one Gaussian to the other, T C_x T = C_y, and T⁻¹/2 by C_y. To
-first order a difference of distances is so a mean over samples plus a mean over data: three
-eigenproblems for each set, and no resampling.
+first order a difference of distances is so a mean over samples plus a mean over data: a few
+decompositions for each set, and no resampling.
 """
 
 from __future__ import annotations

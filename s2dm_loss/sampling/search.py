@@ -161,10 +161,10 @@ class CorrectionSearch:
                     f"one more or less, got {other}"
                 )
             self._calls = calls
-        stages = self._plan.stages
+        names = list(self.samplers)
+        stages = self._plan(names).stages
         runs = sum(number * -(-samples // self.batch_size) for number, samples in stages)
-        single = plan_of(1, self.corrections, self.num_samples).samples
-        return SearchCost(stages, self._calls, runs, single)
+        return SearchCost(stages, self._calls, runs, self._plan(names[:1]).samples)
 
     def recommend(self, progress: Progress = True) -> Recommendation:
         """Sample with the candidates, compare with the data, and recommend.
@@ -210,9 +210,9 @@ class CorrectionSearch:
                     return Stage(trials, axes, first, count, seed, reporter)
 
                 choose = scanned if len(self.samplers) == 1 else halved
-                names, plan = list(self.samplers), self._plan
+                names = list(self.samplers)
                 scan, finalists = choose(
-                    names, self.corrections, plan, stage, [seeds[1], *seeds[3:]]
+                    names, self.corrections, self._plan(names), stage, [seeds[1], *seeds[3:]]
                 )
             axes = self._axes(seen, self.num_samples, len(second), seeds[0])
             if not self.scan and axes.axes is None:
@@ -256,13 +256,11 @@ class CorrectionSearch:
         """Return as many axes as that many samples and data can tell."""
         return Axes(seen, min(MAX_AXES, min(samples, data) // SAMPLES_PER_AXIS), seed)
 
-    @property
-    def _plan(self) -> Plan:
+    def _plan(self, samplers: Sequence[str]) -> Plan:
         """Return how many candidates each stage has at most, and of how many samples."""
         if not self.scan:
-            count = len(every_pair(self.samplers, self.corrections))
-            return Plan(((count, self.num_samples),))
-        return plan_of(len(self.samplers), self.corrections, self.num_samples)
+            return Plan(((len(every_pair(samplers, self.corrections)), self.num_samples),))
+        return plan_of(len(samplers), self.corrections, self.num_samples)
 
     @override
     def __repr__(self) -> str:
