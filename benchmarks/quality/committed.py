@@ -19,6 +19,7 @@ NAMES = {
     "small-10k": "cifar10-wide-10k",
     "eps16": "cifar10-16",
     "eps16-10k": "cifar10-16-10k",
+    "eps16-million": "cifar10-16-million",
     "flow16": "cifar10-16-flow",
     "flow16-10k": "cifar10-16-flow-10k",
     "flow16-million": "cifar10-16-flow-million",

@@ -32,7 +32,9 @@ GAINED = {
     "digits-full": "digits",
     "textures": "crops",
     "eps16": "16 x 16, ε",
+    "eps16-million": "16 x 16, ε, twice the training",
     "flow16": "16 x 16, flow",
+    "flow16-million": "16 x 16, flow, twice the training",
 }
 
 
@@ -53,10 +55,14 @@ def spreads_and_gains(run: str) -> list[tuple[float, float]]:
 def gains() -> Figure:
     """Draw what a gain does against the spread of the plain samples, a point for each sampler."""
     figure, ((axes,),) = new_figure(3.4)
-    for (run, title), color in zip(GAINED.items(), COLORS[1:], strict=False):
+    colors, color = iter(COLORS[1:]), COLORS[0]
+    for run, title in GAINED.items():
+        longer = run.endswith("-million")  # of the network before it: its colour, hollow
+        color = color if longer else next(colors)
         spreads, changes = zip(*spreads_and_gains(run), strict=True)
-        marker = "o" if results(run).base == "ddim" else "s"
-        axes.plot(spreads, changes, marker, color=color, ms=4, alpha=0.8, label=title)
+        look = {"marker": "o" if results(run).base == "ddim" else "s", "ls": "", "ms": 4}
+        face = "none" if longer else color
+        axes.plot(spreads, changes, color=color, mfc=face, alpha=0.8, label=title, **look)
     zero_line(axes)
     zero_line(axes, 1.0, vertical=True)
     axes.set(xlabel="spread of the plain samples over the data's", ylabel="nearer with the gain, %")

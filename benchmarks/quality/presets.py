@@ -246,10 +246,29 @@ CIFAR10_16_FLOW_10K = replace(
 )
 
 # Twice the training, without a loss: does the gain's harm pass?
+MILLION = replace(CIFAR10_16.budget, steps=8_000)
+CIFAR10_16_MILLION = replace(
+    CIFAR10_16,
+    name="cifar10-16-million",
+    budget=MILLION,
+    arms=(
+        *(arm(*one, ("ddim", "unipc"), (steps,)) for steps in SHORT for one in MAIN[:2]),
+        arm(Plain(), samplers=("ddim",), steps=(50, 100)),
+        arm(Plain(), Gain(49), ("ddim",), (50,)),
+        *(arm(Plain(), Gain(k), ("ddim",), TEN) for k in (-49, 9)),
+        arm(Plain(), samplers=("pndm", "deis", "dpm++2m"), steps=TEN),
+        *(arm(Plain(), ScoreRescaling(1.03), (one,), TEN) for one in ("unipc", "ddim")),
+        arm(Plain(), samplers=("pndm", "deis", "dpm++2m"), steps=(20, 50)),
+        *(arm(Plain(), one, ("unipc",), (50,)) for one in (None, Gain(49))),
+        arm(Plain(), samplers=("ddim",), steps=(200,)),
+    ),
+    seeds=(0,),
+    columns=("plain", "plain+gain49"),
+)
 CIFAR10_16_FLOW_MILLION = replace(
     CIFAR10_16_FLOW,
     name="cifar10-16-flow-million",
-    budget=replace(CIFAR10_16.budget, steps=8_000),
+    budget=MILLION,
     arms=(
         *(arm(Plain(), one, ("euler",), (*SHORT, 28, 50)) for one in (None, Gain(0.05))),
         arm(Plain(), samplers=("heun", "unipc-flow"), steps=SHORT),
@@ -350,7 +369,7 @@ PRESETS = {
     preset.name: preset
     for preset in (
         *(DIGITS, DIGITS_FULL, TEXTURES),
-        *(CIFAR10_16, CIFAR10_16_10K),
+        *(CIFAR10_16, CIFAR10_16_10K, CIFAR10_16_MILLION),
         *(CIFAR10_16_FLOW, CIFAR10_16_FLOW_10K, CIFAR10_16_FLOW_MILLION),
         *(CIFAR10_WIDE, CIFAR10_WIDE_10K, CIFAR10_UNET),
     )
