@@ -60,9 +60,9 @@ def gains() -> Figure:
         longer = run.endswith("-million")  # of the network before it: its colour, hollow
         color = color if longer else next(colors)
         spreads, changes = zip(*spreads_and_gains(run), strict=True)
-        look = {"marker": "o" if results(run).base == "ddim" else "s", "ls": "", "ms": 4}
-        face = "none" if longer else color
-        axes.plot(spreads, changes, color=color, mfc=face, alpha=0.8, label=title, **look)
+        marker = "o" if results(run).base == "ddim" else "s"
+        look = {"mfc": "none"} if longer else {"mfc": color, "label": title}
+        axes.plot(spreads, changes, marker, color=color, ms=4, alpha=0.8, **look)
     zero_line(axes)
     zero_line(axes, 1.0, vertical=True)
     axes.set(xlabel="spread of the plain samples over the data's", ylabel="nearer with the gain, %")
