@@ -10,7 +10,7 @@ sampler in as many steps, unless `over` names another.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -306,7 +306,7 @@ def best_pair(run: str, steps: int) -> str:
 def recommended(run: str, sampler: str, steps: int = 10) -> str:
     """Return what the library's search recommends for the plain network, of each seed."""
     found = _searches(results(run), Cell(sampler, steps))
-    return " and ".join(dict.fromkeys(str(one["recommended"]) for one in found))
+    return " and ".join(dict.fromkeys(_named(one) for one in found))
 
 
 class PairSearch(NamedTuple):
@@ -327,7 +327,7 @@ def pair_search(run: str, steps: int = 10) -> PairSearch:
     found = statistics.change({one["seed"]: one["corrected_kernel"] for one in kept}, theirs)
     if found is None:
         raise ValueError(f"no pairs were searched on {run}")
-    names = [f"{TITLES[one['sampler']]} with {one['recommended']}" for one in kept]
+    names = [f"{TITLES[one['sampler']]} with {_named(one)}" for one in kept]
     return PairSearch(listed(list(dict.fromkeys(names))), percent(found), found.mean)
 
 
@@ -372,6 +372,11 @@ def _all_searches(found: Results, steps: int) -> list[dict[str, Any]]:
     """Return the searches of a run, of which older records name one sampler only."""
     kept = [one for one in found.record.get("searches", []) if one["steps"] == steps]
     return [{"samplers": [one["sampler"]], **one} for one in kept]
+
+
+def _named(search: Mapping[str, Any]) -> str:
+    """Return what a search recommends, in words."""
+    return "no correction" if search["recommended"] == "none" else str(search["recommended"])
 
 
 HOLES: dict[str, Callable[..., Any]] = {
