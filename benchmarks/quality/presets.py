@@ -245,7 +245,7 @@ CIFAR10_16_FLOW_10K = replace(
     networks_of=CIFAR10_16_FLOW,
 )
 
-# Twice the training, without a loss: does the gain's harm pass?
+# Twice the training: does the harm of gain and loss pass?
 MILLION = replace(CIFAR10_16.budget, steps=8_000)
 CIFAR10_16_MILLION = replace(
     CIFAR10_16,
@@ -261,9 +261,11 @@ CIFAR10_16_MILLION = replace(
         arm(Plain(), samplers=("pndm", "deis", "dpm++2m"), steps=(20, 50)),
         *(arm(Plain(), one, ("unipc",), (50,)) for one in (None, Gain(49))),
         arm(Plain(), samplers=("ddim",), steps=(200,)),
+        *(arm(SkipStep(49), samplers=("ddim", "unipc"), steps=(steps,)) for steps in SHORT),
+        arm(SkipStep(49), samplers=("ddim",), steps=(50,)),
     ),
     seeds=(0,),
-    columns=("plain", "plain+gain49"),
+    columns=("plain", "plain+gain49", "skip49-expected"),
 )
 CIFAR10_16_FLOW_MILLION = replace(
     CIFAR10_16_FLOW,
