@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ def wide_times(t: Tensor) -> Tensor:
     return torch.where(is_inside(t), wide.clamp(0, 1), wide)
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """A Gaussian path x_t = alpha(t) x_0 + sigma(t) ε, with noise that grows with t.
 
@@ -320,7 +321,7 @@ def check_schedule(schedule: object) -> Schedule:
     Raises:
         TypeError: if it is no schedule.
     """
-    # `isinstance` does not see what `__getattr__` gives.
+    # From Python 3.12 on `isinstance` does not see what `__getattr__` gives.
     if not isinstance(schedule, type) and all(hasattr(schedule, name) for name in _METHODS):
         known = cast("Schedule", schedule)
         if known.timesteps is not None and data_at_of(known):

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import coefficients
+from s2dm_loss.schedule import Schedule
 from tests.strategies import COSINE, FLOW, LINEAR, VP, betas, pickled, same
 
 PATHS = [VP, ContinuousSchedule.sub_vp(), ContinuousSchedule.cosine(), FLOW]
@@ -128,6 +129,7 @@ def test_log_snr_at_the_ends_of_float64():
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule.linear(10), *PATHS], ids=repr)
 def test_protocol_draws_and_pickles(schedule):
+    assert isinstance(schedule, Schedule)
     t, again, other = (
         schedule.draw_timesteps(1000, device=CPU, generator=torch.Generator().manual_seed(seed))
         for seed in (0, 0, 1)
@@ -217,6 +219,10 @@ def test_a_delegating_schedule_is_one(schedule):
     for none in (object(), NoiseSchedule, Delegating(object())):
         with pytest.raises(TypeError, match="schedule must be"):
             SkipStepLoss(none, skip)
+    assert not isinstance(object(), Schedule)
+    subclass = type("Subclass", (Schedule,), {})
+    assert not isinstance(schedule, subclass)
+    assert isinstance(subclass(), subclass)
 
 
 @pytest.mark.parametrize(

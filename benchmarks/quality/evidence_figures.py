@@ -26,15 +26,16 @@ LINES = {
     "eps16": {"plain": "plain", "gain 49": "gain, k = 49", "loss 49": "loss, k = 49"},
     "flow16": {"plain": "plain", "gain 0.05": "gain, δ = 0.05", "loss 0.05": "loss, δ = 0.05"},
 }
+# None: the network before it, after twice the training, in its colour and hollow.
 GAINED = {
     "unet": "U-Net",
     "small": "small network",
     "digits-full": "digits",
     "textures": "crops",
     "eps16": "16 x 16, ε",
-    "eps16-million": "16 x 16, ε, twice the training",
+    "eps16-million": None,
     "flow16": "16 x 16, flow",
-    "flow16-million": "16 x 16, flow, twice the training",
+    "flow16-million": None,
 }
 
 
@@ -57,12 +58,11 @@ def gains() -> Figure:
     figure, ((axes,),) = new_figure(3.4)
     colors, color = iter(COLORS[1:]), COLORS[0]
     for run, title in GAINED.items():
-        longer = run.endswith("-million")  # of the network before it: its colour, hollow
-        color = color if longer else next(colors)
+        color = next(colors) if title else color
         spreads, changes = zip(*spreads_and_gains(run), strict=True)
         marker = "o" if results(run).base == "ddim" else "s"
-        look = {"mfc": "none"} if longer else {"mfc": color, "label": title}
-        axes.plot(spreads, changes, marker, color=color, ms=4, alpha=0.8, **look)
+        face = color if title else "none"
+        axes.plot(spreads, changes, marker, color=color, mfc=face, ms=4, alpha=0.8, label=title)
     zero_line(axes)
     zero_line(axes, 1.0, vertical=True)
     axes.set(xlabel="spread of the plain samples over the data's", ylabel="nearer with the gain, %")
