@@ -281,9 +281,11 @@ CIFAR10_16_FLOW_MILLION = replace(
         arm(Plain(), ScoreRescaling(1.03), ("euler", "unipc-flow"), TEN),
         arm(Plain(), samplers=("heun", "unipc-flow", "euler-shift3"), steps=(28, 50)),
         arm(Plain(), samplers=("unipc-flow", "euler-shift3"), steps=(5,)),
+        arm(SkipStep(0.05), samplers=("euler",), steps=(*SHORT, 28, 50)),
+        arm(SkipStep(0.05), samplers=("unipc-flow",), steps=SHORT),
     ),
     seeds=(0,),
-    columns=("plain", "plain+gain0.05"),
+    columns=("plain", "plain+gain0.05", "skip0.05-expected"),
 )
 
 # Real photographs at 32 x 32. Losses branch off the plain run's state at 75 % of its steps.
