@@ -4,7 +4,6 @@ import math
 import re
 
 import mpmath
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from s2dm_loss import ContinuousSchedule, NoiseSchedule, ScaledModel, SkipSet, SkipStepLoss
 from s2dm_loss.coefficients import Coefficients, coefficients
-from tests.strategies import COSINE, ESTIMATORS, FLOW, LINEAR, VP, ZERO_SNR, betas, schedules
+from tests.strategies import COSINE, ESTIMATORS, FLOW, LINEAR, VP, ZERO_SNR, betas
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -44,19 +43,6 @@ def test_c2_from_products_of_betas(values, data):
     c2 = coefficients(schedule, k, max_c2=math.inf).c2
     assert float(c2[t]) == pytest.approx(expected, rel=1e-9, abs=rounding * (1 + expected))
     assert (c2[:k] == 0).all()
-
-
-@given(schedules(min_size=4), st.data())
-def test_several_skips_average_c_and_c2_over_the_valid_ones(schedule, data):
-    count = schedule.num_train_timesteps
-    skips = sorted(data.draw(st.sets(st.integers(1, count - 1), min_size=1, max_size=3)))
-    several, *each = (coefficients(schedule, k) for k in (skips, *skips))
-    for t in {0, 1, skips[0], skips[-1], count // 2, count - 1}:
-        valid = [one for one, k in zip(each, skips, strict=True) if t >= k]
-        for name in ("c", "c2"):
-            mean = np.mean([float(getattr(one, name)[t]) for one in valid]) if valid else 0.0
-            assert float(getattr(several, name)[t]) == pytest.approx(mean, rel=1e-13)
-        assert several.tau[t] == (0.99 if valid else 1)
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear"])

@@ -252,11 +252,10 @@ def checkpointed(f, x, how):
     return leaf.grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 3, 2**13)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "MUST_SAVE", "MUST_RECOMPUTE"])
-def test_checkpoints(how, shape, dtype):
-    head = Head(*shape, dtype=dtype, reduction="mean")
+def test_checkpoints(how, dtype):
+    head = Head(3, 4, 5, dtype=dtype, reduction="mean")
     _, expected = loss_and_gradient(lambda x: head(x * x), head.output)
     torch.testing.assert_close(checkpointed(head, head.output, how), expected)
     with torch.autograd.graph.save_on_cpu():
@@ -335,7 +334,7 @@ def test_memory_layouts_and_half_types(layout, dtype):
     "shape",
     [
         *((64, 3, 64, 64), (2, 784), (2, 1009), (4, 3, 300, 301), (500, 500)),
-        *(pytest.param((1, count), marks=pytest.mark.slow) for count in (1048583, 2**20, 2**26)),
+        *(pytest.param((1, count), marks=pytest.mark.slow) for count in (1048583, 2**26)),
     ],
     ids=str,
 )

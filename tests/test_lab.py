@@ -13,12 +13,10 @@ from benchmarks.lab import coverage, flow, holes, studies
 from benchmarks.lab.linear import Imperfection, frechet, gains, output_variances
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.samplers import sample
-from s2dm_loss import CorrectionSearch, NoiseSchedule, ScaledModel, gain
+from s2dm_loss import CorrectionSearch, ScaledModel
 from s2dm_loss.sampling import EpsilonScaling, SkipGain, StartScaling, standard_corrections
 from tests.helpers import recursions
-from tests.strategies import Same, normal
-
-LINEAR = NoiseSchedule.linear(1000)
+from tests.strategies import LINEAR, Same, normal
 
 
 def draw(seed=0):
@@ -179,13 +177,6 @@ def test_repeats_are_counted():
     assert 15 <= found["joint"] <= 20
     assert (found["alarms"], sum(found["recommended"].values())) == (0, 20)
     assert found["recommended"][99] > 10  # the best of the four
-
-
-def test_gains_hold_the_librarys_gain():
-    plain, gained, inverse = gains((0, 99, -99))
-    assert torch.equal(plain, torch.ones(1000).double())
-    assert torch.equal(gained, gain(LINEAR, 99))
-    assert torch.equal(inverse, 1 / gained)
 
 
 def test_the_committed_results_are_complete():

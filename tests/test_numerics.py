@@ -35,8 +35,6 @@ def test_every_timestep_and_every_skip(schedule):
         at_t = coefficients(schedule, k)
         for values, low, high in ((at_t.weight, 0.99, 1.99), (at_t.gain, 0.99 / 1.99, 1.0)):
             assert low - 1e-12 < values.min() <= values.max() < high + 1e-12, k
-        if k % 50 in (1, 49):
-            check(SkipStepLoss(schedule, k, reduction="none"), schedule.timesteps)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -101,10 +101,6 @@ def test_what_people_train_on_comes_first():
     assert {name: math.prod(shapes[name]) for name in sizes} == sizes
 
 
-def test_the_plan_has_every_level_once():
-    assert list(MEASURE) == plan.LEVELS
-
-
 def test_a_part_that_hangs_takes_no_time_of_the_others(tmp_path, monkeypatch):
     """The child of a part is ended as well, and what is spared goes on to the next."""
     alive = tmp_path / "alive"

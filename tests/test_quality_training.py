@@ -34,8 +34,8 @@ def same(weights, others):
 
 
 @pytest.mark.parametrize("killed_at", [3, 5, 8, 11])
-@pytest.mark.parametrize("objective", [Plain(), SkipStep(9, "fresh")], ids=lambda o: o.name)
-def test_a_killed_run_ends_as_if_it_had_not_been(objective, killed_at, tmp_path):
+def test_a_killed_run_ends_as_if_it_had_not_been(killed_at, tmp_path):
+    objective = SkipStep(9, "fresh")  # draws all that there is to draw
     budget = replace(TINY.budget, anneal=True, grad_clip=1.0, flip=True)
     whole = a_run(tmp_path / "whole", objective, budget=budget).state_dict()
     kill = Mock(side_effect=[None] * (killed_at - 1) + [KeyboardInterrupt])
@@ -294,9 +294,8 @@ def test_random_numbers_are_common_to_all_objectives(tmp_path, monkeypatch):
     assert not torch.equal(seen[0][2], seen[1][2])
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_tau_one_trains_as_plain_does(estimator, tmp_path):
-    objectives = (Plain(), SkipStep(9, estimator, tau=1.0), SkipStep(99, estimator, tau=0.5))
+def test_tau_one_trains_as_plain_does(tmp_path):
+    objectives = (Plain(), SkipStep(9, "fresh", tau=1.0), SkipStep(99, "fresh", tau=0.5))
     plain, skip, different = (a_run(tmp_path / one.name, one).state_dict() for one in objectives)
     torch.testing.assert_close(skip, plain, rtol=1e-4, atol=1e-6)
     assert any(not torch.allclose(different[n], w, rtol=1e-4, atol=1e-6) for n, w in plain.items())

@@ -7,7 +7,6 @@ deviation s(999) at k = 99 then make k = 99 the exact answer, and unit data make
 
 import json
 import math
-import re
 import sys
 from dataclasses import replace
 from itertools import product
@@ -36,7 +35,6 @@ from s2dm_loss.sampling.choosing import plan_of
 from s2dm_loss.sampling.corrections import NONE
 from s2dm_loss.sampling.frechet import Axes, FrechetComparison
 from s2dm_loss.sampling.progress import Reporter
-from tests.helpers.commands import ROOT
 from tests.strategies import LINEAR, VP, pickled
 
 TAU = 0.9  # a strong gain, which a thousand samples can tell from none
@@ -200,7 +198,7 @@ def test_the_stated_cost_is_the_cost():
     cost = search.cost
     assert (model.calls, cost.calls) == (3, {"sample": 3})
     assert (cost.stages, cost.runs) == (((3, 100),), 3 * 2)
-    assert (cost.samples, cost.network_calls) == (300, 900)
+    assert cost.samples == 300
     assert search.recommend().cost == cost
     assert model.calls == 3 + 3 * cost.runs
 
@@ -442,13 +440,6 @@ def test_it_draws_at_most_twice_the_samples_of_one_sampler(corrections):
     assert len({first for _, first in rounds}) == len(rounds)
 
 
-def test_the_plan_at_its_default_is_what_the_docs_say():
-    page, corrections = (ROOT / "docs/correct.md").read_text("utf-8"), standard_corrections(LINEAR)
-    (said,) = re.findall(r"draws ([\d,]+) samples, one over six ([\d,]+),", page)
-    for samplers, count in zip((1, 6), said, strict=True):
-        assert f"{plan_of(samplers, corrections, 2048).samples:,}" == count
-
-
 GAIN = SkipGain(LINEAR, tau=0.98)
 ONE = SearchCost(((3, 64),), {"sample": 10}, 3, 192)
 TWO = SearchCost(((9, 32), (3, 64)), {"DDIM": 10, "PNDM": 11}, 12, 192)
@@ -495,7 +486,6 @@ def test_with_several_samplers_the_correction_must_be_better_than_its_sampler_al
     for part in ("9 x 32 samples to choose, then 3 x 64", "12 sampler runs of 10", "480 samples"):
         assert part in str(TWO)
     assert str(TWO).endswith("(PNDM makes 11); over one sampler alone it would be 192")
-    assert TWO.network_calls == 480 * 11
 
 
 def small_search(**options):

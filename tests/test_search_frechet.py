@@ -100,17 +100,6 @@ def test_the_bias_is_gone():
     assert abs(sum(corrected) / 60 - truth) < 3 * error
 
 
-def test_sorted_data_are_as_good_as_shuffled_ones():
-    # Halves by order would be the two classes, each far from the samples.
-    classes, samples = (
-        torch.cat([normal(500, 2, seed=seed) - 3, normal(500, 2, seed=seed + 1) + 3])
-        for seed in (0, 2)
-    )
-    shuffled = classes[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
-    first, second = (float(differences(data, samples).distance) for data in (classes, shuffled))
-    assert abs(first - second) < 0.05
-
-
 def test_intervals_hold_together():
     """Axes of variance v, samples s √v z: the difference to s = 0.9 is known."""
     deviations = torch.tensor([1.0, 0.7, 0.4, 0.2], dtype=torch.float64)

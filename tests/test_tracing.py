@@ -1,14 +1,12 @@
-"""torch.compile, torch.export and `python -O`."""
+"""torch.compile and torch.export."""
 
 import shutil
-import sys
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from s2dm_loss import ContinuousSchedule, SkipSet, SkipStepLoss
-from tests.helpers.commands import run as run_command
 from tests.strategies import FLOW, LINEAR, VP, drawn, loss_and_gradient, normals, same
 
 T = torch.tensor([0, 98, 99, 999])
@@ -92,13 +90,6 @@ def test_compiled_with_something_around_it(around):
         same(loss_and_gradient(compiled, eps_hat), loss_and_gradient(run, eps_hat))
     else:
         torch.testing.assert_close(compiled(eps_hat), run(eps_hat))
-
-
-@pytest.mark.slow
-def test_errors_are_the_same_under_python_optimize():
-    """Which leaves out every `assert`."""
-    options = ("-q", "-W", "ignore", "-p", "no:cacheprovider", "tests/test_errors.py")
-    run_command(sys.executable, "-O", "-m", "pytest", *options)
 
 
 @pytest.mark.parametrize(

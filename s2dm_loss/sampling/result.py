@@ -43,11 +43,6 @@ class SearchCost:
         """Samples that are drawn."""
         return sum(candidates * samples for candidates, samples in self.stages)
 
-    @property
-    def network_calls(self) -> int:
-        """Network calls, counted sample by sample."""
-        return self.samples * max(self.calls.values())
-
     @override
     def __str__(self) -> str:
         *choosing, last = (f"{candidates} x {samples}" for candidates, samples in self.stages)
