@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from s2dm_loss.checks import check_batch, check_like
+from s2dm_loss.coefficients import ESTIMATORS
 from s2dm_loss.head import along
 from s2dm_loss.loss import RegressionTarget, SkipStepLoss
 from s2dm_loss.loss_table import draw_like
@@ -56,7 +57,7 @@ def changed_output(
     dtype = torch.promote_types(torch.promote_types(output.dtype, x_t.dtype), torch.float32)
     one = torch.ones(len(output), dtype=dtype, device=output.device)
     zero = torch.zeros_like(one)
-    fresh = criterion.estimator == "fresh"
+    fresh = ESTIMATORS[criterion.estimator].on_skip_noise != 0
 
     def answer(target: Tensor, x_t: Tensor, xi: Tensor) -> RegressionTarget:
         skip_noise = xi if fresh else None

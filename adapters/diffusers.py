@@ -25,7 +25,12 @@ from s2dm_loss.adapters.diffusers_pipeline import (
     correct_pipeline,
     shrink_pipeline,
 )
-from s2dm_loss.adapters.diffusers_scheduler import CONFIGURED, prediction_type_of, schedule_of
+from s2dm_loss.adapters.diffusers_scheduler import (
+    CONFIGURED,
+    is_the_path_of,
+    prediction_type_of,
+    schedule_of,
+)
 from s2dm_loss.adapters.diffusers_search import PipelineRecommendation, search_pipeline
 from s2dm_loss.checks import check_batch, check_choice, check_like, check_per_sample, describe
 from s2dm_loss.loss import LossOptions, RegressionTarget, SkipStepLoss
@@ -87,6 +92,14 @@ class SkipLoss(nn.Module):
         self.prediction_type: PredictionType | None = settings.pop("prediction_type", None)
         if self.prediction_type is None and (scheduler is None or schedule.timesteps is None):
             raise ValueError("prediction_type must be given where no config says it, got None")
+        if scheduler is not None:
+            of_scheduler = schedule_of(scheduler)
+            # A v hangs on the whole path, and a config may come to say one.
+            if not is_the_path_of(schedule, of_scheduler, self.prediction_type or "v_prediction"):
+                raise ValueError(
+                    f"schedule must be that of scheduler, {of_scheduler!r}, got {schedule!r}: "
+                    "SkipLoss.from_scheduler(scheduler, skip_set) takes it from there"
+                )
         self.scheduler = scheduler
         # One for each prediction type that the config has been seen to say.
         self._criteria = nn.ModuleDict()

@@ -30,7 +30,11 @@ from s2dm_loss.sampling.search import CorrectionSearch
 
 # Arguments of a call that the search gives itself, and lists that hold no entry a prompt.
 _OF_SEARCH = ("generator", "num_inference_steps", "return_dict", "sigmas", "timesteps")
-_NOT_LISTED = ("callback_on_step_end_tensor_inputs",)
+_NOT_LISTED = (
+    "callback_on_step_end_tensor_inputs",
+    "skip_guidance_layers",  # SD3
+    "spatio_temporal_guidance_blocks",  # LTX
+)
 _OVERSHOOT = 0.01  # of 1, as a resized image may have
 
 

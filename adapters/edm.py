@@ -110,6 +110,11 @@ class SkipStepMixin:
         def changed(x_t: Tensor, sigma: Tensor, *more: Any, **options: Any) -> Any:
             output = net(x_t, sigma, *more, **options)
             denoised, *log_variance = output if isinstance(output, tuple) else (output,)
+            if weights or len(log_variance) > 1:
+                raise ValueError(
+                    "loss_fn must call net once, for D or (D, log σ²), got "
+                    + ("a second call" if weights else f"{1 + len(log_variance)} outputs")
+                )
             t = self.skip_step_ramp.time_of(sigma.reshape(-1).float().expand(len(x_t)))
             denoised, weight = changed_output(self.skip_step_loss, denoised, t, x_t)
             weights.append(weight)

@@ -5,8 +5,8 @@
 
 and, with `SkipSet.for_sampling_steps(20)`, in `flux_train_network.py` or `sd3_train_network.py`.
 
-The trainer's own loss runs, of whichever type and with its masks and weights: it is given another
-target, and A(t) as the weighting that it multiplies by. The trainer is not imported.
+The trainer's own loss runs (l2, huber or smooth_l1), with its masks and weights: it is given
+another target, and A(t) as the weighting that it multiplies by. The trainer is not imported.
 
 The scripts that have a loop instead of a trainer (`sdxl_train.py`, `train_db.py`, `fine_tune.py`,
 `flux_train.py`, `sd3_train.py`) ask `loss_of` for the loss and change their target with its
@@ -103,9 +103,10 @@ def skip_step(trainer: Trainer, skip_set: Skips, **options: Unpack[LossOptions])
         sign = "-" if owner == "LuminaNetworkTrainer" else ""  # its target is latents - noise
         raise ValueError(
             "trainer must train Stable Diffusion, SDXL, Flux or SD3, got a "
-            f"{type(trainer).__name__} with a {_METHODS[1]} of its own: behind the line that makes "
-            f"its target, write target = {sign}SkipStepLoss(ContinuousSchedule.flow(), "
-            "SkipSet.for_sampling_steps(20), prediction_type='flow').regression_target("
+            f"{type(trainer).__name__} with a {_METHODS[1]} of its own: make skip_loss = "
+            "SkipStepLoss(ContinuousSchedule.flow(), SkipSet.for_sampling_steps(20), "
+            "prediction_type='flow', normalize=True) once in its module, and behind the line that "
+            f"makes its target, write target = {sign}skip_loss.regression_target("
             f"{sign}target, sigmas.flatten(), noisy_model_input.view_as(target)).target"
         )
     predicts = _PREDICTS[owner]

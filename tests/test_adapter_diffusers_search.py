@@ -251,16 +251,20 @@ class Texts(Pipeline):
             raise TypeError("`negative_prompt` should be the same type to `prompt`")
         assert (*original_size, 0, 0) == (8, 8, 0, 0)
         assert call.pop("callback_on_step_end_tensor_inputs", ["latents"]) == ["latents"]
+        assert call.pop("skip_guidance_layers", [7, 8, 9]) == [7, 8, 9]
         prompts = [prompt] if isinstance(prompt, str) else prompt
         assert negative_prompt in (None, "ugly", len(prompts) * ["ugly"])
         return super().__call__(torch.tensor([float(len(p) > 1) for p in prompts]), **call)
 
 
 TENSORS = {"callback_on_step_end_tensor_inputs": ["latents"]}
+LAYERS = {"skip_guidance_layers": [7, 8, 9]}  # StableDiffusion3Pipeline's
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a", "bb"], ["a", "bb", "c"]])
-@pytest.mark.parametrize("given", [{"negative_prompt": "ugly"}, {"original_size": (8, 8)}, TENSORS])
+@pytest.mark.parametrize(
+    "given", [{"negative_prompt": "ugly"}, {"original_size": (8, 8)}, TENSORS, LAYERS]
+)
 def test_what_is_one_for_all_prompts(prompt, given):
     pipe = Texts(Exact(), make_scheduler(DDIM, **OPTIONS))
     pipe(prompt="a", **given)

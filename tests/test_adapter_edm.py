@@ -41,6 +41,10 @@ def test_refuses_what_it_cannot_serve():
         def __call__(self, net, images):
             return super().__call__(net, images).mean()
 
+    class Twice(EDMLoss):
+        def __call__(self, net, images):
+            return super().__call__(lambda *given: net(net(*given), *given[1:]), images)
+
     plain, skip, mean = EDMLoss(), 1 / 17, skip_step(Mean(), 1 / 17, tau=1.0)
     text = repr(skip_step(plain, skip))
     assert text.startswith("SkipStepEDMLoss(SkipStepLoss(EDM(0.002, 80.0, rho=7.0)")
@@ -51,3 +55,8 @@ def test_refuses_what_it_cannot_serve():
     refuses(ValueError, said, skip_step, plain, skip, sigma_min=3, sigma_max=2)
     said = r"squared error of each sample, of shape \[8, ...\]"
     refuses(ValueError, said, mean, as_net(lambda x_t, _: x_t), IMAGES)
+    said = r"must call net once, for D or \(D, log σ²\), got "
+    twice = skip_step(Twice(), skip)
+    refuses(ValueError, said + "a second call", twice, as_net(lambda x_t, _: x_t), IMAGES)
+    three, net = skip_step(plain, skip), as_net(lambda x_t, _: x_t)
+    refuses(ValueError, said + "3 outputs", three, lambda *given: 3 * (net(*given),), IMAGES)

@@ -104,6 +104,8 @@ SCRIPTS = {
         "prediction_type": ["epsilon", "sample"]
     },
 }
+# They train DeepFloyd IF too.
+IF_SCRIPTS = tuple(f"dreambooth/train_dreambooth{kind}" for kind in ("", "_lora"))
 COMBINATIONS = [
     (script, options)
     for script, choices in SCRIPTS.items()
@@ -162,6 +164,8 @@ def test_the_loss_lines_of_a_script(script, options):
         namespace |= dict.fromkeys(("model_input", "latents", "clean_images"), images)
         namespace |= dict.fromkeys(("model_pred", "model_output"), output)
         namespace |= dict.fromkeys(("noisy_model_input", "noisy_latents", "noisy_images"), noisy)
+        if script in IF_SCRIPTS:  # its second stage sees beside x_t what it enlarges
+            namespace["noisy_model_input"] = torch.cat([noisy, images], dim=1)
         namespace |= {"encoder_hidden_states": None, "unet": lambda *_, **__: (output,)}
         namespace |= {"accelerator": SimpleNamespace(gather=lambda loss: loss), "weighting": None}
         namespace["_extract_into_tensor"] = lambda table, t, shape: table[t].reshape(shape)
