@@ -48,9 +48,9 @@ class LossByNoise:
 
     The bins are equally wide in log SNR, between the schedule's ends and within ±10; the two outer
     bins take all beyond, also times without signal or without noise. So a bin means the same noise
-    level for every schedule and for every way of drawing times. Bins of equal probability would
-    change their meaning with both, and would put all of the early times, where the loss changes
-    most, into one bin.
+    level for every way of drawing times; across schedules compare bins by `edges`, not by number.
+    Bins of equal probability would change with the drawing, and would put all of the early times,
+    where the loss changes most, into one bin.
 
     It is no `nn.Module`: a model that holds it keeps its checkpoint's keys.
     """
