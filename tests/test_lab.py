@@ -124,7 +124,10 @@ def test_euler_on_the_straight_path_is_its_recursion(shift, variance, skip):
 def test_more_steps_are_nearer_and_heun_is_nearer_still():
     euler = [1 - flow.spread(1.0, steps) for steps in (50, 100)]
     assert euler[0] / euler[1] == pytest.approx(2, rel=0.05)  # first order
-    assert abs(1 - flow.spread(1.0, 50, method="heun")) < 0.01 * euler[0]
+    heun = [1 - flow.spread(1.0, calls, method="heun") for calls in (50, 100)]
+    assert heun[0] / heun[1] == pytest.approx(4, rel=0.1)  # second order
+    assert heun[0] < 0.1 * euler[0]
+    assert flow.spread(1.0, 2, method="heun") == 0  # its last step, here the only one, is Euler's
 
 
 def test_what_the_page_says_of_euler():

@@ -72,13 +72,14 @@ def test_the_search_is_asked_about_the_first_parts_network(tmp_path, monkeypatch
 
 
 def test_weights_are_kept_in_small_files(tmp_path):
-    weights = {f"layer{n}": torch.randn(100, 10) for n in range(5)} | {"count": torch.tensor([3])}
+    weights = {f"layer{n}": torch.randn(100, 50) for n in range(5)} | {"mean": torch.randn(3)}
     torch.save(weights, tmp_path / "weights.pt")
-    gpu.save_in_parts(tmp_path / "weights.pt", tmp_path / "kept", size=4500)
+    gpu.save_in_parts(tmp_path / "weights.pt", tmp_path / "kept", size=22_500)
     files = sorted((tmp_path / "kept").iterdir())
     assert [len(load_tensors(path)) for path in files] == [2, 2, 2]
     found = gpu.load_from_parts(tmp_path / "kept")
     torch.testing.assert_close(found, weights, rtol=2**-8, atol=0)
+    assert torch.equal(found["mean"], weights["mean"])
 
 
 def test_kept_weights_are_not_trained_again(tmp_path):

@@ -98,8 +98,6 @@ def test_training_learns(tmp_path):
     a_run(tmp_path, Plain(), budget=budget)
     curve = load_json(tmp_path / "training.json")["curve"]
     assert curve[-1]["epsilon_mse"] < 0.8 * curve[0]["epsilon_mse"]
-    assert curve[-1]["mse/all"] == pytest.approx(curve[-1]["epsilon_mse"], rel=1e-4)
-    assert curve[-1]["mse/0_log_snr_below_-8.1"] < 0.5 * curve[0]["mse/0_log_snr_below_-8.1"]
 
 
 class Broken(Plain):
@@ -179,12 +177,11 @@ def test_skip_step_is_the_two_term_formula(estimator, skip):
     c = (earlier / alphas_cumprod[batch.t] - 1).sqrt()[:, None, None, None]
     plain, skipped = per_sample(batch.noise - predicted), per_sample(zeta - c * predicted)
     terms = torch.where(batch.t < skip, plain, 0.99 * plain + 0.01 * skipped).mean()
-    loss, errors, t = Loss(SkipStep(skip, estimator), PATH)(lambda *_: predicted, batch)
+    loss, errors = Loss(SkipStep(skip, estimator), PATH)(lambda *_: predicted, batch)
     # Up to what the network cannot change.
     wanted, found = (torch.autograd.grad(value, predicted)[0] for value in (terms, loss))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(errors, plain.detach())
-    assert torch.equal(t, batch.t)
 
 
 @pytest.mark.parametrize("skip", [None, 0.05, 0.2])
@@ -197,7 +194,7 @@ def test_a_flow_is_trained_on_the_velocity_and_its_loss_on_the_noise_in_it(skip)
     output = model(x_t.float(), 1000 * t.flatten().float()).double().requires_grad_()
     network = Mock(return_value=output.float())
     loss = Loss(Plain() if skip is None else SkipStep(skip), FlowPath())
-    value, errors, _ = loss(network, batch)
+    value, errors = loss(network, batch)
     x, time = (given.double() for given in network.call_args.args)
     torch.testing.assert_close(x, x_t, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(time, 1000 * t.flatten())
@@ -249,8 +246,9 @@ def test_sequence_aware_sums_the_residuals_of_consecutive_timesteps(window):
 def test_sampled_timesteps_are_the_samplers_and_all_of_them():
     zeros = torch.zeros(1000, 1, 2, 2)
     batch = Batch(zeros, torch.arange(1000), zeros, a_batch().extra)
-    _, _, times = Loss(SampledTimesteps(20), PATH)(lambda x, t: x, batch)
-    assert set(times.tolist()) == set(range(0, 1000, 50))
+    network = Mock(side_effect=lambda x, _: x)
+    Loss(SampledTimesteps(20), PATH)(network, batch)
+    assert set(network.call_args[0][1].tolist()) == set(range(0, 1000, 50))
 
 
 @pytest.mark.parametrize("t", [300, 800])

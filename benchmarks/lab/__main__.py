@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from pathlib import Path
 
 import click
-
-from benchmarks.lab.pairs import main as pairs
 
 # Here, since importing the studies themselves takes seconds, and help should be there at once.
 ABOUT = {
@@ -28,9 +27,6 @@ LISTED = "\n".join(f"  {name:17} {about}" for name, about in ABOUT.items())
 @click.group(help="Run the exact lab's studies.\n\n\b\nStudies:\n" + LISTED)
 def main() -> None:
     """Group the commands."""
-
-
-main.add_command(pairs, "pairs")
 
 
 @main.command("run")
@@ -57,6 +53,27 @@ def run_command(names: tuple[str, ...]) -> None:
             **result,
         }
         save_json(RESULTS / f"{name}.json", document)
+
+
+@main.command("pairs")
+@click.argument("run", required=False, type=click.Path(exists=True, path_type=Path))
+def pairs_command(run: Path | None) -> None:
+    """Judge searches over pairs of sampler and correction, and keep that for the pages.
+
+    Of exact models, or of the network of the digits in RUN, such as runs/digits.
+    """
+    from benchmarks.files import load_json, save_json
+    from benchmarks.lab.best_pair import CASES, digits, study
+    from benchmarks.lab.holes import RESULTS
+    from benchmarks.provenance import versions
+
+    cases = {"digits, 10 steps": digits(run)} if run else CASES
+    path, made_with = RESULTS / "pairs.json", versions()
+    for name, case in cases.items():
+        found = study(case)
+        click.echo(f"{name}: DDIM {found['in use']:.4g}, best {found['best pair']}")
+        known = load_json(path) if path.exists() else {}
+        save_json(path, {**known, name: {**found, "versions": made_with}})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.lab.linear import SCHEDULE, recommend, run
 from benchmarks.lab.mixtures import ExactModel, Mixture
 from benchmarks.quality.data import to_model_range
+from benchmarks.quality.layout import claimed
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS
 from benchmarks.quality.runner import Bench
@@ -64,14 +65,15 @@ def exact(law: Mixture, temperature: float = 1.0) -> Case:
 
 def digits(root: Path) -> Case:
     """Return the plain network of the digits, trained in a run's folder if it is not yet."""
-    bench = Bench(DIGITS, root)
+    with claimed(DIGITS, root):
+        bench = Bench(DIGITS, root)
+        model = bench.model(Plain(), 0)
     images = to_model_range(torch.cat([bench.data.images, bench.data.reference]).unique(dim=0))
     flat = images.flatten(1).double()
 
     def draw(generator: torch.Generator) -> Tensor:
         return images[torch.randperm(len(images), generator=generator)[:DIGITS_DATA]]
 
-    model = bench.model(Plain(), 0)
     return Case(model, flat.mean(0), flat.T.cov(), draw, bench.data.shape)
 
 

@@ -51,7 +51,7 @@ def spread(
     x = torch.ones(1, dtype=torch.float64)
     for t, after in pairwise(flow_times(steps // 2 if heun else steps, shift)):
         slope = model(x, t)
-        if heun:
+        if heun and after > 0:  # the last step is Euler's
             slope = (slope + model(x + (after - t) * slope, after)) / 2
         x = x + (after - t) * slope
     return float(x) / variance**0.5

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.files import load_json, save_json
 from benchmarks.lab.coverage import coverage, tails, whole_search
 from benchmarks.lab.flow import spread
 from benchmarks.lab.linear import (
@@ -24,6 +23,7 @@ from benchmarks.lab.linear import (
     run,
 )
 from benchmarks.quality import data as datasets
+from benchmarks.quality.layout import claimed
 from benchmarks.quality.objectives import Plain
 from benchmarks.quality.presets import DIGITS_FULL
 from benchmarks.quality.runner import Bench
@@ -139,16 +139,12 @@ def flow(bar: Bar) -> Json:
 
 
 def digits(bar: Bar, root: Path = Path("runs/digits-full")) -> Json:
-    """Search and judge; a cell is kept in a file, so that a killed run loses one at most."""
-    bench = Bench(DIGITS_FULL, root)
-    rows = []
-    for sampler, steps in bar(list(product(CORE, (10, 20, 50)))):
-        path = root / "lab" / f"seed0-{sampler}-{steps}-{NUM_SAMPLES}.json"
-        if not path.exists():
-            save_json(path, _digits_cell(bench, sampler, steps))
-        rows.append(load_json(path))
+    """Search and judge, on the networks of a run's folder."""
+    with claimed(DIGITS_FULL, root):
+        bench = Bench(DIGITS_FULL, root)
+        cells = bar(list(product(CORE, (10, 20, 50))))
+        rows = [_digits_cell(bench, sampler, steps) for sampler, steps in cells]
     return {
-        "seconds": None,  # the cells may be of several runs
         "network": repr(DIGITS_FULL.network),
         "features": bench.features.description,
         "num_samples": NUM_SAMPLES,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shlex
 import time
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from typing_extensions import override
 
 from benchmarks.quality.catalogue import CATALOGUE, listed
 
@@ -25,34 +23,12 @@ RESULTS = Path("benchmarks/results/quality")
 """Where committed results lie, in the checkout from which `keep` is called."""
 
 
-class Commands(click.Group):
-    """What a user runs first, then what the repository's own results need."""
-
-    @override
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [(name, one.get_short_help_str(80)) for name, one in self.commands.items()]
-        with formatter.section("Commands"):
-            formatter.write_dl([row for row in rows if row[0] != "keep"])
-        with formatter.section("For this repository's results"):
-            formatter.write_dl([row for row in rows if row[0] == "keep"])
-
-
 @click.group(
-    cls=Commands,
     help="What the loss does to samples: `run digits` is the README's run.\n\n\b\nPresets:\n"
     + listed(),
 )
 def main() -> None:
     """Group the commands."""
-
-
-def _known(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
-    """Return a preset's name, or say what it may have been meant to be."""
-    if value in CATALOGUE:
-        return value
-    near = difflib.get_close_matches(value, CATALOGUE, 1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise click.BadParameter(f"there is no preset {value!r}{hint} The presets:\n{listed()}")
 
 
 @contextmanager
@@ -141,7 +117,7 @@ def _run(preset: Preset, root: Path, workers: int, data: Path | None) -> None:
             click.echo(f"  {name:18} {purpose}")
 
 
-PRESET = click.argument("preset", metavar="PRESET", callback=_known)
+PRESET = click.argument("preset", metavar="PRESET", type=click.Choice(list(CATALOGUE)))
 OUT = click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/PRESET].")
 SEEDS = click.option("--seeds", help="Seeds, such as 0,1,2 [the preset's].")
 DATA = click.option("--data", type=click.Path(path_type=Path), help="Folder of CIFAR10.")

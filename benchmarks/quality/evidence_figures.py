@@ -49,7 +49,10 @@ def spreads_and_gains(run: str) -> list[tuple[float, float]]:
     found = []
     for where in table.cells(name):
         if (by_gain := table.change(name, where, KERNEL)) is not None:
-            found.append((table.mean("plain", where, SPREAD), by_gain.mean))
+            plain = table.values("plain", where, SPREAD)
+            seeds = table.values(name, where, KERNEL)
+            spread = sum(plain[seed] for seed in seeds) / len(seeds)
+            found.append((spread, by_gain.mean))
     return found
 
 

@@ -131,11 +131,13 @@ def do(part: Part, out: Path, data: Path | None, seconds: int = LIMIT) -> str:
 
 
 def save_in_parts(weights: Path, folder: Path, size: int = PART_BYTES) -> None:
-    """Write a network's weights in bfloat16, in files of at most `size` bytes or one tensor."""
+    """Write a network's weights, the large in bfloat16, in files of `size` bytes or one tensor."""
     parts: list[dict[str, torch.Tensor]] = [{}]
     filled = 0
     for name, tensor in load_tensors(weights).items():
-        small = tensor.bfloat16() if tensor.is_floating_point() else tensor
+        # What is measured of the data is small, and stays exact.
+        large = tensor.is_floating_point() and tensor.numel() > 4096
+        small = tensor.bfloat16() if large else tensor
         if parts[-1] and filled + small.nbytes > size:
             parts.append({})
             filled = 0

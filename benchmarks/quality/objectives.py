@@ -40,8 +40,8 @@ class Batch:
         return self.extra.normal(tuple(self.x0.shape[1:]))
 
 
-Step = tuple[Tensor, Tensor, Tensor]
-"""The loss, and for the curves each sample's squared error, by which all compare, and time."""
+Step = tuple[Tensor, Tensor]
+"""The loss, and for the curves each sample's squared error, by which all compare."""
 
 
 class Loss(nn.Module):
@@ -106,7 +106,7 @@ class Objective(Named, ABC):
         predicted = model(noisy.x_t, noisy.called)
         value = self.compare(predicted, noisy, batch, loss)
         errors = F.mse_loss(predicted.detach(), target, reduction="none").flatten(1).mean(1)
-        return value, errors, noisy.t
+        return value, errors
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class SequenceAware(Objective):
         valid = torch.stack([batch.t >= j for j in range(window)])[..., None, None, None]
         total = torch.where(valid, parts, 0.0).sum(0)
         value = parts[0].square().mean() + self.strength / window**2 * total.square().mean()
-        return value, parts[0].detach().square().flatten(1).mean(1), batch.t
+        return value, parts[0].detach().square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)

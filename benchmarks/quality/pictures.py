@@ -61,7 +61,7 @@ def samples_figure(
 
 
 def loss_figure(record: dict[str, Any], methods: Sequence[str]) -> Figure:
-    """Return the loss curves: mse(ε, ε̂), which all objectives share, and its gap to plain's."""
+    """Return the curves of the squared error, by which all compare, and its gap to plain's."""
     results = Results(record)
     figure, ((left, right),) = new_figure(3.2, 1, 2, width=8.4)
     curves = {}
@@ -73,7 +73,7 @@ def loss_figure(record: dict[str, Any], methods: Sequence[str]) -> Figure:
     for method in methods[1:]:
         gap = curves[method] - curves[methods[0]]
         right.plot(steps, gap, label=results.title(method), color=COLORS[methods.index(method)])
-    left.set(xlabel="training step", title="mse(ε, ε̂) in training")
+    left.set(xlabel="training step", title="mean squared error in training")
     # The first points, from an untrained network, would flatten everything after them.
     left.set_ylim(top=1.6 * float(np.median(curves[methods[0]])), auto=True)
     left.legend()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from benchmarks.quality.plan import branching, jobs
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.statistics import Cell, cell_key
 
-CURVE = 20
-"""Points of a loss curve that are kept, where there are several seeds."""
 COLUMNS = [
     *("method", "seed", "sampler", "steps", "raw_frechet", "raw_kernel"),
     *("images_frechet", "images_kernel", "spread"),
@@ -47,10 +44,6 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         trained = layout.model(method.objective, seed) / "training.json"
         if trained.exists():
             training = load_json(trained)
-            if len(preset.seeds) > 1:
-                # The curves of a whole grid would be most of its record.
-                curve = training["curve"]
-                training["curve"] = curve[:: -math.ceil(len(curve) / CURVE)][::-1]
             ours = method.objective.ours
             training["loss_share"] = 1 - (branching(preset, method.objective) or 0) if ours else 0.0
             record["trainings"].setdefault(method.objective.name, {})[str(seed)] = training

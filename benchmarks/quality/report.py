@@ -32,7 +32,7 @@ FILES = {
 
 
 def keep(preset: Preset, root: Path, folder: Path) -> Path:
-    """Write a run's record to where results are committed.
+    """Write a run's record, but for its loss curves, to where results are committed.
 
     Raises:
         FileNotFoundError: If the run has no results.
@@ -42,6 +42,9 @@ def keep(preset: Preset, root: Path, folder: Path) -> Path:
     record = collect(preset, root)
     if not record["rows"]:
         raise FileNotFoundError(f"out: no results in {root}; run the preset first")
+    for by_seed in record["trainings"].values():
+        for training in by_seed.values():
+            del training["curve"]
     path = folder / f"{preset.name}.json"
     save_record(path, record)
     return path

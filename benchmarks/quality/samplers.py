@@ -100,7 +100,7 @@ def sample(
     The sampler is a key of `SAMPLERS`, or of `FLOW` or `HEUN` on a continuous schedule; the
     generator is for the noise that a stochastic one adds.
     """
-    if sampler in HEUN:
+    if sampler in HEUN and not isinstance(schedule, NoiseSchedule):
         return _heun(model, HEUN[sampler], steps, start)
     scheduler = make_scheduler(sampler, schedule)
     if sampler.startswith("euler"):

@@ -25,7 +25,6 @@ from benchmarks.quality.objectives import Batch, Loss, Objective
 from benchmarks.quality.paths import STEPS
 from benchmarks.quality.paths import Path as NoisePath
 from benchmarks.quality.streams import Purpose, Stream, generator
-from s2dm_loss.monitor import LossByNoise
 
 
 def train(
@@ -107,13 +106,7 @@ class _Run:
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
         self.sums = torch.zeros(2, device=device)
-        self.by_noise = LossByNoise(path.schedule, name="mse")
-        self.parts: dict[str, Any] = {
-            "model": model,
-            "ema": self.ema,
-            "optimizer": self.optimizer,
-            "by_noise": self.by_noise,
-        }
+        self.parts: dict[str, Any] = {"model": model, "ema": self.ema, "optimizer": self.optimizer}
 
     def record(self) -> dict[str, Any]:
         """Return what is worth keeping of a finished run."""
@@ -176,13 +169,12 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.optimizer.zero_grad()
-        loss, errors, t = self.loss(self.model, self._batch())
+        loss, errors = self.loss(self.model, self._batch())
         loss.backward()
         if self.budget.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.budget.grad_clip)
         self.optimizer.step()
         self.ema.step(self.model.parameters())
-        self.by_noise.update(t, errors)
         self.sums += torch.stack([loss.detach(), errors.mean()])
         self.step += 1
 
@@ -191,10 +183,7 @@ class _Run:
         if not math.isfinite(loss):
             raise FloatingPointError(f"{self.objective.name}: the loss is {loss} at {self.step}")
         point = {"step": self.step, "loss": loss, "epsilon_mse": epsilon_mse}
-        by_noise = self.by_noise.compute()
-        point.update((name, by_noise[name]) for name in by_noise if name.startswith("mse/"))
         self.curve.append({name: round(value, 6) for name, value in point.items()})
-        self.by_noise.reset()
         self.sums.zero_()
 
     def _state(self) -> dict[str, Any]:
