@@ -7,7 +7,7 @@ import torch
 from quality_tools import KILLED, ONE_ARM, TINY, stopped_at, what_was_made
 
 import benchmarks.quality.search as searching
-from benchmarks.files import load_json, load_tensors
+from benchmarks.files import load_json, load_tensors, save_json
 from benchmarks.quality import data as datasets
 from benchmarks.quality import runner
 from benchmarks.quality.corrections import Gain
@@ -216,6 +216,23 @@ def test_the_report(finished, tmp_path):
         for training in by_seed.values():
             assert training.pop("curve")
     assert kept == record
+
+
+def test_a_record_says_all_that_it_was_made_with(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    first = load_json(next(tmp_path.glob("models/*/*/training.json")))["versions"]
+    for path, changed in (
+        ("models/plain/seed1/training.json", {"torch": "9.8", "commit": "a"}),
+        ("cells/skip9-expected/seed1/deis-3.json", {"torch": "9.9", "checkout_differed": True}),
+    ):
+        made = load_json(tmp_path / path)
+        made["versions"] = {**first, "checkout_differed": False, **changed}
+        save_json(tmp_path / path, made)
+    versions = collect(TINY, tmp_path)["versions"]
+    assert versions["torch"] == f"{first['torch']}, 9.8, 9.9"
+    assert versions["commit"] == f"{first['commit']}, a"
+    assert versions["checkout_differed"]
+    assert versions["python"] == first["python"]
 
 
 @pytest.mark.parametrize(("steps", "shown"), [((2, 3), True), ((3,), False)])

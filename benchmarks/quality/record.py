@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         "band_spreads": {},
         "searches": [load_json(path) for path in sorted(root.glob("search-*.json"))],
     }
-    commits: dict[str, None] = {}  # a run that was resumed may have several; in order, once each
-    differed = False
+    made_with: list[dict[str, Any]] = []
     for job in jobs(preset):
         method, seed = job.arm.method, job.seed
         trained = layout.model(method.objective, seed) / "training.json"
         if trained.exists():
             training = load_json(trained)
+            made_with.append(training.pop("versions", {}))
             ours = method.objective.ours
             training["loss_share"] = 1 - (branching(preset, method.objective) or 0) if ours else 0.0
             record["trainings"].setdefault(method.objective.name, {})[str(seed)] = training
@@ -55,9 +56,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
             record["titles"][method.name] = cell["title"]
             bands = [round(value, 4) for value in cell["band_spreads"]]
             record["band_spreads"][f"{name}, seed {seed}"] = bands
-            record["versions"] = cell["versions"]
-            commits[cell["versions"]["commit"] or "unknown"] = None
-            differed |= cell["versions"]["checkout_differed"]
+            made_with.append(cell["versions"])
             distances = [
                 round(cell[kind][key], 6) if kind in cell else None
                 for kind in ("raw", "images")
@@ -65,5 +64,16 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
             ]
             row = [method.name, seed, sampler, steps, *distances, round(cell["spread"], 5)]
             record["rows"].append(row)
-    record["versions"] |= {"commit": ", ".join(commits) or None, "checkout_differed": differed}
+    record["versions"] = _joined(made_with)
     return record
+
+
+def _joined(made_with: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return all versions of a run that was resumed: in order, each once."""
+    found: dict[str, dict[Any, None]] = {}
+    for versions in made_with:
+        for name, value in versions.items():
+            found.setdefault(name, {})[value] = None
+    differed = any(found.pop("checkout_differed", ()))
+    joined = {name: ", ".join(filter(None, values)) or None for name, values in found.items()}
+    return {**joined, "checkout_differed": differed}

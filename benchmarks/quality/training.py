@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from benchmarks.files import load_tensors, save_json, save_tensors
+from benchmarks.provenance import versions
 from benchmarks.quality.budget import Budget
 from benchmarks.quality.checkpoint import newest_state, remove_states, save_state
 from benchmarks.quality.data import ImageSet, to_model_range
@@ -118,6 +119,7 @@ class _Run:
             "seconds": round(self.seconds, 2),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "curve": self.curve,
+            "versions": versions(),
         }
 
     def advance(self, folder: Path, branch: Path | None, progress: Callable[[int], object]) -> None:
