@@ -31,15 +31,17 @@ class Correction(Named, ABC):
 
 
 class Standard(Correction):
-    """One of the library's corrections: its strength is the first field, options are the rest."""
+    """One of the library's corrections: its strength is the one field."""
 
     of_library: ClassVar[type[Any]]
 
     @override
     def correct(self, model: nn.Module, path: Path) -> nn.Module:
-        (_, strength), *options = vars(self).items()
-        given = {"prediction_type": path.prediction_type, **dict(options)}
-        return self.of_library(path.schedule, (strength,), **given).correct_model(model, strength)
+        (strength,) = vars(self).values()
+        kind = path.prediction_type
+        correction = self.of_library(path.schedule, (strength,), prediction_type=kind)
+        corrected: nn.Module = correction.correct_model(model, strength)
+        return corrected
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,8 @@ class Gain(Standard):
     of_library = sampling.SkipGain
     label = "gain{skip:g}"
     heading = "gain k = {skip:g}"
-    ours = True
 
     skip: float
-    tau: float = 0.99
 
 
 @dataclass(frozen=True)

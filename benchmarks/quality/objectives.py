@@ -125,12 +125,21 @@ class SkipStep(Objective):
 
     label = "skip{skip:g}-{estimator}"
     heading = "S²-DM k = {skip:g}, {estimator}"
-    ours = True
     any_path = True
 
     skip: float
     estimator: Estimator = "expected"
     tau: float = 0.99
+
+    @property
+    @override
+    def name(self) -> str:
+        return super().name + (f"-tau{self.tau:g}" if self.tau != 0.99 else "")
+
+    @property
+    @override
+    def title(self) -> str:
+        return super().title + (f", τ = {self.tau:g}" if self.tau != 0.99 else "")
 
     @override
     def parts(self, path: Path) -> SkipStepLoss:
@@ -192,7 +201,7 @@ class InputPerturbation(Objective):
 class SequenceAware(Objective):
     """SA-DPM (arXiv 2312.12431): residuals of K consecutive timesteps should also cancel in sum.
 
-    mean‖r_t‖² + (λ/K²) mean‖Σ_{j<K} 1[t ≥ j] r_{t−j}‖², with r_s = e_s − ε_θ(x_s, s) and noise
+    mean‖r_t‖² + (1/K²) mean‖Σ_{j<K} 1[t ≥ j] r_{t−j}‖², with r_s = e_s − ε_θ(x_s, s) and noise
     e_s that is fresh for j ≥ 1.
     """
 
@@ -200,7 +209,6 @@ class SequenceAware(Objective):
     heading = "SA-DPM K = {window}"
 
     window: int = 2
-    strength: float = 1.0
 
     @property
     @override
@@ -217,7 +225,7 @@ class SequenceAware(Objective):
         parts = residuals.unflatten(0, (window, len(batch.t)))
         valid = torch.stack([batch.t >= j for j in range(window)])[..., None, None, None]
         total = torch.where(valid, parts, 0.0).sum(0)
-        value = parts[0].square().mean() + self.strength / window**2 * total.square().mean()
+        value = parts[0].square().mean() + total.square().mean() / window**2
         return value, parts[0].detach().square().flatten(1).mean(1)
 
 

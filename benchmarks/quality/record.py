@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.files import load_json
 from benchmarks.quality.layout import FLOOR, Layout
+from benchmarks.quality.objectives import SkipStep
 from benchmarks.quality.plan import branching, jobs
 from benchmarks.quality.presets import Preset
 from benchmarks.quality.statistics import Cell, cell_key
@@ -45,7 +46,7 @@ def collect(preset: Preset, root: Path) -> dict[str, Any]:
         if trained.exists():
             training = load_json(trained)
             made_with.append(training.pop("versions", {}))
-            ours = method.objective.ours
+            ours = isinstance(method.objective, SkipStep)
             training["loss_share"] = 1 - (branching(preset, method.objective) or 0) if ours else 0.0
             record["trainings"].setdefault(method.objective.name, {})[str(seed)] = training
         for sampler, steps in job.cells():
