@@ -145,3 +145,5 @@ def test_timesteps_that_are_visited():
         assert scheduler.timesteps.unique().tolist() == wanted
     with pytest.raises(ValueError, match=r"sampler: expected one of ddim, pndm, .*, got 'euler'"):
         make_scheduler("euler", SCHEDULE)
+    with pytest.raises(ValueError, match=r"sampler: expected one of ddim, .*, got 'heun'"):
+        sample(lambda x, _: x, "heun", EpsilonPath().schedule, 4, torch.ones(1), torch.Generator())
