@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("s2dm-loss", "torch", "diffusers", "torchmetrics", "scikit-learn")
 
 
+@cache  # what runs is what was imported, whatever the checkout becomes meanwhile
 def versions() -> dict[str, str | bool | None]:
     """Return what a result depends on besides its settings."""
     found: dict[str, str | bool | None] = {"python": platform.python_version()}

@@ -92,11 +92,17 @@ def test_git_applies_a_patch_to_the_trainers_file(patch, tmp_path):
 
 # The loss lines of diffusers' scripts, as they are and after the patch.
 SNR = {"snr_gamma": [None, 5.0], "prediction_type": ["epsilon", "v_prediction"]}
+SECOND_STAGE = {"enlarges": [False, True]}  # of DeepFloyd IF; no option of the scripts
 PRIOR, SD3 = {"with_prior_preservation": [False, True]}, {"precondition_outputs": [0, 1]}
 SCRIPTS = {
     **{f"text_to_image/train_text_to_image{kind}": SNR for kind in ("", "_lora", "_lora_sdxl")},
-    **{f"dreambooth/train_dreambooth{kind}": SNR | PRIOR for kind in ("", "_lora_sdxl")},
-    "dreambooth/train_dreambooth_lora": {"prediction_type": SNR["prediction_type"], **PRIOR},
+    "dreambooth/train_dreambooth": SNR | PRIOR | SECOND_STAGE,
+    "dreambooth/train_dreambooth_lora_sdxl": SNR | PRIOR,
+    "dreambooth/train_dreambooth_lora": {
+        "prediction_type": SNR["prediction_type"],
+        **PRIOR,
+        **SECOND_STAGE,
+    },
     **{f"dreambooth/train_dreambooth{kind}_sd3": SD3 | PRIOR for kind in ("", "_lora")},
     **{f"dreambooth/train_dreambooth{kind}_flux": PRIOR for kind in ("", "_lora")},
     "controlnet/train_controlnet_sd3": SD3,
@@ -104,8 +110,6 @@ SCRIPTS = {
         "prediction_type": ["epsilon", "sample"]
     },
 }
-# They train DeepFloyd IF too.
-IF_SCRIPTS = tuple(f"dreambooth/train_dreambooth{kind}" for kind in ("", "_lora"))
 COMBINATIONS = [
     (script, options)
     for script, choices in SCRIPTS.items()
@@ -164,7 +168,7 @@ def test_the_loss_lines_of_a_script(script, options):
         namespace |= dict.fromkeys(("model_input", "latents", "clean_images"), images)
         namespace |= dict.fromkeys(("model_pred", "model_output"), output)
         namespace |= dict.fromkeys(("noisy_model_input", "noisy_latents", "noisy_images"), noisy)
-        if script in IF_SCRIPTS:  # its second stage sees beside x_t what it enlarges
+        if args.enlarges:  # it sees beside x_t what it enlarges
             namespace["noisy_model_input"] = torch.cat([noisy, images], dim=1)
         namespace |= {"encoder_hidden_states": None, "unet": lambda *_, **__: (output,)}
         namespace |= {"accelerator": SimpleNamespace(gather=lambda loss: loss), "weighting": None}

@@ -138,6 +138,7 @@ def test_refuses_other_networks_by_name_and_says_what_to_do(script, name):
     sigmas, sign = torch.linspace(0.1, 0.9, 8).reshape(8, 1, 1, 1), -1 if name == "Lumina" else 1
     x_t, target = (1 - sigmas) * latents + sigmas * noise, sign * (noise - latents)
     names = {"target": target, "sigmas": sigmas, "noisy_model_input": x_t, **vars(s2dm_loss)}
+    # Run as it stands, since a user copies it.
     names["skip_loss"] = eval(made, names)  # noqa: S307 - ours
     criterion = SkipStepLoss(strategies.FLOW, 0.05, prediction_type="flow")
     changed, _ = criterion.regression_target(noise - latents, sigmas.flatten(), x_t)

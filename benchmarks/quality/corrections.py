@@ -40,8 +40,7 @@ class Standard(Correction):
         (strength,) = vars(self).values()
         kind = path.prediction_type
         correction = self.of_library(path.schedule, (strength,), prediction_type=kind)
-        corrected: nn.Module = correction.correct_model(model, strength)
-        return corrected
+        return correction.correct_model(model, strength)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
@@ -50,8 +51,7 @@ def spreads_and_gains(run: str) -> list[tuple[float, float]]:
     for where in table.cells(name):
         if (by_gain := table.change(name, where, KERNEL)) is not None:
             plain = table.values("plain", where, SPREAD)
-            seeds = table.values(name, where, KERNEL)
-            spread = sum(plain[seed] for seed in seeds) / len(seeds)
+            spread = fmean(plain[seed] for seed in table.values(name, where, KERNEL))
             found.append((spread, by_gain.mean))
     return found
 

@@ -134,12 +134,12 @@ class SkipStep(Objective):
     @property
     @override
     def name(self) -> str:
-        return super().name + (f"-tau{self.tau:g}" if self.tau != 0.99 else "")
+        return super().name + (f"-tau{self.tau:g}" if self.tau != SkipStep.tau else "")
 
     @property
     @override
     def title(self) -> str:
-        return super().title + (f", τ = {self.tau:g}" if self.tau != 0.99 else "")
+        return super().title + (f", τ = {self.tau:g}" if self.tau != SkipStep.tau else "")
 
     @override
     def parts(self, path: Path) -> SkipStepLoss:

@@ -101,7 +101,7 @@ def sample(
     generator is for the noise that a stochastic one adds.
     """
     if sampler in HEUN and not isinstance(schedule, NoiseSchedule):
-        return _heun(model, HEUN[sampler], steps, start)
+        return heun(model, HEUN[sampler], steps, start)
     scheduler = make_scheduler(sampler, schedule)
     if sampler.startswith("euler"):
         scheduler.set_timesteps(sigmas=flow_times(steps).tolist()[:-1], device=start.device)
@@ -114,7 +114,7 @@ def sample(
     return x
 
 
-def _heun(model: Model, shift: float, calls: int, start: Tensor) -> Tensor:
+def heun(model: Model, shift: float, calls: int, start: Tensor) -> Tensor:
     """Return samples of dx/dt = û by Heun's method, whose last step is Euler's."""
     x = start
     for t, following in itertools.pairwise(flow_times(max(1, calls // 2), shift).float()):
